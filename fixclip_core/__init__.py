@@ -1,0 +1,1 @@
+"""FIX-CLIP: the long-text encoder, its training and its data."""

@@ -1,0 +1,1 @@
+"""Long prompts in Stable Diffusion: the FIX-CLIP text encoder as a drop-in component."""
