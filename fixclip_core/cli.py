@@ -1,6 +1,6 @@
 """Commands of `fixclip` that work on data, encoders and their numbers.
 
-Every command imports what it needs when it runs: `fixclip --help` and inference stay free of open_clip and webdataset.
+Every command imports what it needs when it runs, so `fixclip --help` stays free of open_clip and webdataset.
 """
 
 import typer
