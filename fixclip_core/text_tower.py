@@ -1,0 +1,190 @@
+"""The text tower: stretched positions whose first rows are frozen, and no work on padding.
+
+Causal text never reads what follows it, and nothing after the end-of-text token is read, so a batch may be cut
+to its longest text and split into pieces of similar length: exact, and captions of 120 tokens no longer cost 248.
+
+Shapes: B texts, T tokens, D width, E embedding, P positions, L layers.
+"""
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fixclip_core.positional import stretch_positions
+from fixclip_core.regional_prompts import Block, as_transformer, run_block, unsupported_block
+
+
+class TextBlock(Block):
+    """One causal text layer."""
+
+    def forward(self, x_BTD: Tensor, last_B: Tensor | None = None) -> Tensor:
+        """One layer.
+
+        Args:
+            x_BTD: tokens, (B, T, D).
+            last_B: compute the token at this index of each text alone, which is all that anybody reads of the
+                last layer.
+
+        Returns:
+            (B, T, D), or (B, 1, D) with `last_B`.
+        """
+        normed_BTD = self.ln_1(x_BTD)
+        if last_B is None:
+            q, k, v = self.heads(normed_BTD)
+            return self.finish(x_BTD, F.scaled_dot_product_attention(q, k, v, is_causal=True))
+        rows_B = torch.arange(len(last_B), device=last_B.device)
+        q, k, v = self.heads_of_one(normed_BTD[rows_B, last_B].unsqueeze(1), normed_BTD)
+        past_BT = torch.arange(x_BTD.shape[1], device=last_B.device) <= last_B[:, None]
+        read = F.scaled_dot_product_attention(q, k, v, attn_mask=past_BT[:, None, None])
+        return self.finish(x_BTD[rows_B, last_B].unsqueeze(1), read)
+
+
+class TextTower(nn.Module):
+    """open_clip's causal text transformer with stretched positions.
+
+    Parameters of the base keep open_clip's names, except that `positional_embedding` becomes the buffer
+    `kept_positions` (keep, D), which no optimiser can move, and the parameter `stretched_positions`.
+
+    Args:
+        text: an open_clip CLIP or TextTransformer; its modules are taken over, not copied.
+        keep: positions that are copied and frozen.
+        ratio: rows made of each later position.
+        pieces: length-sorted pieces a batch is split into. A fixed number, because sharded training needs
+            every process to call the layers equally often.
+
+    Raises:
+        ValueError: the tower is not a causal transformer read at its end-of-text token.
+    """
+
+    kept_positions: Tensor
+
+    def __init__(self, text: Any, keep: int, ratio: int, pieces: int = 4):
+        super().__init__()
+        self.token_embedding, self.ln_final = text.token_embedding, text.ln_final
+        self.text_projection = text.text_projection
+        self.transformer = as_transformer(TextBlock(block) for block in text.transformer.resblocks)
+        positions_PD = stretch_positions(text.positional_embedding.detach(), keep, ratio)
+        self.register_buffer("kept_positions", positions_PD[:keep].clone())
+        self.stretched_positions = nn.Parameter(positions_PD[keep:].clone())
+        self.pool_type = getattr(text, "text_pool_type", None) or text.pool_type
+        self.eos_id = text.text_eos_id if hasattr(text, "text_eos_id") else text.eos_id
+        self.pieces = pieces
+        self.grad_checkpointing = False
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return cast(nn.ModuleList, self.transformer["resblocks"])
+
+    @property
+    def context_length(self) -> int:
+        return len(self.kept_positions) + len(self.stretched_positions)
+
+    def positions(self) -> Tensor:
+        """All positions, (P, D); a gradient reaches the stretched rows only."""
+        return torch.cat([self.kept_positions, self.stretched_positions])
+
+    def last_token(self, ids_BT: Tensor) -> Tensor:
+        """Index of the end-of-text token that the feature is read from, (B,)."""
+        if self.pool_type == "argmax":
+            return ids_BT.argmax(dim=-1)
+        return (ids_BT == self.eos_id).int().argmax(dim=-1)
+
+    def encode(self, ids_BT: Tensor, first_layer: int | None = None) -> tuple[Tensor, list[Tensor]]:
+        """Run the layers on a batch of texts of any lengths.
+
+        Args:
+            ids_BT: token ids, (B, T), T up to the context length.
+            first_layer: collect the end-of-text token after each layer from this one on, counted from 0.
+
+        Returns:
+            The projected feature, (B, E), not normalised, and the collected tokens, (B, D) each.
+
+        Raises:
+            ValueError: the texts are longer than the context, or not a matrix of ids.
+        """
+        if ids_BT.ndim != 2 or ids_BT.shape[1] > self.context_length:
+            raise ValueError(
+                f"token ids of shape {tuple(ids_BT.shape)}: the text tower reads (texts, tokens) with at most "
+                f"{self.context_length} tokens"
+            )
+        last_B = self.last_token(ids_BT)
+        lengths_B, order_B = (last_B + 1).sort(stable=True)
+        outputs = []
+        for start, stop in piece_bounds(lengths_B.tolist(), self.pieces):
+            piece_B = order_B[start:stop]
+            longest = int(lengths_B[stop - 1])
+            outputs.append(self._encode_piece(ids_BT[piece_B, :longest], last_B[piece_B], first_layer))
+        restore_B = order_B.argsort()
+        features, collected = zip(*outputs, strict=True)
+        return torch.cat(features)[restore_B], [torch.cat(tokens)[restore_B] for tokens in zip(*collected, strict=True)]
+
+    def _encode_piece(self, ids_BT: Tensor, last_B: Tensor, first_layer: int | None) -> tuple[Tensor, list[Tensor]]:
+        x_BTD = self.token_embedding(ids_BT) + self.positions()[: ids_BT.shape[1]]
+        rows_B = torch.arange(len(ids_BT), device=ids_BT.device)
+        collected = []
+        for layer, block in enumerate(self.blocks):
+            last = layer == len(self.blocks) - 1
+            x_BTD = run_block(block, self.grad_checkpointing, x_BTD, last_B if last else None)
+            if first_layer is not None and layer >= first_layer:
+                collected.append(x_BTD[:, 0] if last else x_BTD[rows_B, last_B])
+        feature_BE = self.ln_final(x_BTD[:, 0])
+        if isinstance(self.text_projection, nn.Linear):
+            return self.text_projection(feature_BE), collected
+        if self.text_projection is not None:
+            feature_BE = feature_BE @ self.text_projection
+        return feature_BE, collected
+
+
+def piece_bounds(sorted_lengths: list[int], pieces: int, candidates: int = 64) -> list[tuple[int, int]]:
+    """Cut ascending lengths into `pieces` runs that pad least (fewer only where there are fewer texts).
+
+    A piece of n texts costs n times its longest. Dynamic programming over at most `candidates` places to cut.
+
+    Returns:
+        (start, stop) of each piece.
+    """
+    total = len(sorted_lengths)
+    pieces = min(pieces, total)
+    steps = max(min(candidates, total), pieces)
+    cuts = [round(i * total / steps) for i in range(steps + 1)]
+    # cost[i]: least padded tokens of the first cuts[i] texts in the pieces so far; back[p][i]: where piece p starts.
+    cost = [0.0] + [float("inf")] * steps
+    back = []
+    for _ in range(pieces):
+        choices = [
+            min(((cost[j] + (cuts[i] - cuts[j]) * sorted_lengths[cuts[i] - 1], j) for j in range(i)), default=None)
+            for i in range(steps + 1)
+        ]
+        cost = [choice[0] if choice else float("inf") for choice in choices]
+        back.append([choice[1] if choice else 0 for choice in choices])
+    bounds: list[tuple[int, int]] = []
+    stop = steps
+    for starts in reversed(back):
+        bounds.append((cuts[starts[stop]], cuts[stop]))
+        stop = starts[stop]
+    return bounds[::-1]
+
+
+def check_text_tower(text: Any) -> None:
+    """Raise one clear ValueError where the tower is not a causal transformer read at its end-of-text token."""
+    kind = type(text).__name__
+    blocks = getattr(getattr(text, "transformer", None), "resblocks", None)
+    pool_type = getattr(text, "text_pool_type", None) or getattr(text, "pool_type", None)
+    reason = None
+    if not blocks or not hasattr(text, "positional_embedding"):
+        reason = f"it is a {kind}"
+    elif getattr(text, "attn_mask", None) is None:
+        reason = "it is not causal"
+    elif getattr(text, "cls_emb", None) is not None:
+        reason = "it appends a CLS token"
+    elif pool_type not in ("argmax", "eos"):
+        reason = f"it pools by {pool_type!r} instead of reading the end-of-text token"
+    else:
+        reason = unsupported_block(blocks[0])
+    if reason:
+        raise ValueError(
+            f"unsupported text tower: {reason}. FixClip needs CLIP's causal text transformer, not a Hugging Face, "
+            "CLIPA, CoCa or SigLIP one"
+        )
