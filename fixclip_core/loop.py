@@ -1,0 +1,254 @@
+"""Parts of a training loop that know nothing of what is trained: both trainings are built of them."""
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import DistributedDataParallelKwargs
+from pydantic import BaseModel
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from fixclip_core.recipe import OptimSection, OutputSection, RunSection, flatten
+
+logger = logging.getLogger(__name__)
+
+METRICS = "metrics.jsonl"
+
+
+@dataclass
+class TrainState:
+    """Where a run stands; saved with each checkpoint and equal in all processes.
+
+    Attributes:
+        step: optimiser steps taken, skipped ones included.
+        skipped: steps skipped because their gradient was not finite.
+        skipped_in_a_row: how many of those came last.
+        best: the best evaluation so far.
+    """
+
+    step: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    best: float = -math.inf
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+def make_accelerator(run: RunSection, output: OutputSection) -> Accelerator:
+    """An Accelerator with the recipe's precision and trackers; the rest comes from Accelerate's own config."""
+    return Accelerator(
+        mixed_precision="no" if run.precision == "fp32" else run.precision,
+        log_with=list(output.trackers) or None,
+        project_dir=output.folder,
+        step_scheduler_with_optimizer=False,
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
+
+
+def start_trackers(accelerator: Accelerator, output: OutputSection, recipe: BaseModel) -> None:
+    if output.trackers:
+        plain = {k: v if isinstance(v, int | float | str) else str(v) for k, v in flatten(recipe).items()}
+        accelerator.init_trackers(output.project, config=plain)
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed the global generators for one step, so what is drawn in it does not depend on the run's history."""
+    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + rank)
+
+
+def parameter_groups(
+    model: nn.Module, is_new: Callable[[str], bool], no_decay: Callable[[str, nn.Parameter], bool], optim: OptimSection
+) -> list[dict[str, Any]]:
+    """AdamW's groups: pre-trained or new (their own learning rates), with or without weight decay."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((is_new(name), no_decay(name, parameter)), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": optim.lr_new if new else optim.lr,
+            "weight_decay": 0.0 if plain else optim.weight_decay,
+        }
+        for (new, plain), parameters in groups.items()
+    ]
+
+
+def make_optimizer(groups: list[dict[str, Any]], optim: OptimSection) -> torch.optim.AdamW:
+    on_gpu = any(p.is_cuda for group in groups for p in group["params"])
+    return torch.optim.AdamW(groups, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=on_gpu or None)
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, optim: OptimSection, total_steps: int) -> LambdaLR:
+    factor = partial(lr_factor, warmup=optim.warmup_steps, total=total_steps, schedule=optim.schedule)
+    return LambdaLR(optimizer, factor)
+
+
+def lr_factor(step: int, warmup: int, total: int, schedule: str) -> float:
+    """Share of the peak learning rate at a step: linear up to 1 over `warmup` steps, then a cosine to 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    if schedule == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
+
+
+def make_ema(accelerator: Accelerator, model: nn.Module, decay: float | None) -> AveragedModel | None:
+    """An exponential moving average of the weights, registered for checkpoints; None without a decay.
+
+    Raises:
+        ValueError: the weights are sharded (FSDP, DeepSpeed), so no process could average them.
+    """
+    if decay is None:
+        return None
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ValueError(f"train.ema_decay={decay}: with {accelerator.distributed_type.value} it must be null")
+    ema = AveragedModel(accelerator.unwrap_model(model), multi_avg_fn=get_ema_multi_avg_fn(decay))
+    accelerator.register_for_checkpointing(ema)
+    return ema
+
+
+def optimizer_step(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    max_grad_norm: float | None,
+) -> tuple[float, bool]:
+    """Clip and step, unless the gradient is not finite: then nothing changes.
+
+    The norm is that of the gradient summed over the processes, so all of them decide alike. In fp16 the
+    scaler must see the overflow to lower its scale; it leaves the weights alone by itself.
+
+    Returns:
+        The gradient's norm before clipping and whether the weights changed.
+    """
+    norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
+    grad_norm = 0.0 if norm is None else float(norm)  # DeepSpeed clips and steps inside backward
+    finite = math.isfinite(grad_norm)
+    if finite or accelerator.scaler is not None:
+        optimizer.step()
+    optimizer.zero_grad()
+    return grad_norm, finite and not accelerator.optimizer_step_was_skipped
+
+
+def count_step(state: TrainState, applied: bool, limit: int) -> None:
+    """Count a step, and stop the run when too many in a row were skipped.
+
+    Raises:
+        FloatingPointError: `limit` steps in a row had no finite gradient; checkpoints hold finite weights only.
+    """
+    state.step += 1
+    state.skipped += not applied
+    state.skipped_in_a_row = 0 if applied else state.skipped_in_a_row + 1
+    if state.skipped_in_a_row >= limit:
+        raise FloatingPointError(
+            f"step {state.step}: {limit} steps in a row without a finite gradient; the last checkpoint is whole. "
+            "Lower the learning rate, use bf16 instead of fp16, or look at the data"
+        )
+
+
+class MetricsLog:
+    """metrics.jsonl, the trackers and a plot of the loss curves, written by the main process."""
+
+    def __init__(self, accelerator: Accelerator, folder: Path, start_step: int):
+        self.accelerator = accelerator
+        self.path = folder / METRICS
+        self.window: list[dict[str, Tensor]] = []
+        self.samples = 0
+        self.since = time.perf_counter()
+        if accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            _drop_after(self.path, start_step)
+
+    def add(self, losses: dict[str, Tensor], samples: int, applied: bool) -> None:
+        """Collect one step; the losses of a skipped one are not finite and would hide the others."""
+        self.samples += samples
+        if applied:
+            self.window.append(losses)
+
+    def flush(self, step: int, extra: dict[str, float]) -> dict[str, float]:
+        """Write the means since the last flush, over all processes, and return them."""
+        seconds = max(time.perf_counter() - self.since, 1e-9)
+        names = sorted({name for losses in self.window for name in losses})
+        means = {name: torch.stack([losses[name].float() for losses in self.window]).mean() for name in names}
+        reduced = self.accelerator.reduce(means, reduction="mean") if means else {}
+        values = {name: float(value) for name, value in reduced.items()}
+        values |= extra | {"samples_per_second": self.samples / seconds}
+        self.window, self.samples, self.since = [], 0, time.perf_counter()
+        self.write(step, values)
+        return values
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self.accelerator.log(values, step=step)
+        if self.accelerator.is_main_process:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def plot(self) -> None:
+        if self.accelerator.is_main_process and self.path.exists():
+            plot_losses(self.path, self.path.with_name("losses.png"))
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Forget what a resumed run is going to write again, and a line cut short by a kill."""
+    if not path.exists():
+        return
+    kept = [line for line in path.read_text().splitlines() if (at := _step_of(line)) is not None and at <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(f"{line}\n" for line in kept))
+    os.replace(temporary, path)
+
+
+def _step_of(line: str) -> int | None:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return None
+
+
+def plot_losses(metrics: Path, png: Path) -> None:
+    """Draw every loss of a metrics.jsonl over the steps, and the recalls if there are any."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    panels = ("loss", "recall")
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for axis, panel in zip(axes, panels, strict=True):
+        for name in sorted({key for row in rows for key in row if panel in key}):
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            axis.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 30 else None)
+        axis.set(xlabel="step", title=panel)
+        if axis.lines:
+            axis.legend(fontsize="x-small")
+    figure.savefig(png, dpi=120)
+    pyplot.close(figure)
+
+
+def check_finite(parameters: Iterable[Tensor], what: str) -> None:
+    """Refuse to save poisoned weights.
+
+    Raises:
+        FloatingPointError: a weight is NaN or infinite.
+    """
+    norms = torch._foreach_norm([p.detach() for p in parameters])
+    if not all(torch.isfinite(norm) for norm in norms):
+        raise FloatingPointError(f"{what}: weights are not finite; nothing was saved, resume the last checkpoint")

@@ -1,0 +1,240 @@
+"""Recipes: YAML files that validate strictly, with a command-line override of every field.
+
+The loader at the top takes any pydantic model; the encoder's own recipe, `EncoderRecipe`, follows it.
+"""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
+
+RecipeT = TypeVar("RecipeT", bound=BaseModel)
+Location = tuple[str | int, ...]
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown keys, wrong types and NaN are errors, and it cannot change once read."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+# -- the loader: any pydantic model -------------------------------------------------------------------------
+
+
+def load_recipe(schema: type[RecipeT], path: str | Path, overrides: Sequence[str] = ()) -> RecipeT:
+    """Read a YAML recipe, apply `section.key=value` overrides and validate the result.
+
+    Args:
+        schema: the pydantic model that says what is valid; derive its parts from `Section`.
+        path: the YAML file; OmegaConf interpolations such as `${train.batch_size}` are resolved.
+        overrides: e.g. `["optim.lr=1e-5", "data.train=my.jsonl"]`; a value is read as YAML, and taken
+            literally where it is none, so brace patterns need no quotes.
+
+    Raises:
+        ValueError: the file cannot be read or is no YAML mapping, or keys or values are wrong. Every wrong
+            one is named in one line each: file and line, key, value, and what is valid.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        tree = OmegaConf.create(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: the recipe cannot be read: {error}") from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ValueError(f"{path}:{line}: not valid YAML: {error.problem}") from None
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(f"{path}: not a valid recipe: {error}") from None
+    if not OmegaConf.is_dict(tree):
+        raise ValueError(f"{path}:1: a recipe is a mapping of sections, e.g. `model:` and `train:`")
+    sources = {location: f"{path}:{line}" for location, line in _key_lines(yaml.compose(text))}
+    for override in overrides:
+        location = _apply_override(tree, override)
+        sources[location] = "command line"
+    try:
+        values = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{path}: {str(error).splitlines()[0]}") from None
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        found = [_explain(schema, details, sources, str(path)) for details in error.errors()]
+        raise ValueError("\n".join(found)) from None
+
+
+def _apply_override(tree: Any, override: str) -> Location:
+    key, equals, text = override.partition("=")
+    location = tuple(key.split("."))
+    if not equals or not all(location):
+        raise ValueError(f"command line: {override!r} is not of the form section.key=value")
+    try:
+        value = OmegaConf.from_dotlist([f"value={text}"])["value"]
+    except (yaml.YAMLError, OmegaConfBaseException):
+        value = text
+    try:
+        OmegaConf.update(tree, key, value, merge=False, force_add=True)
+    except (OmegaConfBaseException, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"command line: {override!r} cannot be applied: {error}") from None
+    return location
+
+
+def _key_lines(node: yaml.Node | None, prefix: Location = ()) -> Iterator[tuple[Location, int]]:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            location = (*prefix, str(key.value))
+            yield location, key.start_mark.line + 1
+            yield from _key_lines(value, location)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            yield (*prefix, str(index)), value.start_mark.line + 1
+            yield from _key_lines(value, (*prefix, str(index)))
+
+
+def _explain(schema: type[BaseModel], details: ErrorDetails, sources: dict[Location, str], default_source: str) -> str:
+    """One line for one of pydantic's errors: source, key, value and what is valid."""
+    location = tuple(str(part) for part in details["loc"])
+    known = [location[:end] for end in range(len(location), 0, -1) if location[:end] in sources]
+    source = sources[known[0]] if known else default_source
+    key = ".".join(location)
+    if details["type"] == "extra_forbidden":
+        return f"{source}: {key}: unknown key; did you mean {_nearest_key(schema, location)}?"
+    if details["type"] == "missing":
+        return f"{source}: {key}: missing; the recipe must set it"
+    message = details["msg"].removeprefix("Value error, ").replace("Input should be", "it should be")
+    if details["type"] == "value_error":
+        return f"{source}: {key}: {message}" if key else f"{source}: {message}"
+    return f"{source}: {key}={details['input']!r}: {message}"
+
+
+def _nearest_key(schema: type[BaseModel], location: Sequence[str]) -> str:
+    """The valid key that looks most like `location`: in its own section if any comes close, else anywhere."""
+    *section, name = location
+    keys = list(valid_keys(schema))
+    prefix = "".join(f"{part}." for part in section)
+    siblings = {key[len(prefix) :].split(".")[0] for key in keys if key.startswith(prefix)}
+    close = difflib.get_close_matches(name, sorted(siblings), n=1)
+    if close:
+        return prefix + close[0]
+    return max(keys, key=lambda key: difflib.SequenceMatcher(None, name, key.rsplit(".", 1)[-1]).ratio())
+
+
+def valid_keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every dotted key that a recipe of this schema may set, e.g. `optim.lr`."""
+    for name, field in schema.model_fields.items():
+        section = next((t for t in (field.annotation, *get_args(field.annotation)) if _is_section(t)), None)
+        if section is None:
+            yield prefix + name
+        else:
+            yield from valid_keys(section, f"{prefix}{name}.")
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def flatten(recipe: BaseModel) -> dict[str, Any]:
+    """A recipe as {dotted key: value}, in the order of its fields."""
+
+    def walk(section: BaseModel, prefix: str) -> Iterator[tuple[str, Any]]:
+        for name in type(section).model_fields:
+            value = getattr(section, name)
+            if isinstance(value, BaseModel):
+                yield from walk(value, f"{prefix}{name}.")
+            else:
+                yield prefix + name, value
+
+    return dict(walk(recipe, ""))
+
+
+def recipe_diff(recipe: BaseModel, reference: BaseModel) -> list[tuple[str, Any, Any]]:
+    """What differs: (dotted key, value in `recipe`, value in `reference`)."""
+    mine, theirs = flatten(recipe), flatten(reference)
+    return [(key, mine[key], theirs.get(key)) for key in mine if mine[key] != theirs.get(key)]
+
+
+def recipe_yaml(recipe: BaseModel) -> str:
+    """The recipe with every default filled in, as YAML that `load_recipe` reads back to an equal recipe."""
+    return OmegaConf.to_yaml(OmegaConf.create(recipe.model_dump(mode="json")))
+
+
+# -- sections that every training shares --------------------------------------------------------------------
+
+
+class OptimSection(Section):
+    """AdamW, warm-up and decay. No weight decay on biases, norms, positions and the logit scale."""
+
+    lr: float = Field(1e-6, gt=0, description="peak learning rate of the pre-trained weights")
+    lr_new: float = Field(1e-4, gt=0, description="peak learning rate of the new parameters")
+    weight_decay: float = Field(1e-2, ge=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.999, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    warmup_steps: int = Field(200, ge=0)
+    schedule: Literal["cosine", "constant"] = "cosine"
+    max_grad_norm: float | None = Field(1.0, gt=0, description="clip the gradient's norm; null: never")
+
+
+class RunSection(Section):
+    """How long and how fast to train; the parts that do not depend on what is trained."""
+
+    epochs: int = Field(1, ge=1, description="passes over the data; ignored where steps is set")
+    steps: int | None = Field(None, ge=1, description="optimiser steps of the whole run")
+    batch_size: int = Field(256, ge=1, description="samples a step over all processes")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="of the computation; weights are fp32")
+    gradient_checkpointing: bool = False
+    compile: bool = Field(False, description="torch.compile the transformer blocks")
+    ema_decay: float | None = Field(None, gt=0, lt=1, description="average the weights; null: do not")
+    max_skipped_steps: int = Field(20, ge=1, description="stop after so many steps in a row without finite gradient")
+
+
+class OutputSection(Section):
+    """Where the run writes, and how often."""
+
+    folder: str = Field("runs/encoder", min_length=1)
+    log_every: int = Field(10, ge=1, description="steps between two lines of metrics.jsonl and the trackers")
+    save_every: int = Field(500, ge=1, description="steps between two checkpoints")
+    keep_last: int = Field(2, ge=1, description="checkpoints to keep")
+    trackers: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
+    project: str = Field("fixclip", min_length=1, description="the trackers' project name")
+
+
+# -- the encoder's recipe -----------------------------------------------------------------------------------
+
+
+class ModelSection(Section):
+    """The base CLIP and FIX-CLIP's modules; see `FixClipConfig` for what each does."""
+
+    name: str = Field(min_length=1, description="open_clip's model name, hf-hub:..., or local-dir:...")
+    pretrained: str | None = Field(None, description="open_clip's tag or a weights file; null: random weights")
+    cache_dir: str | None = None
+    keep: int = Field(20, ge=0)
+    ratio: int = Field(4, ge=1)
+    num_prompts: int = Field(4, ge=0, description="regional prompts a layer; 0: off")
+    prompt_flow: Literal["carry", "replace"] = "carry"
+    masking: Literal["replace", "drop", "none"] = "replace"
+    mask_ratio: float = Field(0.75, gt=0, lt=1)
+    pca_rank: int = Field(32, ge=1, description="of method longclip")
+    num_groups: int = Field(4, ge=0, description="layer groups of the hierarchical alignment; 0: off")
+    first_group: int = Field(3, ge=1, description="first group whose features are aligned")
+    hierarchy_branch: Literal["long", "short"] = "long"
+
+
+class TrainSection(RunSection):
+    """`RunSection` and what belongs to the contrastive step."""
+
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="samples a pass in each process; below the batch: exact GradCache"
+    )
+    loss_chunk_size: int | None = Field(None, ge=1, description="rows of the loss computed at a time")
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    weight_long: float = Field(1.0, ge=0)
+    weight_short: float = Field(1.0, ge=0)
+    weight_mid: list[float] = Field(
+        default_factory=lambda: [1.0], min_length=1, description="one for all groups K..G, or one each"
+    )
