@@ -1,0 +1,289 @@
+"""The command `fixclip`.
+
+Heavy libraries are imported by the commands that need them, so that `fixclip --help` answers at once.
+"""
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fixclip_core.cli import app
+
+DEFAULT_OUTPUT = Path("outputs")
+
+BaseOption = Annotated[str, typer.Option(help="Stable Diffusion 1.x or 2.x: a folder or a hub name.")]
+EncoderOption = Annotated[str | None, typer.Option(help="FIX-CLIP or Long-CLIP text encoder: a folder or hub name.")]
+AdapterOption = Annotated[str | None, typer.Option(help="Adapter on the text states: a folder or hub name.")]
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """A wrong input is one line on stderr and exit code 2; a bug keeps its traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+        raise typer.Exit(2) from error
+
+
+def parse_size(value: str) -> tuple[int, int]:
+    """`512` or `512x768` (width x height) to (width, height).
+
+    Raises:
+        typer.BadParameter: not numbers, not multiples of 8, or out of 8..4096.
+    """
+    parts = value.lower().split("x")
+    if len(parts) > 2 or not all(part.isdecimal() for part in parts):
+        raise typer.BadParameter(f"{value!r}: give one number or WIDTHxHEIGHT, like 512 or 512x768")
+    width, height = int(parts[0]), int(parts[-1])
+    if any(side % 8 or not 8 <= side <= 4096 for side in (width, height)):
+        raise typer.BadParameter(f"{value!r}: width and height must be multiples of 8 between 8 and 4096")
+    return width, height
+
+
+def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
+    """The prompt from the command line, a file, or standard input (`-`).
+
+    Raises:
+        typer.BadParameter: none or both were given, the file is not readable UTF-8 text, or the text is empty.
+    """
+    if (prompt is None) == (prompt_file is None):
+        raise typer.BadParameter("give a PROMPT (- for standard input) or --prompt-file FILE, one of the two")
+    try:
+        if prompt_file is not None:
+            text = prompt_file.read_text(encoding="utf-8")
+        else:
+            text = sys.stdin.read() if prompt == "-" else str(prompt)
+    except (OSError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"{prompt_file or 'standard input'} is not a readable text: {error}") from error
+    if not text.strip():
+        raise typer.BadParameter("the prompt is empty")
+    return text.strip()
+
+
+def output_files(output: Path, names: list[str]) -> list[Path]:
+    """Where the pictures go: a name ending in .png is a file (numbered if there are several), else a folder.
+
+    Raises:
+        ValueError: another file type, or the folder cannot be made.
+    """
+    if output.suffix.lower() == ".png":
+        files = [output] if len(names) == 1 else [output.with_stem(f"{output.stem}-{name}") for name in names]
+    elif output.suffix.lower() in (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"):
+        raise ValueError(f"output {str(output)!r}: pictures are written as .png, which carries prompt and settings")
+    else:
+        files = [output / f"{name}.png" for name in names]
+    try:
+        files[0].parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output {str(output)!r} cannot be written: {error}") from error
+    return files
+
+
+def save_png(image: Any, path: Path, settings: dict[str, Any]) -> None:
+    """Write a PNG with its prompt and settings as text chunks, in one step: never half a file."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_itxt("prompt", settings["prompt"])
+    info.add_itxt("parameters", parameters_text(settings))
+    info.add_itxt("fixclip", json.dumps(settings, ensure_ascii=False))
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".partial", delete=False) as file:
+        partial = Path(file.name)
+        try:
+            image.save(file, format="png", pnginfo=info)
+            file.close()
+            partial.chmod(0o644)
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def parameters_text(settings: dict[str, Any]) -> str:
+    """The settings in the layout that common Stable Diffusion front ends read from a PNG."""
+    lines = [settings["prompt"]]
+    if settings.get("negative_prompt"):
+        lines.append(f"Negative prompt: {settings['negative_prompt']}")
+    width, height = settings["size"]
+    lines.append(
+        f"Steps: {settings['steps']}, Sampler: {settings['scheduler']}, CFG scale: {settings['guidance_scale']}, "
+        f"Seed: {settings['seed']}, Size: {width}x{height}, Model: {settings['base']}"
+    )
+    return "\n".join(lines)
+
+
+def load_pipeline(base: str, encoder: str | None, adapter: str | None) -> Any:
+    """The pipeline on the fastest device there is."""
+    import torch
+
+    from fixclip_diffusion import FixClipStableDiffusionPipeline
+
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    return FixClipStableDiffusionPipeline.from_pretrained(base, encoder=encoder, adapter=adapter, dtype=dtype).to(
+        device
+    )
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="The prompt, of any length; - reads standard input.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from a text file.")] = None,
+    base: BaseOption = "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    encoder: EncoderOption = None,
+    adapter: AdapterOption = None,
+    negative: Annotated[str, typer.Option(help="What the picture should not show; of any length too.")] = "",
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 30,
+    guidance: Annotated[float, typer.Option(min=0.0, max=100.0, help="Guidance scale.")] = 7.5,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Picture i starts from seed + i.")] = 0,
+    size: Annotated[str | None, typer.Option(help="512 or 512x768 (width x height); default: the model's own.")] = None,
+    num: Annotated[int, typer.Option(min=1, max=1000, help="Number of pictures.")] = 1,
+    long_prompt: Annotated[str, typer.Option(help="More than 248 tokens: windows or truncate.")] = "windows",
+    compare: Annotated[
+        bool, typer.Option("--compare", help="One sheet: stock (truncated) | chunked | FIX-CLIP, the same seed.")
+    ] = False,
+    output: Annotated[Path, typer.Option("--output", "-o", help="A .png file or a folder.")] = DEFAULT_OUTPUT,
+) -> None:
+    """Make pictures from a prompt of any length."""
+    text = read_prompt(prompt, prompt_file)
+    width_height = parse_size(size) if size else None
+    with user_errors():
+        pipe = load_pipeline(base, encoder, adapter)
+        if compare:
+            reference = load_pipeline(base, None, None) if encoder or adapter else pipe
+            systems = comparison(reference, pipe)
+        else:
+            systems = {"FIX-CLIP": lambda **kwargs: pipe(long_prompt=long_prompt, **kwargs)}
+        run_systems(pipe, systems, text, base, negative, steps, guidance, seed, width_height, num, output)
+
+
+def comparison(reference: Any, pipe: Any) -> dict[str, Callable[..., Any]]:
+    """Stock, chunked and ours as functions of the same arguments; `reference` has the base's own encoder."""
+    return {
+        "stock, cut at 77 tokens": lambda **kwargs: reference(long_prompt="truncate_77", **kwargs),
+        "chunks of 77 tokens": lambda **kwargs: reference(long_prompt="windows_77", **kwargs),
+        "FIX-CLIP": lambda **kwargs: pipe(**kwargs),
+    }
+
+
+def run_systems(
+    pipe: Any,
+    systems: dict[str, Callable[..., Any]],
+    prompt: str,
+    base: str,
+    negative: str,
+    steps: int,
+    guidance: float,
+    seed: int,
+    size: tuple[int, int] | None,
+    num: int,
+    output: Path,
+) -> list[Path]:
+    """Print the token report, make the pictures one by one and write each as soon as it is there."""
+    import torch
+
+    width, height = size or (pipe.unet.config.sample_size * pipe.vae_scale_factor,) * 2
+    files = output_files(output, [f"seed{seed + index}" for index in range(num)])
+    typer.echo(pipe.token_report(prompt))
+    settings = {
+        "prompt": prompt,
+        "negative_prompt": negative,
+        "steps": steps,
+        "guidance_scale": guidance,
+        "size": (width, height),
+        "scheduler": type(pipe.scheduler).__name__,
+        "base": base,
+    }
+    for index, file in enumerate(files):
+        images = [
+            call(
+                prompt=prompt,
+                negative_prompt=negative,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                width=width,
+                height=height,
+                generator=torch.Generator("cpu").manual_seed(seed + index),
+            ).images[0]
+            for call in systems.values()
+        ]
+        image = images[0] if len(images) == 1 else label_row(images, list(systems))
+        save_png(image, file, {**settings, "seed": seed + index, "systems": list(systems)})
+        typer.echo(file)
+    return files
+
+
+def label_row(images: list[Any], labels: list[str], smallest: int = 256) -> Any:
+    """Pictures side by side, each under its label; tiny ones are enlarged without smoothing."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    scale = max(1, -(-smallest // images[0].width))
+    width, height = images[0].width * scale, images[0].height * scale
+    font_size = max(14, width // 20)
+    font = ImageFont.load_default(size=font_size)
+    bar, gap = 2 * font_size, 8
+    sheet = Image.new("RGB", (len(images) * (width + gap) - gap, height + bar), "white")
+    draw = ImageDraw.Draw(sheet)
+    for index, (image, label) in enumerate(zip(images, labels, strict=True)):
+        left = index * (width + gap)
+        draw.text((left + width // 2, bar // 2), label, fill="black", font=font, anchor="mm")
+        sheet.paste(image.resize((width, height), Image.Resampling.NEAREST), (left, bar))
+    return sheet
+
+
+@app.command()
+def tokens(
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; - reads standard input.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from a text file.")] = None,
+    base: BaseOption = "stable-diffusion-v1-5/stable-diffusion-v1-5",
+) -> None:
+    """Count a prompt's tokens and show where a stock encoder stops reading. Needs the base's tokenizer only."""
+    text = read_prompt(prompt, prompt_file)
+    with user_errors():
+        from fixclip_diffusion.prompts import token_report
+        from fixclip_diffusion.text_encoder import FixClipTokenizer
+
+        typer.echo(token_report(FixClipTokenizer.from_pretrained(base, subfolder="tokenizer"), text))
+
+
+DEMO_PROMPT = (
+    "A wooden table stands by the window. On the left there is a blue vase with three yellow tulips, and next to "
+    "it lies an open book with a red ribbon between its pages. Behind the book a white cat is asleep on a folded "
+    "green blanket. On the right a copper kettle catches the evening light, and beside it wait two small cups of "
+    "tea. A brass clock on the wall shows a quarter past five. Under the table a brown dog looks up at the cat, "
+    "and in the doorway, at the far end of the room, a girl in an orange coat holds a paper kite."
+)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="A .png file or a folder.")] = DEFAULT_OUTPUT,
+) -> None:
+    """One long prompt through stock, chunked and FIX-CLIP, on a tiny model made on the spot. No download."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    from fixclip_diffusion import FixClipStableDiffusionPipeline
+    from fixclip_diffusion.tiny import stable_diffusion, train_tokenizer
+
+    for library in (diffusers_logging, transformers_logging):
+        library.disable_progress_bar()
+    typer.echo(
+        "This model was made a moment ago and has random weights: its pictures are noise. What it shows is that the "
+        "words after the 77th token change the picture of FIX-CLIP, and not that of the stock pipeline."
+    )
+    with user_errors(), tempfile.TemporaryDirectory() as folder:
+        stable_diffusion(train_tokenizer([DEMO_PROMPT])).save_pretrained(folder)
+        pipe = FixClipStableDiffusionPipeline.from_pretrained(folder)
+        run_systems(pipe, comparison(pipe, pipe), DEMO_PROMPT, "tiny random model", "", 10, 7.5, 0, (64, 64), 1, output)
+
+
+def main() -> None:
+    app()

@@ -1,0 +1,169 @@
+"""The adapter: a small residual module on the text states that Stable Diffusion's UNet reads.
+
+Shapes: B batch, T tokens, D width of the text states.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import hf_hub_download
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+WEIGHTS_NAME = "adapter.safetensors"
+CONFIG_NAME = "adapter_config.json"
+KINDS = ("mlp", "attention")
+
+
+class TextAdapter(nn.Module):
+    """Maps text states to text states; the identity until it is trained, because its last layers start at zero.
+
+    Args:
+        width: D, the width of the text states.
+        kind: `mlp` changes every token by itself; `attention` adds self-attention blocks with positions,
+            so that a token may read the ones behind it, which CLIP's causal mask hides from it.
+        hidden_width: width of the hidden layers; 0 means 2 D for `mlp` and 4 D for `attention`.
+        num_layers: residual blocks.
+        num_heads: heads of the self-attention.
+        max_tokens: longest sequence of the `attention` kind.
+
+    Raises:
+        ValueError: an unknown kind, a size below 1, or heads that do not divide the width.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        kind: Literal["mlp", "attention"] = "mlp",
+        hidden_width: int = 0,
+        num_layers: int = 2,
+        num_heads: int = 8,
+        max_tokens: int = 248,
+    ):
+        super().__init__()
+        if kind not in KINDS:
+            raise ValueError(f"adapter kind {kind!r}: valid are {', '.join(KINDS)}")
+        if min(width, num_layers, num_heads, max_tokens) < 1 or hidden_width < 0:
+            raise ValueError(
+                f"adapter sizes must be at least 1: width={width}, num_layers={num_layers}, "
+                f"num_heads={num_heads}, max_tokens={max_tokens}, hidden_width={hidden_width}"
+            )
+        if kind == "attention" and width % num_heads:
+            raise ValueError(f"adapter num_heads={num_heads} does not divide the width {width}")
+        self.config: dict[str, Any] = {
+            "width": width,
+            "kind": kind,
+            "hidden_width": hidden_width or (2 if kind == "mlp" else 4) * width,
+            "num_layers": num_layers,
+            "num_heads": num_heads,
+            "max_tokens": max_tokens,
+        }
+        hidden_width = self.config["hidden_width"]
+        if kind == "attention":
+            self.position_embedding = nn.Parameter(torch.zeros(max_tokens, width))
+            self.blocks = nn.ModuleList(_AttentionBlock(width, hidden_width, num_heads) for _ in range(num_layers))
+        else:
+            self.blocks = nn.ModuleList(_FeedForward(width, hidden_width) for _ in range(num_layers))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise for training: ordinary hidden layers, output layers of zeros (identity)."""
+        if self.config["kind"] == "attention":
+            nn.init.normal_(self.position_embedding, std=0.02)
+        for block in self.blocks.children():
+            block.reset_parameters()  # type: ignore[operator]
+
+    def forward(self, states_BTD: Tensor) -> Tensor:
+        """Text states (B, T, D) to adapted text states (B, T, D)."""
+        if self.config["kind"] == "mlp":
+            for block in self.blocks:
+                states_BTD = states_BTD + block(states_BTD)
+            return states_BTD
+        num_tokens, limit = states_BTD.shape[1], self.config["max_tokens"]
+        if num_tokens > limit:
+            raise ValueError(f"{num_tokens} text states: this adapter holds positions for {limit}")
+        # The stream of the blocks is kept apart from the states, so that positions do not leak into them.
+        stream_BTD = states_BTD + self.position_embedding[:num_tokens]
+        change_BTD = torch.zeros_like(states_BTD)
+        for block in self.blocks:
+            delta_BTD = block(stream_BTD)
+            stream_BTD = stream_BTD + delta_BTD
+            change_BTD = change_BTD + delta_BTD
+        return states_BTD + change_BTD
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write adapter.safetensors and adapter_config.json into `folder`, each replaced in one step."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        partial = folder / f".{WEIGHTS_NAME}.partial"
+        save_file(state, partial)
+        partial.replace(folder / WEIGHTS_NAME)
+        partial = folder / f".{CONFIG_NAME}.partial"
+        partial.write_text(json.dumps(self.config, indent=2) + "\n")
+        partial.replace(folder / CONFIG_NAME)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **hub_kwargs: Any) -> "TextAdapter":
+        """Load from a folder that `save_pretrained` wrote, or from a hub repository of the same layout.
+
+        Raises:
+            ValueError: a file is missing or damaged, or the weights do not fit the configuration.
+        """
+        try:
+            if Path(source).is_dir():
+                config_file, weights_file = Path(source) / CONFIG_NAME, Path(source) / WEIGHTS_NAME
+            else:
+                config_file, weights_file = (
+                    Path(hf_hub_download(str(source), name, **hub_kwargs)) for name in (CONFIG_NAME, WEIGHTS_NAME)
+                )
+            adapter = cls(**json.loads(config_file.read_text()))
+            adapter.load_state_dict(load_file(weights_file))
+        except Exception as error:
+            raise ValueError(
+                f"adapter {str(source)!r}: expected a folder or hub name with {CONFIG_NAME} and {WEIGHTS_NAME}; {error}"
+            ) from error
+        return adapter
+
+
+class _FeedForward(nn.Module):
+    def __init__(self, width: int, hidden_width: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.fc1 = nn.Linear(width, hidden_width)
+        self.fc2 = nn.Linear(hidden_width, width)
+
+    def reset_parameters(self) -> None:
+        self.norm.reset_parameters()
+        self.fc1.reset_parameters()
+        nn.init.zeros_(self.fc2.weight)
+        nn.init.zeros_(self.fc2.bias)
+
+    def forward(self, states_BTD: Tensor) -> Tensor:
+        return self.fc2(nn.functional.gelu(self.fc1(self.norm(states_BTD))))
+
+
+class _AttentionBlock(nn.Module):
+    def __init__(self, width: int, hidden_width: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm = nn.LayerNorm(width)
+        self.in_proj = nn.Linear(width, 3 * width)
+        self.out_proj = nn.Linear(width, width)
+        self.feed_forward = _FeedForward(width, hidden_width)
+
+    def reset_parameters(self) -> None:
+        self.norm.reset_parameters()
+        self.in_proj.reset_parameters()
+        nn.init.zeros_(self.out_proj.weight)
+        nn.init.zeros_(self.out_proj.bias)
+        self.feed_forward.reset_parameters()
+
+    def forward(self, states_BTD: Tensor) -> Tensor:
+        qkv = self.in_proj(self.norm(states_BTD)).chunk(3, dim=-1)
+        query, key, value = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in qkv)
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value)
+        delta_BTD = self.out_proj(mixed.transpose(1, 2).flatten(2))
+        return delta_BTD + self.feed_forward(states_BTD + delta_BTD)

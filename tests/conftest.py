@@ -1,0 +1,38 @@
+"""Folders of tiny real models, made once a session."""
+
+import os
+
+# Before anything of Hugging Face is imported: no test may wait for the network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("default", deadline=None, max_examples=50, derandomize=True)
+settings.load_profile("default")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def base_folders(tmp_path_factory):
+    """{"sd1": folder, "sd2": folder} of stock Stable Diffusion pipelines with random weights."""
+    import tiny
+
+    from fixclip_diffusion.tiny import stable_diffusion
+
+    folders = {}
+    for kind, pad_token in (("sd1", "<|endoftext|>"), ("sd2", "!")):
+        folders[kind] = tmp_path_factory.mktemp(kind)
+        stable_diffusion(tiny.clip_tokenizer(pad_token), kind).save_pretrained(folders[kind])
+    return folders
+
+
+@pytest.fixture(scope="session")
+def sd1(base_folders):
+    return base_folders["sd1"]
