@@ -1,0 +1,816 @@
+"""Everybody's CLIP weights in, everybody's formats out.
+
+All formats meet in open_clip's layout (`ClipCheckpoint`): its state dict, model config and preprocess config.
+"""
+
+import json
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fixclip_core.model import FixClip
+
+CLIP_CONTEXT_LENGTH = 77
+CLIP_VOCAB_SIZE = 49408
+SINGLE_FILE = "clip_l_long.safetensors"
+LONG_CLIP_KEEP = 20
+OPENAI_METADATA = ("input_resolution", "context_length", "vocab_size")
+
+# open_clip's names and transformers' names; "|" marks a matrix that is stored transposed.
+TOP_LEVEL_NAMES = {
+    "logit_scale": "logit_scale",
+    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "ln_final.weight": "text_model.final_layer_norm.weight",
+    "ln_final.bias": "text_model.final_layer_norm.bias",
+    "text_projection": "text_projection.weight|",
+    "visual.class_embedding": "vision_model.embeddings.class_embedding",
+    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight",
+    "visual.ln_pre.bias": "vision_model.pre_layrnorm.bias",
+    "visual.ln_post.weight": "vision_model.post_layernorm.weight",
+    "visual.ln_post.bias": "vision_model.post_layernorm.bias",
+    "visual.proj": "visual_projection.weight|",
+}
+TOWER_NAMES = {
+    "transformer.resblocks": "text_model.encoder.layers",
+    "visual.transformer.resblocks": "vision_model.encoder.layers",
+}
+BLOCK_NAMES = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+    "attn.out_proj": "self_attn.out_proj",
+}
+
+
+@dataclass(frozen=True)
+class ClipCheckpoint:
+    """A CLIP's weights in open_clip's layout, float32 on the CPU.
+
+    Attributes:
+        format: what the source was recognised as.
+        state_dict: weights under the names of `open_clip.CLIP`.
+        model_config: `embed_dim`, `vision_cfg`, `text_cfg`, `quick_gelu`; arguments of `open_clip.CLIP`.
+        preprocess: open_clip's preprocess config (size, mean, std, interpolation, resize_mode).
+    """
+
+    format: str
+    state_dict: dict[str, Tensor]
+    model_config: dict[str, Any]
+    preprocess: dict[str, Any]
+
+    @property
+    def context_length(self) -> int:
+        return self.model_config["text_cfg"]["context_length"]
+
+
+# --- names -----------------------------------------------------------------------------------------------
+
+
+def to_transformers_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename open_clip's state dict to that of transformers' `CLIPModel`.
+
+    Raises:
+        ValueError: a name that a plain CLIP does not have.
+    """
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in state_dict.items():
+        tower, block, rest = _split_block(name, TOWER_NAMES)
+        if name in TOP_LEVEL_NAMES:
+            target = TOP_LEVEL_NAMES[name]
+            renamed[target.rstrip("|")] = tensor.T.contiguous() if target.endswith("|") else tensor
+        elif tower and rest.startswith("attn.in_proj_"):
+            kind = rest.removeprefix("attn.in_proj_")
+            for part, chunk in zip("qkv", tensor.chunk(3), strict=True):
+                renamed[f"{tower}.{block}.self_attn.{part}_proj.{kind}"] = chunk.contiguous()
+        elif tower and rest.rpartition(".")[0] in BLOCK_NAMES:
+            module, _, kind = rest.rpartition(".")
+            renamed[f"{tower}.{block}.{BLOCK_NAMES[module]}.{kind}"] = tensor
+        else:
+            raise ValueError(f"{name!r} has no place in a transformers CLIPModel")
+    return renamed
+
+
+def to_open_clip_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the state dict of transformers' `CLIPModel` to open_clip's.
+
+    Raises:
+        ValueError: a name that a plain CLIP does not have, or a part of an attention that is missing.
+    """
+    top_level = {target.rstrip("|"): (name, target.endswith("|")) for name, target in TOP_LEVEL_NAMES.items()}
+    modules = {target: name for name, target in BLOCK_NAMES.items()}
+    towers = {target: name for name, target in TOWER_NAMES.items()}
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in state_dict.items():
+        tower, block, rest = _split_block(name, towers)
+        match = re.fullmatch(r"self_attn\.([qkv])_proj\.(weight|bias)", rest)
+        if name in top_level:
+            target, transposed = top_level[name]
+            renamed[target] = tensor.T.contiguous() if transposed else tensor
+        elif tower and match and match[1] == "q":
+            parts = [name.replace(".q_proj.", f".{part}_proj.") for part in "qkv"]
+            if missing := [part for part in parts if part not in state_dict]:
+                raise ValueError(f"{missing[0]} is missing")
+            renamed[f"{tower}.{block}.attn.in_proj_{match[2]}"] = torch.cat([state_dict[part] for part in parts])
+        elif tower and rest.rpartition(".")[0] in modules:
+            module, _, kind = rest.rpartition(".")
+            renamed[f"{tower}.{block}.{modules[module]}.{kind}"] = tensor
+        elif not (tower and match) and not name.endswith(".position_ids"):
+            raise ValueError(f"{name!r} has no place in a CLIP")
+    return renamed
+
+
+def _split_block(name: str, towers: Mapping[str, str]) -> tuple[str, str, str]:
+    """Split 'transformer.resblocks.3.ln_1.weight' into (new name of the tower, '3', 'ln_1.weight')."""
+    for tower, new_tower in towers.items():
+        if match := re.fullmatch(rf"{re.escape(tower)}\.(\d+)\.(.+)", name):
+            return new_tower, match[1], match[2]
+    return "", "", ""
+
+
+def merge_long_clip_positions(first_TD: Tensor, rest_TD: Tensor, keep: int = LONG_CLIP_KEEP) -> Tensor:
+    """Make one table of Long-CLIP's two: rows before `keep` of the first one, the others of the second."""
+    if first_TD.shape != rest_TD.shape:
+        raise ValueError(
+            "Long-CLIP's two tables of positions must have one shape, got "
+            f"{tuple(first_TD.shape)} and {tuple(rest_TD.shape)}"
+        )
+    return torch.cat([first_TD[:keep], rest_TD[keep:]])
+
+
+# --- reading ---------------------------------------------------------------------------------------------
+
+
+def read_clip(source: str | Path, model_name: str | None = None) -> ClipCheckpoint:
+    """Read a CLIP of any known format; the format is recognised from the content, not from the name.
+
+    Known are OpenAI's TorchScript archives and state dicts, open_clip's .bin, .pt and .safetensors files and
+    folders, transformers' CLIPModel folders, Long-CLIP's .pt files and transformers folders (its two tables
+    of positions become one). Nothing in a file is ever run: pickles are read with `weights_only=True`, and of
+    a TorchScript archive only the state dict is taken.
+
+    Args:
+        source: file or folder.
+        model_name: an open_clip model name such as "ViT-B-16-quickgelu", for files that do not say which
+            activation they were trained with.
+
+    Raises:
+        ValueError: nothing there, an unknown or damaged format, a pickle that wants to run code, or an
+            architecture that does not follow from the file.
+    """
+    path = Path(source)
+    if path.is_dir():
+        if (path / "open_clip_config.json").is_file():
+            return _read_open_clip_folder(path)
+        if (path / "config.json").is_file():
+            return _read_transformers_folder(path)
+        raise ValueError(
+            f"{path}: a model folder holds config.json (transformers, FIX-CLIP) or open_clip_config.json "
+            "(open_clip); this one holds neither"
+        )
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file or folder")
+    return _read_file(path, model_name)
+
+
+def _read_file(path: Path, model_name: str | None) -> ClipCheckpoint:
+    state_dict, is_torchscript = load_weights(path)
+    if any(name.startswith("vision_model.") for name in state_dict):
+        if not (path.parent / "config.json").is_file():
+            raise ValueError(f"{path} has transformers' names: its config.json is expected beside it, in {path.parent}")
+        return _from_transformers(path, state_dict, path.parent)
+    _require_vision_transformer(path, state_dict)
+    has_metadata = all(name in state_dict for name in OPENAI_METADATA)
+    state_dict = {name: tensor for name, tensor in state_dict.items() if name not in OPENAI_METADATA}
+    if "positional_embedding_res" in state_dict:
+        rest_TD = state_dict.pop("positional_embedding_res")
+        state_dict["positional_embedding"] = merge_long_clip_positions(state_dict["positional_embedding"], rest_TD)
+        format, quick_gelu = "Long-CLIP", True
+    elif is_torchscript or has_metadata:
+        format, quick_gelu = "OpenAI TorchScript archive" if is_torchscript else "OpenAI state dict", True
+    else:
+        return _from_open_clip_file(path, state_dict, model_name)
+    config = infer_model_config(state_dict, quick_gelu)
+    return ClipCheckpoint(format, state_dict, config, _preprocess(config))
+
+
+def _require_vision_transformer(path: Path, state_dict: Mapping[str, Tensor]) -> None:
+    if "visual.layer1.0.conv1.weight" in state_dict:
+        raise ValueError(f"{path} is a ResNet CLIP; FIX-CLIP needs a vision transformer")
+    needed = (
+        "visual.conv1.weight",
+        "visual.proj",
+        "positional_embedding",
+        "token_embedding.weight",
+        "text_projection",
+    )
+    if missing := [name for name in needed if name not in state_dict]:
+        raise ValueError(
+            f"{path} is no CLIP of two transformers: {', '.join(missing)} missing among its "
+            f"{len(state_dict)} tensors (first: {', '.join(list(state_dict)[:3])})"
+        )
+
+
+def _from_open_clip_file(path: Path, state_dict: dict[str, Tensor], model_name: str | None) -> ClipCheckpoint:
+    if model_name is None:
+        if (path.parent / "open_clip_config.json").is_file():
+            return _read_open_clip_folder(path.parent, state_dict)
+        raise ValueError(
+            f"{path}: weights alone do not tell the activation (GELU or QuickGELU). Name the model, for "
+            "example --model-name ViT-B-16, or ViT-B-16-quickgelu for weights that come from OpenAI's, or "
+            f"put the open_clip_config.json they were published with into {path.parent}"
+        )
+    config = open_clip.get_model_config(model_name)
+    if config is None:
+        raise ValueError(f"model name {model_name!r}: not one of open_clip's ({_nearest(model_name)}?)")
+    return _from_open_clip(state_dict, config, _preprocess(config), "open_clip")
+
+
+def _nearest(model_name: str) -> str:
+    return ", ".join(get_close_matches(model_name, open_clip.list_models(), n=3, cutoff=0.0))
+
+
+def _read_open_clip_folder(folder: Path, state_dict: dict[str, Tensor] | None = None) -> ClipCheckpoint:
+    config = _read_json(folder / "open_clip_config.json")
+    if state_dict is None:
+        names = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+        files = [folder / name for name in names if (folder / name).is_file()]
+        if not files:
+            raise ValueError(f"{folder}: {' or '.join(names)} expected beside open_clip_config.json")
+        state_dict, _ = load_weights(files[0])
+    model_config = config.get("model_cfg", config)
+    preprocess = _preprocess(model_config) | config.get("preprocess_cfg", {})
+    return _from_open_clip(state_dict, model_config, preprocess, "open_clip folder")
+
+
+def _from_open_clip(
+    state_dict: dict[str, Tensor], model_config: Mapping[str, Any], preprocess: dict[str, Any], format: str
+) -> ClipCheckpoint:
+    model_config = {
+        **{key: model_config[key] for key in ("embed_dim", "vision_cfg")},
+        # The table's length decides, so that files of stretched models read with the name of their base.
+        "text_cfg": {**model_config["text_cfg"], "context_length": len(state_dict["positional_embedding"])},
+        "quick_gelu": model_config.get("quick_gelu", False),
+    }
+    return ClipCheckpoint(format, state_dict, model_config, preprocess)
+
+
+def _preprocess(model_config: Mapping[str, Any], **overrides: Any) -> dict[str, Any]:
+    defaults = open_clip.transform.PreprocessCfg(size=model_config["vision_cfg"]["image_size"])
+    return {**asdict(defaults), **overrides}
+
+
+def infer_model_config(state_dict: Mapping[str, Tensor], quick_gelu: bool) -> dict[str, Any]:
+    """Read the architecture off the shapes of an OpenAI-like state dict, whose heads are all 64 wide."""
+    vision_width, _, patch_size, _ = state_dict["visual.conv1.weight"].shape
+    grid = round((len(state_dict["visual.positional_embedding"]) - 1) ** 0.5)
+    context_length, text_width = state_dict["positional_embedding"].shape
+    if vision_width % 64 or text_width % 64:
+        raise ValueError(f"widths {vision_width} and {text_width}: OpenAI's towers consist of heads 64 wide")
+    return {
+        "embed_dim": state_dict["text_projection"].shape[1],
+        "vision_cfg": {
+            "image_size": grid * patch_size,
+            "layers": _num_blocks(state_dict, "visual.transformer.resblocks"),
+            "width": vision_width,
+            "patch_size": patch_size,
+            "mlp_ratio": len(state_dict["visual.transformer.resblocks.0.mlp.c_fc.weight"]) / vision_width,
+        },
+        "text_cfg": {
+            "context_length": context_length,
+            "vocab_size": len(state_dict["token_embedding.weight"]),
+            "width": text_width,
+            "heads": text_width // 64,
+            "layers": _num_blocks(state_dict, "transformer.resblocks"),
+            "mlp_ratio": len(state_dict["transformer.resblocks.0.mlp.c_fc.weight"]) / text_width,
+        },
+        "quick_gelu": quick_gelu,
+    }
+
+
+def _num_blocks(state_dict: Mapping[str, Tensor], tower: str) -> int:
+    numbers = {match[1] for name in state_dict if (match := re.match(rf"{re.escape(tower)}\.(\d+)\.", name))}
+    return len(numbers)
+
+
+# --- transformers folders --------------------------------------------------------------------------------
+
+
+def _read_transformers_folder(folder: Path) -> ClipCheckpoint:
+    index_names = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+    state_dict: dict[str, Tensor] = {}
+    for index_name in index_names:
+        if not state_dict and (folder / index_name).is_file():
+            shards = set(_read_json(folder / index_name)["weight_map"].values())
+            for shard in sorted(shards):
+                state_dict |= load_weights(folder / shard)[0]
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if not state_dict and (folder / name).is_file():
+            state_dict, _ = load_weights(folder / name)
+    if not state_dict:
+        raise ValueError(f"{folder}: model.safetensors or pytorch_model.bin expected beside config.json")
+    return _from_transformers(folder, state_dict, folder)
+
+
+def _from_transformers(source: Path, state_dict: dict[str, Tensor], folder: Path) -> ClipCheckpoint:
+    config = _read_json(folder / "config.json")
+    if "text_config" not in config or "vision_config" not in config:
+        raise ValueError(f"{folder / 'config.json'} describes no CLIPModel: text_config or vision_config is missing")
+    # Long-CLIP's published folders nest both towers once more and keep its two tables of positions.
+    state_dict = {re.sub(r"^(text|vision)_model\.\1_model\.", r"\1_model.", name): t for name, t in state_dict.items()}
+    table = "text_model.embeddings.position_embedding"
+    rest_TD = state_dict.pop(f"{table}_res", state_dict.pop(f"{table}_res.weight", None))
+    format = "transformers"
+    if rest_TD is not None:
+        keep = config["text_config"].get("interpolation_keep_length", LONG_CLIP_KEEP)
+        state_dict[f"{table}.weight"] = merge_long_clip_positions(state_dict[f"{table}.weight"], rest_TD, keep)
+        format = "Long-CLIP in transformers' layout"
+    try:
+        renamed = to_open_clip_names(state_dict)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+    _require_vision_transformer(source, renamed)
+    model_config = _from_transformers_config(folder, config, renamed)
+    return ClipCheckpoint(format, renamed, model_config, _transformers_preprocess(folder, model_config))
+
+
+def _from_transformers_config(folder: Path, config: dict[str, Any], state_dict: dict[str, Tensor]) -> dict[str, Any]:
+    from transformers import CLIPTextConfig, CLIPVisionConfig
+
+    # Old configs hold only what differs from the defaults, and sometimes a second copy that wins.
+    text = CLIPTextConfig(**{**config["text_config"], **(config.get("text_config_dict") or {})})
+    vision = CLIPVisionConfig(**{**config["vision_config"], **(config.get("vision_config_dict") or {})})
+    if text.hidden_act != vision.hidden_act or text.hidden_act not in ("quick_gelu", "gelu"):
+        raise ValueError(
+            f"{folder / 'config.json'}: activations {text.hidden_act!r} (text) and {vision.hidden_act!r} "
+            "(vision); they must be quick_gelu or gelu, the same in both towers"
+        )
+    vocab_size = len(state_dict["token_embedding.weight"])
+    text_cfg: dict[str, Any] = {
+        "context_length": len(state_dict["positional_embedding"]),
+        "vocab_size": vocab_size,
+        "width": text.hidden_size,
+        "heads": text.num_attention_heads,
+        "layers": text.num_hidden_layers,
+        "mlp_ratio": text.intermediate_size / text.hidden_size,
+    }
+    # transformers pools at the first end token (legacy configs that say 2: at the highest id), open_clip at
+    # the highest id unless told.
+    if text.eos_token_id not in (2, vocab_size - 1):
+        text_cfg |= {"pool_type": "eos", "eos_id": text.eos_token_id}
+    has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+    if vocab_size != CLIP_VOCAB_SIZE and has_tokenizer:
+        text_cfg["hf_tokenizer_name"] = str(folder.resolve())
+    vision_cfg: dict[str, Any] = {
+        "image_size": vision.image_size,
+        "layers": vision.num_hidden_layers,
+        "width": vision.hidden_size,
+        "head_width": vision.hidden_size // vision.num_attention_heads,
+        "patch_size": vision.patch_size,
+        "mlp_ratio": vision.intermediate_size / vision.hidden_size,
+    }
+    for tower_cfg, tower in ((text_cfg, text), (vision_cfg, vision)):
+        if tower.layer_norm_eps != 1e-5:
+            tower_cfg["norm_kwargs"] = {"eps": tower.layer_norm_eps}
+    return {
+        "embed_dim": state_dict["text_projection"].shape[1],
+        "vision_cfg": vision_cfg,
+        "text_cfg": text_cfg,
+        "quick_gelu": text.hidden_act == "quick_gelu",
+    }
+
+
+def _transformers_preprocess(folder: Path, model_config: dict[str, Any]) -> dict[str, Any]:
+    from PIL import Image
+
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / name).is_file():
+            config = _read_json(folder / name)
+            config = config.get("image_processor", config)
+            break
+    else:
+        return _preprocess(model_config)
+    overrides: dict[str, Any] = {}
+    if "image_mean" in config and "image_std" in config:
+        overrides |= {"mean": tuple(config["image_mean"]), "std": tuple(config["image_std"])}
+    if "resample" in config:
+        overrides["interpolation"] = Image.Resampling(config["resample"]).name.lower()
+    return _preprocess(model_config, **overrides)
+
+
+# --- weight files ----------------------------------------------------------------------------------------
+
+
+def load_weights(path: Path) -> tuple[dict[str, Tensor], bool]:
+    """Load the tensors of a safetensors file, a pickle or a TorchScript archive as float32.
+
+    Returns:
+        The state dict (without wrappers such as "state_dict" and "module."), and whether it came from
+        TorchScript.
+
+    Raises:
+        ValueError: the file is damaged, holds no state dict, or is a pickle that wants to run code.
+    """
+    with path.open("rb") as file:
+        start = file.read(16)
+    is_torchscript = False
+    state_dict: Any
+    if start[8:9] == b"{":
+        state_dict = _load_safetensors(path)
+    elif start[:2] == b"PK" and _is_torchscript(path):
+        state_dict, is_torchscript = torch.jit.load(path, map_location="cpu").state_dict(), True
+    else:
+        state_dict = _load_pickle(path)
+    for wrapper in ("state_dict", "model", "module"):
+        if isinstance(state_dict, Mapping) and isinstance(state_dict.get(wrapper), Mapping):
+            state_dict = state_dict[wrapper]
+    if not isinstance(state_dict, Mapping):
+        raise ValueError(f"{path} holds a {type(state_dict).__name__}, not a state dict")
+    tensors = {_plain_name(name): tensor for name, tensor in state_dict.items() if isinstance(tensor, Tensor)}
+    if not tensors:
+        raise ValueError(f"{path} holds no tensors")
+    return {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}, is_torchscript
+
+
+def _plain_name(name: str) -> str:
+    """Drop what wrappers put in front: 'module.' (data parallel), 'text.' (open_clip's CustomTextCLIP)."""
+    name = name.removeprefix("_orig_mod.").removeprefix("module.").removeprefix("_orig_mod.")
+    return name.removeprefix("text.")
+
+
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is a damaged safetensors file: {error}") from None
+
+
+def _is_torchscript(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") or "/code/" in name for name in archive.namelist())
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path} is a damaged archive: {error}") from None
+
+
+def _load_pickle(path: Path) -> Any:
+    from pickle import UnpicklingError
+
+    try:
+        with path.open("rb") as file:  # given a path, torch.load would go by the file's name
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, IndexError) as error:
+        # torch's own messages advise switching the protection off.
+        wanted = re.search(r"(?i)(?:unsupported global:?|unrecognized function|unsupported class)\s+\S.*", str(error))
+        if wanted:
+            detail = re.split(r" whose | was not |\. ", wanted[0])[0]
+            raise ValueError(
+                f"{path} is a pickle that wants to run code ({detail}), so it was not loaded. Only tensors are "
+                "read: ask its author for a state dict or a safetensors file"
+            ) from None
+        if _calls_something(path):
+            raise ValueError(f"{path} is a pickle that wants to run code, so it was not loaded") from None
+        raise ValueError(f"{path} is neither a pickle of tensors, TorchScript nor safetensors") from None
+
+
+def _calls_something(path: Path) -> bool:
+    """Whether a bare pickle, whose protocol torch does not read, holds a call."""
+    import pickletools
+
+    try:
+        with path.open("rb") as file:
+            return any(opcode.name in ("REDUCE", "INST", "OBJ", "NEWOBJ") for opcode, _, _ in pickletools.genops(file))
+    except ValueError:
+        return False
+
+
+# --- building --------------------------------------------------------------------------------------------
+
+
+def build_clip(checkpoint: ClipCheckpoint) -> open_clip.CLIP:
+    """Build the `open_clip.CLIP` of a checkpoint, in evaluation mode and at the checkpoint's context length.
+
+    Raises:
+        ValueError: weights and architecture do not fit each other.
+    """
+    config = checkpoint.model_config
+    clip = open_clip.CLIP(
+        config["embed_dim"],
+        dict(config["vision_cfg"]),
+        dict(config["text_cfg"]),
+        quick_gelu=config["quick_gelu"],
+    )
+    try:
+        clip.load_state_dict(checkpoint.state_dict)
+    except RuntimeError as error:
+        lines = str(error).splitlines()[1:5]
+        raise ValueError(
+            f"the weights ({checkpoint.format}) do not fit their architecture:\n" + "\n".join(lines)
+        ) from None
+    return clip.eval()
+
+
+def load_fixclip(source: str | Path, model_name: str | None = None, **config_fields: Any) -> FixClip:
+    """Load a FixClip from its own folder, or make one from any CLIP that `read_clip` knows.
+
+    A CLIP of 77 positions is stretched. One that was stretched already (Long-CLIP, an exported FIX-CLIP) keeps
+    its positions.
+
+    Args:
+        source: file or folder.
+        model_name: see `read_clip`.
+        config_fields: fields of `FixClipConfig` for a CLIP that becomes a FixClip, e.g. `num_prompts=0`.
+
+    Raises:
+        ValueError: see `read_clip`; fields given for a folder that has its own; or the architecture is none
+            that FixClip can hold.
+    """
+    if is_fixclip_folder(source):
+        if config_fields:
+            raise ValueError(f"{source} is a FixClip already: {', '.join(config_fields)} cannot be changed")
+        return FixClip.from_pretrained(source)
+    checkpoint = read_clip(source, model_name)
+    if checkpoint.context_length > CLIP_CONTEXT_LENGTH:
+        config_fields.setdefault("ratio", 1)
+    clip = build_clip(checkpoint)
+    return FixClip.from_clip(clip, checkpoint.model_config, checkpoint.preprocess, **config_fields)
+
+
+def is_fixclip_folder(source: str | Path) -> bool:
+    """Whether `FixClip.save_pretrained` wrote this folder."""
+    config_file = Path(source) / "config.json"
+    if not config_file.is_file():
+        return False
+    config = _read_json(config_file)
+    return "clip" in config and "preprocess" in config
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not an object")
+    return content
+
+
+# --- writing ---------------------------------------------------------------------------------------------
+
+FORMATS = ("fixclip", "transformers", "diffusers", "open_clip", "clip_l")
+
+
+def plain_clip(model: FixClip) -> ClipCheckpoint:
+    """The CLIP inside a FixClip, in open_clip's layout, without what only a FixClip has.
+
+    Left out are the regional prompts, the mask embedding and the heads of the hierarchical alignment. The last
+    two serve training only; without the prompts the image features are those of
+    `FixClip.encode_image(prompts=False)`.
+
+    Raises:
+        ValueError: the text projection has a bias, which no plain CLIP has a place for.
+    """
+    state_dict: dict[str, Tensor] = {"logit_scale": model.logit_scale}
+    for name, tensor in model.visual.state_dict().items():
+        if name not in ("prompts", "mask_embedding"):
+            state_dict[f"visual.{name}"] = tensor
+    for name, tensor in model.text.state_dict().items():
+        if name not in ("kept_positions", "stretched_positions"):
+            state_dict[name] = tensor
+    state_dict["positional_embedding"] = model.text.positions()
+    if "text_projection.bias" in state_dict:
+        raise ValueError("the text projection has a bias, which a plain CLIP has no place for")
+    if "text_projection.weight" in state_dict:
+        state_dict["text_projection"] = state_dict.pop("text_projection.weight").T
+    config = model.config.clip
+    text_cfg = {**config["text_cfg"], "context_length": model.config.context_length, "proj_bias": False}
+    state_dict = {name: tensor.detach().float().cpu().contiguous() for name, tensor in state_dict.items()}
+    preprocess = {**_preprocess(config), **model.config.preprocess}
+    return ClipCheckpoint("FixClip", state_dict, {**config, "text_cfg": text_cfg}, preprocess)
+
+
+def export(
+    model: FixClip, folder: str | Path, formats: Sequence[str] = FORMATS, dtype: torch.dtype = torch.float32
+) -> list[str]:
+    """Write a FixClip in the formats of other front ends; the folder appears only when all of it is written.
+
+    "transformers" is a CLIPModel folder with its processor, "diffusers" the folders text_encoder/ and tokenizer/,
+    "open_clip" a folder for `local-dir:`, "clip_l" one safetensors file of the text tower under the names that
+    ComfyUI and others read, "fixclip" our own folder with everything. README.md says what is where.
+
+    Args:
+        model: the model.
+        folder: where to write; must not exist or be empty.
+        formats: any of FORMATS.
+        dtype: of the written weights; our own folder keeps the model's.
+
+    Returns:
+        Lines for the user: what was written, and what could not be held.
+
+    Raises:
+        ValueError: an unknown format, a folder with something in it, or a model that a format cannot hold.
+    """
+    folder = Path(folder)
+    if unknown := [name for name in formats if name not in FORMATS]:
+        raise ValueError(f"format {unknown[0]!r}: valid are {', '.join(FORMATS)}")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not empty; nothing was written")
+    checkpoint = plain_clip(model)
+    writers: dict[str, Callable[[Path], str]] = {
+        "fixclip": lambda out: _write_fixclip(model, out),
+        "transformers": lambda out: write_transformers(checkpoint, out / "transformers", dtype),
+        "diffusers": lambda out: write_diffusers(checkpoint, out, dtype),
+        "open_clip": lambda out: write_open_clip(checkpoint, out / "open_clip", dtype),
+        "clip_l": lambda out: write_single_file(checkpoint, out / SINGLE_FILE, dtype),
+    }
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        lines = [writers[name](partial) for name in FORMATS if name in formats]
+        lines += _limits(model)
+        card = _card(model, lines)
+        for place in (partial, partial / "transformers", partial / "open_clip"):
+            if place.is_dir():
+                (place / "README.md").write_text(card)
+        os.replace(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return lines
+
+
+def _write_fixclip(model: FixClip, out: Path) -> str:
+    model.save_pretrained(out / "fixclip")
+    return "fixclip/: everything, for FixClip.from_pretrained and further training"
+
+
+def _limits(model: FixClip) -> list[str]:
+    """What the other formats cannot hold, in sentences."""
+    config = model.config
+    lines = []
+    if config.num_prompts:
+        lines.append(
+            f"The {config.num_prompts} regional prompts of each image layer are in fixclip/ only: a plain CLIP has no "
+            "place for them. Image features of the other formats are those of "
+            "FixClip.encode_image(prompts=False); text features are the same everywhere."
+        )
+    if config.num_groups or "mask_embedding" in dict(model.visual.named_parameters()):
+        lines.append("What only training reads (mask embedding, alignment heads) is in fixclip/ only.")
+    return lines
+
+
+def _card(model: FixClip, lines: list[str]) -> str:
+    clip = model.config.clip
+    activation = "QuickGELU" if clip.get("quick_gelu") else "GELU"
+    points = "\n".join(f"- {line}" for line in lines)
+    return (
+        "---\nlibrary_name: transformers\npipeline_tag: zero-shot-image-classification\n---\n"
+        "# FIX-CLIP export\n\n"
+        f"Context length {model.config.context_length} tokens, embedding width {clip['embed_dim']}, {activation}.\n\n"
+        f"{points}\n"
+    )
+
+
+def write_open_clip(checkpoint: ClipCheckpoint, folder: Path, dtype: torch.dtype = torch.float32) -> str:
+    """Write weights and config the way `open_clip.create_model("local-dir:FOLDER")` reads them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.to(dtype) for name, tensor in checkpoint.state_dict.items()}
+    save_file(weights, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
+    config = {"model_cfg": checkpoint.model_config, "preprocess_cfg": checkpoint.preprocess}
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return "open_clip/: open_clip.create_model_and_transforms('local-dir:open_clip')"
+
+
+def write_transformers(checkpoint: ClipCheckpoint, folder: Path, dtype: torch.dtype = torch.float32) -> str:
+    """Write a CLIPModel folder with the files of its processor.
+
+    Raises:
+        ValueError: the architecture has parts that transformers' CLIP lacks.
+    """
+    from transformers import CLIPModel, CLIPProcessor
+
+    tokenizer = make_tokenizer(checkpoint)
+    model = CLIPModel(_transformers_config(checkpoint, tokenizer))
+    model.load_state_dict(to_transformers_names(checkpoint.state_dict))
+    model.to(dtype).save_pretrained(folder)
+    CLIPProcessor(_image_processor(checkpoint.preprocess), tokenizer).save_pretrained(folder)
+    return "transformers/: CLIPModel.from_pretrained and CLIPProcessor.from_pretrained"
+
+
+def write_diffusers(checkpoint: ClipCheckpoint, folder: Path, dtype: torch.dtype = torch.float32) -> str:
+    """Write text_encoder/ and tokenizer/, two components of a Stable Diffusion folder."""
+    from transformers import CLIPTextModel
+
+    tokenizer = make_tokenizer(checkpoint)
+    model = CLIPTextModel(_transformers_config(checkpoint, tokenizer).text_config)
+    prefix = "text_model."
+    weights = to_transformers_names(checkpoint.state_dict)
+    model.load_state_dict({name.removeprefix(prefix): t for name, t in weights.items() if name.startswith(prefix)})
+    model.to(dtype).save_pretrained(folder / "text_encoder")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    return "text_encoder/, tokenizer/: for diffusers; FixClipTextEncoder.from_pretrained reads them too"
+
+
+def write_single_file(checkpoint: ClipCheckpoint, path: Path, dtype: torch.dtype = torch.float32) -> str:
+    """Write the text tower into one safetensors file, under the names of a clip_l file.
+
+    ComfyUI takes such a file for a clip_l by its name of layer 0 and for a Long-CLIP by its 248 positions; it
+    has place for ViT-L/14's text tower (12 layers of 768) alone.
+    """
+    weights = {
+        name: tensor.to(dtype)
+        for name, tensor in to_transformers_names(checkpoint.state_dict).items()
+        if name.startswith("text_")
+    }
+    save_file(weights, path, metadata={"format": "pt"})
+    text_cfg = checkpoint.model_config["text_cfg"]
+    if (text_cfg["width"], text_cfg["layers"], checkpoint.context_length) == (768, 12, 248):
+        return f"{path.name}: the text tower for ComfyUI and others, where a clip_l file goes"
+    return (
+        f"{path.name}: the text tower under clip_l names; ComfyUI itself takes 12 layers of width 768 at 248 tokens "
+        f"only, this one has {text_cfg['layers']} of {text_cfg['width']} at {checkpoint.context_length}"
+    )
+
+
+def make_tokenizer(checkpoint: ClipCheckpoint) -> Any:
+    """transformers' tokenizer of the model, at its context length; pads with the end token as Stable Diffusion."""
+    from transformers import AutoTokenizer, CLIPTokenizer
+
+    length = checkpoint.context_length
+    if name := checkpoint.model_config["text_cfg"].get("hf_tokenizer_name"):
+        return AutoTokenizer.from_pretrained(name, model_max_length=length)
+    bpe = open_clip.SimpleTokenizer()
+    specials = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    vocab = {specials.get(piece, piece): index for piece, index in bpe.encoder.items()}
+    return CLIPTokenizer(vocab=vocab, merges=list(bpe.bpe_ranks), model_max_length=length)
+
+
+def _transformers_config(checkpoint: ClipCheckpoint, tokenizer: Any) -> Any:
+    from transformers import CLIPConfig
+
+    config = checkpoint.model_config
+    text, vision = config["text_cfg"], config["vision_cfg"]
+    if text.get("act_kwargs") or vision.get("act_kwargs"):
+        raise ValueError(f"act_kwargs={text.get('act_kwargs') or vision.get('act_kwargs')}: transformers has no such")
+    end = text["eos_id"] if text.get("pool_type") == "eos" else text["vocab_size"] - 1
+    common = {"hidden_act": "quick_gelu" if config.get("quick_gelu") else "gelu", "projection_dim": config["embed_dim"]}
+    return CLIPConfig(
+        projection_dim=config["embed_dim"],
+        text_config={
+            **common,
+            "vocab_size": text["vocab_size"],
+            "hidden_size": text["width"],
+            "intermediate_size": int(text["width"] * text.get("mlp_ratio", 4.0)),
+            "num_hidden_layers": text["layers"],
+            "num_attention_heads": text["heads"],
+            "max_position_embeddings": checkpoint.context_length,
+            "layer_norm_eps": (text.get("norm_kwargs") or {}).get("eps", 1e-5),
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": end,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        vision_config={
+            **common,
+            "hidden_size": vision["width"],
+            "intermediate_size": int(vision["width"] * vision.get("mlp_ratio", 4.0)),
+            "num_hidden_layers": vision["layers"],
+            "num_attention_heads": vision["width"] // vision.get("head_width", 64),
+            "image_size": vision["image_size"],
+            "patch_size": vision["patch_size"],
+            "layer_norm_eps": (vision.get("norm_kwargs") or {}).get("eps", 1e-5),
+        },
+    )
+
+
+def _image_processor(preprocess: Mapping[str, Any]) -> Any:
+    from PIL import Image
+    from transformers import CLIPImageProcessor
+
+    size = preprocess["size"]
+    height, width = size if isinstance(size, (tuple, list)) else (size, size)
+    shortest = preprocess["resize_mode"] == "shortest"
+    return CLIPImageProcessor(
+        size={"shortest_edge": min(height, width)} if shortest else {"height": height, "width": width},
+        crop_size={"height": height, "width": width},
+        do_center_crop=shortest,
+        image_mean=list(preprocess["mean"]),
+        image_std=list(preprocess["std"]),
+        resample=Image.Resampling[preprocess["interpolation"].upper()],
+    )
