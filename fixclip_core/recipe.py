@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar, get_args
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 RecipeT = TypeVar("RecipeT", bound=BaseModel)
@@ -60,7 +60,8 @@ def load_recipe(schema: type[RecipeT], path: str | Path, overrides: Sequence[str
     try:
         values = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ValueError(f"{path}: {str(error).splitlines()[0]}") from None
+        source = sources.get(tuple(str(error.full_key).split(".")), path)
+        raise ValueError(f"{source}: {error.full_key}: {str(error).splitlines()[0]}") from None
     try:
         return schema.model_validate(values)
     except ValidationError as error:
@@ -113,25 +114,34 @@ def _explain(schema: type[BaseModel], details: ErrorDetails, sources: dict[Locat
 
 
 def _nearest_key(schema: type[BaseModel], location: Sequence[str]) -> str:
-    """The valid key that looks most like `location`: in its own section if any comes close, else anywhere."""
+    """The valid key meant by `location`: one of its section spelt alike or so described, else of any section."""
     *section, name = location
-    keys = list(valid_keys(schema))
     prefix = "".join(f"{part}." for part in section)
-    siblings = {key[len(prefix) :].split(".")[0] for key in keys if key.startswith(prefix)}
-    close = difflib.get_close_matches(name, sorted(siblings), n=1)
-    if close:
-        return prefix + close[0]
-    return max(keys, key=lambda key: difflib.SequenceMatcher(None, name, key.rsplit(".", 1)[-1]).ratio())
+    keys = valid_keys(schema)
+    own = {
+        key[len(prefix) :].split(".")[0]: prefix + key[len(prefix) :].split(".")[0]
+        for key in keys
+        if key.startswith(prefix)
+    }
+    anywhere = {key.rsplit(".", 1)[-1]: key for key in reversed(keys)}
+    for candidates in (own, anywhere):
+        if close := difflib.get_close_matches(name, candidates, n=1):
+            return candidates[close[0]]
+        if described := [key for key in candidates.values() if name.replace("_", " ") in keys.get(key, "")]:
+            return described[0]
+    return max(anywhere.values(), key=lambda key: difflib.SequenceMatcher(None, name, key).ratio())
 
 
-def valid_keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Every dotted key that a recipe of this schema may set, e.g. `optim.lr`."""
+def valid_keys(schema: type[BaseModel], prefix: str = "") -> dict[str, str]:
+    """Every dotted key that a recipe of this schema may set, e.g. `optim.lr`, with its description."""
+    keys = {}
     for name, field in schema.model_fields.items():
         section = next((t for t in (field.annotation, *get_args(field.annotation)) if _is_section(t)), None)
         if section is None:
-            yield prefix + name
+            keys[prefix + name] = field.description or ""
         else:
-            yield from valid_keys(section, f"{prefix}{name}.")
+            keys |= valid_keys(section, f"{prefix}{name}.")
+    return keys
 
 
 def _is_section(annotation: Any) -> bool:
@@ -238,3 +248,79 @@ class TrainSection(RunSection):
     weight_mid: list[float] = Field(
         default_factory=lambda: [1.0], min_length=1, description="one for all groups K..G, or one each"
     )
+
+
+class DataSection(Section):
+    """Captioned images; paths are relative to the working directory. See `data.DataConfig`."""
+
+    source: str = Field(min_length=1, description="shards, manifest, ShareGPT4V's JSON, a folder, or scenes")
+    image_root: str | None = Field(None, description="what a manifest's image paths are relative to")
+    start: int = Field(0, ge=0, description="first sample")
+    stop: int | None = Field(None, ge=1, description="sample after the last")
+    workers: int = Field(4, ge=0, description="loading processes of each training process")
+    shuffle_shards: int = Field(16, ge=1, description="shards that are shuffled together")
+    max_bad_share: float = Field(0.01, ge=0, le=1, description="stop once more of the samples are unusable")
+    cache_dir: str = Field("~/.cache/fixclip/shards", description="where remote shards are kept")
+    cache_gb: float = Field(200.0, gt=0)
+    draft: bool = Field(True, description="decode large JPEGs at a fraction of their size")
+
+
+class CaptionsSection(Section):
+    """Where the short caption comes from, and which long ones are not worth learning from. See `captions`."""
+
+    short_caption: Literal["given", "first_sentence", "random_sentence", "random_sentences"] = "random_sentences"
+    max_short_sentences: int = Field(3, ge=1)
+    drop_short_from_long: bool = False
+    filter_captions: bool = False
+    min_words: int | None = Field(8, ge=1)
+    max_repeated_share: float | None = Field(0.4, ge=0, le=1)
+    max_word_run: int | None = Field(3, ge=1)
+    min_letter_share: float | None = Field(0.6, ge=0, le=1)
+    min_words_per_clause: float | None = Field(2.5, gt=0)
+
+
+class EvalSection(Section):
+    """Retrieval on held-out pairs during training; the mean of both R@1 chooses the best model."""
+
+    source: str | None = Field(None, min_length=1, description="as data.source; null: no evaluation")
+    image_root: str | None = None
+    start: int = Field(0, ge=0)
+    stop: int | None = Field(None, ge=1)
+    every: int = Field(1000, ge=1, description="steps between two evaluations; the last step always has one")
+    batch_size: int = Field(64, ge=1, description="samples a pass in each process")
+
+
+class EncoderRecipe(Section):
+    """Everything that `train_encoder.py` needs to know.
+
+    `method` longclip or finetune turns this recipe into that baseline: it switches off FIX-CLIP's modules
+    whatever the model section says, and leaves all else as it is.
+    """
+
+    method: Literal["fixclip", "longclip", "finetune"] = "fixclip"
+    seed: int = Field(0, ge=0)
+    model: ModelSection
+    data: DataSection
+    captions: CaptionsSection = Field(default_factory=CaptionsSection)
+    optim: OptimSection = Field(default_factory=OptimSection)
+    train: TrainSection = Field(default_factory=TrainSection)
+    eval: EvalSection = Field(default_factory=EvalSection)
+    output: OutputSection = Field(default_factory=OutputSection)
+
+    @model_validator(mode="after")
+    def _check(self) -> "EncoderRecipe":
+        train, model = self.train, self.model
+        aligned = model.num_groups - model.first_group + 1
+        if self.method == "fixclip" and model.num_groups and aligned < 1:
+            raise ValueError(f"model.first_group={model.first_group}: it must lie between 1 and {model.num_groups}")
+        if self.method == "fixclip" and model.num_groups and len(train.weight_mid) not in (1, aligned):
+            raise ValueError(
+                f"train.weight_mid={train.weight_mid}: give 1 weight, or {aligned} for groups "
+                f"{model.first_group}..{model.num_groups}"
+            )
+        if train.micro_batch_size and train.micro_batch_size > train.batch_size:
+            raise ValueError(
+                f"train.micro_batch_size={train.micro_batch_size}: it must be at most "
+                f"train.batch_size={train.batch_size}"
+            )
+        return self
