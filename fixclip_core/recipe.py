@@ -179,39 +179,43 @@ def recipe_yaml(recipe: BaseModel) -> str:
 class OptimSection(Section):
     """AdamW, warm-up and decay. No weight decay on biases, norms, positions and the logit scale."""
 
-    lr: float = Field(1e-6, gt=0, description="peak learning rate of the pre-trained weights")
-    lr_new: float = Field(1e-4, gt=0, description="peak learning rate of the new parameters")
-    weight_decay: float = Field(1e-2, ge=0)
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.999, ge=0, lt=1)
-    eps: float = Field(1e-8, gt=0)
-    warmup_steps: int = Field(200, ge=0)
+    lr: float = Field(default=1e-6, gt=0, description="peak learning rate of the pre-trained weights")
+    lr_new: float = Field(default=1e-4, gt=0, description="peak learning rate of the new parameters")
+    weight_decay: float = Field(default=1e-2, ge=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    eps: float = Field(default=1e-8, gt=0)
+    warmup_steps: int = Field(default=200, ge=0)
     schedule: Literal["cosine", "constant"] = "cosine"
-    max_grad_norm: float | None = Field(1.0, gt=0, description="clip the gradient's norm; null: never")
+    max_grad_norm: float | None = Field(default=1.0, gt=0, description="clip the gradient's norm; null: never")
 
 
 class RunSection(Section):
     """How long and how fast to train; the parts that do not depend on what is trained."""
 
-    epochs: int = Field(1, ge=1, description="passes over the data; ignored where steps is set")
-    steps: int | None = Field(None, ge=1, description="optimiser steps of the whole run")
-    batch_size: int = Field(256, ge=1, description="samples a step over all processes")
-    precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="of the computation; weights are fp32")
+    epochs: int = Field(default=1, ge=1, description="passes over the data; ignored where steps is set")
+    steps: int | None = Field(default=None, ge=1, description="optimiser steps of the whole run")
+    batch_size: int = Field(default=256, ge=1, description="samples a step over all processes")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        default="bf16", description="of the computation; weights are fp32"
+    )
     gradient_checkpointing: bool = False
-    compile: bool = Field(False, description="torch.compile the transformer blocks")
-    ema_decay: float | None = Field(None, gt=0, lt=1, description="average the weights; null: do not")
-    max_skipped_steps: int = Field(20, ge=1, description="stop after so many steps in a row without finite gradient")
+    compile: bool = Field(default=False, description="torch.compile the transformer blocks")
+    ema_decay: float | None = Field(default=None, gt=0, lt=1, description="average the weights; null: do not")
+    max_skipped_steps: int = Field(
+        default=20, ge=1, description="stop after so many steps in a row without finite gradient"
+    )
 
 
 class OutputSection(Section):
     """Where the run writes, and how often."""
 
-    folder: str = Field("runs/encoder", min_length=1)
-    log_every: int = Field(10, ge=1, description="steps between two lines of metrics.jsonl and the trackers")
-    save_every: int = Field(500, ge=1, description="steps between two checkpoints")
-    keep_last: int = Field(2, ge=1, description="checkpoints to keep")
+    folder: str = Field(default="runs/encoder", min_length=1)
+    log_every: int = Field(default=10, ge=1, description="steps between two lines of metrics.jsonl and the trackers")
+    save_every: int = Field(default=500, ge=1, description="steps between two checkpoints")
+    keep_last: int = Field(default=2, ge=1, description="checkpoints to keep")
     trackers: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
-    project: str = Field("fixclip", min_length=1, description="the trackers' project name")
+    project: str = Field(default="fixclip", min_length=1, description="the trackers' project name")
 
 
 # -- the encoder's recipe -----------------------------------------------------------------------------------
@@ -221,17 +225,17 @@ class ModelSection(Section):
     """The base CLIP and FIX-CLIP's modules; see `FixClipConfig` for what each does."""
 
     name: str = Field(min_length=1, description="open_clip's model name, hf-hub:..., or local-dir:...")
-    pretrained: str | None = Field(None, description="open_clip's tag or a weights file; null: random weights")
+    pretrained: str | None = Field(default=None, description="open_clip's tag or a weights file; null: random weights")
     cache_dir: str | None = None
-    keep: int = Field(20, ge=0)
-    ratio: int = Field(4, ge=1)
-    num_prompts: int = Field(4, ge=0, description="regional prompts a layer; 0: off")
+    keep: int = Field(default=20, ge=0)
+    ratio: int = Field(default=4, ge=1)
+    num_prompts: int = Field(default=4, ge=0, description="regional prompts a layer; 0: off")
     prompt_flow: Literal["carry", "replace"] = "carry"
     masking: Literal["replace", "drop", "none"] = "replace"
-    mask_ratio: float = Field(0.75, gt=0, lt=1)
-    pca_rank: int = Field(32, ge=1, description="of method longclip")
-    num_groups: int = Field(4, ge=0, description="layer groups of the hierarchical alignment; 0: off")
-    first_group: int = Field(3, ge=1, description="first group whose features are aligned")
+    mask_ratio: float = Field(default=0.75, gt=0, lt=1)
+    pca_rank: int = Field(default=32, ge=1, description="of method longclip")
+    num_groups: int = Field(default=4, ge=0, description="layer groups of the hierarchical alignment; 0: off")
+    first_group: int = Field(default=3, ge=1, description="first group whose features are aligned")
     hierarchy_branch: Literal["long", "short"] = "long"
 
 
@@ -239,12 +243,12 @@ class TrainSection(RunSection):
     """`RunSection` and what belongs to the contrastive step."""
 
     micro_batch_size: int | None = Field(
-        None, ge=1, description="samples a pass in each process; below the batch: exact GradCache"
+        default=None, ge=1, description="samples a pass in each process; below the batch: exact GradCache"
     )
-    loss_chunk_size: int | None = Field(None, ge=1, description="rows of the loss computed at a time")
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
-    weight_long: float = Field(1.0, ge=0)
-    weight_short: float = Field(1.0, ge=0)
+    loss_chunk_size: int | None = Field(default=None, ge=1, description="rows of the loss computed at a time")
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    weight_long: float = Field(default=1.0, ge=0)
+    weight_short: float = Field(default=1.0, ge=0)
     weight_mid: list[float] = Field(
         default_factory=lambda: [1.0], min_length=1, description="one for all groups K..G, or one each"
     )
@@ -254,40 +258,40 @@ class DataSection(Section):
     """Captioned images; paths are relative to the working directory. See `data.DataConfig`."""
 
     source: str = Field(min_length=1, description="shards, manifest, ShareGPT4V's JSON, a folder, or scenes")
-    image_root: str | None = Field(None, description="what a manifest's image paths are relative to")
-    start: int = Field(0, ge=0, description="first sample")
-    stop: int | None = Field(None, ge=1, description="sample after the last")
-    workers: int = Field(4, ge=0, description="loading processes of each training process")
-    shuffle_shards: int = Field(16, ge=1, description="shards that are shuffled together")
-    max_bad_share: float = Field(0.01, ge=0, le=1, description="stop once more of the samples are unusable")
-    cache_dir: str = Field("~/.cache/fixclip/shards", description="where remote shards are kept")
-    cache_gb: float = Field(200.0, gt=0)
-    draft: bool = Field(True, description="decode large JPEGs at a fraction of their size")
+    image_root: str | None = Field(default=None, description="what a manifest's image paths are relative to")
+    start: int = Field(default=0, ge=0, description="first sample")
+    stop: int | None = Field(default=None, ge=1, description="sample after the last")
+    workers: int = Field(default=4, ge=0, description="loading processes of each training process")
+    shuffle_shards: int = Field(default=16, ge=1, description="shards that are shuffled together")
+    max_bad_share: float = Field(default=0.01, ge=0, le=1, description="stop once more of the samples are unusable")
+    cache_dir: str = Field(default="~/.cache/fixclip/shards", description="where remote shards are kept")
+    cache_gb: float = Field(default=200.0, gt=0)
+    draft: bool = Field(default=True, description="decode large JPEGs at a fraction of their size")
 
 
 class CaptionsSection(Section):
     """Where the short caption comes from, and which long ones are not worth learning from. See `captions`."""
 
     short_caption: Literal["given", "first_sentence", "random_sentence", "random_sentences"] = "random_sentences"
-    max_short_sentences: int = Field(3, ge=1)
+    max_short_sentences: int = Field(default=3, ge=1)
     drop_short_from_long: bool = False
     filter_captions: bool = False
-    min_words: int | None = Field(8, ge=1)
-    max_repeated_share: float | None = Field(0.4, ge=0, le=1)
-    max_word_run: int | None = Field(3, ge=1)
-    min_letter_share: float | None = Field(0.6, ge=0, le=1)
-    min_words_per_clause: float | None = Field(2.5, gt=0)
+    min_words: int | None = Field(default=8, ge=1)
+    max_repeated_share: float | None = Field(default=0.4, ge=0, le=1)
+    max_word_run: int | None = Field(default=3, ge=1)
+    min_letter_share: float | None = Field(default=0.6, ge=0, le=1)
+    min_words_per_clause: float | None = Field(default=2.5, gt=0)
 
 
 class EvalSection(Section):
     """Retrieval on held-out pairs during training; the mean of both R@1 chooses the best model."""
 
-    source: str | None = Field(None, min_length=1, description="as data.source; null: no evaluation")
+    source: str | None = Field(default=None, min_length=1, description="as data.source; null: no evaluation")
     image_root: str | None = None
-    start: int = Field(0, ge=0)
-    stop: int | None = Field(None, ge=1)
-    every: int = Field(1000, ge=1, description="steps between two evaluations; the last step always has one")
-    batch_size: int = Field(64, ge=1, description="samples a pass in each process")
+    start: int = Field(default=0, ge=0)
+    stop: int | None = Field(default=None, ge=1)
+    every: int = Field(default=1000, ge=1, description="steps between two evaluations; the last step always has one")
+    batch_size: int = Field(default=64, ge=1, description="samples a pass in each process")
 
 
 class EncoderRecipe(Section):
@@ -298,14 +302,14 @@ class EncoderRecipe(Section):
     """
 
     method: Literal["fixclip", "longclip", "finetune"] = "fixclip"
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     model: ModelSection
     data: DataSection
-    captions: CaptionsSection = Field(default_factory=CaptionsSection)
-    optim: OptimSection = Field(default_factory=OptimSection)
-    train: TrainSection = Field(default_factory=TrainSection)
-    eval: EvalSection = Field(default_factory=EvalSection)
-    output: OutputSection = Field(default_factory=OutputSection)
+    captions: CaptionsSection = CaptionsSection()
+    optim: OptimSection = OptimSection()
+    train: TrainSection = TrainSection()
+    eval: EvalSection = EvalSection()
+    output: OutputSection = OutputSection()
 
     @model_validator(mode="after")
     def _check(self) -> "EncoderRecipe":
