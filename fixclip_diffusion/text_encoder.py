@@ -5,13 +5,15 @@ Shapes: B batch, T tokens, D width.
 """
 
 import html
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ftfy
 import torch
 from huggingface_hub.dataclasses import strict
-from tokenizers import normalizers
+from tokenizers import Regex, normalizers, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -24,6 +26,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.models.clip.modeling_clip import CLIPPreTrainedModel, CLIPTextEmbeddings
+from transformers.utils import logging as transformers_logging
 
 from fixclip_core.positional import stretch_positions, stretched_length
 
@@ -40,6 +43,8 @@ __all__ = [
 
 CLIP_CONTEXT_LENGTH = 77
 CLIP_EOS_TOKEN_ID = 49407
+# CLIP matches without regard to case, which makes the long ſ an s.
+WORD_PATTERN = r"'[sſ]|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
 
 class CleanText(str):
@@ -101,6 +106,12 @@ class FixClipTokenizer(CLIPTokenizer):
             self.pad_token = str(pad_token)
             # ftfy has composed the text already; composing again after the entities would differ from CLIP.
             self._tokenizer.normalizer = normalizers.Lowercase()
+            self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+                [
+                    pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="removed", invert=True),
+                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+                ]
+            )
 
     def clean(self, text: str) -> CleanText:
         """The text as CLIP's training saw it, in its original case: ftfy, entities, white space."""
@@ -115,6 +126,21 @@ class FixClipTokenizer(CLIPTokenizer):
             lower = text.replace("İ", "I").lower()
             text = "".join(low if char == "Σ" else char for char, low in zip(text, lower, strict=True))
         return CleanText(text)
+
+    def tokenize(
+        self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs: Any
+    ) -> list[str]:
+        """Pieces of the vocabulary, added tokens in their own case.
+
+        The stock method gives added tokens in lower case, so diffusers misses mixed-case textual inversions of
+        several vectors.
+        """
+        ids = self._encode_plus(text, pair, add_special_tokens=add_special_tokens, **kwargs)["input_ids"]
+        added = self.added_tokens_decoder
+        return [
+            added[index].content if index in added else piece
+            for index, piece in zip(ids, self.convert_ids_to_tokens(ids), strict=True)
+        ]
 
     def _encode_plus(self, text: Any, text_pair: Any = None, **kwargs: Any) -> Any:
         if not kwargs.get("is_split_into_words"):
@@ -174,15 +200,15 @@ class FixClipTextEmbeddings(CLIPTextEmbeddings):
         return inputs_embeds + short(self.position_ids[:, : given.shape[1]])
 
 
-class _ClipTextSource(CLIPTextModel):
-    """A CLIP text model read out of whatever checkpoint holds one; the other parts are passed over in silence."""
-
-    _keys_to_ignore_on_load_unexpected = (
-        r"vision_model",
-        r"visual_projection",
-        r"text_projection",
-        r"logit_scale",
-    )
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """A text model is read out of whatever checkpoint holds one; transformers lists all that is left over."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 class FixClipTextEncoder(CLIPTextModel):
@@ -346,9 +372,10 @@ class FixClipTextEncoder(CLIPTextModel):
         layers = kwargs.pop("num_hidden_layers", None)
         config = load_clip_text_config(name, **kwargs)
         ours = isinstance(config, FixClipTextConfig)
-        loader: Any = super() if ours else _ClipTextSource
+        loader: Any = super() if ours else CLIPTextModel
         try:
-            model, info = loader.from_pretrained(name, *args, config=config, output_loading_info=True, **kwargs)
+            with _quiet_loading():
+                model, info = loader.from_pretrained(name, *args, config=config, output_loading_info=True, **kwargs)
         except Exception as error:
             raise ValueError(f"text encoder {_where(name, kwargs)}: {error}") from error
         missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
