@@ -346,7 +346,8 @@ def group_token_aggregation(tokens_LBD: Tensor, num_groups: int) -> Tensor:
     if num_groups < 1 or len(tokens_LBD) % num_groups:
         raise ValueError(f"num_groups={num_groups}: {len(tokens_LBD)} layers do not split into equal groups")
     size = len(tokens_LBD) // num_groups
-    distance_S = torch.arange(size - 1, -1, -1, dtype=torch.float32, device=tokens_LBD.device)
+    dtype = torch.promote_types(tokens_LBD.dtype, torch.float32)
+    distance_S = torch.arange(size - 1, -1, -1, dtype=dtype, device=tokens_LBD.device)
     weight_S = torch.exp(-(distance_S**2) / 2)
     weight_S = (weight_S / weight_S.sum()).to(tokens_LBD.dtype)
     return torch.einsum("gsbd,s->gbd", tokens_LBD.unflatten(0, (num_groups, size)), weight_S)
