@@ -5,7 +5,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -57,7 +57,7 @@ def make_accelerator(run: RunSection, output: OutputSection) -> Accelerator:
         log_with=list(output.trackers) or None,
         project_dir=output.folder,
         step_scheduler_with_optimizer=False,
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
     )
 
 
@@ -171,6 +171,7 @@ class MetricsLog:
         self.path = folder / METRICS
         self.window: list[dict[str, Tensor]] = []
         self.samples = 0
+        self.seconds = 0.0
         self.since = time.perf_counter()
         if accelerator.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
@@ -179,20 +180,24 @@ class MetricsLog:
     def add(self, losses: dict[str, Tensor], samples: int, applied: bool) -> None:
         """Collect one step; the losses of a skipped one are not finite and would hide the others."""
         self.samples += samples
+        self.seconds = time.perf_counter() - self.since
         if applied:
             self.window.append(losses)
 
     def flush(self, step: int, extra: dict[str, float]) -> dict[str, float]:
         """Write the means since the last flush, over all processes, and return them."""
-        seconds = max(time.perf_counter() - self.since, 1e-9)
         names = sorted({name for losses in self.window for name in losses})
         means = {name: torch.stack([losses[name].float() for losses in self.window]).mean() for name in names}
         reduced = self.accelerator.reduce(means, reduction="mean") if means else {}
         values = {name: float(value) for name, value in reduced.items()}
-        values |= extra | {"samples_per_second": self.samples / seconds}
-        self.window, self.samples, self.since = [], 0, time.perf_counter()
+        values |= extra | {"samples_per_second": self.samples / max(self.seconds, 1e-9)}
+        self.window, self.samples, self.seconds, self.since = [], 0, 0.0, time.perf_counter()
         self.write(step, values)
         return values
+
+    def restart_clock(self) -> None:
+        """Leave out of samples per second what was not training."""
+        self.since = time.perf_counter() - self.seconds
 
     def write(self, step: int, values: dict[str, float]) -> None:
         self.accelerator.log(values, step=step)
@@ -243,12 +248,31 @@ def plot_losses(metrics: Path, png: Path) -> None:
     pyplot.close(figure)
 
 
-def check_finite(parameters: Iterable[Tensor], what: str) -> None:
+def check_finite(model: nn.Module) -> None:
     """Refuse to save poisoned weights.
 
     Raises:
-        FloatingPointError: a weight is NaN or infinite.
+        FloatingPointError: a weight of this process is NaN or infinite.
     """
-    norms = torch._foreach_norm([p.detach() for p in parameters])
-    if not all(torch.isfinite(norm) for norm in norms):
-        raise FloatingPointError(f"{what}: weights are not finite; nothing was saved, resume the last checkpoint")
+    for name, parameter in model.named_parameters():
+        shard = parameter.to_local() if hasattr(parameter, "to_local") else parameter  # of a DTensor
+        if not torch.isfinite(shard.detach()).all():
+            raise FloatingPointError(f"{name} is not finite; nothing was saved, resume from the last checkpoint")
+
+
+def activation_bytes(forward: Callable[[], Any], model: nn.Module) -> int:
+    """Bytes that autograd keeps for the backward pass of `forward`, the model's own tensors excepted."""
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, int] = {}
+    alive = []  # a freed storage's address could be given to another one
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return sum(kept.values())

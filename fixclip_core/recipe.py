@@ -231,9 +231,10 @@ class ModelSection(Section):
     ratio: int = Field(default=4, ge=1)
     num_prompts: int = Field(default=4, ge=0, description="regional prompts a layer; 0: off")
     prompt_flow: Literal["carry", "replace"] = "carry"
+    short_branch: Literal["masked", "pca", "off"] = Field(default="masked", description="what the short caption meets")
     masking: Literal["replace", "drop", "none"] = "replace"
     mask_ratio: float = Field(default=0.75, gt=0, lt=1)
-    pca_rank: int = Field(default=32, ge=1, description="of method longclip")
+    pca_rank: int = Field(default=32, ge=1, description="of the pca short branch")
     num_groups: int = Field(default=4, ge=0, description="layer groups of the hierarchical alignment; 0: off")
     first_group: int = Field(default=3, ge=1, description="first group whose features are aligned")
     hierarchy_branch: Literal["long", "short"] = "long"

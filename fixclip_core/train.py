@@ -1,0 +1,488 @@
+"""Training the encoder: build everything a recipe names, then step, log, evaluate, save.
+
+What is trained on at step s is a function of (recipe, s) alone, so a resumed run repeats an uninterrupted one.
+
+Shapes: B samples of this process, I images, T texts, E embedding.
+"""
+
+import logging
+import math
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator, DistributedType, PartialState
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
+from tqdm import tqdm
+
+from fixclip_core.checkpoint import (
+    check_folder,
+    find_resume,
+    list_checkpoints,
+    load_checkpoint,
+    remove_unfinished,
+    save_checkpoint,
+    training_state_bytes,
+)
+from fixclip_core.config import FINE_TUNE, LONG_CLIP
+from fixclip_core.data import Batch, DataConfig, Loader, build_loader, describe_skipped
+from fixclip_core.evaluate import retrieval_metrics
+from fixclip_core.loop import (
+    MetricsLog,
+    TrainState,
+    activation_bytes,
+    check_finite,
+    count_step,
+    make_accelerator,
+    make_ema,
+    make_optimizer,
+    make_schedule,
+    optimizer_step,
+    parameter_groups,
+    seed_step,
+    start_trackers,
+)
+from fixclip_core.model import MAX_LOG_SCALE, FixClip
+from fixclip_core.recipe import EncoderRecipe, load_recipe, recipe_diff, recipe_yaml
+from fixclip_core.task import ContrastiveTask, forward_backward, split_batch
+
+logger = logging.getLogger(__name__)
+
+RECIPE = "recipe.yaml"
+MODEL = "model"
+BEST = "best"
+CHECKPOINTS = "checkpoints"
+_GIB = 2**30
+
+
+@dataclass
+class Run:
+    """Everything that a recipe needs to run; `model` and `optimizer` are prepared, `clip` is the bare model."""
+
+    recipe: EncoderRecipe
+    accelerator: Accelerator
+    clip: FixClip
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: LambdaLR
+    ema: AveragedModel | None
+    task: ContrastiveTask
+    loader: Loader
+    eval_loader: Loader | None
+    state: TrainState
+    total_steps: int
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.recipe.output.folder)
+
+
+def train(recipe: EncoderRecipe, *, resume: str = "auto") -> Path:
+    """Train as the recipe says and return the folder of the final model, which `FixClip.from_pretrained` reads.
+
+    Args:
+        recipe: what to do.
+        resume: "auto" goes on from the newest whole checkpoint in the output folder, if any; "none" starts over;
+            a path goes on from there.
+
+    Raises:
+        ValueError: the recipe, data, weights, folder or checkpoint cannot be used.
+        FloatingPointError: too many steps in a row without a finite gradient.
+    """
+    run = prepare(recipe)
+    start(run, resume)
+    fit(run)
+    save_model(run, run.folder / MODEL)
+    return run.folder / MODEL
+
+
+# -- building ------------------------------------------------------------------------------------------------
+
+
+def prepare(recipe: EncoderRecipe) -> Run:
+    """Build model, data, optimizer and schedule, and check folder and disk before the first step.
+
+    Raises:
+        ValueError: see `train`.
+    """
+    accelerator = make_accelerator(recipe.train, recipe.output)
+    batch_size = _local_batch_size(recipe, accelerator)
+    if accelerator.is_main_process:
+        check_folder(Path(recipe.output.folder), 0)
+    torch.manual_seed(recipe.seed)
+    with accelerator.local_main_process_first():  # the others find its download
+        clip = build_model(recipe)
+    loader = _loader(data_config(recipe, batch_size), clip, accelerator, augment=True)
+    eval_loader = None
+    if recipe.eval.source is not None:
+        eval_loader = _loader(eval_data_config(recipe), clip, accelerator, augment=False)
+    if accelerator.is_main_process:
+        check_folder(Path(recipe.output.folder), needed_disk(recipe, clip))
+    new = clip.new_parameters()
+    if accelerator.state.deepspeed_plugin is not None:  # it cannot ask a loader that it does not prepare
+        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = batch_size
+    if accelerator.distributed_type == DistributedType.FSDP:  # it cannot shard a scalar; `save_model` undoes this
+        clip.logit_scale = nn.Parameter(clip.logit_scale.detach().reshape(1))
+    groups = parameter_groups(clip, new.__contains__, _no_decay, recipe.optim)
+    model, optimizer = accelerator.prepare(clip, make_optimizer(groups, recipe.optim))
+    clip = accelerator.unwrap_model(model)
+    if accelerator.is_fsdp2:
+        from torch.distributed.fsdp import register_fsdp_forward_method
+
+        for name in ("encode_image", "encode_text"):
+            register_fsdp_forward_method(clip, name)
+    total_steps = recipe.train.steps or recipe.train.epochs * len(loader)
+    schedule = make_schedule(optimizer, recipe.optim, total_steps)
+    state = TrainState()
+    accelerator.register_for_checkpointing(state, schedule)
+    ema = make_ema(accelerator, model, recipe.train.ema_decay)
+    task = ContrastiveTask.from_recipe(recipe.train, clip.config)
+    return Run(
+        recipe, accelerator, clip, model, optimizer, schedule, ema, task, loader, eval_loader, state, total_steps
+    )
+
+
+def build_model(recipe: EncoderRecipe) -> FixClip:
+    """The recipe's base, stretched, with its method's modules; weights are fp32, whatever the precision.
+
+    Raises:
+        ValueError: the base is unknown, cannot be loaded, or does not fit the modules.
+    """
+    section = recipe.model
+    clip = FixClip.from_open_clip(
+        section.name, section.pretrained, cache_dir=section.cache_dir, **model_fields(recipe)
+    ).float()
+    clip.set_grad_checkpointing(recipe.train.gradient_checkpointing)
+    if recipe.train.compile:
+        clip.compile_blocks()
+    return clip
+
+
+def model_fields(recipe: EncoderRecipe) -> dict[str, Any]:
+    """The fields of FixClipConfig that the recipe decides; a baseline's method overrides its modules."""
+    fields = recipe.model.model_dump(exclude={"name", "pretrained", "cache_dir"})
+    return fields | {"fixclip": {}, "longclip": LONG_CLIP, "finetune": FINE_TUNE}[recipe.method]
+
+
+def data_config(recipe: EncoderRecipe, batch_size: int) -> DataConfig:
+    fields = recipe.data.model_dump() | recipe.captions.model_dump()
+    return DataConfig(**fields, batch_size=batch_size, seed=recipe.seed)
+
+
+def eval_data_config(recipe: EncoderRecipe) -> DataConfig:
+    """Held-out pairs in their order, whole long captions, nothing filtered."""
+    fields: dict[str, Any] = recipe.eval.model_dump(exclude={"every"})
+    fields |= recipe.data.model_dump(include={"workers", "max_bad_share", "cache_dir", "cache_gb", "draft"})
+    fields["short_caption"] = "given" if recipe.captions.short_caption == "given" else "first_sentence"
+    return DataConfig(**fields, shuffle=False, last_batch="wrap")
+
+
+def _loader(config: DataConfig, clip: FixClip, accelerator: Accelerator, *, augment: bool) -> Loader:
+    size = clip.config.preprocess.get("size")
+    return build_loader(
+        config,
+        transform=clip.preprocess(train=augment),
+        tokenizer=clip.tokenizer(),
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        image_size=max(size) if isinstance(size, list | tuple) else size,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+
+
+def _local_batch_size(recipe: EncoderRecipe, accelerator: Accelerator) -> int:
+    size, rest = divmod(recipe.train.batch_size, accelerator.num_processes)
+    if rest:
+        raise ValueError(
+            f"train.batch_size={recipe.train.batch_size}: it must be a multiple of the number of processes, "
+            f"{accelerator.num_processes}"
+        )
+    if recipe.train.micro_batch_size is not None and accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError(
+            f"train.micro_batch_size={recipe.train.micro_batch_size}: DeepSpeed steps at every backward pass; "
+            "set it to null, or use FSDP"
+        )
+    return size
+
+
+def _no_decay(name: str, parameter: nn.Parameter) -> bool:
+    """Biases, norms and the logit scale have fewer than 2 dimensions; tokens and positions are no matrices either."""
+    return parameter.ndim < 2 or "position" in name or name == "visual.prompts"
+
+
+def needed_disk(recipe: EncoderRecipe, clip: FixClip) -> int:
+    """Bytes the run will still write at most: checkpoints, one of them twice while it is replaced, and two models."""
+    folder = Path(recipe.output.folder)
+    checkpoint = training_state_bytes(clip, ema=recipe.train.ema_decay is not None)
+    weights = sum(p.numel() * p.element_size() for p in clip.parameters())
+    present = min(len(list_checkpoints(folder / CHECKPOINTS)), recipe.output.keep_last)
+    return (recipe.output.keep_last + 1 - present) * checkpoint + 2 * weights
+
+
+# -- starting ------------------------------------------------------------------------------------------------
+
+
+def start(run: Run, resume: str) -> None:
+    """Load the checkpoint to go on from, if any, and write the recipe beside the results.
+
+    Raises:
+        ValueError: the checkpoint is damaged or does not fit, or the folder holds another run's newer ones.
+    """
+    accelerator, folder = run.accelerator, run.folder
+    checkpoints = folder / CHECKPOINTS
+    path = find_resume(accelerator, resume, checkpoints)
+    if path is not None:
+        load_checkpoint(accelerator, path)
+        if accelerator.is_main_process:
+            logger.info("Resumed step %d from %s", run.state.step, path)
+    newer = [other.name for step, other in list_checkpoints(checkpoints) if step > run.state.step]
+    if newer and resume != "auto":
+        raise ValueError(
+            f"--resume {resume}: {checkpoints} holds newer checkpoints ({', '.join(newer)}); delete them or choose "
+            "another output.folder"
+        )
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        remove_unfinished(checkpoints)
+        if path is not None and (folder / RECIPE).exists():
+            _warn_of_changes(run.recipe, folder / RECIPE)
+        (folder / RECIPE).write_text(recipe_yaml(run.recipe), encoding="utf-8")
+    start_trackers(accelerator, run.recipe.output, run.recipe)
+
+
+def _warn_of_changes(recipe: EncoderRecipe, path: Path) -> None:
+    try:
+        before = load_recipe(EncoderRecipe, path)
+    except ValueError as error:
+        logger.warning("The recipe that the run was started with cannot be compared: %s", error)
+        return
+    for key, now, then in recipe_diff(recipe, before):
+        if not key.startswith("output."):
+            logger.warning("%s was %r when this run started and is %r now", key, then, now)
+
+
+# -- the loop ------------------------------------------------------------------------------------------------
+
+
+def fit(run: Run) -> None:
+    """Take the steps that are left."""
+    recipe, accelerator, state = run.recipe, run.accelerator, run.state
+    log = MetricsLog(accelerator, run.folder, state.step)
+    bar = tqdm(total=run.total_steps, initial=state.step, desc="steps", disable=not accelerator.is_main_process)
+    run.model.train()
+    for batch in batches(run.loader, state.step, run.total_steps):
+        seed_step(recipe.seed, state.step, accelerator.process_index)
+        batch = batch.to(accelerator.device, non_blocking=True)
+        losses = forward_backward(accelerator, run.model, batch, run.task, recipe.train.micro_batch_size)
+        lr = run.optimizer.param_groups[0]["lr"]
+        grad_norm, applied = optimizer_step(accelerator, run.model, run.optimizer, recipe.optim.max_grad_norm)
+        run.schedule.step()
+        if run.ema is not None and applied:
+            run.ema.update_parameters(run.clip)
+        count_step(state, applied, recipe.train.max_skipped_steps)
+
+        log.add(losses, recipe.train.batch_size, applied)
+        last = state.step == run.total_steps
+        if last or state.step % recipe.output.log_every == 0:
+            extra = {"grad_norm": grad_norm, "lr": lr, "logit_scale": run.clip.logit_scale.exp().item()}
+            values = log.flush(state.step, extra | {"skipped_steps": state.skipped})
+            bar.set_postfix({k.removeprefix("loss_"): f"{values[k]:.3g}" for k in values if k in _SHOWN or "loss" in k})
+        if run.eval_loader is not None and (last or state.step % recipe.eval.every == 0):
+            values = evaluate(run, run.eval_loader)
+            log.write(state.step, values)
+            keep_best(run, values)
+            bar.write(f"step {state.step}: " + ", ".join(f"{k} {values[k]:.3f}" for k in values if k.endswith("_at_1")))
+            log.restart_clock()
+        if last or state.step % recipe.output.save_every == 0:
+            check_finite(run.model)
+            save_checkpoint(accelerator, run.folder / CHECKPOINTS, state.step, keep_last=recipe.output.keep_last)
+            log.plot()
+            log.restart_clock()
+        bar.update()
+    bar.close()
+    if run.loader.skipped:
+        logger.warning("Samples that could not be used: %s", describe_skipped(run.loader.skipped.values()))
+    accelerator.end_training()
+
+
+_SHOWN = ("samples_per_second", "skipped_steps")
+
+
+def batches(loader: Loader, step: int, total_steps: int) -> Iterator[Batch]:
+    """The batches of steps `step`..`total_steps`-1, epoch after epoch."""
+    while step < total_steps:
+        epoch, number = divmod(step, len(loader))
+        for batch in loader.epoch(epoch, number):
+            yield batch
+            step += 1
+            if step == total_steps:
+                return
+
+
+# -- evaluation and saving -----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(run: Run, loader: Loader) -> dict[str, float]:
+    """Retrieval among the held-out pairs, with long and with short captions, by the averaged weights if any."""
+    accelerator = run.accelerator
+    model = best_weights(run)
+    model.eval()
+    parts: dict[str, list[Tensor]] = {"position": [], "image": [], "long": [], "short": []}
+    for number, batch in enumerate(tqdm(loader.epoch(0), "evaluating", len(loader), leave=False, disable=None)):
+        batch = batch.to(accelerator.device)
+        with accelerator.autocast():
+            parts["image"].append(model.encode_image(batch.image).float())
+            parts["long"].append(model.encode_text(batch.long_ids).float())
+            parts["short"].append(model.encode_text(batch.short_ids).float())
+        parts["position"].append(torch.tensor(_usable_positions(loader, number), device=accelerator.device))
+    run.model.train()
+    whole = {name: accelerator.gather(torch.cat(tensors)) for name, tensors in parts.items()}
+    chosen_I = _first_of_each(whole["position"])
+    image_IE, long_TE, short_TE = (whole[name][chosen_I] for name in ("image", "long", "short"))
+    own_T = torch.arange(len(chosen_I), device=chosen_I.device)
+    return {
+        f"{name}_{metric}": value
+        for name, text_TE in (("long", long_TE), ("short", short_TE))
+        for metric, value in retrieval_metrics(image_IE, text_TE, own_T).items()
+    }
+
+
+def _usable_positions(loader: Loader, number: int) -> list[int]:
+    """Where the samples of a batch stand in the epoch; -1 for one that was replaced, as it occurs elsewhere too."""
+    positions, _ = loader.batches.positions(number)
+    order = loader.batches.order
+    return [-1 if order.index(0, position) in loader.skipped else position for position in positions]
+
+
+def _first_of_each(position_I: Tensor) -> Tensor:
+    """Indices of the first occurrence of each position that is not -1: the last batch wraps around."""
+    first = {int(position): index for index, position in reversed(list(enumerate(position_I.tolist())))}
+    return torch.tensor([first[p] for p in sorted(first) if p >= 0], device=position_I.device)
+
+
+def best_weights(run: Run) -> FixClip:
+    """The averaged weights if the recipe averages, else the trained ones."""
+    return run.clip if run.ema is None else cast(FixClip, run.ema.module)
+
+
+def keep_best(run: Run, values: dict[str, float]) -> None:
+    """Save the model if it is the best so far by the mean of long R@1 in both directions."""
+    score = (values["long_image_to_text_recall_at_1"] + values["long_text_to_image_recall_at_1"]) / 2
+    if score > run.state.best:
+        run.state.best = score
+        save_model(run, run.folder / BEST)
+
+
+def save_model(run: Run, folder: Path) -> None:
+    """Write the model, averaged if the recipe averages, as a FixClip folder.
+
+    Raises:
+        FloatingPointError: a weight is not finite.
+    """
+    accelerator = run.accelerator
+    check_finite(run.model)
+    clip = best_weights(run)
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        weights = accelerator.get_state_dict(run.model)
+        if accelerator.is_main_process:
+            with torch.device("meta"):
+                clip = FixClip.from_config(run.clip.config)
+            weights["logit_scale"] = weights["logit_scale"].reshape(()).clamp(max=MAX_LOG_SCALE)
+            clip.load_state_dict(weights, assign=True)
+    if accelerator.is_main_process:
+        clip.save_pretrained(folder)
+    accelerator.wait_for_everyone()
+
+
+# -- plan and smoke ------------------------------------------------------------------------------------------
+
+
+def plan(run: Run) -> str:
+    """What the run would do and need, in a few lines; reads one batch and runs a few of its samples."""
+    recipe, accelerator = run.recipe, run.accelerator
+    batch = next(batches(run.loader, 0, 1)).to(accelerator.device)
+    tokens = (batch.long_ids != 0).sum(1).float().mean().item()
+    total = sum(p.numel() for p in run.clip.parameters())
+    new = sum(p.numel() for name, p in run.clip.named_parameters() if name in run.clip.new_parameters())
+    state, activations = memory_estimate(run, batch)
+    local = len(batch.image)
+    micro = min(recipe.train.micro_batch_size or local, local)
+    config = run.clip.config
+    named_only = ":" not in recipe.model.name
+    weights = recipe.model.pretrained or ("random weights" if named_only else "its own weights")
+    lines = {
+        "method": f"{recipe.method}: {config.num_prompts} prompts ({config.prompt_flow}), short branch "
+        f"{config.short_branch}, masking {config.masking}, {config.num_groups} groups",
+        "model": f"{recipe.model.name} ({weights}), {config.context_length} tokens",
+        "parameters": f"{total / 1e6:.1f}M, of which new {new / 1e6:.2f}M",
+        "data": f"{len(run.loader.batches.order)} samples, {len(run.loader)} batches an epoch, "
+        f"{tokens:.0f} tokens a long caption in the first",
+        "batch": f"{recipe.train.batch_size} = {accelerator.num_processes} process(es) x {local}, {micro} at a time",
+        "steps": f"{run.total_steps} ({run.total_steps / len(run.loader):.2f} epochs), "
+        f"warm-up {recipe.optim.warmup_steps}, lr {recipe.optim.lr:g}, new parameters {recipe.optim.lr_new:g}",
+        "precision": f"{recipe.train.precision} on {accelerator.device.type}",
+        "memory": f"about {(state + activations) / _GIB:.1f} GiB a process: weights, gradients and AdamW "
+        f"{state / _GIB:.1f}, activations {activations / _GIB:.1f} (what autograd keeps of a few samples, scaled up)",
+        "disk": f"{needed_disk(recipe, run.clip) / _GIB:.1f} GiB for checkpoints and models in {run.folder}",
+    }
+    return "\n".join(f"{name:>10}  {text}" for name, text in lines.items())
+
+
+def memory_estimate(run: Run, batch: Batch, probe: int = 4) -> tuple[int, int]:
+    """Bytes a process needs for the training state, and for the activations of a pass.
+
+    Activations are measured on half a probe and a whole one, and extrapolated along a line: what does not grow
+    with the samples, such as low-precision copies of the weights, counts once.
+    """
+    recipe = run.recipe
+    trained = sum(p.numel() * p.element_size() for p in run.clip.parameters() if p.requires_grad)
+    weights = sum(p.numel() * p.element_size() for p in run.clip.parameters())
+    state = weights * (2 if run.ema is not None else 1) + 3 * trained
+    samples = min(recipe.train.micro_batch_size or len(batch.image), len(batch.image))
+    probe = min(probe, samples)
+    half = max(1, probe // 2)
+
+    def kept(count: int) -> int:
+        part = split_batch(batch, count)[0]
+        return activation_bytes(lambda: run.task.losses(run.model(part)), run.clip)
+
+    whole = kept(probe)
+    slope = (whole - kept(half)) / (probe - half) if probe > half else 0.0
+    return state, math.ceil(whole + slope * (samples - probe))
+
+
+def smoke(recipe: EncoderRecipe) -> None:
+    """Train `smoke_recipe` in a temporary folder."""
+    process = PartialState()
+    folder = broadcast_object_list([tempfile.mkdtemp() if process.is_main_process else None])[0]
+    try:
+        train(smoke_recipe(recipe, folder), resume="none")
+    finally:
+        if process.is_main_process:
+            shutil.rmtree(folder)
+
+
+def smoke_recipe(recipe: EncoderRecipe, folder: str | Path, batch_size: int = 4) -> EncoderRecipe:
+    """The recipe with random weights, generated samples and two steps: does it start, step, save and evaluate?
+
+    Model size, modules, losses, optimizer and precision stay the recipe's.
+    """
+    micro = recipe.train.micro_batch_size and max(1, batch_size // 2)
+    changes: dict[str, dict[str, Any]] = {
+        "model": {"pretrained": None},
+        "data": {"source": "scenes", "image_root": None, "start": 0, "stop": 2 * batch_size, "workers": 0},
+        "captions": {"short_caption": "first_sentence", "filter_captions": False},
+        "train": {"steps": 2, "batch_size": batch_size, "micro_batch_size": micro},
+        "eval": {"source": "scenes", "image_root": None, "start": 0, "stop": batch_size, "batch_size": batch_size},
+        "output": {"folder": str(folder), "log_every": 1, "keep_last": 1, "trackers": []},
+    }
+    sections = {name: getattr(recipe, name).model_copy(update=update) for name, update in changes.items()}
+    return recipe.model_copy(update=sections)
