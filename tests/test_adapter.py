@@ -1,0 +1,77 @@
+"""The adapter on the text states."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fixclip_diffusion import TextAdapter
+
+
+@given(
+    kind=st.sampled_from(["mlp", "attention"]),
+    num_layers=st.integers(1, 3),
+    hidden_width=st.sampled_from([0, 1, 24]),
+    tokens=st.integers(1, 30),
+)
+def test_starts_as_the_identity_and_learns(kind, num_layers, hidden_width, tokens):
+    adapter = TextAdapter(16, kind, hidden_width, num_layers, num_heads=4, max_tokens=30)
+    states = torch.randn(2, tokens, 16)
+    assert torch.equal(adapter(states), states)
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
+    for _ in range(2):
+        (adapter(states) - 1).square().mean().backward()
+        optimizer.step()
+    assert not torch.equal(adapter(states), states)
+
+
+def test_mlp_is_token_wise_and_attention_is_not():
+    states = torch.randn(1, 6, 16)
+    changed = states.clone()
+    changed[:, 5] += 1
+    for kind, token_wise in (("mlp", True), ("attention", False)):
+        adapter = TextAdapter(16, kind, num_heads=4)
+        for parameter in adapter.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        assert torch.equal(adapter(states)[:, :5], adapter(changed)[:, :5]) == token_wise
+
+
+@pytest.mark.parametrize("kind", ["mlp", "attention"])
+def test_save_and_load(tmp_path, kind):
+    adapter = TextAdapter(16, kind, num_heads=4, num_layers=3, hidden_width=10, max_tokens=99)
+    for parameter in adapter.parameters():
+        torch.nn.init.normal_(parameter)
+    adapter.save_pretrained(tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter.safetensors", "adapter_config.json"]
+    again = TextAdapter.from_pretrained(tmp_path)
+    assert again.config == adapter.config
+    states = torch.randn(2, 7, 16)
+    assert torch.equal(again(states), adapter(states))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kind": "conv"}, "adapter kind 'conv': valid are mlp, attention"),
+        ({"num_layers": 0}, "num_layers=0"),
+        ({"kind": "attention", "num_heads": 3}, "num_heads=3 does not divide the width 16"),
+    ],
+)
+def test_bad_sizes_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        TextAdapter(16, **arguments)
+
+
+def test_too_many_tokens_for_the_positions():
+    with pytest.raises(ValueError, match="9 text states: this adapter holds positions for 8"):
+        TextAdapter(16, "attention", num_heads=4, max_tokens=8)(torch.zeros(1, 9, 16))
+
+
+def test_damaged_folders_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"expected a folder or hub name with adapter_config\.json"):
+        TextAdapter.from_pretrained(tmp_path)
+    TextAdapter(16).save_pretrained(tmp_path)
+    weights = tmp_path / "adapter.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="adapter"):
+        TextAdapter.from_pretrained(tmp_path)
