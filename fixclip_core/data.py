@@ -89,20 +89,20 @@ class DataConfig(BaseModel):
 
     source: str
     image_root: str | None = None
-    start: int = Field(0, ge=0)
-    stop: int | None = Field(None, ge=1)
-    batch_size: int = Field(256, ge=1)
-    workers: int = Field(4, ge=0)
-    seed: int = Field(0, ge=0)
+    start: int = Field(default=0, ge=0)
+    stop: int | None = Field(default=None, ge=1)
+    batch_size: int = Field(default=256, ge=1)
+    workers: int = Field(default=4, ge=0)
+    seed: int = Field(default=0, ge=0)
     shuffle: bool = True
-    shuffle_shards: int = Field(16, ge=1)
+    shuffle_shards: int = Field(default=16, ge=1)
     last_batch: Literal["drop", "wrap", "keep"] = "drop"
-    max_bad_share: float = Field(0.01, ge=0, le=1)
+    max_bad_share: float = Field(default=0.01, ge=0, le=1)
     cache_dir: str = "~/.cache/fixclip/shards"
-    cache_gb: float = Field(200.0, gt=0)
+    cache_gb: float = Field(default=200.0, gt=0)
     draft: bool = True
     short_caption: ShortPolicy = "first_sentence"
-    max_short_sentences: int = Field(3, ge=1)
+    max_short_sentences: int = Field(default=3, ge=1)
     drop_short_from_long: bool = False
     filter_captions: bool = False
     min_words: int | None = CaptionFilters.min_words

@@ -105,9 +105,7 @@ def test_clauses_refine_sentences(text):
     assert {end for _, end in split_sentences(text)} <= {end for _, end in split_clauses(text)}
 
 
-@pytest.mark.parametrize(
-    "text", ["!" * 50_000 + "x", " " * 50_000 + "x", "\n" * 50_000, '."' * 25_000, "1." * 25_000]
-)
+@pytest.mark.parametrize("text", ["!" * 50_000 + "x", " " * 50_000 + "x", "\n" * 50_000, '."' * 25_000, "1." * 25_000])
 def test_hostile_text_is_no_slower_than_long_text(text):
     """Would take minutes if a pattern backtracked."""
     assert "".join(sentences(clean_caption(text) or text))
@@ -148,9 +146,7 @@ def test_given_short_caption_is_dropped_only_where_the_long_one_repeats_it():
 
 
 def test_random_policies_reach_every_sentence_and_count():
-    pairs = [
-        caption_pair(LONG, None, ShortCaptions("random_sentence"), random.Random(seed)) for seed in range(60)
-    ]
+    pairs = [caption_pair(LONG, None, ShortCaptions("random_sentence"), random.Random(seed)) for seed in range(60)]
     assert {short for _, short in pairs} == {text.strip() for text in sentences(LONG)}
     options = ShortCaptions("random_sentences", max_sentences=3)
     counts = {len(sentences(caption_pair(LONG, None, options, random.Random(seed))[1])) for seed in range(60)}

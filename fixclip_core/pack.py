@@ -1,0 +1,339 @@
+"""Captioned images -> a look at them, and WebDataset shards.
+
+Packing is parallel, resumable, and gives the same bytes however often it was cut off.
+
+Shard i holds what is usable of samples i*shard_size .. (i+1)*shard_size - 1, so no shard depends on another.
+A shard is renamed into place when complete and then recorded; a resumed run keeps what is recorded.
+"""
+
+import hashlib
+import io
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from filelock import FileLock, Timeout
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+from webdataset.writer import TarWriter
+
+from fixclip_core.captions import CaptionFilters, rejection
+from fixclip_core.data import (
+    BadSampleError,
+    DataConfig,
+    Sample,
+    Skipped,
+    Source,
+    check_captions,
+    decode_image,
+    open_source,
+    write_atomically,
+    write_index,
+)
+
+# Stored as they are; anything else becomes a PNG.
+KEPT_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+JPEG_QUALITY = 95
+_LOCK_SECONDS = 30
+
+
+@dataclass(frozen=True)
+class PackOptions:
+    """What decides a shard's content.
+
+    Attributes:
+        shard_size: samples per shard, before any is skipped.
+        resize: pixels that `side` of a larger image is reduced to; None keeps the files as they are.
+        side: the side that `resize` speaks of.
+        filters: captions to leave out; None keeps all.
+    """
+
+    shard_size: int = 1000
+    resize: int | None = None
+    side: Literal["shortest", "longest"] = "shortest"
+    filters: CaptionFilters | None = None
+
+    def __post_init__(self) -> None:
+        if self.shard_size < 1:
+            raise ValueError(f"shard_size={self.shard_size}: it must be at least 1")
+        if self.resize is not None and self.resize < 1:
+            raise ValueError(f"resize={self.resize}: it must be at least 1 pixel")
+        if self.side not in ("shortest", "longest"):
+            raise ValueError(f"side={self.side!r}: choose shortest or longest")
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """What became of the samples: how many, how many written, and every one that was not."""
+
+    samples: int
+    written: int
+    skipped: list[Skipped]
+
+    def counts(self) -> dict[str, int]:
+        return dict(Counter(sample.reason for sample in self.skipped).most_common())
+
+
+def pack(config: DataConfig, out: Path, options: PackOptions, workers: int = 1) -> PackReport:
+    """Write `out`/shard-*.tar, index.json (samples per shard) and report.json (what was skipped and why).
+
+    Run it again after an interruption, however hard, and it goes on where it was.
+
+    Args:
+        config: its source, image_root, start and stop say what to pack.
+        out: a folder that is new, empty or from the same pack.
+        options: what the shards hold.
+        workers: processes; they do not change the result.
+
+    Raises:
+        ValueError: `out` holds something else, was packed with other options or from other samples, is being
+            packed by somebody else or cannot be written; or the source is malformed.
+    """
+    source = open_source(config)
+    samples = range(config.start, min(config.stop or sum(source.sizes), sum(source.sizes)))
+    if not samples:
+        raise ValueError(f"start={config.start}: {config.source} has only {sum(source.sizes)} samples")
+    state = out / ".pack"
+    if out.exists() and not state.exists() and any(out.iterdir()):
+        raise ValueError(f"{out}: the folder is not empty and not from a pack; choose a new one")
+    try:
+        state.mkdir(parents=True, exist_ok=True)
+        with FileLock(state / "lock", timeout=_LOCK_SECONDS):
+            _check_options(state / "options.json", config, options, len(samples))
+            return _pack_shards(source, samples, out, options, workers)
+    except Timeout:
+        raise ValueError(f"{out}: another process is packing into this folder") from None
+    except OSError as error:
+        raise ValueError(f"{out}: cannot be written: {error}") from None
+
+
+def _check_options(path: Path, config: DataConfig, options: PackOptions, count: int) -> None:
+    """Record what is being packed, or refuse to mix it with something else."""
+    chosen = {
+        "start": config.start,
+        "stop": config.stop,
+        "samples": count,
+        **asdict(options),
+    }
+    if not path.exists():
+        write_atomically(path, json.dumps(chosen, indent=1).encode())
+    recorded = json.loads(path.read_bytes())
+    for name, value in chosen.items():
+        if recorded.get(name) != value:
+            raise ValueError(
+                f"{path.parent.parent}: packed with {name}={recorded.get(name)!r}, not {value!r}; "
+                "choose another folder, or delete this one"
+            )
+
+
+def _pack_shards(source: Source, samples: range, out: Path, options: PackOptions, workers: int) -> PackReport:
+    shards = ShardPacker(source, samples, out, options)
+    for leftover in [*(out / ".pack").glob("*.tmp"), *(out / ".pack").glob(".*.tmp")]:
+        leftover.unlink(missing_ok=True)
+    loader = DataLoader(
+        shards,
+        batch_size=None,
+        num_workers=workers if workers > 1 else 0,
+        in_order=False,  # a slow shard holds nobody up
+    )
+    records: dict[int, dict[str, Any]] = {}
+    skipped = 0
+    with tqdm(total=len(samples), desc="packing", unit="image") as bar:
+        for record in loader:
+            if "error" in record:
+                raise ValueError(record["error"])
+            records[record["shard"]] = record
+            bar.update(record["samples"])
+            skipped += len(record["skipped"])
+            bar.set_postfix(skipped=skipped)
+    ordered = [records[number] for number in range(len(shards))]
+    write_index(out, {shards.name(record["shard"]): record["written"] for record in ordered})
+    report = PackReport(
+        samples=len(samples),
+        written=sum(record["written"] for record in ordered),
+        skipped=[Skipped(**skipped) for record in ordered for skipped in record["skipped"]],
+    )
+    write_atomically(out / "report.json", json.dumps({**asdict(report), "counts": report.counts()}, indent=1).encode())
+    return report
+
+
+class ShardPacker(Dataset):
+    """Item `number` makes sure that a shard is there and gives its record.
+
+    A Dataset, because torch's loader already runs items in processes, and ends those with their parent.
+    """
+
+    def __init__(self, source: Source, samples: range, out: Path, options: PackOptions) -> None:
+        self.source, self.samples, self.out, self.options = source, samples, out, options
+
+    def __len__(self) -> int:
+        return -(-len(self.samples) // self.options.shard_size)
+
+    def name(self, number: int) -> str:
+        return f"shard-{number:06d}.tar"
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        try:
+            return self._ensure(number)
+        except (OSError, ValueError) as error:  # a worker's exception would reach the user as a traceback in a string
+            return {"error": f"{self.out / self.name(number)}: {error}"}
+
+    def _ensure(self, number: int) -> dict[str, Any]:
+        size = self.options.shard_size
+        indices = self.samples[number * size : (number + 1) * size]
+        inputs = hashlib.sha256("\n".join(map(self.source.fingerprint, indices)).encode()).hexdigest()
+        shard, record_path = self.out / self.name(number), self.out / ".pack" / f"shard-{number:06d}.json"
+        if record_path.exists():
+            record = json.loads(record_path.read_bytes())
+            if record["inputs"] != inputs:
+                raise ValueError(
+                    "captions or images changed since it was packed; choose another folder, or delete "
+                    f"{record_path} to pack this shard anew"
+                )
+            if shard.exists() and shard.stat().st_size == record["bytes"]:
+                return record
+        skipped: list[Skipped] = []
+        written = self._write(shard, indices, skipped)
+        record = {
+            "shard": number,
+            "samples": len(indices),
+            "written": written,
+            "skipped": [asdict(sample) for sample in skipped],
+            "bytes": shard.stat().st_size,
+            "inputs": inputs,
+        }
+        write_atomically(record_path, json.dumps(record).encode())
+        return record
+
+    def _write(self, shard: Path, indices: range, skipped: list[Skipped]) -> int:
+        handle, temporary = tempfile.mkstemp(suffix=".tmp", dir=self.out / ".pack")
+        written = 0
+        with os.fdopen(handle, "wb") as file:
+            os.fchmod(handle, 0o644)
+            with TarWriter(file, encoder=False, mtime=0) as tar:
+                for sample in self._usable(indices, skipped):
+                    tar.write(sample)
+                    written += 1
+            file.flush()
+            os.fsync(handle)
+        os.replace(temporary, shard)
+        return written
+
+    def _usable(self, indices: range, skipped: list[Skipped]) -> Iterator[dict[str, Any]]:
+        for index in indices:
+            try:
+                sample = self.source.read(index)
+                long, short = check_captions(sample, self.options.filters)
+                extension, image = self._image(sample)
+            except BadSampleError as error:
+                skipped.append(Skipped(**{**asdict(error.skipped), "index": index}))
+                continue
+            extra = {"image": sample.key} | ({"short": short} if short else {})
+            yield {
+                "__key__": f"{index:09d}",
+                extension: image,
+                "txt": long.encode(),
+                "json": json.dumps(extra).encode(),
+            }
+
+    def _image(self, sample: Sample) -> tuple[str, bytes]:
+        """(extension, file) to store. Every image is decoded, or training would find the damage."""
+        resize, measure = self.options.resize, max if self.options.side == "longest" else min
+        kind, size = _header(sample)
+        if kind in KEPT_FORMATS and (resize is None or measure(size) <= resize):
+            decode_image(sample, draft_size=1)  # a JPEG's data is read completely, its pixels at an eighth
+            assert isinstance(sample.image, bytes)
+            return KEPT_FORMATS[kind], sample.image
+        image = decode_image(sample, draft_size=2 * resize if resize else None)
+        if resize is not None and measure(image.size) > resize:
+            scale = resize / measure(image.size)
+            width, height = (max(1, round(side * scale)) for side in image.size)
+            image = image.resize((width, height), Image.Resampling.LANCZOS)
+        extension, saved = ("jpg", "JPEG") if kind in ("JPEG", "WEBP") else ("png", "PNG")
+        buffer = io.BytesIO()
+        image.save(buffer, saved, **({"quality": JPEG_QUALITY} if saved == "JPEG" else {}))
+        return extension, buffer.getvalue()
+
+
+def _header(sample: Sample) -> tuple[str | None, tuple[int, int]]:
+    """Format and size of an encoded image; (None, ...) where `decode_image` will say what is wrong with it."""
+    if isinstance(sample.image, Tensor):
+        return None, (0, 0)
+    try:
+        with Image.open(io.BytesIO(sample.image)) as image:
+            return image.format, image.size
+    except Exception:
+        return None, (0, 0)
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What a look at a source found.
+
+    Attributes:
+        samples: in the source.
+        checked: of them, spread evenly over it.
+        skipped: every one that could not be used, and why.
+        filtered: how many captions each of the filters' reasons would leave out.
+        tokens: CLIP tokens of each long caption, start and end token included.
+        short_captions: how many samples bring a short caption.
+        examples: a few (key, long caption).
+    """
+
+    samples: int
+    checked: int
+    skipped: list[Skipped]
+    filtered: dict[str, int]
+    tokens: np.ndarray
+    short_captions: int
+    examples: list[tuple[str, str]]
+
+    def counts(self) -> dict[str, int]:
+        return dict(Counter(sample.reason for sample in self.skipped).most_common())
+
+
+def check_source(
+    config: DataConfig, filters: CaptionFilters, *, limit: int | None = None, decode: bool = True, examples: int = 3
+) -> CheckReport:
+    """Read up to `limit` samples, evenly spread, and count what is in them.
+
+    Raises:
+        ValueError: the source cannot be opened, or the limit is not positive.
+    """
+    from open_clip.tokenizer import SimpleTokenizer  # slow to import, and packing does without
+
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit}: it must be at least 1")
+    source, encode = open_source(config), SimpleTokenizer().encode
+    samples = range(config.start, min(config.stop or sum(source.sizes), sum(source.sizes)))
+    chosen = samples[:: -(-len(samples) // limit)] if limit and samples else samples
+    skipped: list[Skipped] = []
+    filtered: Counter[str] = Counter()
+    tokens: list[int] = []
+    shown: list[tuple[str, str]] = []
+    short_captions = 0
+    for index in tqdm(chosen, "checking", unit="sample"):
+        try:
+            sample = source.read(index)
+            long, short = check_captions(sample)
+            if decode:
+                decode_image(sample, draft_size=1)
+        except BadSampleError as error:
+            skipped.append(error.skipped)
+            continue
+        filtered.update(filter(None, [rejection(long, filters)]))
+        tokens.append(len(encode(long)) + 2)
+        short_captions += short is not None
+        if len(shown) < examples:
+            shown.append((sample.key, long))
+    return CheckReport(
+        len(samples), len(chosen), skipped, dict(filtered), np.array(tokens, np.int64), short_captions, shown
+    )
