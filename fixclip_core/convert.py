@@ -533,7 +533,7 @@ def load_fixclip(source: str | Path, model_name: str | None = None, **config_fie
     its positions.
 
     Args:
-        source: file or folder.
+        source: file or folder; of a training run, its folder or `best` in it.
         model_name: see `read_clip`.
         config_fields: fields of `FixClipConfig` for a CLIP that becomes a FixClip, e.g. `num_prompts=0`.
 
@@ -541,10 +541,10 @@ def load_fixclip(source: str | Path, model_name: str | None = None, **config_fie
         ValueError: see `read_clip`; fields given for a folder that has its own; or the architecture is none
             that FixClip can hold.
     """
-    if is_fixclip_folder(source):
+    if folder := find_fixclip(source):
         if config_fields:
             raise ValueError(f"{source} is a FixClip already: {', '.join(config_fields)} cannot be changed")
-        return FixClip.from_pretrained(source)
+        return FixClip.from_pretrained(folder)
     checkpoint = read_clip(source, model_name)
     if checkpoint.context_length > CLIP_CONTEXT_LENGTH:
         config_fields.setdefault("ratio", 1)
@@ -552,13 +552,14 @@ def load_fixclip(source: str | Path, model_name: str | None = None, **config_fie
     return FixClip.from_clip(clip, checkpoint.model_config, checkpoint.preprocess, **config_fields)
 
 
-def is_fixclip_folder(source: str | Path) -> bool:
-    """Whether `FixClip.save_pretrained` wrote this folder."""
-    config_file = Path(source) / "config.json"
-    if not config_file.is_file():
-        return False
-    config = _read_json(config_file)
-    return "clip" in config and "preprocess" in config
+def find_fixclip(source: str | Path) -> Path | None:
+    """The folder that `FixClip.save_pretrained` wrote: `source`, or `model` in a training run's folder."""
+    for folder in (Path(source), Path(source) / "model"):
+        if (folder / "config.json").is_file():
+            config = _read_json(folder / "config.json")
+            if "clip" in config and "preprocess" in config:
+                return folder
+    return None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny_clips import VOCAB_SIZE, full_vocabulary_clip, tiny_clip, tiny_config, tiny_transformers_clip
 from torch import nn
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTextModel, CLIPTokenizer
 
 from fixclip_core.convert import (
     build_clip,
@@ -26,34 +27,7 @@ from fixclip_core.convert import (
 from fixclip_core.model import FixClip
 from fixclip_diffusion import FixClipTextEncoder, FixClipTokenizer
 
-VOCAB_SIZE = 50
 TOLERANCE = {"atol": 1e-5, "rtol": 0.0}
-
-
-def tiny_config(context_length=77, quick_gelu=True):
-    return {
-        "embed_dim": 32,
-        "vision_cfg": {"image_size": 32, "layers": 3, "width": 64, "patch_size": 8},
-        "text_cfg": {
-            "context_length": context_length,
-            "vocab_size": VOCAB_SIZE,
-            "width": 128,
-            "heads": 2,
-            "layers": 2,
-        },
-        "quick_gelu": quick_gelu,
-    }
-
-
-@torch.no_grad()
-def tiny_clip(context_length=77, quick_gelu=True, seed=0):
-    """An open_clip CLIP whose every weight is random and large enough to show a wrong activation."""
-    torch.manual_seed(seed)
-    clip = open_clip.CLIP(**tiny_config(context_length, quick_gelu)).eval()
-    for name, parameter in clip.named_parameters():
-        if name != "logit_scale":
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return clip
 
 
 def batch(context_length=77, seed=1):
@@ -99,41 +73,6 @@ def assert_same_states(actual, expected, count=3 + 1 + 2 + 1):
     assert len(actual) == len(expected) == count
     for layer, (a, b) in enumerate(zip(actual, expected, strict=True)):
         torch.testing.assert_close(a, b, **TOLERANCE, msg=lambda text, layer=layer: f"layer {layer}: {text}")
-
-
-def tiny_transformers_clip(context_length=77, activation="quick_gelu", **text):
-    torch.manual_seed(3)
-    sizes = {"num_attention_heads": 2, "hidden_act": activation}
-    config = CLIPConfig(
-        text_config={
-            "vocab_size": VOCAB_SIZE,
-            "hidden_size": 96,
-            "intermediate_size": 160,
-            "num_hidden_layers": 2,
-            "max_position_embeddings": context_length,
-            "bos_token_id": VOCAB_SIZE - 2,
-            "eos_token_id": VOCAB_SIZE - 1,
-            "projection_dim": 32,
-            **sizes,
-            **text,
-        },
-        vision_config={
-            "hidden_size": 48,
-            "intermediate_size": 100,
-            "num_hidden_layers": 3,
-            "image_size": 32,
-            "patch_size": 8,
-            "projection_dim": 32,
-            **sizes,
-        },
-        projection_dim=32,
-    )
-    model = CLIPModel(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model
 
 
 # --- names -----------------------------------------------------------------------------------------------
@@ -456,21 +395,6 @@ def test_other_models_are_named(tmp_path):
 # --- FixClip in and out ----------------------------------------------------------------------------------
 
 
-def full_vocabulary_clip():
-    """As `tiny_clip`, with the vocabulary that the tokenizer files of an export describe."""
-    torch.manual_seed(5)
-    config = tiny_config()
-    config["text_cfg"] |= {"vocab_size": 49408, "width": 64, "heads": 2}
-    config["vision_cfg"] |= {"head_width": 32}
-    clip = open_clip.CLIP(**config).eval()
-    with torch.no_grad():
-        for name, parameter in clip.named_parameters():
-            if name != "logit_scale":
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    preprocess = {"size": 32, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4), "interpolation": "bicubic"}
-    return clip, config, preprocess
-
-
 @pytest.fixture(scope="module")
 def trained():
     """A FixClip whose new parameters have moved away from where they start."""
@@ -645,6 +569,11 @@ def test_a_clip_of_77_tokens_is_stretched(tmp_path):
         torch.testing.assert_close(model.encode_text(ids), clip.encode_text(ids, normalize=True), **TOLERANCE)
     wide = load_fixclip(tmp_path / "clip.pt", num_groups=0, keep=30, ratio=3)
     assert wide.config.context_length == 30 + 47 * 3
+
+
+def test_a_training_run_is_found_by_its_folder(trained, tmp_path):
+    trained.save_pretrained(tmp_path / "model")
+    assert load_fixclip(tmp_path).config == trained.config
 
 
 def test_fields_of_a_fixclip_cannot_be_changed(exported):

@@ -1,0 +1,83 @@
+"""Tiny CLIPs with random weights, in open_clip's and in transformers' classes."""
+
+import open_clip
+import torch
+from transformers import CLIPConfig, CLIPModel
+
+VOCAB_SIZE = 50
+
+
+def tiny_config(context_length=77, quick_gelu=True):
+    return {
+        "embed_dim": 32,
+        "vision_cfg": {"image_size": 32, "layers": 3, "width": 64, "patch_size": 8},
+        "text_cfg": {
+            "context_length": context_length,
+            "vocab_size": VOCAB_SIZE,
+            "width": 128,
+            "heads": 2,
+            "layers": 2,
+        },
+        "quick_gelu": quick_gelu,
+    }
+
+
+@torch.no_grad()
+def tiny_clip(context_length=77, quick_gelu=True, seed=0):
+    """An open_clip CLIP whose every weight is random and large enough to show a wrong activation."""
+    torch.manual_seed(seed)
+    clip = open_clip.CLIP(**tiny_config(context_length, quick_gelu)).eval()
+    for name, parameter in clip.named_parameters():
+        if name != "logit_scale":
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return clip
+
+
+def tiny_transformers_clip(context_length=77, activation="quick_gelu", **text):
+    torch.manual_seed(3)
+    sizes = {"num_attention_heads": 2, "hidden_act": activation}
+    config = CLIPConfig(
+        text_config={
+            "vocab_size": VOCAB_SIZE,
+            "hidden_size": 96,
+            "intermediate_size": 160,
+            "num_hidden_layers": 2,
+            "max_position_embeddings": context_length,
+            "bos_token_id": VOCAB_SIZE - 2,
+            "eos_token_id": VOCAB_SIZE - 1,
+            "projection_dim": 32,
+            **sizes,
+            **text,
+        },
+        vision_config={
+            "hidden_size": 48,
+            "intermediate_size": 100,
+            "num_hidden_layers": 3,
+            "image_size": 32,
+            "patch_size": 8,
+            "projection_dim": 32,
+            **sizes,
+        },
+        projection_dim=32,
+    )
+    model = CLIPModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def full_vocabulary_clip():
+    """As `tiny_clip`, with the vocabulary that the tokenizer files of an export describe."""
+    torch.manual_seed(5)
+    config = tiny_config()
+    config["text_cfg"] |= {"vocab_size": 49408, "width": 64, "heads": 2}
+    config["vision_cfg"] |= {"head_width": 32}
+    clip = open_clip.CLIP(**config).eval()
+    with torch.no_grad():
+        for name, parameter in clip.named_parameters():
+            if name != "logit_scale":
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    preprocess = {"size": 32, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4), "interpolation": "bicubic"}
+    return clip, config, preprocess
