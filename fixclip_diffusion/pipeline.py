@@ -137,6 +137,24 @@ class FixClipStableDiffusionPipeline(StableDiffusionPipeline):
         finally:
             self.long_prompt = before
 
+    @classmethod
+    def load_lora_into_text_encoder(
+        cls,
+        state_dict: dict[str, Any],
+        network_alphas: Any,
+        text_encoder: Any,
+        prefix: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Stock loading; the flat keys that LoRAs of transformers 5 carry are given the child's name."""
+        prefix = cls.text_encoder_name if prefix is None else prefix
+        flat = f"{prefix}.encoder."
+        state_dict = {
+            f"{prefix}.text_model.{key.removeprefix(f'{prefix}.')}" if key.startswith(flat) else key: value
+            for key, value in state_dict.items()
+        }
+        super().load_lora_into_text_encoder(state_dict, network_alphas, text_encoder, prefix=prefix, **kwargs)
+
     def token_report(self, prompt: str) -> TokenReport:
         """Length of the prompt in tokens, where the 77th and the 248th fall, and the windows it takes."""
         return token_report(self.tokenizer, self.maybe_convert_prompt(prompt, self.tokenizer))

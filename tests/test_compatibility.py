@@ -1,0 +1,363 @@
+"""Everything that stock diffusers can do still works with the two components swapped, on tiny real models."""
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from diffusers import (
+    AnimateDiffPipeline,
+    AutoPipelineForImage2Image,
+    ControlNetModel,
+    MotionAdapter,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+)
+from PIL import Image
+from safetensors.torch import save_file
+
+from fixclip_diffusion import FixClipStableDiffusionPipeline, FixClipTextEncoder, FixClipTokenizer
+
+LONG = tiny.sentences(14)
+OTHER_END = LONG.replace("number 13", "number 12")
+
+
+@pytest.fixture(scope="module")
+def components(sd1):
+    """The two components, swapped in as a user would."""
+    return {
+        "text_encoder": FixClipTextEncoder.from_pretrained(sd1, subfolder="text_encoder"),
+        "tokenizer": FixClipTokenizer.from_pretrained(sd1, subfolder="tokenizer"),
+    }
+
+
+@pytest.fixture
+def ours(sd1):
+    return quiet(FixClipStableDiffusionPipeline.from_pretrained(sd1))
+
+
+def quiet(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def seed():
+    return torch.Generator().manual_seed(1)
+
+
+def picture(pipe, prompt, **kwargs):
+    settings = {"num_inference_steps": 2, "height": 16, "width": 16, "output_type": "np", "generator": seed()}
+    return pipe(prompt, **{**settings, **kwargs}).images[0]
+
+
+def random_image(channels=3):
+    array = np.random.default_rng(0).integers(0, 255, (16, 16, channels), dtype=np.uint8)
+    return Image.fromarray(array.squeeze())
+
+
+def assert_the_end_counts(call):
+    """The words behind token 77 change the result, in the prompt and in the negative prompt."""
+    first = np.asarray(call(prompt=LONG, negative_prompt="bad"))
+    assert np.isfinite(first).all()
+    assert not np.array_equal(first, call(prompt=OTHER_END, negative_prompt="bad"))
+    assert not np.array_equal(call(prompt="a", negative_prompt=LONG), call(prompt="a", negative_prompt=OTHER_END))
+
+
+# Other pipelines, by swapping the two components.
+
+
+def test_text_to_image(sd1, components):
+    pipe = quiet(StableDiffusionPipeline.from_pretrained(sd1, **components))
+    assert_the_end_counts(lambda **kwargs: picture(pipe, **kwargs))
+
+
+def test_image_to_image(sd1, components):
+    pipe = quiet(StableDiffusionImg2ImgPipeline.from_pretrained(sd1, **components))
+    common = {"image": random_image(), "strength": 0.9, "num_inference_steps": 3, "output_type": "np"}
+    assert_the_end_counts(lambda **kwargs: pipe(**common, **kwargs, generator=seed()).images[0])
+
+
+def test_inpainting(sd1, components):
+    pipe = quiet(StableDiffusionInpaintPipeline.from_pretrained(sd1, **components))
+    common = {"image": random_image(), "mask_image": random_image(1), "height": 16, "width": 16}
+    common |= {"num_inference_steps": 2, "output_type": "np"}
+    assert_the_end_counts(lambda **kwargs: pipe(**common, **kwargs, generator=seed()).images[0])
+
+
+def test_controlnet(sd1, components):
+    stock = StableDiffusionPipeline.from_pretrained(sd1, **components)
+    controlnet = ControlNetModel.from_unet(stock.unet, conditioning_embedding_out_channels=(8, 16))
+    pipe = quiet(
+        StableDiffusionControlNetPipeline(**stock.components, controlnet=controlnet, requires_safety_checker=False)
+    )
+    common = {"image": random_image(), "height": 16, "width": 16, "num_inference_steps": 2, "output_type": "np"}
+    assert_the_end_counts(lambda **kwargs: pipe(**common, **kwargs, generator=seed()).images[0])
+
+
+def test_animatediff(sd1, components):
+    motion = MotionAdapter(
+        block_out_channels=(16, 32), motion_layers_per_block=1, motion_norm_num_groups=4, motion_num_attention_heads=2
+    )
+    pipe = quiet(AnimateDiffPipeline.from_pretrained(sd1, motion_adapter=motion, **components))
+    common = {"num_frames": 2, "height": 16, "width": 16, "num_inference_steps": 2, "output_type": "np"}
+    assert_the_end_counts(lambda **kwargs: pipe(**common, **kwargs, generator=seed()).frames[0])
+
+
+def test_our_pipeline_becomes_another_one(ours):
+    pipe = quiet(StableDiffusionImg2ImgPipeline.from_pipe(ours))
+    assert pipe.text_encoder is ours.text_encoder
+    auto = AutoPipelineForImage2Image.from_pipe(StableDiffusionPipeline.from_pipe(ours))
+    assert auto.tokenizer is ours.tokenizer
+
+
+def test_states_of_our_pipeline_serve_another_one(ours, sd1):
+    """Prompts beyond 248 tokens in any pipeline: encode with ours, pass the states."""
+    very_long = tiny.sentences(40)
+    positive, negative = ours.encode_prompt(very_long, "cpu", 1, True, "bad")
+    pipe = quiet(StableDiffusionPipeline.from_pretrained(sd1))
+    actual = picture(pipe, None, prompt_embeds=positive, negative_prompt_embeds=negative)
+    assert np.array_equal(actual, picture(ours, very_long, negative_prompt="bad"))
+
+
+def test_clip_skip_in_a_stock_pipeline(sd1, components):
+    """Stock diffusers' clip_skip fails with the stock flat CLIPTextModel; with ours it works."""
+    pipe = quiet(StableDiffusionPipeline.from_pretrained(sd1, **components))
+    assert not np.array_equal(picture(pipe, LONG), picture(pipe, LONG, clip_skip=1))
+
+
+# LoRA: PEFT, diffusers and kohya layouts, on UNet and text encoder.
+
+RANK = 2
+
+
+def lora_layers(pipe, of_unet):
+    """(name in the module tree, up weight, down weight) of a few attention projections."""
+    module = pipe.unet if of_unet else pipe.text_encoder.text_model
+    ends = ("attn2.to_q", "attn2.to_v") if of_unet else ("self_attn.q_proj", "self_attn.out_proj")
+    generator = torch.Generator().manual_seed(3)
+    for name, layer in module.named_modules():
+        if name.endswith(ends):
+            yield (
+                name,
+                torch.randn(layer.out_features, RANK, generator=generator),
+                torch.randn(RANK, layer.in_features, generator=generator),
+            )
+
+
+def lora_state(pipe, layout):
+    state = {}
+    for of_unet in (True, False):
+        for name, up, down in lora_layers(pipe, of_unet):
+            if layout.startswith("peft"):
+                child = "" if layout == "peft_flat" else "text_model."
+                prefix = f"unet.{name}" if of_unet else f"text_encoder.{child}{name}"
+                state |= {f"{prefix}.lora_A.weight": down, f"{prefix}.lora_B.weight": up}
+            elif layout == "diffusers":
+                prefix = f"unet.{name}" if of_unet else f"text_encoder.text_model.{name}"
+                if of_unet:
+                    parent, projection = name.rsplit(".", 1)
+                    prefix = f"unet.{parent}.processor.{projection}_lora"
+                else:
+                    prefix = prefix.replace("q_proj", "q_proj.lora_linear_layer").replace(
+                        "out_proj", "out_proj.lora_linear_layer"
+                    )
+                state |= {f"{prefix}.down.weight": down, f"{prefix}.up.weight": up}
+            else:
+                prefix = f"lora_unet_{name}" if of_unet else f"lora_te_text_model_{name}"
+                prefix = prefix.replace(".", "_")
+                state |= {
+                    f"{prefix}.lora_down.weight": down,
+                    f"{prefix}.lora_up.weight": up,
+                    f"{prefix}.alpha": torch.tensor(float(RANK)),
+                }
+    return state
+
+
+def merged(pipe, sd1):
+    """The same LoRA added to the weights by hand."""
+    reference = quiet(FixClipStableDiffusionPipeline.from_pretrained(sd1))
+    for of_unet in (True, False):
+        module = reference.unet if of_unet else reference.text_encoder.text_model
+        layers = dict(module.named_modules())
+        for name, up, down in lora_layers(pipe, of_unet):
+            layers[name].weight.data += up @ down
+    return reference
+
+
+@pytest.mark.parametrize("layout", ["peft", "peft_flat", "diffusers", "kohya"])
+def test_lora(ours, sd1, tmp_path, layout):
+    save_file(lora_state(ours, layout), tmp_path / "lora.safetensors")
+    expected = picture(merged(ours, sd1), LONG)
+    plain = picture(ours, LONG)
+    ours.load_lora_weights(tmp_path, weight_name="lora.safetensors")
+    np.testing.assert_allclose(picture(ours, LONG), expected, atol=2e-4)
+    assert not np.allclose(expected, plain, atol=2e-3)
+    no_lora = picture(ours, LONG, cross_attention_kwargs={"scale": 0.0})
+    np.testing.assert_allclose(no_lora, plain, atol=1e-6)
+    ours.unload_lora_weights()
+    np.testing.assert_allclose(picture(ours, LONG), plain, atol=1e-6)
+
+
+def test_lora_scale_reaches_every_window(ours, tmp_path):
+    save_file(lora_state(ours, "kohya"), tmp_path / "lora.safetensors")
+    ours.load_lora_weights(tmp_path, weight_name="lora.safetensors")
+    very_long = tiny.sentences(40)
+    full, half, none = (ours.encode_prompt(very_long, "cpu", 1, False, lora_scale=s)[0] for s in (1.0, 0.5, 0.0))
+    for window in (slice(0, 248), slice(248, 496)):
+        assert not torch.allclose(full[:, window], half[:, window])
+        assert not torch.allclose(half[:, window], none[:, window])
+
+
+# Textual inversion.
+
+
+@pytest.mark.parametrize("token", ["<cat-toy>", "<MyToken>"])
+@pytest.mark.parametrize("vectors", [1, 3])
+def test_textual_inversion(ours, token, vectors):
+    embeddings = torch.randn(vectors, 32)
+    ours.load_textual_inversion({token: embeddings})
+    tail = f" Behind it a {token} lies."
+    for prompt in (f"A {token} on a table.", LONG + tail, tiny.sentences(40) + tail):
+        report = ours.token_report(prompt)
+        plain_report = ours.token_report(prompt.replace(token, "word"))
+        assert report.num_tokens == plain_report.num_tokens + vectors - 1
+        states = ours.encode_prompt(prompt, "cpu", 1, False)[0]
+        expanded = " ".join([token, *(f"{token}_{i}" for i in range(1, vectors))])
+        pieces = [window.text for window in report.windows]
+        assert " ".join(pieces).count(expanded) == 1, "expanded once, not once a window"
+        ids = ours.tokenizer(
+            pieces,
+            padding="max_length",
+            max_length=77 if report.num_tokens <= 77 else 248,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids
+        assert (ids >= 49408).sum() == vectors
+        expected = torch.cat([ours.text_encoder(row[None])[0] for row in ids], dim=1)
+        torch.testing.assert_close(states, expected)
+    assert picture(ours, LONG + tail).shape == (16, 16, 3)
+
+
+# Devices, dtypes, schedulers, callbacks.
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision(sd1, dtype):
+    pipe = quiet(FixClipStableDiffusionPipeline.from_pretrained(sd1, dtype=dtype))
+    assert pipe.text_encoder.dtype == pipe.unet.dtype == dtype
+    exact = FixClipStableDiffusionPipeline.from_pretrained(sd1)
+    for prompt in ("a red horse", LONG):
+        states, reference = (p.encode_prompt(prompt, "cpu", 1, False)[0] for p in (pipe, exact))
+        assert states.dtype == dtype
+        assert torch.nn.functional.cosine_similarity(states.float(), reference, dim=-1).min() > 0.99
+    # bfloat16 numpy arrays do not exist; diffusers converts.
+    assert np.isfinite(picture(pipe, LONG)).all()
+
+
+def test_dtype_by_component(sd1):
+    dtypes = {"text_encoder": torch.bfloat16, "default": torch.float32}
+    pipe = FixClipStableDiffusionPipeline.from_pretrained(sd1, dtype=dtypes)
+    assert pipe.text_encoder.dtype == torch.bfloat16
+    assert pipe.unet.dtype == torch.float32
+
+
+def test_schedulers_of_the_base_pipeline(ours):
+    failed = {}
+    for scheduler in ours.scheduler.compatibles:
+        try:
+            ours.scheduler = scheduler.from_config(ours.scheduler.config)
+        except ImportError:
+            continue  # needs torchsde, scipy or another extra that is not ours
+        try:
+            image = picture(ours, LONG, negative_prompt="bad", num_inference_steps=3)
+        except Exception as error:
+            failed[scheduler.__name__] = error
+            continue
+        assert np.isfinite(image).all(), scheduler.__name__
+    stock = StableDiffusionPipeline(**ours.components, requires_safety_checker=False)
+    for name in list(failed):  # what stock cannot run either is not ours to run
+        stock.scheduler = next(s for s in stock.scheduler.compatibles if s.__name__ == name).from_config(
+            stock.scheduler.config
+        )
+        with pytest.raises(type(failed[name])):
+            picture(quiet(stock), "a", num_inference_steps=3)
+    assert len(failed) < 3, failed
+
+
+def test_callback_sees_every_step_and_can_stop(ours):
+    seen = []
+
+    def callback(pipe, step, timestep, tensors):
+        seen.append((step, tensors["prompt_embeds"].shape[1]))
+        pipe._interrupt = step == 1
+        return tensors
+
+    picture(
+        ours,
+        LONG,
+        num_inference_steps=4,
+        callback_on_step_end=callback,
+        callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"],
+    )
+    assert seen == [(0, 248), (1, 248)]
+
+
+def test_model_cpu_offload(ours, monkeypatch):
+    """accelerate's hooks around every component, with the CPU as the device that work moves to."""
+    expected = {prompt: picture(ours, prompt, clip_skip=skip) for prompt, skip in (("a horse", None), (LONG, 1))}
+    from accelerate import cpu_offload_with_hook
+
+    hook = None
+    for name in ("text_encoder", "unet", "vae"):
+        _, hook = cpu_offload_with_hook(getattr(ours, name), "cpu", prev_module_hook=hook)
+    for prompt, skip in (("a horse", None), (LONG, 1)):
+        assert np.array_equal(picture(ours, prompt, clip_skip=skip), expected[prompt])
+
+
+def test_sequential_cpu_offload_on_a_meta_device(ours):
+    """Weights live outside the modules between calls: adapter and original positions must be fetched too."""
+    from accelerate import cpu_offload
+
+    from fixclip_diffusion import TextAdapter
+
+    adapter = TextAdapter(32)
+    for parameter in adapter.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    ours.text_encoder.set_adapter_module(adapter)
+    ids = ours.tokenizer([LONG, "a"], padding="max_length", truncation=True, return_tensors="pt").input_ids
+    expected = [ours.text_encoder(part)[0] for part in (ids, ids[:, :77])]
+    cpu_offload(ours.text_encoder, "cpu")
+    assert next(ours.text_encoder.parameters()).device.type == "meta"
+    for part, states in zip((ids, ids[:, :77]), expected, strict=True):
+        assert torch.equal(ours.text_encoder(part)[0], states)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_offload_to_a_gpu(ours):
+    ours.enable_model_cpu_offload()
+    assert np.isfinite(picture(ours, LONG)).all()
+
+
+# compel: prompt weights, beyond token 77 too.
+
+
+@pytest.fixture(scope="module")
+def compel_class():
+    return pytest.importorskip("compel").Compel
+
+
+def test_compel_weights_beyond_token_77(ours, compel_class):
+    compel = compel_class(tokenizer=ours.tokenizer, text_encoder=ours.text_encoder, truncate_long_prompts=False)
+    plain = compel(LONG)
+    ids = ours.tokenizer([LONG], padding="max_length", truncation=True, return_tensors="pt").input_ids
+    assert plain.shape == (1, 248, 32)
+    torch.testing.assert_close(plain, ours.text_encoder(ids)[0], atol=1e-5, rtol=1e-4)
+    weighted = compel(LONG.replace("boat stands near the number 13", "(boat)1.8 stands near the number 13"))
+    assert not torch.allclose(weighted, plain)
+    changed = (weighted - plain).abs().amax(-1)[0]
+    position = ours.tokenizer(LONG[: LONG.rindex("boat")]).input_ids
+    assert changed.argmax() >= len(position) - 1 > 77
+    negative = compel("bad")
+    positive, negative = compel.pad_conditioning_tensors_to_same_length([weighted, negative])
+    assert picture(ours, None, prompt_embeds=positive, negative_prompt_embeds=negative).shape == (16, 16, 3)
