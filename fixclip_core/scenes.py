@@ -646,8 +646,8 @@ def short_caption(
 ) -> Caption:
     """Identify a scene in one sentence: its background, how many objects it has, and up to `max_objects` of them.
 
-    With all objects named it says that there is nothing else. Three objects make about 50 CLIP tokens, four
-    about 60. Arguments and errors are those of `long_caption`; spans cover the objects' noun phrases.
+    With all objects named it says that there is nothing else. Three objects make about 45 CLIP tokens, four
+    about 55. Arguments and errors are those of `long_caption`; spans cover the objects' noun phrases.
     """
     if max_objects < 1:
         raise ValueError(f"max_objects={max_objects}: it must be at least 1")
@@ -736,23 +736,45 @@ def read_caption(text: str, world: World = WORLD) -> Scene:
     Raises:
         ValueError: an object lacks a property, a place is described twice, or no background is named.
     """
-    text = text.lower()
-    segments: list[tuple[str, str]] = []  # place, what is said about it
-    for sentence in re.split(r"(?<=\.)\s+", text):
-        found = _find(_phrases(world, "place"), sentence)
-        if not found and segments and re.match(r"its?\b", sentence):
-            segments[-1] = (segments[-1][0], segments[-1][1] + sentence)
-        elif len(found) == 1:
-            (start, end), place = found[0]
-            segments.append((place, sentence[:start] + sentence[end:]))
-        else:  # a list: each noun phrase ends with its place
-            ends = [0, *(end for (_, end), _ in found)]
-            for previous, ((start, _), place) in zip(ends, found, strict=False):
-                segments.append((place, sentence[previous:start]))
     background = {name for _, name in _find(_phrases(world, "background"), text)}
     if len(background) != 1:
         raise ValueError(f"caption {text[:60]!r}...: it must name one background, it names {sorted(background)}")
-    return Scene(background.pop(), tuple(_read_object(place, said, world) for place, said in segments))
+    objects = [_read_object(place, said, world) for (_, _, place), said in _descriptions(text, world)]
+    return Scene(background.pop(), tuple(objects))
+
+
+def annotate_caption(text: str, world: World = WORLD) -> Caption:
+    """Spans for a text that did not come from `long_caption`: what `object_zones` needs for a user's prompt.
+
+    A sentence about one object is its span; in a list, a span reaches from one place to the next.
+
+    Raises:
+        ValueError: an object has no place that this world knows.
+    """
+    return Caption(text, tuple(Span(*where) for where, _ in _descriptions(text, world)))
+
+
+def _descriptions(text: str, world: World) -> list[tuple[tuple[int, int, str], str]]:
+    """What a text says of each object: (start, end, place), and the words without the place."""
+    found: list[tuple[tuple[int, int, str], str]] = []
+    for match in re.finditer(r"\S.*?(?:\.(?=\s|$)|$)", text, flags=re.DOTALL):
+        sentence, offset = match[0], match.start()
+        places = _find(_phrases(world, "place"), sentence)
+        if not places and found and re.match(r"its?\b", sentence, flags=re.IGNORECASE):
+            (start, _, place), said = found[-1]
+            found[-1] = ((start, match.end(), place), f"{said} {sentence}")
+            continue
+        if len(places) == 1:
+            (start, end), place = places[0]
+            found.append(((offset, match.end(), place), f"{sentence[:start]} {sentence[end:]}"))
+            continue
+        previous = 0
+        for (start, end), place in places:  # a list: each noun phrase ends with its place
+            found.append(((offset + previous, offset + end, place), sentence[previous:start]))
+            previous = end
+        if _find(_phrases(world, "shape"), sentence[previous:]):
+            raise ValueError(f"{sentence[previous:].strip()!r} names an object, but no place that this world knows")
+    return found
 
 
 def _read_object(place: str, said: str, world: World) -> SceneObject:
@@ -770,12 +792,14 @@ def _phrases(world: World, kind: str) -> tuple[re.Pattern[str], dict[str, str]]:
     if kind == "place":
         owners |= {place: place for place in PLACES}
     longest_first = sorted(map(re.escape, owners), key=len, reverse=True)
-    return re.compile(rf"\b(?:{'|'.join(longest_first)})\b"), owners
+    # "centre" is a place, "the centre of the top row" another: no match is better than a wrong one.
+    goes_on = r"(?! of the (?:top|upper|middle|central|bottom|lower|left|right)\b)"
+    return re.compile(rf"\b(?:{'|'.join(longest_first)})\b{goes_on}", re.IGNORECASE), owners
 
 
 def _find(phrases: tuple[re.Pattern[str], dict[str, str]], text: str) -> list[tuple[tuple[int, int], str]]:
     pattern, owners = phrases
-    return [(match.span(), owners[match[0]]) for match in pattern.finditer(text)]
+    return [(match.span(), owners[match[0].lower()]) for match in pattern.finditer(text)]
 
 
 # Where a caption says what ---------------------------------------------------------------------------------
@@ -785,7 +809,7 @@ def token_ranges(caption: Caption, tokens: Tokens) -> list[tuple[int, int]]:
     """First and last position that each span takes in a tokenized caption; the start token has position 0.
 
     Args:
-        caption: a caption whose spans end where words end, as all captions here do.
+        caption: a caption whose spans start and end where words do, as all captions here do.
         tokens: either a function that counts a text's tokens without special ones, e.g.
             `lambda text: len(tokenizer.encode(text))` for open_clip, or the (start, end) characters of every
             token of the text without special ones, i.e. `offset_mapping` of a fast tokenizer.
@@ -793,11 +817,13 @@ def token_ranges(caption: Caption, tokens: Tokens) -> list[tuple[int, int]]:
     Returns:
         (first, last) per span, in the order of the spans.
     """
-    if callable(tokens):
-        ends = [tokens(caption.text[: span.end]) for span in caption.spans]
-    else:
-        ends = [sum(end <= span.end for _, end in tokens) for span in caption.spans]
-    return [(before + 1, end) for before, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+    def before(character: int) -> int:
+        if callable(tokens):
+            return tokens(caption.text[:character])
+        return sum(end <= character for _, end in tokens)
+
+    return [(before(span.start) + 1, before(span.end)) for span in caption.spans]
 
 
 def object_zones(

@@ -22,6 +22,7 @@ from fixclip_core.scenes import (
     Shape,
     Span,
     World,
+    annotate_caption,
     check,
     check_batch,
     long_caption,
@@ -295,6 +296,23 @@ def test_short_captions_identify_a_scene_among_a_thousand():
     assert ambiguous <= 15
 
 
+def test_free_text_is_read_too():
+    text = "A BIG red star in the top left corner, and a tiny blue ring in the centre of the picture, on white"
+    star, ring = SceneObject("top left", "star", "red", "large"), SceneObject("centre", "ring", "blue", "small")
+    assert read_caption(text) == Scene("white", (star, ring))
+    first, second = annotate_caption(text).spans
+    assert (first.place, second.place) == ("top left", "centre")
+    assert text[: first.end].endswith("corner")
+    assert text[second.start : second.end].endswith("centre")
+
+
+@given(seed=seeds, split=st.sampled_from(SPLITS))
+@settings(max_examples=40, deadline=None)
+def test_spans_can_be_recovered_from_the_text(seed, split):
+    caption = long_caption(sample_scene(seed), seed, split=split)
+    assert list(annotate_caption(caption.text).spans) == [span for span in caption.spans if span.place]
+
+
 # Where a caption says what
 
 
@@ -520,6 +538,9 @@ RED_STAR = SceneObject("centre", "star", "red", "large")
         (lambda: short_caption(Scene("white", (RED_STAR,)), 0, max_objects=0), "max_objects=0"),
         (lambda: read_caption("A red star in the top left corner on white."), "top left.*one size"),
         (lambda: read_caption("A tiny red star in the top left corner."), "one background"),
+        (lambda: read_caption("A tiny red star somewhere on white."), "somewhere.*no place"),
+        (lambda: read_caption("A tiny red star in the centre of the top half, on white."), "no place"),
+        (lambda: read_caption("White. Top left a big red ring. Centre a big red ring and a blue box."), "centre.*one"),
         (lambda: check(torch.zeros(3, 72, 71), nine(1)[0]), r"\(1, 3, 72, 71\)"),
         (lambda: check(torch.zeros(3, 16, 16), nine(1)[0]), "at least 24"),
         (lambda: check(torch.zeros(3, 72, 72, dtype=torch.int64), nine(1)[0]), r"torch\.int64.*uint8"),
