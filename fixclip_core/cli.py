@@ -229,13 +229,16 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="FixClip, CLIP or Long-CLIP folder or file, or open_clip model name.")],
     data: Annotated[
         str | None,
-        typer.Option(help="Shards, manifest, ShareGPT4V's JSON or folder of image + txt; a benchmark's folder."),
+        typer.Option(help="Shards, manifest, ShareGPT4V's JSON, folder of image + txt, scenes; a benchmark's folder."),
     ] = None,
     benchmark: Annotated[str | None, typer.Option(help="A published benchmark, whose folder --data names.")] = None,
     classify: Annotated[Path | None, typer.Option(help="Zero-shot classification: FOLDER/CLASS/IMAGE.")] = None,
     classnames: Annotated[Path | None, typer.Option(help="JSON object: class folder to class name.")] = None,
     templates: Annotated[Literal["openai", "simple"], typer.Option(help="Prompts of a class.")] = "openai",
     caption: Annotated[Literal["long", "short"], typer.Option(help="Which captions of --data to retrieve.")] = "long",
+    image_root: ImageRoot = None,
+    start: Start = 0,
+    stop: Stop = None,
     partial: Annotated[bool, typer.Option("--partial", help="Evaluate an incomplete benchmark, labelled so.")] = False,
     model_name: ModelNameOption = None,
     pretrained: Annotated[str | None, typer.Option(help="Weights of an open_clip model name.")] = None,
@@ -261,14 +264,15 @@ def evaluate(
         options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "precision": precision}
         # Data first: a wrong folder should not cost loading a model.
         chosen = load_benchmark(benchmark, data or "", partial) if benchmark else None
-        source = open_source(DataConfig(source=data)) if data and not benchmark else None
+        config = DataConfig(source=data or "", image_root=image_root, start=start, stop=stop)
+        source = open_source(config) if data and not benchmark else None
         names = evaluation.read_classnames(classnames) if classnames else None
         encoder = evaluation.load_encoder(model, model_name=model_name, pretrained=pretrained, device=device or best)
         if chosen is not None:
             items: Any = evaluation.BenchmarkItems(chosen, encoder.preprocess)
             report = evaluation.retrieval_report(encoder, items, chosen.name, chosen.protocol, **options)
         elif source is not None:
-            items = evaluation.SourceItems(source, encoder.preprocess, caption)
+            items = evaluation.SourceItems(source, encoder.preprocess, caption, start, stop)
             protocol = f"{caption} captions; rows with the same picture are one image"
             report = evaluation.retrieval_report(encoder, items, str(data), protocol, **options)
         else:

@@ -432,7 +432,7 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], bool]:
     if start[8:9] == b"{":
         state_dict = _load_safetensors(path)
     elif start[:2] == b"PK" and _is_torchscript(path):
-        state_dict, is_torchscript = torch.jit.load(path, map_location="cpu").state_dict(), True
+        state_dict, is_torchscript = _load_torchscript(path), True
     else:
         state_dict = _load_pickle(path)
     for wrapper in ("state_dict", "model", "module"):
@@ -467,6 +467,13 @@ def _is_torchscript(path: Path) -> bool:
             return any(name.endswith("/constants.pkl") or "/code/" in name for name in archive.namelist())
     except zipfile.BadZipFile as error:
         raise ValueError(f"{path} is a damaged archive: {error}") from None
+
+
+def _load_torchscript(path: Path) -> dict[str, Tensor]:
+    try:
+        return torch.jit.load(path, map_location="cpu").state_dict()
+    except RuntimeError as error:
+        raise ValueError(f"{path} is a damaged TorchScript archive: {str(error).splitlines()[0]}") from None
 
 
 def _load_pickle(path: Path) -> Any:
@@ -732,8 +739,8 @@ def write_diffusers(checkpoint: ClipCheckpoint, folder: Path, dtype: torch.dtype
 def write_single_file(checkpoint: ClipCheckpoint, path: Path, dtype: torch.dtype = torch.float32) -> str:
     """Write the text tower into one safetensors file, under the names of a clip_l file.
 
-    ComfyUI takes such a file for a clip_l by its name of layer 0 and for a Long-CLIP by its 248 positions; it
-    has place for ViT-L/14's text tower (12 layers of 768) alone.
+    ComfyUI knows a clip_l by its name of layer 0 and a Long-CLIP by its 248 positions. It has place for
+    ViT-L/14's text tower with QuickGELU alone; the returned line says where this one differs.
     """
     weights = {
         name: tensor.to(dtype)
@@ -741,13 +748,16 @@ def write_single_file(checkpoint: ClipCheckpoint, path: Path, dtype: torch.dtype
         if name.startswith("text_")
     }
     save_file(weights, path, metadata={"format": "pt"})
-    text_cfg = checkpoint.model_config["text_cfg"]
-    if (text_cfg["width"], text_cfg["layers"], checkpoint.context_length) == (768, 12, 248):
-        return f"{path.name}: the text tower for ComfyUI and others, where a clip_l file goes"
-    return (
-        f"{path.name}: the text tower under clip_l names; ComfyUI itself takes 12 layers of width 768 at 248 tokens "
-        f"only, this one has {text_cfg['layers']} of {text_cfg['width']} at {checkpoint.context_length}"
-    )
+    config = checkpoint.model_config
+    sizes = (config["text_cfg"]["width"], config["text_cfg"]["layers"], checkpoint.context_length)
+    line = f"{path.name}: the text tower under the names of a clip_l file, for ComfyUI and others"
+    if sizes != (768, 12, 248):
+        line += (
+            f"; ComfyUI takes width 768, 12 layers and 248 tokens, this one has {sizes[0]}, {sizes[1]} and {sizes[2]}"
+        )
+    if not config.get("quick_gelu"):
+        line += "; such loaders compute QuickGELU, this encoder needs GELU: its results would be wrong there"
+    return line
 
 
 def make_tokenizer(checkpoint: ClipCheckpoint) -> Any:

@@ -228,17 +228,38 @@ class Item:
 
 
 class SourceItems(Dataset[Item]):
-    """Samples of a data source; rows with the very same picture count as one image with several captions."""
+    """Samples of a data source; rows with the very same picture count as one image with several captions.
 
-    def __init__(self, source: Source, preprocess: Callable[[Any], Tensor], caption: Literal["long", "short"] = "long"):
+    Args:
+        source: the data, see `data.open_source`.
+        preprocess: PIL image to (C, H, W).
+        caption: which caption to retrieve by.
+        start, stop: samples start..stop-1 alone.
+
+    Raises:
+        ValueError: the source has fewer samples.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        preprocess: Callable[[Any], Tensor],
+        caption: Literal["long", "short"] = "long",
+        start: int = 0,
+        stop: int | None = None,
+    ):
         self.source, self.preprocess, self.caption = source, preprocess, caption
+        total = sum(source.sizes)
+        self.indices = range(start, total if stop is None else stop)
+        if not self.indices or self.indices.stop > total:
+            raise ValueError(f"samples {start} to {stop}: the data has {total}")
 
     def __len__(self) -> int:
-        return sum(self.source.sizes)
+        return len(self.indices)
 
     def __getitem__(self, index: int) -> Item:
         try:
-            sample = self.source.read(index)
+            sample = self.source.read(self.indices[index])
             long, short = check_captions(sample)
             text = long if self.caption == "long" else short
             if text is None:

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import zipfile
 
 import open_clip
 import pytest
@@ -14,6 +15,7 @@ from torch import nn
 from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTextModel, CLIPTokenizer
 
 from fixclip_core.convert import (
+    ClipCheckpoint,
     build_clip,
     export,
     load_fixclip,
@@ -23,6 +25,7 @@ from fixclip_core.convert import (
     read_clip,
     to_open_clip_names,
     to_transformers_names,
+    write_single_file,
 )
 from fixclip_core.model import FixClip
 from fixclip_diffusion import FixClipTextEncoder, FixClipTokenizer
@@ -371,6 +374,10 @@ def test_unreadable_sources(tmp_path):
     path.write_bytes(path.read_bytes()[:-2000])
     with pytest.raises(ValueError, match=r"model.pt is a damaged archive"):
         read_clip(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("model/constants.pkl", b"broken")
+    with pytest.raises(ValueError, match=r"model.pt is a damaged TorchScript archive"):
+        read_clip(path)
     torch.save([1, 2], path)
     with pytest.raises(ValueError, match="holds a list, not a state dict"):
         load_weights(path)
@@ -529,6 +536,16 @@ def test_single_file_has_the_keys_of_a_clip_l_file(trained, exported):
         assert torch.equal(reloaded[name], tensor), name
     assert weights.keys() - {prefix + name for name in reloaded} == {"text_projection.weight"}
     torch.testing.assert_close(weights["text_projection.weight"].T, trained.text.text_projection)
+
+
+def test_single_file_says_where_it_does_not_fit(tmp_path):
+    sizes = {"width": 768, "layers": 12, "heads": 12, "vocab_size": 64}
+    for quick_gelu, width, said in ((True, 768, []), (False, 768, ["GELU: "]), (True, 64, ["takes width 768"])):
+        config = tiny_config(248, quick_gelu)
+        config["text_cfg"] |= {**sizes, "width": width, "heads": width // 64}
+        clip = open_clip.CLIP(**config)
+        line = write_single_file(ClipCheckpoint("", clip.state_dict(), config, {}), tmp_path / "clip_l.safetensors")
+        assert [words for words in ("GELU: ", "takes width 768") if words in line] == said
 
 
 def test_what_a_plain_clip_cannot_hold_is_said_and_kept(trained, exported):

@@ -230,6 +230,23 @@ def test_formats_of_one_clip_agree(models, captioned):
     assert not torch.allclose(features["long"].text, features["open_clip"].text, atol=1e-2)
 
 
+def test_part_of_the_data(models, captioned):
+    encoder = load_encoder(models / "open_clip")
+    source = open_source(DataConfig(source=str(captioned)))
+    whole = encode_dataset(encoder, SourceItems(source, encoder.preprocess))
+    part = encode_dataset(encoder, SourceItems(source, encoder.preprocess, start=2, stop=4))
+    torch.testing.assert_close(part.image, whole.image[2:4], atol=1e-5, rtol=0)
+    for start, stop in ((0, 7), (6, None), (3, 3)):
+        with pytest.raises(ValueError, match=f"samples {start} to {stop}: the data has 6"):
+            SourceItems(source, encoder.preprocess, start=start, stop=stop)
+
+
+def test_scenes_command(models):
+    result = run("evaluate", models / "fixclip", "--data", "scenes", "--start", 3, "--stop", 8, "--workers", 0)
+    assert result.exit_code == 0, result.output
+    assert "5 images, 5 texts" in result.output
+
+
 def test_bfloat16_is_close(models, captioned):
     encoder = load_encoder(models / "open_clip")
     items = SourceItems(open_source(DataConfig(source=str(captioned))), encoder.preprocess)
