@@ -9,6 +9,7 @@ Shape letters: B samples of this rank, C channels, H height, W width, T tokens.
 
 import bisect
 import csv
+import glob
 import hashlib
 import io
 import itertools
@@ -59,7 +60,6 @@ MAX_ASPECT_RATIO = 100
 FILTER_REASONS = frozenset(["too_short", "repetition", "not_sentences"])
 _NEARBY_REPLACEMENTS = 8
 _MAX_REPLACEMENTS = 64
-_OPEN_SHARDS = 32
 
 
 class DataConfig(BaseModel):
@@ -251,7 +251,7 @@ def open_source(config: DataConfig) -> Source:
     if path.suffix.lower() in MANIFEST_EXTENSIONS and "://" not in name:
         root = Path(config.image_root).expanduser() if config.image_root else path.parent
         return RowSource(pack_rows(read_manifest(path)), root, path)
-    urls = expand_urls(name)
+    urls = [match for url in expand_urls(name) for match in _matches(url)]
     if all(url.startswith("pipe:") or url.split("?")[0].endswith(".tar") for url in urls):
         return ShardSource(urls, config)
     problem = "is of no known kind" if path.exists() or "://" in name else "does not exist"
@@ -283,7 +283,7 @@ def pack_rows(rows: Iterable[dict[str, Any]]) -> Rows:
     for row in rows:
         data += json.dumps(row).encode()
         ends.append(len(data))
-    return Rows(np.frombuffer(bytes(data), np.uint8), np.array(ends, np.int64))
+    return Rows(np.frombuffer(data, np.uint8), np.array(ends, np.int64))
 
 
 def read_manifest(path: Path) -> Iterator[dict[str, Any]]:
@@ -487,6 +487,14 @@ def _shards_in(folder: Path) -> list[str]:
     return sorted(str(path) for path in folder.glob("*.tar"))
 
 
+def _matches(url: str) -> list[str]:
+    """The files that a local pattern with * stands for; anything else stands for itself."""
+    if _is_remote(url):
+        return [url]
+    path = os.path.expanduser(url.removeprefix("file://"))
+    return sorted(glob.glob(path)) or [path]
+
+
 def _is_remote(url: str) -> bool:
     return url.startswith("pipe:") or ("://" in url and not url.startswith("file:"))
 
@@ -503,12 +511,13 @@ class ShardSource:
     """
 
     def __init__(self, urls: Sequence[str], config: DataConfig) -> None:
-        self.urls = [url.removeprefix("file://").removeprefix("file:") for url in urls]
+        self.urls = list(urls)
         missing = [url for url in self.urls if not _is_remote(url) and not os.path.isfile(url)]
         if missing:
             raise ValueError(f"{len(missing)} of {len(self.urls)} shards do not exist, the first is {missing[0]}")
         self.remote = any(map(_is_remote, self.urls))
         self.cache_dir, self.cache_gb = os.path.expanduser(config.cache_dir), config.cache_gb
+        self.max_open = config.shuffle_shards + 4
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self.sizes = self._sizes()
         self.starts = [0, *itertools.accumulate(self.sizes)]
@@ -518,7 +527,7 @@ class ShardSource:
 
     def _sizes(self) -> list[int]:
         listed: dict[str, int] = {}
-        for folder in dict.fromkeys(os.path.dirname(u) for u in self.urls if not u.startswith("pipe:")):
+        for folder in dict.fromkeys(os.path.dirname(_listed_name(u)) for u in self.urls if not u.startswith("pipe:")):
             listed |= {f"{folder}/{name}": size for name, size in _listed_sizes(folder).items()}
         unlisted = [url for url in self.urls if _listed_name(url) not in listed]
         if unlisted:
@@ -555,7 +564,7 @@ class ShardSource:
                 self._open[number] = _OpenShard(self._path(self.urls[number]))
             except OSError as error:
                 self._open[number] = _OpenShard(None, str(error))
-            if len(self._open) > _OPEN_SHARDS:
+            if len(self._open) > self.max_open:
                 self._open.popitem(last=False)
         self._open.move_to_end(number)
         return self._open[number]

@@ -5,6 +5,7 @@ import http.server
 import io
 import json
 import os
+import pickle
 import random
 import tarfile
 import threading
@@ -559,6 +560,7 @@ def test_shards_by_braces_folder_and_without_an_index(shards, tmp_path):
     assert all(map(same, expected, loader(braces).epoch(0)))
     joined = f"{shards}/s-0{{0..2}}.tar::{shards}/s-0{{3..5}}.tar"
     assert all(map(same, expected, loader(joined).epoch(0)))
+    assert all(map(same, expected, loader(shards / "s-*.tar").epoch(0)))
     bare = write_shards(tmp_path / "bare", [5, 1, 9, 0, 7, 15], index=False)
     part = loader(bare)
     assert part.batches.source.sizes == [5, 1, 9, 0, 7, 15]
@@ -612,6 +614,25 @@ def test_a_remote_shard_that_is_not_there(served, shards, tmp_path):
     finally:
         (shards / "sizes.json").unlink()
         (shards / "index.bak").rename(shards / "index.json")
+
+
+def test_s3_goes_through_webdatasets_pipe(shards, tmp_path, monkeypatch):
+    """The AWS client is the user's; a script of its name shows which command line it gets."""
+    client = tmp_path / "aws"
+    client.write_text(f'#!/bin/sh\n[ "$1 $2 $4" = "s3 cp -" ] || exit 9\ncat "{shards}/${{3#s3://bucket/}}"\n')
+    client.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    part = loader("s3://bucket/s-{00..05}.tar", cache_dir=str(tmp_path / "cache"))
+    for a, b in zip(loader(shards).epoch(0), part.epoch(0), strict=True):
+        assert torch.equal(a.image, b.image)
+
+
+def test_batches_survive_pickling(manifest, shards):
+    """Worker processes that are spawned, not forked, get a copy."""
+    for source in (manifest, shards):
+        part = loader(source)
+        expected = part.batches[1, 2]
+        assert same(pickle.loads(pickle.dumps(part.batches))[1, 2], expected)
 
 
 def test_damaged_shards_lose_only_what_is_damaged(tmp_path):
