@@ -148,10 +148,12 @@ class ImageBlock(Block):
         q, k, v = self.heads(normed_BTD)
         if x_BTD.shape[1] == num_patches + 1:
             return self.finish(x_BTD, F.scaled_dot_product_attention(q, k, v))
-        readers = cls if mask_RT is None else slice(num_patches, None)
-        patches = F.scaled_dot_product_attention(q[:, :, :num_patches], k[:, :, tokens], v[:, :, tokens])
-        read = F.scaled_dot_product_attention(q[:, :, readers], k, v, attn_mask=mask_RT)
-        return self.finish(x_BTD[:, : readers.stop], torch.cat([patches, read], dim=2))
+        if mask_RT is None:
+            x_BTD, q = x_BTD[:, tokens], q[:, :, tokens]
+        q_patches, q_readers = q.tensor_split((num_patches,), dim=2)
+        patches = F.scaled_dot_product_attention(q_patches, k[:, :, tokens], v[:, :, tokens])
+        read = F.scaled_dot_product_attention(q_readers, k, v, attn_mask=mask_RT)
+        return self.finish(x_BTD, torch.cat([patches, read], dim=2))
 
 
 class ImageTower(nn.Module):

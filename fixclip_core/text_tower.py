@@ -111,18 +111,30 @@ class TextTower(nn.Module):
             )
         last_B = self.last_token(ids_BT)
         lengths_B, order_B = (last_B + 1).sort(stable=True)
-        outputs = []
-        for start, stop in piece_bounds(lengths_B.tolist(), self.pieces):
-            piece_B = order_B[start:stop]
-            longest = int(lengths_B[stop - 1])
-            outputs.append(self._encode_piece(ids_BT[piece_B, :longest], last_B[piece_B], first_layer))
-        restore_B = order_B.argsort()
+        lengths = lengths_B.tolist()
+        bounds = piece_bounds(lengths, self.pieces)
+        pieces = [ids_BT[order_B[start:stop], : lengths[stop - 1]] for start, stop in bounds]
+        outputs = [
+            self._encode_piece(x_BTD, last_B[order_B[start:stop]], first_layer)
+            for x_BTD, (start, stop) in zip(self._embed(pieces), bounds, strict=True)
+        ]
         features, collected = zip(*outputs, strict=True)
+        restore_B = order_B.argsort()
         return torch.cat(features)[restore_B], [torch.cat(tokens)[restore_B] for tokens in zip(*collected, strict=True)]
 
-    def _encode_piece(self, ids_BT: Tensor, last_B: Tensor, first_layer: int | None) -> tuple[Tensor, list[Tensor]]:
-        x_BTD = self.token_embedding(ids_BT) + self.positions()[: ids_BT.shape[1]]
-        rows_B = torch.arange(len(ids_BT), device=ids_BT.device)
+    def _embed(self, pieces: list[Tensor]) -> list[Tensor]:
+        """Embedded tokens with positions, (B, T, D) for each (B, T)."""
+        # One look-up for all, because each makes a gradient of the whole vocabulary's size.
+        tokens = self.token_embedding(torch.cat([ids_BT.flatten() for ids_BT in pieces]))
+        tokens = tokens.split([ids_BT.numel() for ids_BT in pieces])
+        positions_PD = self.positions()
+        return [
+            token.unflatten(0, ids_BT.shape) + positions_PD[: ids_BT.shape[1]]
+            for token, ids_BT in zip(tokens, pieces, strict=True)
+        ]
+
+    def _encode_piece(self, x_BTD: Tensor, last_B: Tensor, first_layer: int | None) -> tuple[Tensor, list[Tensor]]:
+        rows_B = torch.arange(len(last_B), device=last_B.device)
         collected = []
         for layer, block in enumerate(self.blocks):
             last = layer == len(self.blocks) - 1

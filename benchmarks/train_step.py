@@ -1,0 +1,386 @@
+"""How fast is a FIX-CLIP training step, and what does it hold in memory?
+
+    python benchmarks/train_step.py                      # ViT-B/16, fp32 and bf16
+    python benchmarks/train_step.py --model ViT-B-32 --batch-size 4 --variants fix_clip_drop,long_clip
+
+Samples per second (median over steps) and peak memory of
+
+- the full FIX-CLIP step, all modules on, with both kinds of masking;
+- its rivals on open_clip's own towers: plain fine-tuning at 248 padded tokens, and Long-CLIP's step (the image
+  once, both captions padded to 248, PCA short branch);
+- each fast path and the plain computation that it replaces.
+
+A step is forward, losses and backward; the optimiser is left out, being the same for all and independent of the
+batch. Weights and images are random, and so are the captions' tokens; their lengths are drawn like those of long
+captions (mean about 120 tokens) and short ones (about 20). Every variant runs in a process of its own, in turns,
+because peak memory is a process's and because other work on the machine would favour whoever runs alone.
+"""
+
+import copy
+import dataclasses
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Annotated, Any
+
+import open_clip
+import torch
+import torch.nn.functional as F
+import typer
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fixclip_core.config import FINE_TUNE, LONG_CLIP
+from fixclip_core.losses import cached_backward, contrastive_loss, hierarchical_loss, pca_reconstruction
+from fixclip_core.model import FixClip, FixClipOutput
+from fixclip_core.regional_prompts import reader_mask, region_of_patch
+
+CONTEXT_LENGTH = 248
+EOS = 49407
+PCA_RANK = 32
+LOSS_ROWS = 8192
+
+# What is trained, and one step of it.
+Step = tuple[Iterable[Tensor], Callable[[], Any]]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One run of one variant."""
+
+    model: str
+    batch_size: int
+    steps: int
+    warmup: int
+    dtype: str
+    device: str
+    threads: int
+    num_prompts: int
+    seed: int = 0
+
+
+# -- data --------------------------------------------------------------------------------------------------------
+
+
+def caption_lengths(batch_size: int, mean: float, deviation: float, low: int, high: int) -> list[int]:
+    """Token counts of captions, evenly spaced through a normal distribution, so that small batches have its mean."""
+    normal = statistics.NormalDist(mean, deviation)
+    drawn = [normal.inv_cdf((index + 0.5) / batch_size) for index in range(batch_size)]
+    return [min(max(round(length), low), high) for length in drawn]
+
+
+def random_texts(lengths: list[int]) -> Tensor:
+    """Token ids (B, 248) padded with 0, in random order."""
+    ids_BT = torch.randint(1, EOS - 1, (len(lengths), CONTEXT_LENGTH))
+    for row, index in enumerate(torch.randperm(len(lengths)).tolist()):
+        ids_BT[row, lengths[index] - 1] = EOS
+        ids_BT[row, lengths[index] :] = 0
+    return ids_BT
+
+
+def random_batch(setting: Setting, image_size: int) -> SimpleNamespace:
+    size = setting.batch_size
+    batch = {
+        "image": torch.randn(size, 3, image_size, image_size),
+        "long_ids": random_texts(caption_lengths(size, 120, 40, 40, CONTEXT_LENGTH)),
+        "short_ids": random_texts(caption_lengths(size, 20, 5, 8, 40)),
+        "seeds": torch.arange(size),
+    }
+    return SimpleNamespace(**{name: value.to(setting.device) for name, value in batch.items()})
+
+
+def split_batch(batch: SimpleNamespace, parts: int) -> list[SimpleNamespace]:
+    chunks = {name: value.chunk(parts) for name, value in vars(batch).items()}
+    return [SimpleNamespace(**dict(zip(chunks, values, strict=True))) for values in zip(*chunks.values(), strict=True)]
+
+
+# -- whole steps -------------------------------------------------------------------------------------------------
+
+
+def fix_clip(setting: Setting, **fields: Any) -> tuple[FixClip, SimpleNamespace]:
+    fields = {"num_prompts": setting.num_prompts} | fields
+    model = FixClip.from_open_clip(setting.model, **fields).to(setting.device)
+    return model, random_batch(setting, model.config.clip["vision_cfg"]["image_size"])
+
+
+def losses_of(output: FixClipOutput) -> dict[str, Tensor]:
+    assert output.image_long_BE is not None
+    assert output.text_long_BE is not None
+    scale = output.logit_scale
+    total = contrastive_loss(output.image_long_BE, output.text_long_BE, scale)
+    if output.text_short_BE is not None:
+        image_BE = output.image_short_BE
+        if image_BE is None:
+            image_BE = pca_reconstruction(output.image_long_BE, PCA_RANK)
+        total = total + contrastive_loss(image_BE, output.text_short_BE, scale)
+    if output.image_mid_GBE is not None and output.text_mid_GBE is not None:
+        total = total + hierarchical_loss(output.image_mid_GBE, output.text_mid_GBE, scale)
+    return {"loss": total}
+
+
+def fix_clip_step(setting: Setting, **fields: Any) -> Step:
+    model, batch = fix_clip(setting, **fields)
+    return model.parameters(), lambda: losses_of(model(batch))["loss"].backward()
+
+
+def padded_fix_clip_step(setting: Setting) -> Step:
+    """FIX-CLIP with every module on and none of the fast paths that `masking: drop` does not imply."""
+    model, batch = fix_clip(setting, masking="drop")
+    model.text.pieces = 1
+    batch.long_ids[:, -1] = batch.short_ids[:, -1] = EOS + 1  # the last position is read: nothing to trim
+    model.text.token_embedding = grown_embedding(model.text.token_embedding)
+    return model.parameters(), lambda: losses_of(model(batch))["loss"].backward()
+
+
+def grown_embedding(embedding: nn.Embedding) -> nn.Embedding:
+    """One more token, whose id is the highest."""
+    rows = torch.cat([embedding.weight.detach(), embedding.weight.detach()[-1:]])
+    return nn.Embedding.from_pretrained(rows, freeze=False)
+
+
+def cached_step(setting: Setting) -> Step:
+    model, batch = fix_clip(setting, masking="drop")
+    parts = split_batch(batch, 4)
+    return model.parameters(), lambda: cached_backward(parts, model, losses_of)
+
+
+def recomputed_step(setting: Setting) -> Step:
+    model, batch = fix_clip(setting, masking="drop")
+    model.set_grad_checkpointing()
+    return model.parameters(), lambda: losses_of(model(batch))["loss"].backward()
+
+
+def open_clip_at_248(setting: Setting) -> tuple[nn.Module, SimpleNamespace]:
+    model = open_clip.create_model(setting.model, force_context_length=CONTEXT_LENGTH).to(setting.device)
+    return model, random_batch(setting, open_clip.get_model_config(setting.model)["vision_cfg"]["image_size"])
+
+
+def rival_fine_tune_step(setting: Setting) -> Step:
+    model, batch = open_clip_at_248(setting)
+    loss_fn = open_clip.ClipLoss()
+
+    def step() -> None:
+        image_BE = model.encode_image(batch.image, normalize=True)
+        text_BE = model.encode_text(batch.long_ids, normalize=True)
+        loss_fn(image_BE, text_BE, model.logit_scale.exp()).backward()
+
+    return model.parameters(), step
+
+
+def rival_long_clip_step(setting: Setting) -> Step:
+    model, batch = open_clip_at_248(setting)
+    loss_fn = open_clip.ClipLoss()
+
+    def step() -> None:
+        image_BE = model.encode_image(batch.image, normalize=True)
+        long_BE = model.encode_text(batch.long_ids, normalize=True)
+        short_BE = model.encode_text(batch.short_ids, normalize=True)
+        coarse_BE = pca_reconstruction(image_BE, PCA_RANK).to(image_BE.dtype)
+        scale = model.logit_scale.exp()
+        (loss_fn(image_BE, long_BE, scale) + loss_fn(coarse_BE, short_BE, scale)).backward()
+
+    return model.parameters(), step
+
+
+# -- fast paths and what they replace ----------------------------------------------------------------------------
+
+
+def texts_in_pieces(setting: Setting) -> Step:
+    model, batch = fix_clip(setting)
+    ids_BT = torch.cat([batch.long_ids, batch.short_ids])
+    return model.parameters(), lambda: model.encode_text(ids_BT).sum().backward()
+
+
+def texts_padded(setting: Setting) -> Step:
+    model, batch = open_clip_at_248(setting)
+
+    def step() -> None:
+        for ids_BT in (batch.long_ids, batch.short_ids):
+            model.encode_text(ids_BT, normalize=True).sum().backward()
+
+    return model.parameters(), step
+
+
+def prompts_in_slices(setting: Setting) -> Step:
+    model, batch = fix_clip(setting)
+    return model.parameters(), lambda: model.encode_image(batch.image).sum().backward()
+
+
+def prompts_behind_a_mask(setting: Setting) -> Step:
+    """open_clip's own layers on [patches, CLS, prompts] with one dense additive mask."""
+    visual = open_clip.create_model(setting.model).visual.to(setting.device)
+    model, batch = fix_clip(setting)
+    num_patches, num_prompts = model.visual.num_patches, setting.num_prompts
+    size = num_patches + 1 + num_prompts
+    allowed_TT = torch.zeros(size, size, dtype=torch.bool)
+    allowed_TT[:, : num_patches + 1] = True
+    allowed_TT[num_patches:] = reader_mask(region_of_patch(num_patches, num_prompts), num_prompts)
+    mask_TT = torch.zeros(size, size).masked_fill(~allowed_TT, float("-inf")).to(setting.device)
+    prompts_LMD = copy.deepcopy(model.visual.prompts)
+
+    def step() -> None:
+        x_BTD = visual._embeds(batch.image).roll(-1, dims=1)
+        x_BTD = torch.cat([x_BTD, x_BTD.new_zeros(len(x_BTD), num_prompts, x_BTD.shape[-1])], dim=1)
+        for block, prompts_MD in zip(visual.transformer.resblocks, prompts_LMD, strict=True):
+            x_BTD = x_BTD + F.pad(prompts_MD.to(x_BTD.dtype), (0, 0, num_patches + 1, 0))
+            x_BTD = block(x_BTD, attn_mask=mask_TT)
+        (visual.ln_post(x_BTD[:, num_patches]) @ visual.proj).sum().backward()
+
+    return [*visual.parameters(), prompts_LMD], step
+
+
+def loss_over(setting: Setting, chunk_size: int | None) -> Step:
+    features = [torch.randn(LOSS_ROWS, 512, device=setting.device) for _ in range(2)]
+    image_NE, text_NE = (F.normalize(feature, dim=-1).requires_grad_() for feature in features)
+    scale = torch.tensor(100.0, device=setting.device, requires_grad=True)
+    return (image_NE, text_NE, scale), lambda: contrastive_loss(
+        image_NE, text_NE, scale, chunk_size=chunk_size
+    ).backward()
+
+
+VARIANTS: dict[str, tuple[str, Callable[[Setting], Step]]] = {
+    "fix_clip_drop": ("FIX-CLIP, all modules, masking drop", lambda s: fix_clip_step(s, masking="drop")),
+    "fix_clip_replace": ("FIX-CLIP, all modules, masking replace", lambda s: fix_clip_step(s, masking="replace")),
+    "long_clip": ("Long-CLIP step, padded to 248", rival_long_clip_step),
+    "fine_tune": ("fine-tuning, padded to 248", rival_fine_tune_step),
+    "our_long_clip": ("Long-CLIP recipe in this code", lambda s: fix_clip_step(s, **LONG_CLIP)),
+    "our_fine_tune": ("fine-tuning in this code", lambda s: fix_clip_step(s, **FINE_TUNE)),
+    "fix_clip_padded": ("FIX-CLIP drop, texts padded to 248", padded_fix_clip_step),
+    "fix_clip_cached": ("FIX-CLIP drop, GradCache in 4 parts", cached_step),
+    "fix_clip_recomputed": ("FIX-CLIP drop, gradient checkpointing", recomputed_step),
+    "texts_pieces": ("texts, trimmed and in sorted pieces", texts_in_pieces),
+    "texts_padded": ("texts, padded, open_clip's own tower", texts_padded),
+    "prompts_slices": ("image tower with prompts, slices", prompts_in_slices),
+    "prompts_mask": ("image tower with prompts, dense mask", prompts_behind_a_mask),
+    "loss_chunked": (f"loss over {LOSS_ROWS} pairs, 512 rows a chunk", lambda s: loss_over(s, 512)),
+    "loss_plain": (f"loss over {LOSS_ROWS} pairs, whole matrix", lambda s: loss_over(s, None)),
+}
+# What each variant is to be compared with.
+AGAINST = {
+    "fix_clip_drop": ["long_clip", "fine_tune"],
+    "fix_clip_replace": ["long_clip", "fine_tune"],
+    "our_long_clip": ["long_clip"],
+    "our_fine_tune": ["fine_tune"],
+    "fix_clip_cached": ["fix_clip_drop"],
+    "fix_clip_recomputed": ["fix_clip_drop"],
+    "fix_clip_padded": ["fix_clip_drop"],
+    "texts_pieces": ["texts_padded"],
+    "prompts_slices": ["prompts_mask"],
+    "loss_chunked": ["loss_plain"],
+}
+
+
+# -- measuring ---------------------------------------------------------------------------------------------------
+
+
+def measure(variant: str, setting: Setting) -> dict[str, Any]:
+    """Seconds and CPU seconds of each step, and peak memory in MiB, of one variant in this process."""
+    torch.set_num_threads(setting.threads)
+    torch.manual_seed(setting.seed)
+    trained, step = VARIANTS[variant][1](setting)
+    parameters = list(trained)
+    cuda = setting.device.startswith("cuda")
+    low_precision = setting.dtype == "bf16"
+    seconds, cpu_seconds = [], []
+    for _ in range(setting.warmup + setting.steps):
+        for parameter in parameters:
+            parameter.grad = None
+        start, cpu_start = time.perf_counter(), time.process_time()
+        with torch.autocast(setting.device.split(":")[0], torch.bfloat16) if low_precision else nullcontext():
+            step()
+        if cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+        cpu_seconds.append(time.process_time() - cpu_start)
+    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "seconds": seconds[setting.warmup :],
+        "cpu_seconds": cpu_seconds[setting.warmup :],
+        "peak_mib": peak / 2**20,
+    }
+
+
+def measure_apart(variant: str, setting: Setting) -> dict[str, Any]:
+    """`measure` in a process of its own."""
+    command = [sys.executable, __file__, "--worker", json.dumps([variant, dataclasses.asdict(setting)])]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def table(results: dict[str, dict[str, Any]], batch_size: int) -> str:
+    """Markdown: speed, CPU time, memory, and the ratios of samples per second that the claims are about."""
+    lines = ["| variant | samples/s | CPU s/sample | peak MiB | against: times its samples/s (by CPU time) |"]
+    lines.append("|---|---|---|---|---|")
+    for name, result in results.items():
+        rows = LOSS_ROWS if name.startswith("loss") else batch_size
+        ratios = [
+            f"{other}: {results[other]['seconds'] / result['seconds']:.2f}x"
+            f" ({results[other]['cpu_seconds'] / result['cpu_seconds']:.2f}x)"
+            for other in AGAINST.get(name, [])
+            if other in results
+        ]
+        lines.append(
+            f"| {name}: {VARIANTS[name][0]} | {rows / result['seconds']:.3g} | "
+            f"{result['cpu_seconds'] / rows:.3g} | {result['peak_mib']:.0f} | {', '.join(ratios)} |"
+        )
+    return "\n".join(lines)
+
+
+def run(setting: Setting, variants: list[str], rounds: int) -> dict[str, dict[str, Any]]:
+    """Median times and largest peaks over rounds in which every variant runs once."""
+    collected: dict[str, list[dict[str, Any]]] = {variant: [] for variant in variants}
+    turns = [(index, variant) for index in range(rounds) for variant in variants]
+    for index, variant in tqdm(turns, desc=setting.dtype, unit="run"):
+        collected[variant].append(measure_apart(variant, dataclasses.replace(setting, seed=index)))
+    return {
+        variant: {
+            "seconds": statistics.median(second for run in runs for second in run["seconds"]),
+            "cpu_seconds": statistics.median(second for run in runs for second in run["cpu_seconds"]),
+            "peak_mib": max(run["peak_mib"] for run in runs),
+        }
+        for variant, runs in collected.items()
+    }
+
+
+def main(
+    model: Annotated[str, typer.Option(help="open_clip's model name.")] = "ViT-B-16",
+    batch_size: Annotated[int, typer.Option(min=4, help="Samples a step.")] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="Measured steps a run.")] = 2,
+    warmup: Annotated[int, typer.Option(min=0, help="Steps before them.")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each variant, in turns.")] = 2,
+    dtypes: Annotated[str, typer.Option(help="fp32, bf16 (autocast), or both.")] = "fp32,bf16",
+    variants: Annotated[str, typer.Option(help=f"Some of {', '.join(VARIANTS)}.")] = ",".join(VARIANTS),
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of a run.")] = torch.get_num_threads(),
+    num_prompts: Annotated[int, typer.Option(min=1, help="Regional prompts.")] = 4,
+    worker: Annotated[str, typer.Option(hidden=True)] = "",
+) -> None:
+    """Measure training steps and print Markdown tables."""
+    if worker:
+        variant, values = json.loads(worker)
+        print(json.dumps(measure(variant, Setting(**values))))
+        return
+    names, dtype_names = variants.split(","), dtypes.split(",")
+    if unknown := [name for name in names if name not in VARIANTS]:
+        raise typer.BadParameter(f"variants {unknown}: valid are {', '.join(VARIANTS)}")
+    if unknown := [name for name in dtype_names if name not in ("fp32", "bf16")]:
+        raise typer.BadParameter(f"dtypes {unknown}: valid are fp32 and bf16")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("device cuda: this torch sees no GPU")
+    machine = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {threads} thread(s)"
+    print(f"{model}, batch {batch_size}, {rounds} x {steps} steps, torch {torch.__version__}, {machine}")
+    for dtype in dtype_names:
+        setting = Setting(model, batch_size, steps, warmup, dtype, device, threads, num_prompts)
+        print(f"\n{dtype}\n\n{table(run(setting, names, rounds), batch_size)}", flush=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)
