@@ -113,8 +113,8 @@ def parameters_text(settings: dict[str, Any]) -> str:
         lines.append(f"Negative prompt: {settings['negative_prompt']}")
     width, height = settings["size"]
     lines.append(
-        f"Steps: {settings['steps']}, Sampler: {settings['scheduler']}, CFG scale: {settings['guidance_scale']}, "
-        f"Seed: {settings['seed']}, Size: {width}x{height}, Model: {settings['base']}"
+        f"Steps: {settings['steps']}, CFG scale: {settings['guidance_scale']}, Seed: {settings['seed']}, "
+        f"Size: {width}x{height}, Model: {settings['base']}"
     )
     return "\n".join(lines)
 
@@ -161,7 +161,21 @@ def generate(
             systems = comparison(reference, pipe)
         else:
             systems = {"FIX-CLIP": lambda **kwargs: pipe(long_prompt=long_prompt, **kwargs)}
-        run_systems(pipe, systems, text, base, negative, steps, guidance, seed, width_height, num, output)
+        settings = {
+            "prompt": text,
+            "negative_prompt": negative,
+            "steps": steps,
+            "guidance_scale": guidance,
+            "seed": seed,
+            "size": width_height or default_size(pipe),
+            "base": base,
+            "encoder": encoder,
+            "adapter": adapter,
+        }
+        files = output_files(output, [f"seed{seed + index}" for index in range(num)])
+        typer.echo(pipe.token_report(text))
+        for index, file in enumerate(files):
+            draw_and_save(systems, {**settings, "seed": seed + index}, file)
 
 
 def comparison(reference: Any, pipe: Any) -> dict[str, Callable[..., Any]]:
@@ -173,51 +187,35 @@ def comparison(reference: Any, pipe: Any) -> dict[str, Callable[..., Any]]:
     }
 
 
-def run_systems(
-    pipe: Any,
-    systems: dict[str, Callable[..., Any]],
-    prompt: str,
-    base: str,
-    negative: str,
-    steps: int,
-    guidance: float,
-    seed: int,
-    size: tuple[int, int] | None,
-    num: int,
-    output: Path,
-) -> list[Path]:
-    """Print the token report, make the pictures one by one and write each as soon as it is there."""
+def default_size(pipe: Any) -> tuple[int, int]:
+    """Width and height that the UNet was trained with, in pixels."""
+    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    return side, side
+
+
+def draw(system: Callable[..., Any], settings: dict[str, Any]) -> Any:
+    """One picture of one system; the same settings give the same starting noise to each."""
     import torch
 
-    width, height = size or (pipe.unet.config.sample_size * pipe.vae_scale_factor,) * 2
-    files = output_files(output, [f"seed{seed + index}" for index in range(num)])
-    typer.echo(pipe.token_report(prompt))
-    settings = {
-        "prompt": prompt,
-        "negative_prompt": negative,
-        "steps": steps,
-        "guidance_scale": guidance,
-        "size": (width, height),
-        "scheduler": type(pipe.scheduler).__name__,
-        "base": base,
-    }
-    for index, file in enumerate(files):
-        images = [
-            call(
-                prompt=prompt,
-                negative_prompt=negative,
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                width=width,
-                height=height,
-                generator=torch.Generator("cpu").manual_seed(seed + index),
-            ).images[0]
-            for call in systems.values()
-        ]
-        image = images[0] if len(images) == 1 else label_row(images, list(systems))
-        save_png(image, file, {**settings, "seed": seed + index, "systems": list(systems)})
-        typer.echo(file)
-    return files
+    width, height = settings["size"]
+    return system(
+        prompt=settings["prompt"],
+        negative_prompt=settings["negative_prompt"],
+        num_inference_steps=settings["steps"],
+        guidance_scale=settings["guidance_scale"],
+        width=width,
+        height=height,
+        generator=torch.Generator("cpu").manual_seed(settings["seed"]),
+    ).images[0]
+
+
+def draw_and_save(systems: dict[str, Callable[..., Any]], settings: dict[str, Any], file: Path) -> list[Any]:
+    """Make one picture of each system and write it, or the row of them, as soon as it is there."""
+    images = [draw(system, settings) for system in systems.values()]
+    image = images[0] if len(images) == 1 else label_row(images, list(systems))
+    save_png(image, file, {**settings, "systems": list(systems)})
+    typer.echo(file)
+    return images
 
 
 def label_row(images: list[Any], labels: list[str], smallest: int = 256) -> Any:
@@ -267,6 +265,7 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="A .png file or a folder.")] = DEFAULT_OUTPUT,
 ) -> None:
     """One long prompt through stock, chunked and FIX-CLIP, on a tiny model made on the spot. No download."""
+    import numpy as np
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -275,15 +274,35 @@ def demo(
 
     for library in (diffusers_logging, transformers_logging):
         library.disable_progress_bar()
+        library.set_verbosity_error()
     typer.echo(
-        "This model was made a moment ago and has random weights: its pictures are noise. What it shows is that the "
-        "words after the 77th token change the picture of FIX-CLIP, and not that of the stock pipeline."
+        "This model was made a moment ago and has random weights: its pictures are noise. What can be seen is which "
+        "systems read the end of the prompt."
     )
+    settings = {"negative_prompt": "", "steps": 10, "guidance_scale": 7.5, "seed": 0, "size": (64, 64)}
+    settings |= {"prompt": DEMO_PROMPT, "base": "a tiny random model"}
     with user_errors(), tempfile.TemporaryDirectory() as folder:
+        (file,) = output_files(output, ["demo"])
         stable_diffusion(train_tokenizer([DEMO_PROMPT])).save_pretrained(folder)
         pipe = FixClipStableDiffusionPipeline.from_pretrained(folder)
-        run_systems(pipe, comparison(pipe, pipe), DEMO_PROMPT, "tiny random model", "", 10, 7.5, 0, (64, 64), 1, output)
+        pipe.set_progress_bar_config(disable=True)
+        typer.echo(pipe.token_report(DEMO_PROMPT))
+        systems = comparison(pipe, pipe)
+        images = draw_and_save(systems, settings, file)
+        without_end = {**settings, "prompt": DEMO_PROMPT[: DEMO_PROMPT.index(" Under the table")]}
+        typer.echo("Mean change of a pixel (of 255) when the last sentence is left out:")
+        for (name, system), image in zip(systems.items(), images, strict=True):
+            change = np.abs(np.asarray(image, float) - np.asarray(draw(system, without_end), float)).mean()
+            typer.echo(f"  {name:<24} {change:6.2f}")
 
 
 def main() -> None:
-    app()
+    try:
+        app()
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

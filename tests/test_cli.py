@@ -1,0 +1,203 @@
+"""The command line, on tiny real models."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from fixclip_cli import app, label_row, output_files, parse_size
+from fixclip_diffusion import FixClipStableDiffusionPipeline, FixClipTextEncoder, TextAdapter
+
+LONG = tiny.sentences(14)
+FAST = ["--steps", "2", "--size", "16"]
+
+
+def run(*arguments, **kwargs):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], **kwargs)
+
+
+def flat(text):
+    """Typer draws errors in boxes and wraps lines."""
+    return " ".join(re.sub(r"[│╭╮╰╯─\x1b]|\[\d+m", " ", text).split())
+
+
+@pytest.fixture(scope="module")
+def python_pictures(sd1):
+    """What the Python interface makes with the same settings."""
+    pipe = FixClipStableDiffusionPipeline.from_pretrained(sd1)
+
+    def picture(prompt, seed=0, **kwargs):
+        settings = {
+            "num_inference_steps": 2,
+            "width": 16,
+            "height": 16,
+            "generator": torch.Generator().manual_seed(seed),
+        }
+        return np.asarray(pipe(prompt, **{**settings, **kwargs}).images[0])
+
+    return picture
+
+
+def test_generate_writes_what_python_makes(sd1, tmp_path, python_pictures):
+    result = run("generate", LONG, "--base", sd1, *FAST, "--seed", 7, "--negative", "bad", "-o", tmp_path / "a.png")
+    assert result.exit_code == 0, result.output
+    assert "132 tokens" in result.output
+    assert "a 77-token encoder stops before" in result.output
+    image = Image.open(tmp_path / "a.png")
+    assert np.array_equal(np.asarray(image), python_pictures(LONG, 7, negative_prompt="bad"))
+    assert image.text["prompt"] == LONG
+    settings = json.loads(image.text["fixclip"])
+    assert settings["seed"] == 7
+    assert settings["steps"] == 2
+    assert settings["size"] == [16, 16]
+    assert image.text["parameters"] == (
+        f"{LONG}\nNegative prompt: bad\nSteps: 2, CFG scale: 7.5, Seed: 7, Size: 16x16, Model: {sd1}"
+    )
+    assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
+
+
+@pytest.mark.parametrize("source", ["file", "stdin"])
+def test_prompts_of_any_script_from_file_and_standard_input(sd1, tmp_path, python_pictures, source):
+    prompt = "Ein Pferd — “rot”,\nund 馬 🐎.\n" + LONG
+    if source == "file":
+        (tmp_path / "prompt.txt").write_text(prompt + "\n", encoding="utf-8")
+        arguments, kwargs = ["--prompt-file", tmp_path / "prompt.txt"], {}
+    else:
+        arguments, kwargs = ["-"], {"input": prompt + "\n"}
+    result = run("generate", *arguments, "--base", sd1, *FAST, "-o", tmp_path / "out", **kwargs)
+    assert result.exit_code == 0, result.output
+    image = Image.open(tmp_path / "out" / "seed0.png")
+    assert image.text["prompt"] == prompt
+    assert np.array_equal(np.asarray(image), python_pictures(prompt))
+
+
+def test_several_pictures(sd1, tmp_path, python_pictures):
+    for output, names in (
+        ("p.png", ["p-seed3.png", "p-seed4.png"]),
+        ("folder", ["folder/seed3.png", "folder/seed4.png"]),
+    ):
+        result = run("generate", "a cat", "--base", sd1, *FAST, "--seed", 3, "--num", 2, "-o", tmp_path / output)
+        assert result.exit_code == 0, result.output
+        for seed, name in zip((3, 4), names, strict=True):
+            assert np.array_equal(np.asarray(Image.open(tmp_path / name)), python_pictures("a cat", seed))
+
+
+def test_compare_shows_three_systems(sd1, tmp_path, python_pictures):
+    arguments = ["generate", LONG, "--base", sd1, *FAST, "--compare", "-o", tmp_path / "sheet.png"]
+    encoder = FixClipTextEncoder.from_pretrained(sd1, subfolder="text_encoder", keep=30, ratio=5)
+    encoder.save_pretrained(tmp_path / "encoder")
+    adapter = TextAdapter(32)
+    torch.nn.init.normal_(adapter.blocks[0].fc2.weight)
+    adapter.save_pretrained(tmp_path / "adapter")
+    for extra in ([], ["--encoder", tmp_path / "encoder", "--adapter", tmp_path / "adapter"]):
+        result = run(*arguments, *extra)
+        assert result.exit_code == 0, result.output
+        sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+        tiles = [sheet[-256::16, left : left + 256 : 16] for left in (0, 264, 528)]
+        assert np.array_equal(tiles[0], python_pictures(LONG, long_prompt="truncate_77"))
+        assert np.array_equal(tiles[1], python_pictures(LONG, long_prompt="windows_77"))
+        assert np.array_equal(tiles[2], python_pictures(LONG)) == (not extra)
+
+
+def test_long_prompt_mode(sd1, tmp_path, python_pictures):
+    prompt = tiny.sentences(40)
+    for mode in ("windows", "truncate"):
+        result = run("generate", prompt, "--base", sd1, *FAST, "--long-prompt", mode, "-o", tmp_path / "a.png")
+        assert result.exit_code == 0, result.output
+        expected = python_pictures(prompt, long_prompt=mode)
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give a PROMPT"),
+        (["a", "--prompt-file", "b.txt"], "one of the two"),
+        (["--prompt-file", "/no/such/file"], "not a readable text"),
+        (["  "], "the prompt is empty"),
+        (["a", "--size", "100"], "multiples of 8"),
+        (["a", "--size", "64x64x64"], "WIDTHxHEIGHT"),
+        (["a", "--size", "big"], "WIDTHxHEIGHT"),
+        (["a", "--guidance", "-1"], "greater than or equal to 0"),
+        (["a", "--num", "-1"], "greater than or equal to 1"),
+        (["a", "--base", "/no/such/model"], "neither a folder with model_index.json nor a hub name"),
+        (["a", "--long-prompt", "chunks", "--base", "BASE"], "long_prompt='chunks': valid are"),
+        (["a", "--base", "BASE", "--encoder", "/no/such/encoder"], "no readable config.json"),
+        (["a", "--base", "BASE", "--adapter", "/no/such/adapter"], "expected a folder or hub name"),
+        (["a", "--base", "BASE", "-o", "picture.jpg"], "pictures are written as .png"),
+        (["a", "--base", "BASE", "-o", "/proc/nowhere/a.png"], "cannot be written"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(sd1, arguments, message):
+    arguments = [str(sd1) if argument == "BASE" else argument for argument in arguments]
+    result = run("generate", *arguments, "--steps", "1", *([] if "--size" in arguments else ["--size", "16"]))
+    assert result.exit_code == 2
+    assert message in flat(result.output)
+    assert "Traceback" not in result.output
+
+
+def test_tokens_needs_only_the_tokenizer(sd1, tmp_path):
+    import shutil
+
+    shutil.copytree(sd1 / "tokenizer", tmp_path / "tokenizer")
+    result = run("tokens", LONG, "--base", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "132 tokens" in result.output
+
+
+def test_demo(tmp_path):
+    result = run("demo", "-o", tmp_path / "demo.png")
+    assert result.exit_code == 0, result.output
+    assert "noise" in result.output
+    changes = [float(line.split()[-1]) for line in result.output.splitlines()[-3:]]
+    assert changes[0] == 0, "stock does not read the end"
+    assert min(changes[1:]) > 0
+    assert Image.open(tmp_path / "demo.png").size[0] == 3 * 256 + 2 * 8
+
+
+def test_interrupt_leaves_no_half_written_file(sd1, tmp_path):
+    command = ["-m", "fixclip_cli", "generate", "a cat", "--base", sd1, "--steps", "1000", "--num", "1000"]
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command), "--size", "16", "-o", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    assert "tokens" in process.stdout.readline()
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    # A shell shows both as 130.
+    assert process.returncode in (130, -signal.SIGINT)
+    assert "Traceback" not in errors
+    for file in tmp_path.iterdir():
+        Image.open(file).load()
+        assert file.suffix == ".png"
+
+
+def test_help_is_free_of_heavy_imports():
+    code = "import sys, fixclip_cli; print([m for m in ('torch', 'diffusers', 'open_clip') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(("text", "size"), [("512", (512, 512)), ("512x768", (512, 768)), ("64X8", (64, 8))])
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+def test_output_files_and_sheet(tmp_path):
+    assert output_files(tmp_path / "x.PNG", ["s1"]) == [tmp_path / "x.PNG"]
+    images = [Image.new("RGB", (300, 200), color) for color in ("red", "blue")]
+    assert label_row(images, ["one", "two"]).size == (608, 230)

@@ -1,0 +1,123 @@
+"""Hub names, with the real hub client against a local server (the client reads its endpoint at import)."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hub import serve
+from transformers import CLIPTextModel
+
+from fixclip_diffusion import FixClipStableDiffusionPipeline, TextAdapter
+from fixclip_diffusion.tiny import clip_text_config
+
+SCRIPT = """
+import json, sys
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+import tiny
+from fixclip_diffusion import FixClipStableDiffusionPipeline, FixClipTextEncoder, FixClipTokenizer
+
+LONG = tiny.sentences(14)
+results = {}
+
+def states(pipe, prompt=LONG):
+    return pipe.encode_prompt(prompt, "cpu", 1, False)[0]
+
+stock = FixClipStableDiffusionPipeline.from_pretrained("someone/tiny-sd")
+local = FixClipStableDiffusionPipeline.from_pretrained(sys.argv[1])
+results["stock base"] = torch.equal(states(stock), states(local))
+
+saved = [cls.from_pretrained("someone/tiny-fixclip")
+         for cls in (FixClipStableDiffusionPipeline, DiffusionPipeline, StableDiffusionPipeline)]
+expected = FixClipStableDiffusionPipeline.from_pretrained(sys.argv[2])
+results["saved pipeline"] = [torch.equal(states(pipe), states(expected)) for pipe in saved]
+results["classes"] = [type(pipe).__name__ for pipe in saved]
+
+parts = FixClipStableDiffusionPipeline.from_pretrained(
+    "someone/tiny-sd", encoder="someone/long-clip", adapter="someone/tiny-adapter")
+results["encoder and adapter"] = [parts.text_encoder.short_context_length, parts.text_encoder.adapter is not None]
+encoder = FixClipTextEncoder.from_pretrained("someone/tiny-fixclip", subfolder="text_encoder")
+tokenizer = FixClipTokenizer.from_pretrained("someone/tiny-fixclip", subfolder="tokenizer")
+ids = tokenizer([LONG], padding="max_length", return_tensors="pt").input_ids
+results["components"] = torch.equal(encoder(ids)[0], states(expected))
+
+def message(*args, **kwargs):
+    try:
+        FixClipStableDiffusionPipeline.from_pretrained(*args, **kwargs)
+    except ValueError as error:
+        return str(error)
+
+results["unknown"] = message("someone/nothing")
+results["wide"] = message("someone/other-sd", encoder="someone/wide")
+print("RESULTS " + json.dumps(results))
+"""
+
+
+@pytest.fixture(scope="module")
+def outcome(base_folders, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hub")
+    adapter = TextAdapter(32)
+    torch.nn.init.normal_(adapter.blocks[0].fc2.weight)
+    adapter.save_pretrained(folder / "adapter")
+    pipe = FixClipStableDiffusionPipeline.from_pretrained(base_folders["sd1"], adapter=adapter)
+    pipe.save_pretrained(folder / "fixclip")
+    CLIPTextModel(clip_text_config(max_position_embeddings=248)).save_pretrained(folder / "long")
+    CLIPTextModel(clip_text_config(hidden_size=64)).save_pretrained(folder / "wide")
+    repositories = {
+        "someone/tiny-sd": base_folders["sd1"],
+        "someone/other-sd": base_folders["sd1"],
+        "someone/tiny-fixclip": folder / "fixclip",
+        "someone/long-clip": folder / "long",
+        "someone/tiny-adapter": folder / "adapter",
+        "someone/wide": folder / "wide",
+    }
+    with serve(repositories) as hub:
+        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "0"}
+        environment |= {"PYTHONPATH": os.path.dirname(__file__), "HF_HUB_DISABLE_XET": "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", SCRIPT, base_folders["sd1"], folder / "fixclip"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads(done.stdout.split("RESULTS ")[1])
+    return results, hub.downloads
+
+
+def test_a_stock_model_from_the_hub(outcome):
+    assert outcome[0]["stock base"]
+
+
+def test_a_pipeline_whose_index_names_our_components(outcome):
+    assert outcome[0]["saved pipeline"] == [True, True, True]
+    assert outcome[0]["classes"] == [
+        "FixClipStableDiffusionPipeline",
+        "FixClipStableDiffusionPipeline",
+        "StableDiffusionPipeline",
+    ]
+
+
+def test_encoder_adapter_and_single_components(outcome):
+    assert outcome[0]["encoder and adapter"] == [0, True]
+    assert outcome[0]["components"]
+
+
+def test_errors_come_before_weights_are_downloaded(outcome):
+    results, downloads = outcome
+    assert "base 'someone/nothing'" in results["unknown"]
+    assert "64 wide, but the UNet's cross-attention takes 32" in results["wide"]
+    fetched = [file for file in downloads if file.startswith(("someone/other-sd", "someone/wide"))]
+    assert fetched
+    assert all(file.endswith(".json") for file in fetched)
+
+
+def test_nothing_is_downloaded_twice(outcome):
+    downloads = [file for file in outcome[1] if file.endswith(".safetensors")]
+    assert len(downloads) == len(set(downloads))
+    assert "someone/tiny-sd/unet/diffusion_pytorch_model.safetensors" in downloads
