@@ -217,9 +217,8 @@ def export(
         from fixclip_core.convert import export as write
 
         if find_fixclip(run) is None:
-            raise ValueError(
-                f"{run}: no FixClip there; expected config.json and model.safetensors, or model/ with both"
-            )
+            best = f"; the best so far is in {run / 'best'}" if find_fixclip(run / "best") else ""
+            raise ValueError(f"{run}: no FixClip there; expected model/ or config.json and model.safetensors{best}")
         for line in write(load_fixclip(run), output, formats or FORMATS, getattr(torch, dtype)):
             typer.echo(line)
 

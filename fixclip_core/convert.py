@@ -209,6 +209,8 @@ def _read_file(path: Path, model_name: str | None) -> ClipCheckpoint:
 
 
 def _require_vision_transformer(path: Path, state_dict: Mapping[str, Tensor]) -> None:
+    if "kept_positions" in state_dict:
+        raise ValueError(f"{path} holds the weights of a FixClip: name its folder, {path.parent}")
     if "visual.layer1.0.conv1.weight" in state_dict:
         raise ValueError(f"{path} is a ResNet CLIP; FIX-CLIP needs a vision transformer")
     needed = (
@@ -253,7 +255,7 @@ def _read_open_clip_folder(folder: Path, state_dict: dict[str, Tensor] | None = 
             raise ValueError(f"{folder}: {' or '.join(names)} expected beside open_clip_config.json")
         state_dict, _ = load_weights(files[0])
     model_config = config.get("model_cfg", config)
-    preprocess = _preprocess(model_config) | config.get("preprocess_cfg", {})
+    preprocess = open_clip.transform.merge_preprocess_dict(_preprocess(model_config), config.get("preprocess_cfg", {}))
     return _from_open_clip(state_dict, model_config, preprocess, "open_clip folder")
 
 
@@ -657,6 +659,8 @@ def export(
         for place in (partial, partial / "transformers", partial / "open_clip"):
             if place.is_dir():
                 (place / "README.md").write_text(card)
+        if folder.exists():
+            folder.rmdir()
         os.replace(partial, folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -675,12 +679,12 @@ def _limits(model: FixClip) -> list[str]:
     lines = []
     if config.num_prompts:
         lines.append(
-            f"The {config.num_prompts} regional prompts of each image layer are in fixclip/ only: a plain CLIP has no "
-            "place for them. Image features of the other formats are those of "
+            f"A plain CLIP has no place for the {config.num_prompts} regional prompts of each image layer: a FixClip "
+            "folder alone keeps them. Image features of the other formats are those of "
             "FixClip.encode_image(prompts=False); text features are the same everywhere."
         )
     if config.num_groups or "mask_embedding" in dict(model.visual.named_parameters()):
-        lines.append("What only training reads (mask embedding, alignment heads) is in fixclip/ only.")
+        lines.append("What training alone reads (mask embedding, alignment heads) is kept in a FixClip folder, too.")
     return lines
 
 

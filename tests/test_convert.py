@@ -29,6 +29,7 @@ from fixclip_core.convert import (
 )
 from fixclip_core.model import FixClip
 from fixclip_diffusion import FixClipTextEncoder, FixClipTokenizer
+from fixclip_diffusion.tiny import train_tokenizer
 
 TOLERANCE = {"atol": 1e-5, "rtol": 0.0}
 
@@ -387,6 +388,10 @@ def test_unreadable_sources(tmp_path):
 
 
 def test_other_models_are_named(tmp_path):
+    model = FixClip.from_clip(tiny_clip(), tiny_config(), {}, num_groups=0)
+    model.save_pretrained(tmp_path / "fix")
+    with pytest.raises(ValueError, match=r"holds the weights of a FixClip: name its folder, .*fix"):
+        read_clip(tmp_path / "fix" / "model.safetensors")
     save_file({"visual.layer1.0.conv1.weight": torch.zeros(1)}, tmp_path / "resnet.safetensors")
     with pytest.raises(ValueError, match="ResNet CLIP"):
         read_clip(tmp_path / "resnet.safetensors")
@@ -551,7 +556,7 @@ def test_single_file_says_where_it_does_not_fit(tmp_path):
 def test_what_a_plain_clip_cannot_hold_is_said_and_kept(trained, exported):
     folder, lines = exported
     said = next(line for line in lines if "regional prompts" in line)
-    assert "3 regional prompts of each image layer are in fixclip/ only" in said
+    assert "no place for the 3 regional prompts of each image layer" in said
     for place in (folder, folder / "transformers", folder / "open_clip"):
         assert said in (place / "README.md").read_text()
     images, ids = full_batch(trained)
@@ -591,6 +596,27 @@ def test_a_clip_of_77_tokens_is_stretched(tmp_path):
 def test_a_training_run_is_found_by_its_folder(trained, tmp_path):
     trained.save_pretrained(tmp_path / "model")
     assert load_fixclip(tmp_path).config == trained.config
+
+
+def test_a_vocabulary_of_its_own_goes_in_and_out(tmp_path):
+    tokenizer = train_tokenizer(["a red cat and a blue dog"], vocab_size=560)
+    model = tiny_transformers_clip(vocab_size=len(tokenizer), eos_token_id=len(tokenizer) - 1)
+    model.save_pretrained(tmp_path / "in")
+    tokenizer.save_pretrained(tmp_path / "in")
+    fixclip = load_fixclip(tmp_path / "in", num_groups=0, num_prompts=0).eval()
+    texts = ["a red cat", "two dogs and a cat"]
+    ids = fixclip.tokenizer()(texts)
+    assert ids.shape == (2, 248)
+    export(fixclip, tmp_path / "out", ["transformers"])
+    out = CLIPModel.from_pretrained(tmp_path / "out" / "transformers").eval()
+    exported_tokenizer = CLIPProcessor.from_pretrained(tmp_path / "out" / "transformers").tokenizer
+    out_ids = exported_tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
+    assert torch.equal(out_ids, ids)
+    with torch.no_grad():
+        features = torch.nn.functional.normalize(out.get_text_features(out_ids).pooler_output, dim=-1)
+        torch.testing.assert_close(features, fixclip.encode_text(ids), **TOLERANCE)
+        base = model.get_text_features(ids[:, :20]).pooler_output  # short texts read as before
+        torch.testing.assert_close(features, torch.nn.functional.normalize(base, dim=-1), **TOLERANCE)
 
 
 def test_fields_of_a_fixclip_cannot_be_changed(exported):

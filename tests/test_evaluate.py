@@ -1,5 +1,6 @@
 import json
 import shutil
+import tarfile
 from dataclasses import replace
 
 import open_clip
@@ -212,6 +213,22 @@ def test_rows_with_one_picture_are_one_image(models, captioned):
     with torch.no_grad():
         expected = model.encode_text(model.tokenizer()([WORDS[0]]))
     torch.testing.assert_close(short.text[:1], expected, atol=1e-5, rtol=0)
+
+
+def test_shards_read_by_several_processes(models, captioned, tmp_path):
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"shard-{shard}.tar", "w") as tar:
+            for number in range(3 * shard, 3 * shard + 3):
+                tar.add(captioned / f"{number}.png", f"{number}.png")
+                tar.add(captioned / f"{number}.txt", f"{number}.txt")
+    encoder = load_encoder(models / "open_clip")
+    folder, shards = (
+        encode_dataset(encoder, SourceItems(open_source(DataConfig(source=str(path))), encoder.preprocess), workers=n)
+        for path, n in ((captioned, 0), (tmp_path, 2))
+    )
+    torch.testing.assert_close(shards.image, folder.image, atol=1e-5, rtol=0)
+    torch.testing.assert_close(shards.text, folder.text, atol=1e-5, rtol=0)
+    assert shards.text_to_image == folder.text_to_image == list(range(6))
 
 
 def test_formats_of_one_clip_agree(models, captioned):
@@ -455,6 +472,7 @@ def test_convert_and_export_commands(models, tmp_path):
         "text_encoder",
         "tokenizer",
     }
+    FixClip.from_pretrained(tmp_path / "fix").save_pretrained(tmp_path / "run" / "best")
     for args, message in (
         (("convert", models / "open_clip", tmp_path / "fix"), "not empty"),
         (("convert", models / "open_clip", tmp_path / "new", "--set", "prompts=3"), "expected NAME=VALUE"),
@@ -463,6 +481,7 @@ def test_convert_and_export_commands(models, tmp_path):
             "num_groups=5",
         ),
         (("export", models / "open_clip", tmp_path / "new"), "no FixClip there"),
+        (("export", tmp_path / "run", tmp_path / "new"), "the best so far is in"),
         (("export", tmp_path / "fix", tmp_path / "new", "--format", "onnx"), "valid are fixclip"),
     ):
         result = run(*args)
