@@ -100,6 +100,7 @@ def train(recipe: EncoderRecipe, *, resume: str = "auto") -> Path:
     start(run, resume)
     fit(run)
     save_model(run, run.folder / MODEL)
+    run.accelerator.end_training()
     return run.folder / MODEL
 
 
@@ -309,7 +310,6 @@ def fit(run: Run) -> None:
     bar.close()
     if run.loader.skipped:
         logger.warning("Samples that could not be used: %s", describe_skipped(run.loader.skipped.values()))
-    accelerator.end_training()
 
 
 _SHOWN = ("samples_per_second", "skipped_steps")

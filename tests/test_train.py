@@ -1,0 +1,504 @@
+"""Training end to end on tiny real models: the same weights however often the run is interrupted."""
+
+import json
+import logging
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+import typer
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from fixclip_core import train
+from fixclip_core.checkpoint import damage, list_checkpoints
+from fixclip_core.evaluate import retrieval_metrics
+from fixclip_core.loop import (
+    TrainState,
+    activation_bytes,
+    count_step,
+    lr_factor,
+    optimizer_step,
+    parameter_groups,
+    plot_losses,
+)
+from fixclip_core.model import FixClip
+from fixclip_core.recipe import EncoderRecipe, OptimSection, load_recipe
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+CLIP = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+}
+STEPS = 6
+RECIPE = """\
+seed: 3
+model: {{name: "local-dir:{clip}", num_prompts: 2, num_groups: 2, first_group: 1}}
+data: {{source: scenes, stop: 20, workers: 0}}
+captions: {{short_caption: random_sentences}}
+optim: {{lr: 1e-3, lr_new: 1e-2, warmup_steps: 2}}
+train: {{steps: {steps}, batch_size: 8, precision: fp32, max_skipped_steps: 3}}
+eval: {{source: scenes, start: 20, stop: 26, every: 3, batch_size: 4}}
+output: {{folder: "{folder}", log_every: 1, save_every: 2, keep_last: 3}}
+"""
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory):
+    """A tiny open_clip model as a local folder."""
+    folder = tmp_path_factory.mktemp("clip")
+    torch.manual_seed(0)
+    save_file(open_clip.CLIP(**CLIP).state_dict(), folder / "open_clip_model.safetensors")
+    preprocess = {"size": 32, "mean": [0.5] * 3, "std": [0.5] * 3}
+    config = {"model_cfg": CLIP, "preprocess_cfg": preprocess}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture
+def recipe_file(clip_folder, tmp_path):
+    def recipe_file(name="run", steps=STEPS):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(RECIPE.format(clip=clip_folder, folder=tmp_path / name, steps=steps))
+        return path
+
+    return recipe_file
+
+
+@pytest.fixture
+def recipe(recipe_file):
+    return lambda name="run", *overrides: load_recipe(EncoderRecipe, recipe_file(name), overrides)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Accelerate's settings are shared by a process; each test is a process of its own in that respect."""
+    yield
+    reset_accelerator()
+
+
+def reset_accelerator():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def run_until(recipe, step, resume="auto"):
+    """Train, with the whole run's schedule, and stop after some steps as if the power went."""
+    reset_accelerator()
+    run = train.prepare(recipe)
+    train.start(run, resume)
+    run.total_steps = step
+    train.fit(run)
+    return run
+
+
+def weights(folder):
+    return load_file(Path(folder) / "model" / "model.safetensors")
+
+
+def assert_bitwise_equal(one, other):
+    assert one.keys() == other.keys()
+    different = [name for name in one if not torch.equal(one[name], other[name])]
+    assert not different
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+# -- a run and its resumption --------------------------------------------------------------------------------
+
+
+def test_a_run_trains_and_writes_everything(recipe, clip_folder, tmp_path):
+    chosen = recipe("run", "output.trackers=[tensorboard]", "train.steps=null", "train.epochs=2")
+    folder = train.train(chosen)
+    assert folder == tmp_path / "run" / "model"
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names >= {"checkpoints", "model", "best", "metrics.jsonl", "losses.png", "recipe.yaml"}
+    assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+    assert [step for step, _ in list_checkpoints(tmp_path / "run" / "checkpoints")] == [2, 4]  # 2 epochs of 2 batches
+    assert load_recipe(EncoderRecipe, tmp_path / "run" / "recipe.yaml") == chosen
+
+    rows = metrics(tmp_path / "run")
+    losses = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in losses] == [1, 2, 3, 4]
+    assert losses[0].keys() >= {"loss_long", "loss_short", "loss_mid_1", "loss_mid_2", "grad_norm", "logit_scale"}
+    assert [row["lr"] for row in losses[:2]] == [5e-4, 1e-3]
+    assert all(row["samples_per_second"] > 0 for row in losses)
+    evaluations = [row for row in rows if "long_image_to_text_recall_at_1" in row]
+    assert [row["step"] for row in evaluations] == [3, 4]
+
+    base = FixClip.from_open_clip(f"local-dir:{clip_folder}", num_prompts=2, num_groups=2, first_group=1)
+    model = FixClip.from_pretrained(folder)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, base.get_parameter(name))}
+    assert moved == {name for name, _ in model.named_parameters()}
+    assert torch.equal(model.text.kept_positions, base.text.kept_positions)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_run_ends_with_the_same_weights(recipe, tmp_path, workers):
+    """Interrupted inside an epoch; with averaging, GradCache and bf16 in the second case."""
+    options = [f"data.workers={workers}"]
+    if workers == 0:
+        options += ["train.ema_decay=0.5", "train.micro_batch_size=3", "train.precision=bf16"]
+    train.train(recipe("whole", *options))
+    run_until(recipe("halves", *options), 3)
+    assert not (tmp_path / "halves" / "model").exists()
+    reset_accelerator()
+    train.train(recipe("halves", *options))
+    assert_bitwise_equal(weights(tmp_path / "whole"), weights(tmp_path / "halves"))
+
+    def figures(folder):
+        return [{k: v for k, v in row.items() if k != "samples_per_second"} for row in metrics(folder)]
+
+    assert figures(tmp_path / "whole") == figures(tmp_path / "halves")
+    assert (tmp_path / "whole" / "best" / "model.safetensors").read_bytes() == (
+        tmp_path / "halves" / "best" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_a_damaged_last_checkpoint_costs_only_its_steps(recipe, tmp_path, caplog):
+    train.train(recipe("whole"))
+    run_until(recipe("halves"), 5)
+    checkpoints = list_checkpoints(tmp_path / "halves" / "checkpoints")
+    assert [step for step, _ in checkpoints] == [2, 4, 5]
+    os.truncate(checkpoints[2][1] / "optimizer.bin", 100)
+    (checkpoints[1][1] / "model.safetensors").unlink()
+    reset_accelerator()
+    with caplog.at_level(logging.WARNING):
+        train.train(recipe("halves"))
+    assert "step-00000005 is damaged: optimizer.bin has 100 bytes" in caplog.text
+    assert "step-00000004 is damaged: model.safetensors is missing" in caplog.text
+    assert_bitwise_equal(weights(tmp_path / "whole"), weights(tmp_path / "halves"))
+
+
+def test_changes_and_conflicts_on_resume(recipe, tmp_path, caplog):
+    run_until(recipe("run", "eval.source=null"), 2)
+    with caplog.at_level(logging.WARNING):
+        run_until(recipe("run", "optim.lr=5e-4", "eval.source=null"), 3)
+    assert "optim.lr was 0.001 when this run started and is 0.0005 now" in caplog.text
+    with pytest.raises(ValueError, match=r"--resume none: .* newer checkpoints \(step-00000002, step-00000003\)"):
+        run_until(recipe("run"), 3, resume="none")
+    with pytest.raises(ValueError, match=r"newer checkpoints \(step-00000003\)"):
+        run_until(recipe("run"), 3, resume=str(tmp_path / "run" / "checkpoints" / "step-00000002"))
+    with pytest.raises(ValueError, match="does not fit this model"):
+        run_until(recipe("run", "model.num_prompts=3"), 3)
+    elsewhere = run_until(recipe("other"), 3, resume=str(tmp_path / "run" / "checkpoints" / "step-00000002"))
+    assert elsewhere.state.step == 3
+    assert metrics(tmp_path / "other")[0]["step"] == 3
+
+
+# -- processes -----------------------------------------------------------------------------------------------
+
+
+def launch(*command):
+    finished = subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    return finished
+
+
+def test_accelerate_launch_survives_kill_9(recipe_file, tmp_path, caplog):
+    """Killed soon after its first checkpoint, resumed, and equal to an uninterrupted run; then evaluated."""
+    file = recipe_file("killed")
+    overrides = ["output.save_every=1", "output.keep_last=20", "eval.source=null", "train.steps=20"]
+    train.train(load_recipe(EncoderRecipe, recipe_file("whole"), overrides))
+
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"]
+    command += ["--mixed_precision=no", "--dynamo_backend=no", "--cpu", "train_encoder.py", str(file), *overrides]
+    process = subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
+    checkpoints = tmp_path / "killed" / "checkpoints"
+    while not list_checkpoints(checkpoints):
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    left = list_checkpoints(checkpoints)
+    assert 1 <= left[-1][0] < 20
+    assert [damage(path) for _, path in left] == [None] * len(left)
+    assert len(metrics(tmp_path / "killed")) - left[-1][0] in (0, 1)  # no more is lost than the step in progress
+
+    reset_accelerator()
+    with caplog.at_level(logging.INFO):
+        train.train(load_recipe(EncoderRecipe, file, overrides))
+    assert f"Resumed step {left[-1][0]} from" in caplog.text
+    assert_bitwise_equal(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
+
+    model = FixClip.from_pretrained(tmp_path / "killed" / "model")
+    tokens = model.tokenizer()(["a red square", "a blue star"])
+    images = torch.randn(2, 3, 32, 32)
+    scores = retrieval_metrics(model.encode_image(images), model.encode_text(tokens), [0, 1], ks=(1, 2))
+    assert scores["image_to_text_recall_at_2"] == 1.0
+
+
+def test_two_processes(recipe, recipe_file, tmp_path):
+    """Interrupted and whole runs are bitwise equal; one process with the same global batch agrees to rounding."""
+    script = tmp_path / "two.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import sys
+            from pathlib import Path
+            from accelerate.state import AcceleratorState, GradientState
+            from fixclip_core import train
+            from fixclip_core.recipe import EncoderRecipe, load_recipe
+
+            def run(file, until=None, *overrides):
+                run = train.prepare(load_recipe(EncoderRecipe, file, overrides))
+                assert run.accelerator.num_processes == 2 and len(run.eval_loader) == 1
+                train.start(run, "auto")
+                run.total_steps = until or run.total_steps
+                train.fit(run)
+                if until is None:
+                    train.save_model(run, run.folder / "model")
+                AcceleratorState._reset_state()
+                GradientState._reset_state()
+
+            whole, workers, halves = map(Path, sys.argv[1:])
+            run(whole)
+            run(workers, 3, "data.workers=2")
+            run(workers, None, "data.workers=2")
+            run(halves, 3)
+            """
+        )
+    )
+    files = [recipe_file(name) for name in ("whole", "workers", "halves")]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    launch(*torchrun, str(script), *map(str, files))
+    assert_bitwise_equal(weights(tmp_path / "whole"), weights(tmp_path / "workers"))
+    finished = launch(*torchrun, "train_encoder.py", str(files[2]))
+    assert "Resumed step 3 from" in finished.stderr
+    assert_bitwise_equal(weights(tmp_path / "whole"), weights(tmp_path / "halves"))
+    assert len(metrics(tmp_path / "halves")) == STEPS + 2  # each line once, two of them evaluations
+
+    train.train(recipe("alone"))
+    alone, both = metrics(tmp_path / "alone"), metrics(tmp_path / "whole")
+    for one, two in zip(alone, both, strict=True):
+        assert one.keys() == two.keys()
+        assert {k: v for k, v in two.items() if k != "samples_per_second"} == pytest.approx(
+            {k: v for k, v in one.items() if k != "samples_per_second"}, rel=1e-3, abs=1e-5
+        )
+
+
+# -- the NaN guard -------------------------------------------------------------------------------------------
+
+
+def test_a_poisoned_gradient_changes_nothing():
+    torch.manual_seed(0)
+    accelerator = Accelerator(cpu=True)
+    layer = torch.nn.Linear(3, 2)
+    layer, optimizer = accelerator.prepare(layer, torch.optim.AdamW(layer.parameters(), lr=0.1))
+
+    def step(value):
+        accelerator.backward(layer(torch.full((1, 3), value)).sum())
+        return optimizer_step(accelerator, layer, optimizer, 1.0)
+
+    norm, applied = step(1.0)
+    assert norm == pytest.approx(math.sqrt(8))
+    assert applied
+    before = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    moments = [state["exp_avg"].clone() for state in optimizer.state.values()]
+    for poison in (math.nan, math.inf):
+        norm, applied = step(poison)
+        assert not math.isfinite(norm)
+        assert not applied
+    assert_bitwise_equal(before, dict(layer.named_parameters()))
+    assert all(torch.equal(a, s["exp_avg"]) for a, s in zip(moments, optimizer.state.values(), strict=True))
+    assert step(1.0)[1]
+
+
+def test_skipped_steps_are_counted_and_stop_the_run_when_in_a_row():
+    state = TrainState()
+    for applied in (True, False, False, True, False, False):
+        count_step(state, applied, limit=3)
+    assert (state.step, state.skipped, state.skipped_in_a_row) == (6, 4, 2)
+    with pytest.raises(FloatingPointError, match="step 7: 3 steps in a row"):
+        count_step(state, False, limit=3)
+
+
+def test_a_diverged_run_stops_and_saves_nothing_poisoned(recipe, tmp_path):
+    with pytest.raises(FloatingPointError, match="3 steps in a row"):
+        train.train(recipe("run", "optim.lr=1e30", "optim.lr_new=1e30", "train.steps=9", "eval.source=null"))
+    rows = metrics(tmp_path / "run")
+    assert rows[-1]["skipped_steps"] >= 2
+    assert not math.isfinite(rows[-1]["grad_norm"])
+    for _, path in list_checkpoints(tmp_path / "run" / "checkpoints"):
+        assert damage(path) is None
+        assert all(torch.isfinite(tensor).all() for tensor in load_file(path / "model.safetensors").values())
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_poisoned_weights_are_not_saved(recipe):
+    run = train.prepare(recipe())
+    with torch.no_grad():
+        run.clip.logit_scale.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="logit_scale is not finite"):
+        train.save_model(run, run.folder / "model")
+    assert not (run.folder / "model").exists()
+
+
+# -- parts ---------------------------------------------------------------------------------------------------
+
+
+def test_methods_are_one_switch(recipe, tmp_path):
+    expected = {
+        "fixclip": {"loss", "loss_long", "loss_short", "loss_mid_1", "loss_mid_2"},
+        "longclip": {"loss", "loss_long", "loss_short"},
+        "finetune": {"loss", "loss_long"},
+    }
+    for method, names in expected.items():
+        reset_accelerator()
+        folder = train.train(recipe(method, f"method={method}", "train.steps=1", "eval.source=null"))
+        row = metrics(tmp_path / method)[0]
+        assert {key for key in row if key.startswith("loss")} == names
+        config = FixClip.from_pretrained(folder).config
+        assert (config.num_prompts, config.num_groups) == ((2, 2) if method == "fixclip" else (0, 0))
+        assert config.context_length == 248
+
+
+def test_every_module_can_be_switched_off(recipe):
+    off = ["model.num_prompts=0", "model.num_groups=0", "model.masking=none"]
+    fields = train.model_fields(recipe("run", *off, "model.prompt_flow=replace"))
+    assert (fields["num_prompts"], fields["num_groups"], fields["masking"]) == (0, 0, "none")
+    assert fields["prompt_flow"] == "replace"
+
+
+def test_groups_have_their_learning_rates_and_no_decay_where_none_belongs(recipe):
+    clip = train.build_model(recipe())
+    optim = OptimSection(lr=1.0, lr_new=2.0, weight_decay=3.0)
+    groups = parameter_groups(clip, clip.new_parameters().__contains__, train._no_decay, optim)
+    found = {}
+    for group in groups:
+        for parameter in group["params"]:
+            name = next(name for name, p in clip.named_parameters() if p is parameter)
+            found[name] = (group["lr"], group["weight_decay"])
+    assert found.keys() == {name for name, _ in clip.named_parameters()}
+    expected = {
+        "visual.prompts": (2.0, 0.0),
+        "visual.mask_embedding": (2.0, 0.0),
+        "image_groups.0.0.weight": (2.0, 3.0),
+        "image_groups.0.1.weight": (2.0, 0.0),
+        "text.token_embedding.weight": (1.0, 3.0),
+        "text.stretched_positions": (1.0, 0.0),
+        "text.ln_final.weight": (1.0, 0.0),
+        "logit_scale": (1.0, 0.0),
+        "visual.positional_embedding": (1.0, 0.0),
+        "visual.class_embedding": (1.0, 0.0),
+    }
+    assert {name: found[name] for name in expected} == expected
+
+
+def test_schedule():
+    cosine = [lr_factor(step, warmup=4, total=12, schedule="cosine") for step in range(13)]
+    assert cosine[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert cosine[8] == pytest.approx(0.5)
+    assert cosine[12] == pytest.approx(0.0)
+    assert cosine[4:] == sorted(cosine[4:], reverse=True)
+    assert lr_factor(10**6, warmup=0, total=1, schedule="constant") == 1.0
+    assert lr_factor(5, warmup=5, total=5, schedule="cosine") == 1.0
+
+
+def test_evaluation_counts_each_pair_once(recipe):
+    """6 pairs in batches of 4: the last batch wraps around, and its two extra pairs must not become ties."""
+    run = train.prepare(recipe())
+    found = train.evaluate(run, run.eval_loader)
+    pairs = list(run.eval_loader.epoch(0))
+    assert [len(batch) for batch in pairs] == [4, 4]
+    with torch.no_grad():
+        image = torch.cat([run.clip.encode_image(batch.image) for batch in pairs])[:6]
+        text = torch.cat([run.clip.encode_text(batch.long_ids) for batch in pairs])[:6]
+    expected = retrieval_metrics(image, text, range(6))
+    assert {k: v for k, v in found.items() if k.startswith("long")} == {f"long_{k}": v for k, v in expected.items()}
+    assert run.clip.training
+
+
+def test_memory_estimate_extrapolates_what_a_whole_pass_keeps(recipe):
+    run = train.prepare(recipe())
+    batch = next(train.batches(run.loader, 0, 1))
+    state, activations = train.memory_estimate(run, batch, probe=4)
+    measured = activation_bytes(lambda: run.task.losses(run.model(batch)), run.clip)
+    assert activations == pytest.approx(measured, rel=0.25)  # captions differ in length
+    assert state == pytest.approx(16 * sum(p.numel() for p in run.clip.parameters()), rel=0.01)
+    run.clip.set_grad_checkpointing(True)
+    assert train.memory_estimate(run, batch, probe=4)[1] < 0.7 * activations
+
+
+def test_activation_bytes_of_a_known_graph():
+    layer = torch.nn.Linear(3, 5, bias=False)
+    x = torch.randn(7, 3, requires_grad=True)
+    assert activation_bytes(lambda: layer(x).exp(), layer) == 4 * (7 * 3 + 7 * 5)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("output.folder=/proc/fixclip", "cannot be written to"),
+        ("output.keep_last=100000000", "too little disk space"),
+        ("model.name=ViT-X", "ViT-X"),
+        ("data.source=missing.jsonl", "missing.jsonl"),
+        ("train.batch_size=64", "20 samples do not fill one batch of 64"),
+        ("model.num_groups=3", "do not split into equal groups"),
+        ("train.ema_decay=0.5", None),
+    ],
+)
+def test_what_cannot_work_fails_before_the_first_step(recipe, override, message):
+    chosen = recipe("run", override, "model.first_group=1")
+    if message is None:
+        assert train.prepare(chosen).ema is not None
+        return
+    with pytest.raises(ValueError, match=message):
+        train.prepare(chosen)
+
+
+def test_loss_curves_are_drawn(tmp_path):
+    rows = [{"step": s, "loss": 1 / (s + 1), "loss_long": 0.5} for s in range(3)] + [{"step": 2, "x_recall_at_1": 0.1}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plot_losses(tmp_path / "metrics.jsonl", tmp_path / "losses.png")
+    assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
+
+
+# -- the command ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def command():
+    sys.path.insert(0, str(ROOT))
+    import train_encoder
+
+    app = typer.Typer()
+    app.command()(train_encoder.main)
+    return lambda *arguments: CliRunner().invoke(app, list(map(str, arguments)))
+
+
+def test_dry_run_prints_the_plan_and_trains_nothing(command, recipe_file, tmp_path):
+    result = command(recipe_file(), "--dry-run", "method=longclip")
+    assert result.exit_code == 0, result.output
+    for expected in ("longclip: 0 prompts", "20 samples, 2 batches an epoch", "8 = 1 process(es) x 8", "GiB"):
+        assert expected in result.output
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_smoke_trains_two_steps_and_leaves_nothing(command, recipe_file, tmp_path):
+    result = command(recipe_file(), "--smoke")
+    assert result.exit_code == 0, result.output
+    assert "Smoke test passed" in result.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_wrong_recipes_end_with_one_message(command, recipe_file):
+    result = command(recipe_file(), "train.lr=1e-5")
+    assert result.exit_code == 1
+    assert "Error: command line: train.lr: unknown key; did you mean optim.lr?" in str(result.output)
