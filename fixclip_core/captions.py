@@ -30,13 +30,9 @@ _WORD_BEFORE_STOP = re.compile(r"[\w.]+$")
 _WORD = re.compile(r"[぀-ヿ㐀-鿿가-힯]|[^\W_]+(?:['’-][^\W_]+)*")
 
 # A stop after these never ends a sentence; after the second kind it does where a capital follows.
-_NEVER_FINAL = re.compile(
-    r"mr|mrs|ms|dr|prof|rev|gen|sen|st|mt|ft|vs|cf|fig|approx|e\.g|i\.e|eg|ie", re.IGNORECASE
-)
-_SELDOM_FINAL = re.compile(
-    r"etc|inc|ltd|co|corp|jr|sr|a\.m|p\.m|am|pm|u\.s|u\.k|ca|al|dept|est", re.IGNORECASE
-)
-_BEFORE_A_NUMBER = re.compile(r"no|nos|vol|p|pp|ch|sec", re.IGNORECASE)
+_NEVER_FINAL = re.compile(r"mr|mrs|ms|dr|prof|rev|gen|sen|st|mt|ft|vs|cf|fig|approx|e\.g|i\.e|eg|ie", re.IGNORECASE)
+_SELDOM_FINAL = re.compile(r"etc|inc|ltd|co|corp|jr|sr|am|pm|ca|al|dept|est|(?:[a-z]\.)+[a-z]", re.IGNORECASE)
+_BEFORE_A_NUMBER = re.compile(r"nos?|vol|pp?|ch|sec|jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec", re.IGNORECASE)
 
 
 def clean_caption(text: str) -> str:
@@ -136,16 +132,12 @@ class ShortCaptions:
 
     def __post_init__(self) -> None:
         if self.policy not in SHORT_POLICIES:
-            raise ValueError(
-                f"short caption policy {self.policy!r}: choose one of {', '.join(SHORT_POLICIES)}"
-            )
+            raise ValueError(f"short caption policy {self.policy!r}: choose one of {', '.join(SHORT_POLICIES)}")
         if self.max_sentences < 1:
             raise ValueError(f"max_sentences={self.max_sentences}: it must be at least 1")
 
 
-def caption_pair(
-    long: str, given_short: str | None, options: ShortCaptions, rng: random.Random
-) -> tuple[str, str]:
+def caption_pair(long: str, given_short: str | None, options: ShortCaptions, rng: random.Random) -> tuple[str, str]:
     """The (long, short) captions to train on.
 
     Args:
@@ -168,9 +160,7 @@ def caption_pair(
     return long, short
 
 
-def _choose(
-    sentences: list[str], given_short: str | None, options: ShortCaptions, rng: random.Random
-) -> list[int]:
+def _choose(sentences: list[str], given_short: str | None, options: ShortCaptions, rng: random.Random) -> list[int]:
     """Indices of the sentences that make up the short caption, ascending."""
     if options.policy == "given":
         if not given_short or not given_short.strip():

@@ -66,6 +66,7 @@ def sentences(text: str) -> list[str]:
         ["The year was 1990. ", "The end"],
         ["No. 5 is alive. ", "No. ", "He said no."],
         ["The U.S. flag at 5 p.m. on Main St. 7. ", "In the U.S. ", "They."],
+        ["An A.I. model made it on Jan. 5 in Washington, D.C. ", "It sold on 3 Jan. ", "Nice."],
         ["  lead.\t", "x"],
         ["He saw (a cat.) ", "Then [a dog!] ", "End"],
         ["A line\nthat wraps. ", "Next"],

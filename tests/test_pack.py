@@ -5,13 +5,17 @@ import io
 import json
 import multiprocessing
 import os
+import re
+import resource
 import signal
 import tarfile
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 from test_data import caption, loader, picture, write_bad_manifest, write_manifest
 from typer.testing import CliRunner
@@ -151,6 +155,44 @@ def test_foreign_folders_and_files_are_refused(tmp_path):
         run_pack(manifest, tmp_path / "in")
     with pytest.raises(ValueError, match="cannot be written"):
         run_pack(manifest, manifest / "below-a-file")
+
+
+def _pack_in_little_space(source: Path, out: Path, workers: int, answer: Connection) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    try:
+        run_pack(source, out, workers, shard_size=50)
+    except ValueError as error:
+        answer.send(str(error))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_no_space_left_is_one_clear_error_and_no_shard(tmp_path, workers):
+    manifest = write_manifest(tmp_path / "in", 100)
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(
+        target=_pack_in_little_space, args=(manifest, tmp_path / "out", workers, theirs)
+    )
+    process.start()
+    message = ours.recv() if ours.poll(60) else None
+    process.join()
+    assert message is not None
+    assert re.search(r"shard-00000\d\.tar: \[Errno \d+\] File too large", message)
+    assert "Traceback" not in message
+    assert not list((tmp_path / "out").glob("*.tar"))
+    run_pack(manifest, tmp_path / "whole", shard_size=50)
+    run_pack(manifest, tmp_path / "out", shard_size=50)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_two_packs_into_one_folder_do_not_mix(tmp_path, monkeypatch):
+    manifest = write_manifest(tmp_path / "in", 4)
+    run_pack(manifest, tmp_path / "out")
+    monkeypatch.setattr("fixclip_core.pack._LOCK_SECONDS", 0)
+    with (
+        FileLock(tmp_path / "out" / ".pack" / "lock"),
+        pytest.raises(ValueError, match="another process is packing into this folder"),
+    ):
+        run_pack(manifest, tmp_path / "out")
 
 
 def test_filters_decide_and_are_counted(tmp_path):
