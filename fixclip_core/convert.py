@@ -219,6 +219,8 @@ def _require_vision_transformer(path: Path, state_dict: Mapping[str, Tensor]) ->
         "positional_embedding",
         "token_embedding.weight",
         "text_projection",
+        "visual.transformer.resblocks.0.mlp.c_fc.weight",
+        "transformer.resblocks.0.mlp.c_fc.weight",
     )
     if missing := [name for name in needed if name not in state_dict]:
         raise ValueError(
@@ -254,6 +256,7 @@ def _read_open_clip_folder(folder: Path, state_dict: dict[str, Tensor] | None = 
         if not files:
             raise ValueError(f"{folder}: {' or '.join(names)} expected beside open_clip_config.json")
         state_dict, _ = load_weights(files[0])
+        _require_vision_transformer(files[0], state_dict)
     model_config = config.get("model_cfg", config)
     preprocess = open_clip.transform.merge_preprocess_dict(_preprocess(model_config), config.get("preprocess_cfg", {}))
     return _from_open_clip(state_dict, model_config, preprocess, "open_clip folder")
@@ -317,7 +320,7 @@ def _read_transformers_folder(folder: Path) -> ClipCheckpoint:
     state_dict: dict[str, Tensor] = {}
     for index_name in index_names:
         if not state_dict and (folder / index_name).is_file():
-            shards = set(_read_json(folder / index_name)["weight_map"].values())
+            shards = set(_read_json(folder / index_name).get("weight_map", {}).values())
             for shard in sorted(shards):
                 state_dict |= load_weights(folder / shard)[0]
     for name in ("model.safetensors", "pytorch_model.bin"):
@@ -351,11 +354,10 @@ def _from_transformers(source: Path, state_dict: dict[str, Tensor], folder: Path
 
 
 def _from_transformers_config(folder: Path, config: dict[str, Any], state_dict: dict[str, Tensor]) -> dict[str, Any]:
-    from transformers import CLIPTextConfig, CLIPVisionConfig
+    from transformers import CLIPConfig
 
-    # Old configs hold only what differs from the defaults, and sometimes a second copy that wins.
-    text = CLIPTextConfig(**{**config["text_config"], **(config.get("text_config_dict") or {})})
-    vision = CLIPVisionConfig(**{**config["vision_config"], **(config.get("vision_config_dict") or {})})
+    clip_config = CLIPConfig.from_dict({**config, "model_type": "clip"})
+    text, vision = clip_config.text_config, clip_config.vision_config
     if text.hidden_act != vision.hidden_act or text.hidden_act not in ("quick_gelu", "gelu"):
         raise ValueError(
             f"{folder / 'config.json'}: activations {text.hidden_act!r} (text) and {vision.hidden_act!r} "
@@ -425,8 +427,10 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], bool]:
         TorchScript.
 
     Raises:
-        ValueError: the file is damaged, holds no state dict, or is a pickle that wants to run code.
+        ValueError: the file is missing or damaged, holds no state dict, or is a pickle that wants to run code.
     """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
     with path.open("rb") as file:
         start = file.read(16)
     is_torchscript = False

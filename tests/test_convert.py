@@ -230,6 +230,10 @@ def test_open_clip_folder_and_file_beside_its_config(tmp_path):
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"open_clip_model.safetensors or open_clip_pytorch_model.bin expected"):
         read_clip(tmp_path)
+    save_file({"visual.trunk.patch_embed.weight": torch.zeros(1)}, tmp_path / "open_clip_model.safetensors")
+    with pytest.raises(ValueError, match=r"open_clip_model.safetensors is no CLIP of two transformers"):
+        read_clip(tmp_path)
+    (tmp_path / "open_clip_model.safetensors").unlink()
     torch.save(clip.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
     for source in (tmp_path, tmp_path / "open_clip_pytorch_model.bin"):
         checkpoint = read_clip(source)
@@ -265,9 +269,32 @@ def test_transformers_folder_in_shards_and_single_file(tmp_path):
     model.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
     assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 1
     model.save_pretrained(tmp_path / "one")
+    (tmp_path / "lost").mkdir()
+    for path in (tmp_path / "shards").glob("*.json"):
+        (tmp_path / "lost" / path.name).write_text(path.read_text())
+    with pytest.raises(ValueError, match=r"model-00001-of-\d+.safetensors: no such file"):
+        read_clip(tmp_path / "lost")
     for source in (tmp_path / "shards", tmp_path / "one" / "model.safetensors"):
         clip = build_clip(read_clip(source))
         assert_same_states(open_clip_states(clip, *batch()), transformers_states(model, *batch()))
+
+
+def test_old_transformers_config(tmp_path):
+    """The files of openai/clip-vit-* hold a second copy of each part and left-overs of text generation."""
+    model = tiny_transformers_clip()
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    leftovers = {"bad_words_ids": None, "max_length": 20, "num_beams": 1, "top_k": 50, "torch_dtype": None}
+    for part in ("text_config", "vision_config"):
+        config[f"{part}_dict"] = {k: config[part][k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers")}
+        config[f"{part}_dict"] |= {"num_attention_heads": 2}
+        config[part] |= leftovers
+    config["text_config_dict"] |= {"vocab_size": VOCAB_SIZE, "bos_token_id": 0, "eos_token_id": 2}
+    config["vision_config_dict"] |= {"image_size": 32, "patch_size": 8}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert_same_states(
+        open_clip_states(build_clip(read_clip(tmp_path)), *batch()), transformers_states(model, *batch())
+    )
 
 
 def test_transformers_preprocessing_is_kept(tmp_path):
@@ -312,6 +339,9 @@ def test_long_clip_transformers_folder(tmp_path, nested):
         }
         assert "text_model.text_model.embeddings.position_embedding_res" in state_dict
     save_file(state_dict, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"]["interpolation_keep_length"] = 20
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "longclip", "auto_map": {}}))
     checkpoint = read_clip(tmp_path)
     assert checkpoint.format == "Long-CLIP in transformers' layout"
     images, ids = batch(248)
