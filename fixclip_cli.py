@@ -140,7 +140,7 @@ def generate(
     encoder: EncoderOption = None,
     adapter: AdapterOption = None,
     negative: Annotated[str, typer.Option(help="What the picture should not show; of any length too.")] = "",
-    steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 30,
+    steps: Annotated[int, typer.Option(min=1, max=999, help="Denoising steps.")] = 30,
     guidance: Annotated[float, typer.Option(min=0.0, max=100.0, help="Guidance scale.")] = 7.5,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Picture i starts from seed + i.")] = 0,
     size: Annotated[str | None, typer.Option(help="512 or 512x768 (width x height); default: the model's own.")] = None,
