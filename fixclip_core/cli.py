@@ -213,8 +213,9 @@ def export(
     with user_errors():
         import torch
 
-        from fixclip_core.convert import FORMATS, find_fixclip, load_fixclip
-        from fixclip_core.convert import export as write
+        from fixclip_core.convert import find_fixclip, load_fixclip
+        from fixclip_core.export import FORMATS
+        from fixclip_core.export import export as write
 
         if find_fixclip(run) is None:
             best = f"; the best so far is in {run / 'best'}" if find_fixclip(run / "best") else ""

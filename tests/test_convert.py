@@ -8,76 +8,31 @@ import zipfile
 import open_clip
 import pytest
 import torch
-from PIL import Image
-from safetensors.torch import load_file, save_file
-from tiny_clips import VOCAB_SIZE, full_vocabulary_clip, tiny_clip, tiny_config, tiny_transformers_clip
+from safetensors.torch import save_file
+from tiny_clips import (
+    TOLERANCE,
+    VOCAB_SIZE,
+    assert_same_states,
+    batch,
+    open_clip_states,
+    tiny_clip,
+    tiny_config,
+    tiny_transformers_clip,
+    transformers_states,
+)
 from torch import nn
-from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPImageProcessor
 
 from fixclip_core.convert import (
-    ClipCheckpoint,
     build_clip,
-    export,
     load_fixclip,
     load_weights,
     merge_long_clip_positions,
-    plain_clip,
     read_clip,
     to_open_clip_names,
     to_transformers_names,
-    write_single_file,
 )
 from fixclip_core.model import FixClip
-from fixclip_diffusion import FixClipTextEncoder, FixClipTokenizer
-from fixclip_diffusion.tiny import train_tokenizer
-
-TOLERANCE = {"atol": 1e-5, "rtol": 0.0}
-
-
-def batch(context_length=77, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(1, VOCAB_SIZE - 1, (3, context_length), generator=generator)
-    for row, end in enumerate((5, 40, context_length - 1)):
-        ids[row, end:] = 0
-        ids[row, end] = VOCAB_SIZE - 1
-    return torch.randn(3, 3, 32, 32, generator=generator), ids
-
-
-def collect(blocks, run):
-    """The output of `run` after the outputs of every block."""
-    outputs = []
-
-    def keep(module, args, output):
-        outputs.append(output[0] if isinstance(output, tuple) else output)
-
-    hooks = [block.register_forward_hook(keep) for block in blocks]
-    try:
-        with torch.no_grad():
-            result = run()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [*outputs, result]
-
-
-def open_clip_states(clip, images, ids):
-    return [
-        *collect(clip.visual.transformer.resblocks, lambda: clip.encode_image(images)),
-        *collect(clip.transformer.resblocks, lambda: clip.encode_text(ids)),
-    ]
-
-
-def transformers_states(model, images, ids):
-    image = collect(model.vision_model.encoder.layers, lambda: model.get_image_features(images).pooler_output)
-    text = collect(model.text_model.encoder.layers, lambda: model.get_text_features(ids).pooler_output)
-    return [*image, *text]
-
-
-def assert_same_states(actual, expected, count=3 + 1 + 2 + 1):
-    assert len(actual) == len(expected) == count
-    for layer, (a, b) in enumerate(zip(actual, expected, strict=True)):
-        torch.testing.assert_close(a, b, **TOLERANCE, msg=lambda text, layer=layer: f"layer {layer}: {text}")
-
 
 # --- names -----------------------------------------------------------------------------------------------
 
@@ -434,179 +389,7 @@ def test_other_models_are_named(tmp_path):
         read_clip(tmp_path / "text.safetensors")
 
 
-# --- FixClip in and out ----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def trained():
-    """A FixClip whose new parameters have moved away from where they start."""
-    model = FixClip.from_clip(*full_vocabulary_clip(), num_prompts=3, num_groups=1, first_group=1).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim:
-                parameter.add_(torch.randn_like(parameter) * 0.05)
-    return model
-
-
-@pytest.fixture(scope="module")
-def exported(trained, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("export") / "out"
-    lines = export(trained, folder)
-    return folder, lines
-
-
-PROMPTS = ["a cat", "a " + "very " * 150 + "long caption of a dog", "two red boats on a lake, at dawn"]
-
-
-@torch.no_grad()
-def fixclip_states(model, images, ids):
-    """CLS after every image layer without prompts, the image feature; end of text after every layer, the feature."""
-    image, cls_tokens = model.visual.encode(
-        model.visual.sequence(model.visual.patch_tokens(images)), first_layer=0, prompts=False
-    )
-    text, end_tokens = model.text.encode(ids, first_layer=0)
-    return [*cls_tokens, image, *end_tokens, text]
-
-
-def read_tokens(states, ids):
-    """Of full states, what `fixclip_states` holds: CLS of the image layers, the end token of the text layers."""
-    rows, ends = torch.arange(len(ids)), ids.argmax(-1)
-    return [state if state.ndim == 2 else state[:, 0] if i < 3 else state[rows, ends] for i, state in enumerate(states)]
-
-
-def full_batch(model):
-    ids = model.tokenizer()(PROMPTS)
-    return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(2)), ids
-
-
-def test_export_to_transformers(trained, exported):
-    folder, _ = exported
-    images, ids = full_batch(trained)
-    model = CLIPModel.from_pretrained(folder / "transformers").eval()
-    assert model.config.text_config.max_position_embeddings == trained.config.context_length == 248
-    assert_same_states(read_tokens(transformers_states(model, images, ids), ids), fixclip_states(trained, images, ids))
-    torch.testing.assert_close(model.logit_scale, trained.logit_scale, **TOLERANCE)
-
-
-def test_export_to_open_clip(trained, exported):
-    folder, _ = exported
-    images, ids = full_batch(trained)
-    clip, transform = open_clip.create_model_from_pretrained(f"local-dir:{folder / 'open_clip'}")
-    assert_same_states(
-        read_tokens(open_clip_states(clip.eval(), images, ids), ids), fixclip_states(trained, images, ids)
-    )
-    tokenizer = open_clip.get_tokenizer(f"local-dir:{folder / 'open_clip'}")
-    assert torch.equal(tokenizer(PROMPTS), ids)
-    picture = Image.effect_noise((50, 40), 80).convert("RGB")
-    assert torch.equal(transform(picture), trained.preprocess(train=False)(picture))
-
-
-@torch.no_grad()
-def test_export_to_diffusers(trained, exported):
-    """Every token of every layer, because Stable Diffusion reads them all."""
-    folder, _ = exported
-    encoder = CLIPTextModel.from_pretrained(folder / "text_encoder").eval()
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    assert tokenizer.model_max_length == 248
-    ids = tokenizer(PROMPTS, padding="max_length", truncation=True, return_tensors="pt").input_ids
-    assert ids.shape == (3, 248)
-    clip = build_clip(plain_clip(trained))
-    *expected, _ = collect(clip.transformer.resblocks, lambda: clip.encode_text(ids))
-    output = encoder(ids, output_hidden_states=True)
-    assert len(output.hidden_states) == len(expected) + 1
-    for layer, (actual, state) in enumerate(zip(output.hidden_states[1:], expected, strict=True)):
-        torch.testing.assert_close(actual, state, **TOLERANCE, msg=lambda text, layer=layer: f"layer {layer}: {text}")
-    torch.testing.assert_close(output.last_hidden_state, clip.ln_final(expected[-1]), **TOLERANCE)
-    _, ends = fixclip_states(trained, torch.zeros(3, 3, 32, 32), ids)[-3:-1]
-    torch.testing.assert_close(output.hidden_states[-1][torch.arange(3), ids.argmax(-1)], ends, **TOLERANCE)
-
-
-@torch.no_grad()
-def test_exported_components_are_taken_by_fixclip_diffusion(trained, exported):
-    folder, _ = exported
-    encoder = FixClipTextEncoder.from_pretrained(folder / "text_encoder").eval()
-    tokenizer = FixClipTokenizer.from_pretrained(folder / "tokenizer")
-    assert (encoder.context_length, encoder.short_context_length) == (248, 0)
-    ids = tokenizer(PROMPTS, padding="max_length", truncation=True, return_tensors="pt").input_ids
-    stock = CLIPTextModel.from_pretrained(folder / "text_encoder").eval()
-    torch.testing.assert_close(encoder(ids).last_hidden_state, stock(ids).last_hidden_state, **TOLERANCE)
-
-
-def test_tokenizers_agree(trained, exported):
-    folder, _ = exported
-    plain = ["a photo of a cat", "It's 12 o'clock! (again)", "  two   spaces\nand a line ", ""]
-    # The stock tokenizer does not clean its text as CLIP's does, ours does.
-    messy = [*plain, "“quoted” &amp; café, 3½"]
-    for tokenizer, texts in (
-        (CLIPProcessor.from_pretrained(folder / "transformers").tokenizer, plain),
-        (CLIPTokenizer.from_pretrained(folder / "tokenizer"), plain),
-        (FixClipTokenizer.from_pretrained(folder / "tokenizer"), messy),
-    ):
-        own = trained.tokenizer()(texts)
-        ids = tokenizer(texts, padding="max_length", truncation=True, max_length=248, return_tensors="pt").input_ids
-        for row, (ours, theirs) in enumerate(zip(own, ids, strict=True)):
-            length = int(ours.argmax()) + 1
-            assert ours[:length].tolist() == theirs[:length].tolist(), texts[row]
-
-
-def test_processor_prepares_images_like_the_model(trained, exported):
-    folder, _ = exported
-    processor = CLIPProcessor.from_pretrained(folder / "transformers")
-    picture = Image.effect_noise((48, 32), 80).convert("RGB")  # no resampling: libraries differ there by rounding
-    actual = processor(images=picture, return_tensors="pt").pixel_values[0]
-    torch.testing.assert_close(actual, trained.preprocess(train=False)(picture), **TOLERANCE)
-
-
-def test_single_file_has_the_keys_of_a_clip_l_file(trained, exported):
-    folder, _ = exported
-    weights, _ = load_weights(folder / "clip_l_long.safetensors")
-    # What ComfyUI tells the encoder and its length by.
-    assert "text_model.encoder.layers.0.mlp.fc1.weight" in weights
-    assert weights["text_model.embeddings.position_embedding.weight"].shape == (248, 64)
-    prefix = "text_model."
-    encoder = CLIPTextModel.from_pretrained(folder / "text_encoder")
-    reloaded = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
-    assert reloaded.keys() == encoder.state_dict().keys()
-    for name, tensor in encoder.state_dict().items():
-        assert torch.equal(reloaded[name], tensor), name
-    assert weights.keys() - {prefix + name for name in reloaded} == {"text_projection.weight"}
-    torch.testing.assert_close(weights["text_projection.weight"].T, trained.text.text_projection)
-
-
-def test_single_file_says_where_it_does_not_fit(tmp_path):
-    sizes = {"width": 768, "layers": 12, "heads": 12, "vocab_size": 64}
-    for quick_gelu, width, said in ((True, 768, []), (False, 768, ["GELU: "]), (True, 64, ["takes width 768"])):
-        config = tiny_config(248, quick_gelu)
-        config["text_cfg"] |= {**sizes, "width": width, "heads": width // 64}
-        clip = open_clip.CLIP(**config)
-        line = write_single_file(ClipCheckpoint("", clip.state_dict(), config, {}), tmp_path / "clip_l.safetensors")
-        assert [words for words in ("GELU: ", "takes width 768") if words in line] == said
-
-
-def test_what_a_plain_clip_cannot_hold_is_said_and_kept(trained, exported):
-    folder, lines = exported
-    said = next(line for line in lines if "regional prompts" in line)
-    assert "no place for the 3 regional prompts of each image layer" in said
-    for place in (folder, folder / "transformers", folder / "open_clip"):
-        assert said in (place / "README.md").read_text()
-    images, ids = full_batch(trained)
-    kept = FixClip.from_pretrained(folder / "fixclip").eval()
-    with torch.no_grad():
-        torch.testing.assert_close(kept.encode_image(images), trained.encode_image(images), **TOLERANCE)
-        torch.testing.assert_close(kept.encode_text(ids), trained.encode_text(ids), **TOLERANCE)
-        assert not torch.allclose(trained.encode_image(images), trained.encode_image(images, prompts=False), atol=1e-3)
-    plain = FixClip.from_clip(*full_vocabulary_clip(), num_prompts=0, num_groups=0, short_branch="off")
-    assert not any("prompts" in line for line in export(plain, folder.parent / "plain", ["clip_l"]))
-
-
-def test_exports_come_back_as_fixclip(trained, exported):
-    folder, _ = exported
-    images, ids = full_batch(trained)
-    for source in (folder / "transformers", folder / "open_clip", folder / "fixclip"):
-        fields = {} if source.name == "fixclip" else {"num_prompts": 0, "num_groups": 0}
-        model = load_fixclip(source, **fields).eval()
-        assert model.config.context_length == 248
-        assert_same_states(fixclip_states(model, images, ids), fixclip_states(trained, images, ids))
+# --- as a FixClip ---------------------------------------------------------------------------------------
 
 
 def test_a_clip_of_77_tokens_is_stretched(tmp_path):
@@ -621,58 +404,3 @@ def test_a_clip_of_77_tokens_is_stretched(tmp_path):
         torch.testing.assert_close(model.encode_text(ids), clip.encode_text(ids, normalize=True), **TOLERANCE)
     wide = load_fixclip(tmp_path / "clip.pt", num_groups=0, keep=30, ratio=3)
     assert wide.config.context_length == 30 + 47 * 3
-
-
-def test_a_training_run_is_found_by_its_folder(trained, tmp_path):
-    trained.save_pretrained(tmp_path / "model")
-    assert load_fixclip(tmp_path).config == trained.config
-
-
-def test_a_vocabulary_of_its_own_goes_in_and_out(tmp_path):
-    tokenizer = train_tokenizer(["a red cat and a blue dog"], vocab_size=560)
-    model = tiny_transformers_clip(vocab_size=len(tokenizer), eos_token_id=len(tokenizer) - 1)
-    model.save_pretrained(tmp_path / "in")
-    tokenizer.save_pretrained(tmp_path / "in")
-    fixclip = load_fixclip(tmp_path / "in", num_groups=0, num_prompts=0).eval()
-    texts = ["a red cat", "two dogs and a cat"]
-    ids = fixclip.tokenizer()(texts)
-    assert ids.shape == (2, 248)
-    export(fixclip, tmp_path / "out", ["transformers"])
-    out = CLIPModel.from_pretrained(tmp_path / "out" / "transformers").eval()
-    exported_tokenizer = CLIPProcessor.from_pretrained(tmp_path / "out" / "transformers").tokenizer
-    out_ids = exported_tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
-    assert torch.equal(out_ids, ids)
-    with torch.no_grad():
-        features = torch.nn.functional.normalize(out.get_text_features(out_ids).pooler_output, dim=-1)
-        torch.testing.assert_close(features, fixclip.encode_text(ids), **TOLERANCE)
-        base = model.get_text_features(ids[:, :20]).pooler_output  # short texts read as before
-        torch.testing.assert_close(features, torch.nn.functional.normalize(base, dim=-1), **TOLERANCE)
-
-
-def test_fields_of_a_fixclip_cannot_be_changed(exported):
-    with pytest.raises(ValueError, match="is a FixClip already: num_prompts cannot be changed"):
-        load_fixclip(exported[0] / "fixclip", num_prompts=0)
-
-
-def test_half_precision_export(trained, tmp_path):
-    export(trained, tmp_path / "half", ["clip_l", "transformers"], torch.float16)
-    assert load_file(tmp_path / "half" / "clip_l_long.safetensors")["text_projection.weight"].dtype == torch.float16
-    assert sorted(path.name for path in (tmp_path / "half").iterdir()) == [
-        "README.md",
-        "clip_l_long.safetensors",
-        "transformers",
-    ]
-
-
-def test_export_refuses_and_leaves_nothing_behind(trained, tmp_path):
-    with pytest.raises(ValueError, match="'onnx': valid are fixclip, transformers"):
-        export(trained, tmp_path / "out", ["onnx"])
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"full exists and is not empty"):
-        export(trained, tmp_path / "full")
-    clip, config, preprocess = full_vocabulary_clip()
-    config["vision_cfg"]["act_kwargs"] = {"approximate": "tanh"}
-    with pytest.raises(ValueError, match="act_kwargs="):
-        export(FixClip.from_clip(clip, config, preprocess, num_groups=0), tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]

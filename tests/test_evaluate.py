@@ -13,7 +13,7 @@ from tiny_clips import full_vocabulary_clip, tiny_transformers_clip
 from typer.testing import CliRunner
 
 from fixclip_core.cli import app
-from fixclip_core.convert import ClipCheckpoint, write_open_clip, write_transformers
+from fixclip_core.convert import ClipCheckpoint
 from fixclip_core.data import DataConfig, open_source
 from fixclip_core.evaluate import (
     BenchmarkItems,
@@ -30,6 +30,7 @@ from fixclip_core.evaluate import (
     retrieval_metrics,
     retrieval_report,
 )
+from fixclip_core.export import write_open_clip, write_transformers
 from fixclip_core.model import FixClip
 from fixclip_core.positional import stretch_positions
 from fixclip_core.suites import Benchmark

@@ -81,3 +81,51 @@ def full_vocabulary_clip():
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     preprocess = {"size": 32, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4), "interpolation": "bicubic"}
     return clip, config, preprocess
+
+
+TOLERANCE = {"atol": 1e-5, "rtol": 0.0}
+
+
+def batch(context_length=77, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, VOCAB_SIZE - 1, (3, context_length), generator=generator)
+    for row, end in enumerate((5, 40, context_length - 1)):
+        ids[row, end:] = 0
+        ids[row, end] = VOCAB_SIZE - 1
+    return torch.randn(3, 3, 32, 32, generator=generator), ids
+
+
+def collect(blocks, run):
+    """The output of `run` after the outputs of every block."""
+    outputs = []
+
+    def keep(module, args, output):
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    hooks = [block.register_forward_hook(keep) for block in blocks]
+    try:
+        with torch.no_grad():
+            result = run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [*outputs, result]
+
+
+def open_clip_states(clip, images, ids):
+    return [
+        *collect(clip.visual.transformer.resblocks, lambda: clip.encode_image(images)),
+        *collect(clip.transformer.resblocks, lambda: clip.encode_text(ids)),
+    ]
+
+
+def transformers_states(model, images, ids):
+    image = collect(model.vision_model.encoder.layers, lambda: model.get_image_features(images).pooler_output)
+    text = collect(model.text_model.encoder.layers, lambda: model.get_text_features(ids).pooler_output)
+    return [*image, *text]
+
+
+def assert_same_states(actual, expected, count=3 + 1 + 2 + 1):
+    assert len(actual) == len(expected) == count
+    for layer, (a, b) in enumerate(zip(actual, expected, strict=True)):
+        torch.testing.assert_close(a, b, **TOLERANCE, msg=lambda text, layer=layer: f"layer {layer}: {text}")
