@@ -17,7 +17,7 @@ LAYERS = (
     ("text_tower",),
     ("model",),
     ("task", "convert"),
-    ("evaluate",),
+    ("evaluate", "export"),
     ("train",),
     ("cli",),
 )
