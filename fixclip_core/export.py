@@ -199,15 +199,23 @@ def write_single_file(checkpoint: ClipCheckpoint, path: Path, dtype: torch.dtype
 
 def make_tokenizer(checkpoint: ClipCheckpoint) -> Any:
     """transformers' tokenizer of the model, at its context length; pads with the end token as Stable Diffusion."""
-    from transformers import AutoTokenizer, CLIPTokenizer
+    from transformers import AutoTokenizer
 
     length = checkpoint.context_length
     if name := checkpoint.model_config["text_cfg"].get("hf_tokenizer_name"):
         return AutoTokenizer.from_pretrained(name, model_max_length=length)
+    return clip_tokenizer(length)
+
+
+def clip_tokenizer(context_length: int = 77, pad_token: str = "<|endoftext|>") -> Any:
+    """transformers' `CLIPTokenizer` with CLIP's own vocabulary, which open_clip ships."""
+    from transformers import CLIPTokenizer
+
     bpe = open_clip.SimpleTokenizer()
     specials = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
     vocab = {specials.get(piece, piece): index for piece, index in bpe.encoder.items()}
-    return CLIPTokenizer(vocab=vocab, merges=list(bpe.bpe_ranks), model_max_length=length)
+    merges = list(bpe.bpe_ranks)
+    return CLIPTokenizer(vocab=vocab, merges=merges, pad_token=pad_token, model_max_length=context_length)
 
 
 def _transformers_config(checkpoint: ClipCheckpoint, tokenizer: Any) -> Any:

@@ -29,7 +29,7 @@ def base_folders(tmp_path_factory):
     folders = {}
     for kind, pad_token in (("sd1", "<|endoftext|>"), ("sd2", "!")):
         folders[kind] = tmp_path_factory.mktemp(kind)
-        stable_diffusion(tiny.clip_tokenizer(pad_token), kind).save_pretrained(folders[kind])
+        stable_diffusion(tiny.clip_tokenizer(pad_token=pad_token), kind).save_pretrained(folders[kind])
     return folders
 
 

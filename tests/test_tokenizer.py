@@ -15,7 +15,7 @@ from fixclip_diffusion.text_encoder import CleanText
 @pytest.fixture(scope="module", params=["<|endoftext|>", "!"])
 def folder(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer")
-    tiny.clip_tokenizer(request.param).save_pretrained(path)
+    tiny.clip_tokenizer(pad_token=request.param).save_pretrained(path)
     return path
 
 
