@@ -9,11 +9,10 @@ Shapes: B texts, T tokens, D width, E embedding, P positions, L layers.
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fixclip_core.positional import stretch_positions
-from fixclip_core.regional_prompts import Block, as_transformer, run_block, unsupported_block
+from fixclip_core.regional_prompts import Block, as_transformer, attend, run_block, unsupported_block
 
 
 class TextBlock(Block):
@@ -33,11 +32,11 @@ class TextBlock(Block):
         normed_BTD = self.ln_1(x_BTD)
         if last_B is None:
             q, k, v = self.heads(normed_BTD)
-            return self.finish(x_BTD, F.scaled_dot_product_attention(q, k, v, is_causal=True))
+            return self.finish(x_BTD, attend(q, k, v, is_causal=True))
         rows_B = torch.arange(len(last_B), device=last_B.device)
         q, k, v = self.heads_of_one(normed_BTD[rows_B, last_B].unsqueeze(1), normed_BTD)
         past_BT = torch.arange(x_BTD.shape[1], device=last_B.device) <= last_B[:, None]
-        read = F.scaled_dot_product_attention(q, k, v, attn_mask=past_BT[:, None, None])
+        read = attend(q, k, v, attn_mask=past_BT[:, None, None])
         return self.finish(x_BTD[rows_B, last_B].unsqueeze(1), read)
 
 
