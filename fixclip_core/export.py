@@ -160,15 +160,21 @@ def write_transformers(checkpoint: ClipCheckpoint, folder: Path, dtype: torch.dt
 
 
 def write_diffusers(checkpoint: ClipCheckpoint, folder: Path, dtype: torch.dtype = torch.float32) -> str:
-    """Write text_encoder/ and tokenizer/, two components of a Stable Diffusion folder."""
-    from transformers import CLIPTextModel
+    """Write text_encoder/ and tokenizer/, two components of a Stable Diffusion folder.
 
+    The weights have the prefix `text_model.`, which every version of transformers and most other tools read;
+    transformers 5 itself would write names that its older versions load nothing from.
+    """
     tokenizer = make_tokenizer(checkpoint)
-    model = CLIPTextModel(_transformers_config(checkpoint, tokenizer).text_config)
-    prefix = "text_model."
+    config = _transformers_config(checkpoint, tokenizer).text_config
+    config.architectures, config.dtype = ["CLIPTextModel"], dtype
+    config.save_pretrained(folder / "text_encoder")
     weights = to_transformers_names(checkpoint.state_dict)
-    model.load_state_dict({name.removeprefix(prefix): t for name, t in weights.items() if name.startswith(prefix)})
-    model.to(dtype).save_pretrained(folder / "text_encoder")
+    save_file(
+        {name: tensor.to(dtype) for name, tensor in weights.items() if name.startswith("text_model.")},
+        folder / "text_encoder" / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     tokenizer.save_pretrained(folder / "tokenizer")
     return "text_encoder/, tokenizer/: for diffusers; FixClipTextEncoder.from_pretrained reads them too"
 

@@ -97,7 +97,12 @@ def test_export_to_open_clip(trained, exported):
 def test_export_to_diffusers(trained, exported):
     """Every token of every layer, because Stable Diffusion reads them all."""
     folder, _ = exported
-    encoder = CLIPTextModel.from_pretrained(folder / "text_encoder").eval()
+    encoder, info = CLIPTextModel.from_pretrained(folder / "text_encoder", output_loading_info=True)
+    encoder.eval()
+    assert not any(info.values())
+    assert encoder.config.dtype == torch.float32
+    weights = load_file(folder / "text_encoder" / "model.safetensors")
+    assert all(name.startswith("text_model.") for name in weights)  # what older versions and other tools read
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     assert tokenizer.model_max_length == 248
     ids = tokenizer(PROMPTS, padding="max_length", truncation=True, return_tensors="pt").input_ids
