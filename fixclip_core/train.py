@@ -440,23 +440,31 @@ def memory_estimate(run: Run, batch: Batch, probe: int = 4) -> tuple[int, int]:
     """Bytes a process needs for the training state, and for the activations of a pass.
 
     Activations are measured on half a probe and a whole one, and extrapolated along a line: what does not grow
-    with the samples, such as low-precision copies of the weights, counts once.
+    with the samples, such as low-precision copies of the weights, counts once. Gradient checkpointing adds the
+    layer that is being recomputed.
     """
-    recipe = run.recipe
-    trained = sum(p.numel() * p.element_size() for p in run.clip.parameters() if p.requires_grad)
-    weights = sum(p.numel() * p.element_size() for p in run.clip.parameters())
+    recipe, clip = run.recipe, run.clip
+    weights = sum(p.numel() * p.element_size() for p in clip.parameters())
+    trained = sum(p.numel() * p.element_size() for p in clip.parameters() if p.requires_grad)
     state = weights * (2 if run.ema is not None else 1) + 3 * trained
     samples = min(recipe.train.micro_batch_size or len(batch.image), len(batch.image))
     probe = min(probe, samples)
-    half = max(1, probe // 2)
 
-    def kept(count: int) -> int:
-        part = split_batch(batch, count)[0]
-        return activation_bytes(lambda: run.task.losses(run.model(part)), run.clip)
+    def extrapolated() -> float:
+        half = max(1, probe // 2)
+        whole, less = (_activations(run, split_batch(batch, count)[0]) for count in (probe, half))
+        return whole + (samples - probe) * (whole - less) / max(1, probe - half)
 
-    whole = kept(probe)
-    slope = (whole - kept(half)) / (probe - half) if probe > half else 0.0
-    return state, math.ceil(whole + slope * (samples - probe))
+    activations = extrapolated()
+    if recipe.train.gradient_checkpointing:
+        clip.set_grad_checkpointing(False)
+        activations += extrapolated() / sum(1 for _ in clip.visual.transformer["resblocks"].children())
+        clip.set_grad_checkpointing(True)
+    return state, math.ceil(activations)
+
+
+def _activations(run: Run, batch: Batch) -> int:
+    return activation_bytes(lambda: run.task.losses(run.model(batch)), run.clip)
 
 
 def smoke(recipe: EncoderRecipe) -> None:

@@ -432,8 +432,9 @@ def test_memory_estimate_extrapolates_what_a_whole_pass_keeps(recipe):
     measured = activation_bytes(lambda: run.task.losses(run.model(batch)), run.clip)
     assert activations == pytest.approx(measured, rel=0.25)  # captions differ in length
     assert state == pytest.approx(16 * sum(p.numel() for p in run.clip.parameters()), rel=0.01)
-    run.clip.set_grad_checkpointing(True)
-    assert train.memory_estimate(run, batch, probe=4)[1] < 0.7 * activations
+    reset_accelerator()
+    frugal = train.prepare(recipe("run", "train.gradient_checkpointing=true"))
+    assert train.memory_estimate(frugal, batch, probe=4)[1] < 0.9 * activations  # half is the layer being recomputed
 
 
 def test_activation_bytes_of_a_known_graph():
