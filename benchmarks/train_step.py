@@ -131,21 +131,6 @@ def fix_clip_step(setting: Setting, **fields: Any) -> Step:
     return model.parameters(), lambda: losses_of(model(batch))["loss"].backward()
 
 
-def padded_fix_clip_step(setting: Setting) -> Step:
-    """FIX-CLIP with every module on and none of the fast paths that `masking: drop` does not imply."""
-    model, batch = fix_clip(setting, masking="drop")
-    model.text.pieces = 1
-    batch.long_ids[:, -1] = batch.short_ids[:, -1] = EOS + 1  # the last position is read: nothing to trim
-    model.text.token_embedding = grown_embedding(model.text.token_embedding)
-    return model.parameters(), lambda: losses_of(model(batch))["loss"].backward()
-
-
-def grown_embedding(embedding: nn.Embedding) -> nn.Embedding:
-    """One more token, whose id is the highest."""
-    rows = torch.cat([embedding.weight.detach(), embedding.weight.detach()[-1:]])
-    return nn.Embedding.from_pretrained(rows, freeze=False)
-
-
 def cached_step(setting: Setting) -> Step:
     model, batch = fix_clip(setting, masking="drop")
     parts = split_batch(batch, 4)
@@ -253,7 +238,6 @@ VARIANTS: dict[str, tuple[str, Callable[[Setting], Step]]] = {
     "fine_tune": ("fine-tuning, padded to 248", rival_fine_tune_step),
     "our_long_clip": ("Long-CLIP recipe in this code", lambda s: fix_clip_step(s, **LONG_CLIP)),
     "our_fine_tune": ("fine-tuning in this code", lambda s: fix_clip_step(s, **FINE_TUNE)),
-    "fix_clip_padded": ("FIX-CLIP drop, texts padded to 248", padded_fix_clip_step),
     "fix_clip_cached": ("FIX-CLIP drop, GradCache in 4 parts", cached_step),
     "fix_clip_recomputed": ("FIX-CLIP drop, gradient checkpointing", recomputed_step),
     "texts_pieces": ("texts, trimmed and in sorted pieces", texts_in_pieces),
@@ -271,7 +255,6 @@ AGAINST = {
     "our_fine_tune": ["fine_tune"],
     "fix_clip_cached": ["fix_clip_drop"],
     "fix_clip_recomputed": ["fix_clip_drop"],
-    "fix_clip_padded": ["fix_clip_drop"],
     "texts_pieces": ["texts_padded"],
     "prompts_slices": ["prompts_mask"],
     "loss_chunked": ["loss_plain"],

@@ -101,9 +101,9 @@ class TextTower(nn.Module):
             The projected feature, (B, E), not normalised, and the collected tokens, (B, D) each.
 
         Raises:
-            ValueError: the texts are longer than the context, or not a matrix of ids.
+            ValueError: there are no texts, they are longer than the context, or not a matrix of ids.
         """
-        if ids_BT.ndim != 2 or ids_BT.shape[1] > self.context_length:
+        if ids_BT.ndim != 2 or 0 in ids_BT.shape or ids_BT.shape[1] > self.context_length:
             raise ValueError(
                 f"token ids of shape {tuple(ids_BT.shape)}: the text tower reads (texts, tokens) with at most "
                 f"{self.context_length} tokens"
