@@ -10,17 +10,18 @@ From text to states, tokenizing included, for prompts of 20 to 500 tokens, witho
 - ours: FixClipStableDiffusionPipeline.encode_prompt; one pass up to 248 tokens, then windows.
 
 The weights are random and the same for all. Times are medians over rounds in which the three take turns, after a
-round that does not count; peak memory is a process's, so each system and length is measured in one of its own.
+round that does not count; peak memory is a process's (Linux), so each system and length has one of its own.
 """
 
+import ctypes
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -61,8 +62,7 @@ def build(system: str, width: int, layers: int, dtype: torch.dtype) -> Callable[
     if system == "compel":
         from compel import Compel
 
-        compel = Compel(tokenizer=tokenizer, text_encoder=text_encoder, truncate_long_prompts=False)
-        return compel
+        return Compel(tokenizer=tokenizer, text_encoder=text_encoder, truncate_long_prompts=False)
     if system == "stock":
         pipe = StableDiffusionPipeline(text_encoder=text_encoder, tokenizer=tokenizer, **rest)
     else:
@@ -89,6 +89,16 @@ def measure_times(width: int, layers: int, dtype: torch.dtype, rounds: int) -> d
     return {system: {n: statistics.median(values) for n, values in by.items()} for system, by in times.items()}
 
 
+def reset_peak(peak_first: bool = False) -> float:
+    """Forget the peak of this process's memory; returns the present use in MiB, or the peak until now."""
+    if not peak_first:
+        ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps for later would hide what is used
+    name = "VmHWM:" if peak_first else "VmRSS:"
+    status = Path("/proc/self/status").read_text()
+    Path("/proc/self/clear_refs").write_text("5")
+    return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith(name))
+
+
 def peak_memory(system: str, length: int, width: int, layers: int, dtype: str) -> float:
     """MiB that encoding adds to the peak of a process that holds the weights."""
     arguments = ["--one", f"{system},{length}", "--width", str(width), "--layers", str(layers), "--dtype", dtype]
@@ -108,10 +118,12 @@ def main(
     if one:
         system, length = one.split(",")
         encode = build(system, width, layers, torch_dtype)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        # The first prompt brings in libraries and buffers that stay.
         with torch.no_grad():
+            encode("a")
+            before = reset_peak()
             encode(prompt_of(int(length)))
-        print(json.dumps((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
+        print(json.dumps(reset_peak(peak_first=True) - before))
         return
     times = measure_times(width, layers, torch_dtype, rounds)
     memory = {
