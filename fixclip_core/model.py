@@ -113,6 +113,8 @@ class FixClip(nn.Module):
         Raises:
             ValueError: the name or tag is unknown, or see `FixClip`.
         """
+        if not model_name.startswith(("hf-hub:", "local-dir:")):
+            model_name = model_name.replace("/", "-")  # "ViT-B/16" is OpenAI's spelling
         tag = open_clip.get_pretrained_cfg(model_name, pretrained) if pretrained else {}
         try:
             clip = open_clip.create_model(

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from fixclip_core.config import PromptFlow
 
 
-def region_of_patch(num_patches: int, num_prompts: int) -> Tensor:
+def region_of_patch(num_patches: int, num_prompts: int, device: torch.device | None = None) -> Tensor:
     """The region that each patch belongs to, (N,) int64 in 0..M-1.
 
     Raises:
@@ -31,7 +31,7 @@ def region_of_patch(num_patches: int, num_prompts: int) -> Tensor:
     """
     if not 1 <= num_prompts <= num_patches:
         raise ValueError(f"num_prompts={num_prompts}: it must lie between 1 and the {num_patches} patches")
-    return (torch.arange(num_patches) // (num_patches // num_prompts)).clamp(max=num_prompts - 1)
+    return (torch.arange(num_patches, device=device) // (num_patches // num_prompts)).clamp(max=num_prompts - 1)
 
 
 def reader_mask(region_N: Tensor, num_prompts: int) -> Tensor:
@@ -221,13 +221,13 @@ class ImageTower(nn.Module):
         return self.positional_embedding.shape[0] - 1
 
     def _initial_prompts(self) -> Tensor:
-        """Prompts that a pre-trained CLS reads like one more dull patch, (L, M, D).
+        """Prompts that a pre-trained CLS reads like one more plain patch, (L, M, D).
 
         The first layer's prompt j is the token of a grey patch at the mean position of region j; with `carry`
         the later layers' are 0, so that it goes on as a patch that sees its own region alone.
         """
         positions_ND = self.positional_embedding[1:]
-        region_N = region_of_patch(self.num_patches, self.num_prompts).to(positions_ND.device)
+        region_N = region_of_patch(self.num_patches, self.num_prompts, positions_ND.device)
         own_NM = F.one_hot(region_N, self.num_prompts).to(positions_ND.dtype)
         with torch.no_grad():
             grey_MD = self.ln_pre((own_NM / own_NM.sum(dim=0)).T @ positions_ND)
@@ -287,7 +287,7 @@ class ImageTower(nn.Module):
         return self.ln_post(x_BTD[:, 0]) @ self.proj, collected
 
     def _mask(self, kept_BK: Tensor | None, device: torch.device) -> Tensor:
-        region_N = region_of_patch(self.num_patches, self.num_prompts).to(device)
+        region_N = region_of_patch(self.num_patches, self.num_prompts, device)
         return reader_mask(region_N if kept_BK is None else region_N[kept_BK], self.num_prompts)
 
     def _add_prompts(self, x_BTD: Tensor, prompts_MD: Tensor, num_patches: int) -> Tensor:

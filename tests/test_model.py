@@ -426,6 +426,16 @@ def test_local_folder_of_open_clip(tmp_path):
     )
 
 
+def test_names_of_open_clip(tmp_path):
+    """A registered name, in either spelling; weights are random without a tag."""
+    (tmp_path / "tiny-16.json").write_text(json.dumps(CLIP_CFG))
+    open_clip.add_model_config(tmp_path / "tiny-16.json")
+    for name in ("tiny-16", "tiny/16"):
+        model = FixClip.from_open_clip(name, **SMALL)
+        assert model.config.clip["embed_dim"] == 12
+        assert model.encode_text(texts([30])).shape == (1, 12)
+
+
 def test_unknown_names_are_errors():
     with pytest.raises(ValueError, match=r"cannot load.*'ViT-Z-99'"):
         FixClip.from_open_clip("ViT-Z-99")
