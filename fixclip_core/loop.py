@@ -206,8 +206,12 @@ class MetricsLog:
                 file.write(json.dumps({"step": step, **values}) + "\n")
 
     def plot(self) -> None:
+        """Draw losses.png; a picture that fails must not cost the run."""
         if self.accelerator.is_main_process and self.path.exists():
-            plot_losses(self.path, self.path.with_name("losses.png"))
+            try:
+                plot_losses(self.path, self.path.with_name("losses.png"))
+            except (ImportError, OSError, ValueError) as error:
+                logger.warning("The loss curves could not be drawn: %s", error)
 
 
 def _drop_after(path: Path, step: int) -> None:

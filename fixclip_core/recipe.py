@@ -14,6 +14,9 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from fixclip_core.captions import CaptionFilters, ShortPolicy
+from fixclip_core.config import HierarchyBranch, Masking, PromptFlow, ShortBranch
+
 RecipeT = TypeVar("RecipeT", bound=BaseModel)
 Location = tuple[str | int, ...]
 
@@ -230,14 +233,14 @@ class ModelSection(Section):
     keep: int = Field(default=20, ge=0)
     ratio: int = Field(default=4, ge=1)
     num_prompts: int = Field(default=4, ge=0, description="regional prompts a layer; 0: off")
-    prompt_flow: Literal["carry", "replace"] = "carry"
-    short_branch: Literal["masked", "pca", "off"] = Field(default="masked", description="what the short caption meets")
-    masking: Literal["replace", "drop", "none"] = "replace"
+    prompt_flow: PromptFlow = "carry"
+    short_branch: ShortBranch = Field(default="masked", description="what the short caption meets")
+    masking: Masking = "replace"
     mask_ratio: float = Field(default=0.75, gt=0, lt=1)
     pca_rank: int = Field(default=32, ge=1, description="of the pca short branch")
     num_groups: int = Field(default=4, ge=0, description="layer groups of the hierarchical alignment; 0: off")
     first_group: int = Field(default=3, ge=1, description="first group whose features are aligned")
-    hierarchy_branch: Literal["long", "short"] = "long"
+    hierarchy_branch: HierarchyBranch = "long"
 
 
 class TrainSection(RunSection):
@@ -273,15 +276,15 @@ class DataSection(Section):
 class CaptionsSection(Section):
     """Where the short caption comes from, and which long ones are not worth learning from. See `captions`."""
 
-    short_caption: Literal["given", "first_sentence", "random_sentence", "random_sentences"] = "random_sentences"
+    short_caption: ShortPolicy = "random_sentences"
     max_short_sentences: int = Field(default=3, ge=1)
     drop_short_from_long: bool = False
     filter_captions: bool = False
-    min_words: int | None = Field(default=8, ge=1)
-    max_repeated_share: float | None = Field(default=0.4, ge=0, le=1)
-    max_word_run: int | None = Field(default=3, ge=1)
-    min_letter_share: float | None = Field(default=0.6, ge=0, le=1)
-    min_words_per_clause: float | None = Field(default=2.5, gt=0)
+    min_words: int | None = Field(default=CaptionFilters.min_words, ge=1)
+    max_repeated_share: float | None = Field(default=CaptionFilters.max_repeated_share, ge=0, le=1)
+    max_word_run: int | None = Field(default=CaptionFilters.max_word_run, ge=1)
+    min_letter_share: float | None = Field(default=CaptionFilters.min_letter_share, ge=0, le=1)
+    min_words_per_clause: float | None = Field(default=CaptionFilters.min_words_per_clause, gt=0)
 
 
 class EvalSection(Section):

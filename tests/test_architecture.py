@@ -11,10 +11,10 @@ ROOT = Path(__file__).parents[1]
 
 # Each module may import those of earlier lines only; what stands on one line does not know its neighbours.
 LAYERS = (
-    ("positional", "captions", "losses", "scenes", "recipe", "checkpoint"),
-    ("config", "data", "loop"),
-    ("regional_prompts", "pack", "suites"),
-    ("text_tower",),
+    ("positional", "captions", "losses", "scenes", "checkpoint"),
+    ("config", "data"),
+    ("recipe", "regional_prompts", "pack", "suites"),
+    ("loop", "text_tower"),
     ("model",),
     ("task", "convert"),
     ("evaluate", "export"),

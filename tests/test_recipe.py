@@ -1,6 +1,8 @@
 """Recipes: what is wrong is named with its place and the nearest valid key."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -17,6 +19,7 @@ from fixclip_core.recipe import (
     valid_keys,
 )
 
+ROOT = Path(__file__).parents[1]
 MINIMAL = """\
 # comment
 model:
@@ -217,3 +220,21 @@ def test_a_mistyped_key_is_named_with_a_valid_one(tmp_path_factory, key, data):
 def test_flatten_and_valid_keys_agree(write):
     assert list(flatten(load(write(MINIMAL)))) == list(valid_keys(EncoderRecipe))
     assert all(not isinstance(v, float) or math.isfinite(v) for v in flatten(load(write(MINIMAL))).values())
+
+
+def test_the_documentation_lists_every_field():
+    lines = (ROOT / "docs" / "training.md").read_text().split("## Every field")[1].splitlines()
+    rows = {
+        line.split("|")[1].strip(" `"): set(re.findall(r"`(\w+)`", line.split("|")[2])) for line in lines if "|" in line
+    }
+    for key in valid_keys(EncoderRecipe):
+        section, _, name = key.rpartition(".")
+        assert name in rows[section or "top"]
+    assert sum(map(len, rows.values())) == len(valid_keys(EncoderRecipe))
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("pipelines/*/encoder.yaml")), ids=lambda path: path.parent.name)
+def test_shipped_recipes_are_valid(path):
+    assert load(path, "output.folder=elsewhere").output.folder == "elsewhere"
+    text = path.read_text()
+    assert f"{path.relative_to(ROOT)}" in text.split("method:")[0]  # the command stands on top

@@ -1,5 +1,6 @@
 """Training end to end on tiny real models: the same weights however often the run is interrupted."""
 
+import dataclasses
 import json
 import logging
 import math
@@ -22,6 +23,8 @@ from typer.testing import CliRunner
 
 from fixclip_core import train
 from fixclip_core.checkpoint import damage, list_checkpoints
+from fixclip_core.config import FixClipConfig
+from fixclip_core.data import DataConfig
 from fixclip_core.evaluate import retrieval_metrics
 from fixclip_core.loop import (
     TrainState,
@@ -374,6 +377,14 @@ def test_every_module_can_be_switched_off(recipe):
     fields = train.model_fields(recipe("run", *off, "model.prompt_flow=replace"))
     assert (fields["num_prompts"], fields["num_groups"], fields["masking"]) == (0, 0, "none")
     assert fields["prompt_flow"] == "replace"
+
+
+def test_the_recipe_reaches_every_setting_of_model_and_data(recipe):
+    fields = set(train.data_config(recipe(), 8).model_fields_set)
+    assert fields == DataConfig.model_fields.keys() - {"shuffle", "last_batch"}
+    assert train.model_fields(recipe()).keys() == {f.name for f in dataclasses.fields(FixClipConfig)} - {
+        *("clip", "preprocess", "context_length"),
+    }
 
 
 def test_groups_have_their_learning_rates_and_no_decay_where_none_belongs(recipe):
