@@ -43,8 +43,9 @@ __all__ = [
 
 CLIP_CONTEXT_LENGTH = 77
 CLIP_EOS_TOKEN_ID = 49407
-# CLIP matches without regard to case, which makes the long ſ an s.
-WORD_PATTERN = r"'[sſ]|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+# CLIP matches without regard to case, which makes the long ſ an s and loses the iota subscript U+0345, whose capital
+# is a letter while it is none itself.
+WORD_PATTERN = r"'[sſ]|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}\x{0345}]+"
 
 
 class CleanText(str):

@@ -59,6 +59,7 @@ TEXTS = st.lists(st.one_of(st.text(CHARACTERS, max_size=12), SNIPPETS, st.just("
 @example(text="<p>e&#769;</p> &lt;b&gt; naïve cafe\u0301")
 @example(text="schÃ¶n â€œquotedâ€\x9d")
 @example(text="don't I'LL we'Re 'ſ ½ ² Ⅷ ٣ 你好，世界 👩‍👩‍👧 🇩🇪")
+@example(text="l\u0345X \u0345 &amp;\u0345\u0345")
 @example(text="!" * 30)
 @example(text="")
 @settings(max_examples=400)
