@@ -668,6 +668,20 @@ class SceneSource:
 # -- order ---------------------------------------------------------------------------------------------------
 
 
+def sample_range(sizes: Sequence[int], config: DataConfig) -> range:
+    """The samples that `start` and `stop` choose.
+
+    Raises:
+        ValueError: the source has fewer.
+    """
+    total = sum(sizes)
+    stop = total if config.stop is None else config.stop
+    for name, value, most in (("stop", stop, total), ("start", config.start, total - 1)):
+        if value > most:
+            raise ValueError(f"{name}={value}: {config.source} has only {total} samples")
+    return range(config.start, stop)
+
+
 class EpochOrder:
     """Which sample stands at which position of an epoch, computed a window of groups at a time.
 
@@ -677,17 +691,12 @@ class EpochOrder:
     """
 
     def __init__(self, sizes: Sequence[int], config: DataConfig) -> None:
-        total = sum(sizes)
-        stop = total if config.stop is None else config.stop
-        if stop > total:
-            raise ValueError(f"stop={stop}: {config.source} has only {total} samples")
-        ends = np.minimum(np.cumsum(sizes, dtype=np.int64), stop)
-        begins = np.maximum(np.concatenate([[0], ends[:-1]]), config.start)
+        chosen = sample_range(sizes, config)
+        ends = np.minimum(np.cumsum(sizes, dtype=np.int64), chosen.stop)
+        begins = np.maximum(np.concatenate([[0], ends[:-1]]), chosen.start)
         kept = ends > begins
         self.begins, self.sizes = begins[kept], (ends - begins)[kept]
-        self.total = int(self.sizes.sum())
-        if self.total == 0:
-            raise ValueError(f"start={config.start}: {config.source} has only {total} samples")
+        self.total = len(chosen)
         self.seed, self.shuffle, self.window = config.seed, config.shuffle, config.shuffle_shards
         self._cache: dict[tuple[int, int], tuple[int, np.ndarray]] = {}
 

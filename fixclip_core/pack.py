@@ -35,6 +35,7 @@ from fixclip_core.data import (
     check_captions,
     decode_image,
     open_source,
+    sample_range,
     write_atomically,
     write_index,
 )
@@ -98,9 +99,7 @@ def pack(config: DataConfig, out: Path, options: PackOptions, workers: int = 1) 
             packed by somebody else or cannot be written; or the source is malformed.
     """
     source = open_source(config)
-    samples = range(config.start, min(config.stop or sum(source.sizes), sum(source.sizes)))
-    if not samples:
-        raise ValueError(f"start={config.start}: {config.source} has only {sum(source.sizes)} samples")
+    samples = sample_range(source.sizes, config)
     state = out / ".pack"
     if out.exists() and not state.exists() and any(out.iterdir()):
         raise ValueError(f"{out}: the folder is not empty and not from a pack; choose a new one")
@@ -313,8 +312,8 @@ def check_source(
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit}: it must be at least 1")
     source, encode = open_source(config), SimpleTokenizer().encode
-    samples = range(config.start, min(config.stop or sum(source.sizes), sum(source.sizes)))
-    chosen = samples[:: -(-len(samples) // limit)] if limit and samples else samples
+    samples = sample_range(source.sizes, config)
+    chosen = samples[:: -(-len(samples) // limit)] if limit else samples
     skipped: list[Skipped] = []
     filtered: Counter[str] = Counter()
     tokens: list[int] = []
