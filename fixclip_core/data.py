@@ -869,21 +869,27 @@ class Batches(Dataset):
             if attempt:
                 index = self.order.index(epoch, self.order.replacement(epoch, position, attempt, taken))
             try:
-                return self._load(epoch, index)
+                return self.load(epoch, index)
             except BadSampleError as error:
                 skipped.append(replace(error.skipped, index=index))
         return None
 
-    def _load(self, epoch: int, index: int) -> LoadedSample:
-        caption_seed, augmentation_seed, mask_seed = sample_seeds(self.config.seed, epoch, index)
+    def load(self, epoch: int, index: int) -> LoadedSample:
+        """Sample number `index` as it is in an epoch; raises BadSampleError if it cannot be used."""
+        sample, long, short = self.captions(epoch, index)
+        picture = decode_image(sample, self.draft_size)
+        _, augmentation_seed, mask_seed = sample_seeds(self.config.seed, epoch, index)
+        with seeded(augmentation_seed):
+            return self.transform(picture), long, short, mask_seed, sample.key
+
+    def captions(self, epoch: int, index: int) -> tuple[Sample, str, str]:
+        """The sample, its picture not yet decoded, and its long and short captions; raises BadSampleError."""
         sample = self.source.read(index)
         long, short = check_captions(sample, self.filters)
         if self.short_captions.policy == "given" and not short:
             raise BadSampleError("no_short_caption", sample.file, sample.key)
-        long, short = caption_pair(long, short, self.short_captions, random.Random(caption_seed))
-        picture = decode_image(sample, self.draft_size)
-        with seeded(augmentation_seed):
-            return self.transform(picture), long, short, mask_seed, sample.key
+        caption_seed, _, _ = sample_seeds(self.config.seed, epoch, index)
+        return sample, *caption_pair(long, short, self.short_captions, random.Random(caption_seed))
 
 
 @contextmanager
