@@ -69,7 +69,7 @@ class AttentionRecorder:
         self._sum_BSHW: Tensor | None = None
         self._count = 0
 
-    def maps_BSHW(self) -> Tensor:
+    def maps(self) -> Tensor:
         """Share of attention that each position of the latents gave to each group of states, (B, S, H, W) from 0 to 1.
 
         The mean over heads, layers and steps; coarser layers are interpolated to the size of the latents.
@@ -82,7 +82,7 @@ class AttentionRecorder:
         return self._sum_BSHW / self._count
 
     @torch.no_grad()
-    def _add(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    def _add(self, attention: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         queries = args[0] if args else kwargs["hidden_states"]
         states_BTD = kwargs.get("encoder_hidden_states", args[1] if len(args) > 1 else None)
         if states_BTD is None:

@@ -6,7 +6,7 @@ import tiny
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 
-from fixclip_diffusion import FixClipStableDiffusionPipeline, FixClipTokenizer
+from fixclip_diffusion import FixClipStableDiffusionPipeline
 from fixclip_diffusion.attention_maps import layer_size, record_attention, record_sentences, sentence_positions
 from fixclip_diffusion.preview import watch_steps
 
@@ -80,8 +80,8 @@ def test_maps_are_the_plain_attention(pipe, guidance, num_images, size):
         hook.remove()
     assert len(calls) >= 2 * 3, "two steps of at least three layers"
     expected = plain_maps(calls, weights_TS, latent_size, num_images)
-    assert recorder.maps_BSHW().shape == (num_images, 3, *latent_size)
-    torch.testing.assert_close(recorder.maps_BSHW(), expected, atol=1e-6, rtol=1e-4)
+    assert recorder.maps().shape == (num_images, 3, *latent_size)
+    torch.testing.assert_close(recorder.maps(), expected, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("prompt", ["A cat. A dog.", LONG, VERY_LONG])
@@ -90,7 +90,7 @@ def test_recording_leaves_the_picture_alone_and_reads_every_sentence(pipe, promp
     with record_sentences(pipe, prompt, 16, 16) as recorder:
         recorded = draw(pipe, prompt)
     assert np.array_equal(plain, recorded)
-    maps_SHW = recorder.maps_BSHW()[0]
+    maps_SHW = recorder.maps()[0]
     assert len(maps_SHW) == prompt.count(".")
     assert (maps_SHW.flatten(1).amax(1) > 0).all(), "a sentence behind token 77 or 248 has its map too"
     assert maps_SHW.sum(0).max() <= 1 + 1e-5, "the rest went to start, end and padding"
@@ -147,7 +147,7 @@ def test_nothing_recorded(pipe):
     with record_sentences(pipe, "A cat.", 16, 16) as recorder:
         pass
     with pytest.raises(ValueError, match="no cross-attention was recorded"):
-        recorder.maps_BSHW()
+        recorder.maps()
 
 
 def test_hooks_go_when_drawing_fails(pipe):
