@@ -17,6 +17,7 @@ def main(
     resume: Annotated[str, typer.Option(help="auto, none, or a checkpoint's folder")] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, stop.")] = False,
     smoke: Annotated[bool, typer.Option("--smoke", help="Two steps, random weights, generated data.")] = False,
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error was raised.")] = False,
     diff: Annotated[bool, typer.Option("--recipe-diff", help="Print what differs from the paper's setting.")] = False,
 ) -> None:
     """Train a FIX-CLIP encoder as a recipe says; run it with `accelerate launch` for several GPUs."""
@@ -37,7 +38,8 @@ def main(
         else:
             print(f"Done: {train.train(chosen, resume=resume)}")
     except ValueError as error:
-        logging.debug("where it was raised:", exc_info=True)
+        if traceback:
+            raise
         raise SystemExit(f"Error: {error}") from None
 
 

@@ -11,9 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedDataParallelKwargs, LoggerType
 from pydantic import BaseModel
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -51,7 +53,17 @@ class TrainState:
 
 
 def make_accelerator(run: RunSection, output: OutputSection) -> Accelerator:
-    """An Accelerator with the recipe's precision and trackers; the rest comes from Accelerate's own config."""
+    """An Accelerator with the recipe's precision and trackers; the rest comes from Accelerate's own config.
+
+    Raises:
+        ValueError: a tracker is not installed (Accelerate would leave it out without a word), or the device cannot
+            compute in this precision.
+    """
+    missing = [name for name in output.trackers if LoggerType(name) not in get_available_trackers()]
+    if missing:
+        raise ValueError(
+            f"output.trackers={list(output.trackers)}: {', '.join(missing)} cannot be imported; install it"
+        )
     return Accelerator(
         mixed_precision="no" if run.precision == "fp32" else run.precision,
         log_with=list(output.trackers) or None,
@@ -203,7 +215,8 @@ class MetricsLog:
         self.accelerator.log(values, step=step)
         if self.accelerator.is_main_process:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
+                strict = {name: value if math.isfinite(value) else None for name, value in values.items()}
+                file.write(json.dumps({"step": step, **strict}) + "\n")
 
     def plot(self) -> None:
         """Draw losses.png; a picture that fails must not cost the run."""
@@ -243,8 +256,13 @@ def plot_losses(metrics: Path, png: Path) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for axis, panel in zip(axes, panels, strict=True):
         for name in sorted({key for row in rows for key in row if panel in key}):
-            points = [(row["step"], row[name]) for row in rows if name in row]
-            axis.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 30 else None)
+            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+            axis.plot(
+                [step for step, _ in points],
+                [value for _, value in points],
+                label=name,
+                marker="." if len(points) < 30 else None,
+            )
         axis.set(xlabel="step", title=panel)
         if axis.lines:
             axis.legend(fontsize="x-small")
@@ -262,6 +280,13 @@ def check_finite(model: nn.Module) -> None:
         shard = parameter.to_local() if hasattr(parameter, "to_local") else parameter  # of a DTensor
         if not torch.isfinite(shard.detach()).all():
             raise FloatingPointError(f"{name} is not finite; nothing was saved, resume from the last checkpoint")
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes that the device has: all of a GPU's, what is free of the machine's otherwise."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().available
 
 
 def activation_bytes(forward: Callable[[], Any], model: nn.Module) -> int:

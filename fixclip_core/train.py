@@ -12,11 +12,12 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import broadcast_object_list
+from pydantic import BaseModel
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
@@ -40,6 +41,7 @@ from fixclip_core.loop import (
     activation_bytes,
     check_finite,
     count_step,
+    device_memory,
     make_accelerator,
     make_ema,
     make_optimizer,
@@ -230,7 +232,19 @@ def needed_disk(recipe: EncoderRecipe, clip: FixClip) -> int:
 # -- starting ------------------------------------------------------------------------------------------------
 
 
-def start(run: Run, resume: str) -> None:
+class Startable(Protocol):
+    """What `start` needs of a run, whatever it trains."""
+
+    accelerator: Accelerator
+    state: TrainState
+    recipe: Any
+
+    @property
+    def folder(self) -> Path:
+        """Where the run writes."""
+
+
+def start(run: Startable, resume: str) -> None:
     """Load the checkpoint to go on from, if any, and write the recipe beside the results.
 
     Raises:
@@ -258,9 +272,9 @@ def start(run: Run, resume: str) -> None:
     start_trackers(accelerator, run.recipe.output, run.recipe)
 
 
-def _warn_of_changes(recipe: EncoderRecipe, path: Path) -> None:
+def _warn_of_changes(recipe: BaseModel, path: Path) -> None:
     try:
-        before = load_recipe(EncoderRecipe, path)
+        before = load_recipe(type(recipe), path)
     except ValueError as error:
         logger.warning("The recipe that the run was started with cannot be compared: %s", error)
         return
@@ -292,8 +306,9 @@ def fit(run: Run) -> None:
         log.add(losses, recipe.train.batch_size, applied)
         last = state.step == run.total_steps
         if last or state.step % recipe.output.log_every == 0:
-            extra = {"grad_norm": grad_norm, "lr": lr, "logit_scale": run.clip.logit_scale.exp().item()}
-            values = log.flush(state.step, extra | {"skipped_steps": state.skipped})
+            extra = {"grad_norm": grad_norm, "lr": lr, "logit_scale": math.exp(_whole(run.clip.logit_scale).item())}
+            extra |= {"skipped_steps": state.skipped, "unusable_samples": len(run.loader.skipped)}
+            values = log.flush(state.step, extra)
             bar.set_postfix({k.removeprefix("loss_"): f"{values[k]:.3g}" for k in values if k in _SHOWN or "loss" in k})
         if run.eval_loader is not None and (last or state.step % recipe.eval.every == 0):
             values = evaluate(run, run.eval_loader)
@@ -310,6 +325,11 @@ def fit(run: Run) -> None:
     bar.close()
     if run.loader.skipped:
         logger.warning("Samples that could not be used: %s", describe_skipped(run.loader.skipped.values()))
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A parameter that FSDP may have sharded; every process must ask."""
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()
 
 
 _SHOWN = ("samples_per_second", "skipped_steps")
@@ -414,6 +434,8 @@ def plan(run: Run) -> str:
     new = sum(p.numel() for name, p in run.clip.named_parameters() if name in run.clip.new_parameters())
     state, activations = memory_estimate(run, batch)
     local = len(batch.image)
+    have = device_memory(accelerator.device)
+    fits = "" if state + activations < have else "; DOES NOT FIT, see docs/training.md"
     micro = min(recipe.train.micro_batch_size or local, local)
     config = run.clip.config
     named_only = ":" not in recipe.model.name
@@ -429,8 +451,8 @@ def plan(run: Run) -> str:
         "steps": f"{run.total_steps} ({run.total_steps / len(run.loader):.2f} epochs), "
         f"warm-up {recipe.optim.warmup_steps}, lr {recipe.optim.lr:g}, new parameters {recipe.optim.lr_new:g}",
         "precision": f"{recipe.train.precision} on {accelerator.device.type}",
-        "memory": f"about {(state + activations) / _GIB:.1f} GiB a process: weights, gradients and AdamW "
-        f"{state / _GIB:.1f}, activations {activations / _GIB:.1f} (what autograd keeps of a few samples, scaled up)",
+        "memory": f"about {(state + activations) / _GIB:.1f} GiB a process of {have / _GIB:.1f}: {state / _GIB:.1f} "
+        f"weights, gradients and AdamW, {activations / _GIB:.1f} activations (of a few samples, scaled up){fits}",
         "disk": f"{needed_disk(recipe, run.clip) / _GIB:.1f} GiB for checkpoints and models in {run.folder}",
     }
     return "\n".join(f"{name:>10}  {text}" for name, text in lines.items())
@@ -464,7 +486,9 @@ def memory_estimate(run: Run, batch: Batch, probe: int = 4) -> tuple[int, int]:
 
 
 def _activations(run: Run, batch: Batch) -> int:
-    return activation_bytes(lambda: run.task.losses(run.model(batch)), run.clip)
+    """DistributedDataParallel is left out, as it would wait for the backward pass; FSDP must gather the weights."""
+    model = run.model if run.accelerator.distributed_type == DistributedType.FSDP else run.clip
+    return activation_bytes(lambda: run.task.losses(model(batch)), run.clip)
 
 
 def smoke(recipe: EncoderRecipe) -> None:
