@@ -1,0 +1,140 @@
+"""The recipe of `train_adapter.py`: what `load_recipe` checks an adapter.yaml against."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from fixclip_core.recipe import CaptionsSection, DataSection, OptimSection, OutputSection, RunSection, Section
+
+
+class BaseSection(Section):
+    """The Stable Diffusion to adapt to, and the text encoder to adapt."""
+
+    base: str = Field(min_length=1, description="Stable Diffusion 1.x or 2.x: folder or hub name")
+    encoder: str | None = Field(default=None, description="text encoder's folder or hub name; null: the base's")
+
+
+class AdapterSection(Section):
+    """The adapter; see `TextAdapter`."""
+
+    kind: Literal["mlp", "attention"] = "mlp"
+    hidden_width: int = Field(default=0, ge=0, description="of the hidden layers; 0: 2 D for mlp, 4 D for attention")
+    num_layers: int = Field(default=2, ge=1)
+    num_heads: int = Field(default=8, ge=1)
+    start_from: str | None = Field(default=None, description="adapter folder whose weights to go on from")
+
+
+class LoraSection(Section):
+    """LoRA on the query, key, value and output projections of the UNet's cross-attention."""
+
+    rank: int = Field(default=0, ge=0, description="0: none, the UNet stays as it is")
+
+
+class ObjectivesSection(Section):
+    """What is minimised; every weight is that of a mean over the draws it speaks of. See `objectives`."""
+
+    weight_long: float = Field(default=1.0, ge=0, description="noise prediction with long captions")
+    weight_short: float = Field(default=0.0, ge=0, description="noise prediction with short captions")
+    weight_prediction: float = Field(default=1.0, ge=0, description="short captions: the base's noise predictions")
+    weight_states: float = Field(default=0.0, ge=0, description="short captions: the base encoder's text states")
+    short_share: float = Field(default=0.25, ge=0, lt=1, description="draws that read the short caption")
+    caption_dropout: float = Field(default=0.1, ge=0, lt=1, description="draws that read no caption, for guidance")
+    snr_gamma: float | None = Field(default=None, gt=0, description="min-SNR weighting, usually 5; null: none")
+    noise_draws: int = Field(default=1, ge=1, description="noises and timesteps a sample and step")
+    high_noise_share: float = Field(
+        default=0.0, ge=0, le=1, description="draws taken from the noisiest 40 % of the timesteps; 0: uniform"
+    )
+
+
+class CaptionedImagesSection(DataSection):
+    """`DataSection` and how a picture is brought to the UNet's size."""
+
+    resolution: int | None = Field(default=None, ge=8, multiple_of=8, description="pixels; null: the UNet's own")
+    random_crop: bool = False
+    flip: bool = Field(default=False, description="mirror half of the pictures; wrong where captions say left")
+
+
+class FeaturesSection(Section):
+    """The cache of latents and text states; see `features`."""
+
+    folder: str | None = Field(default=None, min_length=1, description="null: encode at every step")
+    text: bool = Field(default=False, description="cache text states too: 0.4 MB a caption at 248 x 768 in fp16")
+    dtype: Literal["fp16", "fp32"] = "fp16"
+    shard_size: int = Field(default=512, ge=1, description="samples a file")
+    batch_size: int = Field(default=8, ge=1, description="samples encoded at a time")
+
+
+class AdapterOptimSection(OptimSection):
+    """`OptimSection` with the adapter's learning rates."""
+
+    lr: float = Field(default=1e-4, gt=0, description="peak learning rate of the adapter")
+    lr_new: float = Field(default=1e-4, gt=0, description="peak learning rate of the LoRA")
+
+
+class AdapterRunSection(RunSection):
+    """`RunSection` and how much of a batch is in memory at a time."""
+
+    batch_size: int = Field(default=64, ge=1, description="samples a step over all processes")
+    micro_batch_size: int | None = Field(
+        default=None, ge=1, description="samples a pass in each process; below the batch: exact accumulation"
+    )
+
+
+class SamplesSection(Section):
+    """Pictures of fixed prompts and seeds: stock | untuned | current side by side."""
+
+    prompts: list[str] = Field(default_factory=list, description="none: no sheets")
+    every: int = Field(default=1000, ge=1, description="steps between two sheets; the last step always has one")
+    seed: int = Field(default=0, ge=0)
+    steps: int = Field(default=30, ge=1, le=999)
+    guidance_scale: float = Field(default=7.5, ge=0)
+
+
+class AdapterOutputSection(OutputSection):
+    """`OutputSection` with a folder of its own."""
+
+    folder: str = Field(default="runs/adapter", min_length=1)
+
+
+class AdapterRecipe(Section):
+    """Everything that `train_adapter.py` needs to know."""
+
+    seed: int = Field(default=0, ge=0)
+    model: BaseSection
+    adapter: AdapterSection = AdapterSection()
+    lora: LoraSection = LoraSection()
+    objectives: ObjectivesSection = ObjectivesSection()
+    data: CaptionedImagesSection
+    captions: CaptionsSection = CaptionsSection()
+    features: FeaturesSection = FeaturesSection()
+    optim: AdapterOptimSection = AdapterOptimSection()
+    train: AdapterRunSection = AdapterRunSection()
+    samples: SamplesSection = SamplesSection()
+    output: AdapterOutputSection = AdapterOutputSection()
+
+    @model_validator(mode="after")
+    def _check(self) -> "AdapterRecipe":
+        train, objectives = self.train, self.objectives
+        if train.micro_batch_size and train.micro_batch_size > train.batch_size:
+            raise ValueError(
+                f"train.micro_batch_size={train.micro_batch_size}: it must be at most "
+                f"train.batch_size={train.batch_size}"
+            )
+        weights = [objectives.weight_long]
+        if objectives.short_share:
+            weights += [objectives.weight_short, objectives.weight_prediction, objectives.weight_states]
+        if not any(weights):
+            raise ValueError("objectives: every weight that counts is 0, so there is nothing to learn")
+        if self.features.folder is not None:
+            self._check_cache()
+        return self
+
+    def _check_cache(self) -> None:
+        data, captions = self.data, self.captions
+        if data.random_crop or data.flip:
+            raise ValueError("features.folder: a cache holds one view of a picture; set data.random_crop and data.flip")
+        if self.features.text and captions.short_caption.startswith("random"):
+            raise ValueError(
+                f"features.text: a cache holds one short caption a picture, captions.short_caption="
+                f"{captions.short_caption} draws new ones; set it to given or first_sentence, or features.text=false"
+            )

@@ -1,0 +1,228 @@
+"""The adapter's losses against plain formulas, in values and gradients."""
+
+import contextlib
+import dataclasses
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from tiny_adapter import randomize
+from torch import nn
+
+from fixclip_diffusion import TextAdapter
+from fixclip_diffusion.objectives import Denoiser, Features, adapter_losses, draw, noise_target, snr_weight
+from fixclip_diffusion.recipe import ObjectivesSection
+from fixclip_diffusion.tiny import WIDTH, unet
+
+SHORT, LONG = 5, 12
+
+
+@pytest.fixture(scope="module")
+def tiny_unet():
+    torch.manual_seed(1)
+    return unet().requires_grad_(False).eval()
+
+
+@pytest.fixture(params=["epsilon", "v_prediction"])
+def denoiser(request, tiny_unet):
+    torch.manual_seed(2)
+    scheduler = DDPMScheduler(beta_schedule="scaled_linear", prediction_type=request.param)
+    empty = {SHORT: torch.randn(1, SHORT, WIDTH), LONG: torch.randn(1, LONG, WIDTH)}
+    return Denoiser(tiny_unet, scheduler, 0.18, 0.05, empty, torch.randn(1, SHORT, WIDTH))
+
+
+def make_features(count=4, seed=0):
+    """The last sample's short caption does not fit the teacher, the first one's long caption is short."""
+    torch.manual_seed(seed)
+    long_length = torch.tensor([SHORT] + [LONG] * (count - 1))
+    short_length = torch.tensor([SHORT] * (count - 1) + [LONG])
+    states = torch.randn(2, count, LONG, WIDTH)
+    for part, length in zip(states, (long_length, short_length), strict=True):
+        for row, end in enumerate(length.tolist()):
+            part[row, end:] = 0
+    return Features(
+        mean=torch.randn(count, 4, 8, 8),
+        logvar=torch.randn(count, 4, 8, 8) - 2,
+        long=states[0],
+        short=states[1],
+        long_length=long_length,
+        short_length=short_length,
+        teacher=torch.randn(count, SHORT, WIDTH),
+        teacher_fits=short_length == SHORT,
+        seeds=torch.arange(100, 100 + count),
+        keys=[str(i) for i in range(count)],
+        skipped=[],
+    )
+
+
+def section(**changes):
+    values = {"weight_long": 1.3, "weight_short": 0.7, "weight_prediction": 0.9, "weight_states": 0.4}
+    values |= {"short_share": 0.5, "caption_dropout": 0.3, "noise_draws": 3, "snr_gamma": 5.0}
+    return ObjectivesSection(**{**values, **changes})
+
+
+def plain_losses(adapter, features, denoiser, objectives):
+    """One draw at a time, nothing batched, formulas written out."""
+    scheduler, model = denoiser.scheduler, denoiser.unet
+    sums = dict.fromkeys(("long", "short", "prediction", "states"), torch.zeros(()))
+    total = 0
+    for i, seed in enumerate(features.seeds.tolist()):
+        generator = torch.Generator().manual_seed(seed)
+        spread, noise = (torch.randn(objectives.noise_draws, 4, 8, 8, generator=generator) for _ in range(2))
+        uniform = torch.rand(4, objectives.noise_draws, generator=generator, dtype=torch.float64)
+        for r in range(objectives.noise_draws):
+            total += 1
+            low = 0.6 if uniform[1, r] < objectives.high_noise_share else 0.0
+            t = min(int(1000 * (low + (1 - low) * uniform[0, r])), 999)
+            latents = features.mean[i] + torch.exp(features.logvar[i] / 2) * spread[r]
+            latents = (latents - denoiser.shift_factor) * denoiser.scaling_factor
+            alpha = scheduler.alphas_cumprod[t]
+            noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise[r]
+            snr = alpha / (1 - alpha)
+            if scheduler.config.prediction_type == "epsilon":
+                target, weight = noise[r], torch.minimum(snr, torch.tensor(5.0)) / snr
+            else:
+                target = alpha.sqrt() * noise[r] - (1 - alpha).sqrt() * latents
+                weight = torch.minimum(snr, torch.tensor(5.0)) / (snr + 1)
+            weight = weight if objectives.snr_gamma else 1.0
+            short = bool(uniform[2, r] < objectives.short_share)
+            dropped = bool(uniform[3, r] < objectives.caption_dropout)
+            length = int((features.short_length if short else features.long_length)[i])
+            states = (features.short if short else features.long)[i : i + 1, :length]
+            states = denoiser.empty[length] if dropped else states
+            adapted = adapter(states)
+            predicted = model(noisy[None], t, adapted).sample[0]
+            name = "short" if short else "long"
+            sums[name] = sums[name] + weight * (predicted - target).pow(2).mean()
+            if short and (dropped or features.teacher_fits[i]):
+                teacher = denoiser.empty_teacher if dropped else features.teacher[i : i + 1]
+                wanted = model(noisy[None], t, teacher).sample[0]
+                sums["prediction"] = sums["prediction"] + weight * (predicted - wanted).pow(2).mean()
+                sums["states"] = sums["states"] + (adapted[:, :SHORT] - teacher).pow(2).mean()
+    shares = {"long": 1 - objectives.short_share} | dict.fromkeys(("short", "prediction", "states"), 0.5)
+    losses = {name: value / (total * shares[name]) for name, value in sums.items()}
+    return losses, sum(getattr(objectives, f"weight_{name}") * value for name, value in losses.items())
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("attention", {}), ("mlp", {"snr_gamma": None, "high_noise_share": 0.5, "noise_draws": 1})],
+)
+def test_losses_and_gradients_are_those_of_the_formulas(denoiser, kind, options):
+    adapter = randomize(TextAdapter(WIDTH, kind, hidden_width=8, num_layers=1, num_heads=4, max_tokens=LONG))
+    features, objectives = make_features(), section(**options)
+    rows = draw(features, denoiser, objectives)
+    if not options:
+        mixed = (rows.short, rows.dropped, ~rows.short & rows.dropped, rows.short & rows.dropped)
+        assert all(0 < part.sum() < len(part) for part in mixed)
+
+    losses = adapter_losses(adapter, features, denoiser, objectives)
+    losses["loss"].backward()
+    gradients = [p.grad.clone() for p in adapter.parameters()]
+    adapter.zero_grad()
+    expected, total = plain_losses(adapter, features, denoiser, objectives)
+    total.backward()
+    assert {k.removeprefix("loss_"): v.item() for k, v in losses.items() if k != "loss"} == pytest.approx(
+        {k: v.item() for k, v in expected.items()}, rel=1e-4
+    )
+    torch.testing.assert_close(losses["loss"], total, rtol=1e-4, atol=1e-6)
+    for ours, parameter in zip(gradients, adapter.parameters(), strict=True):
+        assert ours.abs().max() > 0
+        torch.testing.assert_close(ours, parameter.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_parts_of_a_batch_add_up(denoiser):
+    features, objectives = make_features(5), section()
+    adapter = randomize(TextAdapter(WIDTH, hidden_width=8))
+    whole = adapter_losses(adapter, features, denoiser, objectives)
+    parts = [(len(p) / 5, adapter_losses(adapter, p, denoiser, objectives)) for p in features.split(2)]
+    for name, value in whole.items():
+        torch.testing.assert_close(sum(share * losses[name] for share, losses in parts), value, rtol=1e-4, atol=1e-6)
+
+
+def test_an_adapter_that_changes_nothing_keeps_the_base(denoiser):
+    """Where the encoder's short states are the teacher's, the identity has no distillation loss; a change has."""
+    features = make_features()
+    alike = dataclasses.replace(
+        features, short=features.teacher, short_length=torch.tensor([SHORT] * 4), teacher_fits=torch.ones(4) > 0
+    )
+    denoiser = dataclasses.replace(denoiser, empty=denoiser.empty | {SHORT: denoiser.empty_teacher})
+    losses = adapter_losses(nn.Identity(), alike, denoiser, section())
+    assert losses["loss_states"] == 0
+    assert losses["loss_prediction"] < 1e-12
+    changed = adapter_losses(lambda states: states + 0.1, alike, denoiser, section())
+    assert changed["loss_states"] > 0.001
+    assert changed["loss_prediction"] > 1e-9
+
+
+def test_only_losses_that_count_are_computed(denoiser):
+    features = make_features()
+    only_long = adapter_losses(nn.Identity(), features, denoiser, section(short_share=0.0))
+    assert set(only_long) == {"loss", "loss_long"}
+    without = adapter_losses(nn.Identity(), features, denoiser, section(weight_states=0.0, weight_prediction=0.0))
+    assert set(without) == {"loss", "loss_long", "loss_short"}
+
+
+def test_teacher_predictions_are_computed_without_the_lora_and_without_gradient(tiny_unet):
+    """`base_unet` is entered around the teacher's predictions and nothing else."""
+    calls, inside = [], []
+
+    class Recording(nn.Module):
+        dtype = torch.float32
+
+        def forward(self, *args):
+            calls.append((bool(inside), torch.is_grad_enabled()))
+            return tiny_unet(*args)
+
+    @contextlib.contextmanager
+    def base_unet():
+        inside.append(1)
+        yield
+        inside.pop()
+
+    empty = {SHORT: torch.zeros(1, SHORT, WIDTH), LONG: torch.zeros(1, LONG, WIDTH)}
+    denoiser = Denoiser(Recording(), DDPMScheduler(), 1.0, 0.0, empty, torch.zeros(1, SHORT, WIDTH), base_unet)
+    adapter_losses(nn.Identity(), make_features(), denoiser, section())
+    assert set(calls) == {(False, True), (True, False)}
+
+
+def test_draws_depend_on_the_seed_alone(denoiser):
+    features = make_features()
+    whole = draw(features, denoiser, section())
+    last = draw(list(features.split(1))[3], denoiser, section())
+    for name in ("latents", "noise", "timestep", "short", "dropped"):
+        assert torch.equal(getattr(whole, name)[9:], getattr(last, name))
+    again = draw(dataclasses.replace(features, seeds=features.seeds + 10), denoiser, section())
+    assert not torch.equal(again.noise, whole.noise)
+
+
+def test_draws_have_the_shares_that_were_asked_for(denoiser):
+    features = dataclasses.replace(
+        make_features(1), mean=torch.full((1, 4, 8, 8), 2.0), logvar=torch.full((1, 4, 8, 8), -1.0)
+    )
+    rows = draw(features, denoiser, section(noise_draws=4000, short_share=0.25, high_noise_share=0.5))
+    assert rows.short.float().mean().item() == pytest.approx(0.25, abs=0.03)
+    assert rows.dropped.float().mean().item() == pytest.approx(0.3, abs=0.03)
+    assert (rows.timestep >= 600).float().mean().item() == pytest.approx(0.5 + 0.5 * 0.4, abs=0.03)
+    assert rows.timestep.min() >= 0
+    assert rows.timestep.max() <= 999
+    latents = rows.latents / 0.18 + 0.05
+    assert latents.mean().item() == pytest.approx(2.0, abs=0.02)
+    assert latents.std().item() == pytest.approx(0.6065, abs=0.02)
+
+
+def test_min_snr_with_zero_terminal_snr():
+    """With alpha_T = 0 the ratio of the noise's weights is 0 / 0; its limit is 1."""
+    timesteps = torch.tensor([0, 500, 999])
+    for kind, last in (("epsilon", 1.0), ("v_prediction", 0.0)):
+        scheduler = DDPMScheduler(prediction_type=kind, rescale_betas_zero_snr=True, beta_schedule="scaled_linear")
+        scheduler.alphas_cumprod[-1] = 0
+        weight = snr_weight(scheduler, timesteps, 5.0)
+        assert torch.isfinite(weight).all()
+        assert weight[-1] == last
+        assert torch.equal(snr_weight(scheduler, timesteps, None), torch.ones(3))
+
+
+def test_unknown_prediction_types_are_refused():
+    with pytest.raises(ValueError, match=r"prediction_type 'sample' .* valid are epsilon, v_prediction"):
+        noise_target(DDPMScheduler(prediction_type="sample"), *[torch.zeros(1, 1, 1, 1)] * 2, torch.zeros(1).long())
