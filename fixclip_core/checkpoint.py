@@ -111,9 +111,7 @@ def latest_valid(folder: Path) -> Path | None:
         reasons.append(f"{path.name}: {reason}")
         logger.warning("Checkpoint %s is damaged: %s. Falling back to the one before it.", path, reason)
     if checkpoints:
-        raise ValueError(
-            f"{folder}: every checkpoint is damaged ({'; '.join(reasons)}); pass --resume none to start over"
-        )
+        raise ValueError(f"{folder}: every checkpoint is damaged ({'; '.join(reasons)}); delete them to start over")
     return None
 
 

@@ -5,11 +5,11 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 import torch
@@ -21,11 +21,22 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from fixclip_core.recipe import OptimSection, OutputSection, RunSection, flatten
+from fixclip_core.checkpoint import find_resume, list_checkpoints, load_checkpoint, remove_unfinished
+from fixclip_core.recipe import (
+    OptimSection,
+    OutputSection,
+    RunSection,
+    flatten,
+    load_recipe,
+    recipe_diff,
+    recipe_yaml,
+)
 
 logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
+RECIPE = "recipe.yaml"
+CHECKPOINTS = "checkpoints"
 
 
 @dataclass
@@ -50,6 +61,68 @@ class TrainState:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
             setattr(self, name, value)
+
+
+class Startable(Protocol):
+    """What `start` needs of a run, whatever it trains."""
+
+    accelerator: Accelerator
+    state: TrainState
+    recipe: Any
+
+    @property
+    def folder(self) -> Path:
+        """Where the run writes."""
+
+
+def start(run: Startable, resume: str) -> None:
+    """Load the checkpoint to go on from, if any, and write the recipe beside the results.
+
+    Raises:
+        ValueError: the checkpoint is damaged or does not fit, or the folder holds another run's newer ones.
+    """
+    accelerator, folder = run.accelerator, run.folder
+    checkpoints = folder / CHECKPOINTS
+    path = find_resume(accelerator, resume, checkpoints)
+    if path is not None:
+        load_checkpoint(accelerator, path)
+        if accelerator.is_main_process:
+            logger.info("Resumed step %d from %s", run.state.step, path)
+    newer = [other.name for step, other in list_checkpoints(checkpoints) if step > run.state.step]
+    if newer and resume != "auto":
+        raise ValueError(
+            f"--resume {resume}: {checkpoints} holds newer checkpoints ({', '.join(newer)}); delete them or choose "
+            "another output.folder"
+        )
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        remove_unfinished(checkpoints)
+        if path is not None and (folder / RECIPE).exists():
+            _warn_of_changes(run.recipe, folder / RECIPE)
+        (folder / RECIPE).write_text(recipe_yaml(run.recipe), encoding="utf-8")
+    start_trackers(accelerator, run.recipe.output, run.recipe)
+
+
+def _warn_of_changes(recipe: BaseModel, path: Path) -> None:
+    try:
+        before = load_recipe(type(recipe), path)
+    except ValueError as error:
+        logger.warning("The recipe that the run was started with cannot be compared: %s", error)
+        return
+    for key, now, then in recipe_diff(recipe, before):
+        if not key.startswith("output."):
+            logger.warning("%s was %r when this run started and is %r now", key, then, now)
+
+
+def batches(loader: Any, step: int, total_steps: int) -> Iterator[Any]:
+    """The batches of steps `step`..`total_steps`-1, epoch after epoch, of a `data.Loader` or one like it."""
+    while step < total_steps:
+        epoch, number = divmod(step, len(loader))
+        for batch in loader.epoch(epoch, number):
+            yield batch
+            step += 1
+            if step == total_steps:
+                return
 
 
 def make_accelerator(run: RunSection, output: OutputSection) -> Accelerator:

@@ -9,15 +9,13 @@ import logging
 import math
 import shutil
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import broadcast_object_list
-from pydantic import BaseModel
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
@@ -25,10 +23,7 @@ from tqdm import tqdm
 
 from fixclip_core.checkpoint import (
     check_folder,
-    find_resume,
     list_checkpoints,
-    load_checkpoint,
-    remove_unfinished,
     save_checkpoint,
     training_state_bytes,
 )
@@ -36,9 +31,11 @@ from fixclip_core.config import FINE_TUNE, LONG_CLIP
 from fixclip_core.data import Batch, DataConfig, Loader, build_loader, describe_skipped
 from fixclip_core.evaluate import retrieval_metrics
 from fixclip_core.loop import (
+    CHECKPOINTS,
     MetricsLog,
     TrainState,
     activation_bytes,
+    batches,
     check_finite,
     count_step,
     device_memory,
@@ -49,18 +46,16 @@ from fixclip_core.loop import (
     optimizer_step,
     parameter_groups,
     seed_step,
-    start_trackers,
+    start,
 )
 from fixclip_core.model import MAX_LOG_SCALE, FixClip
-from fixclip_core.recipe import EncoderRecipe, load_recipe, recipe_diff, recipe_yaml
+from fixclip_core.recipe import EncoderRecipe
 from fixclip_core.task import ContrastiveTask, forward_backward, split_batch
 
 logger = logging.getLogger(__name__)
 
-RECIPE = "recipe.yaml"
 MODEL = "model"
 BEST = "best"
-CHECKPOINTS = "checkpoints"
 _GIB = 2**30
 
 
@@ -221,66 +216,12 @@ def _no_decay(name: str, parameter: nn.Parameter) -> bool:
 
 
 def needed_disk(recipe: EncoderRecipe, clip: FixClip) -> int:
-    """Bytes the run will still write at most: checkpoints, one of them twice while it is replaced, and two models."""
+    """Bytes the run will still write at most: checkpoints and two models, one of each twice while it is replaced."""
     folder = Path(recipe.output.folder)
     checkpoint = training_state_bytes(clip, ema=recipe.train.ema_decay is not None)
     weights = sum(p.numel() * p.element_size() for p in clip.parameters())
     present = min(len(list_checkpoints(folder / CHECKPOINTS)), recipe.output.keep_last)
-    return (recipe.output.keep_last + 1 - present) * checkpoint + 2 * weights
-
-
-# -- starting ------------------------------------------------------------------------------------------------
-
-
-class Startable(Protocol):
-    """What `start` needs of a run, whatever it trains."""
-
-    accelerator: Accelerator
-    state: TrainState
-    recipe: Any
-
-    @property
-    def folder(self) -> Path:
-        """Where the run writes."""
-
-
-def start(run: Startable, resume: str) -> None:
-    """Load the checkpoint to go on from, if any, and write the recipe beside the results.
-
-    Raises:
-        ValueError: the checkpoint is damaged or does not fit, or the folder holds another run's newer ones.
-    """
-    accelerator, folder = run.accelerator, run.folder
-    checkpoints = folder / CHECKPOINTS
-    path = find_resume(accelerator, resume, checkpoints)
-    if path is not None:
-        load_checkpoint(accelerator, path)
-        if accelerator.is_main_process:
-            logger.info("Resumed step %d from %s", run.state.step, path)
-    newer = [other.name for step, other in list_checkpoints(checkpoints) if step > run.state.step]
-    if newer and resume != "auto":
-        raise ValueError(
-            f"--resume {resume}: {checkpoints} holds newer checkpoints ({', '.join(newer)}); delete them or choose "
-            "another output.folder"
-        )
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        remove_unfinished(checkpoints)
-        if path is not None and (folder / RECIPE).exists():
-            _warn_of_changes(run.recipe, folder / RECIPE)
-        (folder / RECIPE).write_text(recipe_yaml(run.recipe), encoding="utf-8")
-    start_trackers(accelerator, run.recipe.output, run.recipe)
-
-
-def _warn_of_changes(recipe: BaseModel, path: Path) -> None:
-    try:
-        before = load_recipe(type(recipe), path)
-    except ValueError as error:
-        logger.warning("The recipe that the run was started with cannot be compared: %s", error)
-        return
-    for key, now, then in recipe_diff(recipe, before):
-        if not key.startswith("output."):
-            logger.warning("%s was %r when this run started and is %r now", key, then, now)
+    return (recipe.output.keep_last + 1 - present) * checkpoint + 3 * weights
 
 
 # -- the loop ------------------------------------------------------------------------------------------------
@@ -333,17 +274,6 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 _SHOWN = ("samples_per_second", "skipped_steps")
-
-
-def batches(loader: Loader, step: int, total_steps: int) -> Iterator[Batch]:
-    """The batches of steps `step`..`total_steps`-1, epoch after epoch."""
-    while step < total_steps:
-        epoch, number = divmod(step, len(loader))
-        for batch in loader.epoch(epoch, number):
-            yield batch
-            step += 1
-            if step == total_steps:
-                return
 
 
 # -- evaluation and saving -----------------------------------------------------------------------------------
