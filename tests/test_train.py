@@ -152,6 +152,17 @@ def test_a_run_trains_and_writes_everything(recipe, clip_folder, tmp_path):
     assert torch.equal(model.text.kept_positions, base.text.kept_positions)
 
 
+def test_training_learns_its_samples(recipe, tmp_path):
+    """Eight pairs are told apart after 60 steps, by what the run itself evaluates."""
+    options = ["data.stop=8", "train.steps=60", "eval.start=0", "eval.stop=8", "eval.every=60", "output.save_every=60"]
+    train.train(recipe("run", *options, "optim.lr=3e-3", "captions.short_caption=first_sentence"))
+    rows = metrics(tmp_path / "run")
+    assert rows[0]["loss_long"] > math.log(8) - 0.3  # chance
+    assert rows[-2]["loss_long"] < 0.3
+    assert rows[-2]["loss_mid_2"] < 0.3
+    assert rows[-1]["long_text_to_image_recall_at_1"] >= 0.75
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_resumed_run_ends_with_the_same_weights(recipe, tmp_path, workers):
     """Interrupted inside an epoch; with averaging, GradCache and bf16, or with fp16 and its gradient scaler."""
