@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Two test processes with one thread each beat one process with two threads.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 MPLBACKEND=Agg
 
-.PHONY: demo test lint format install dev clean
+.PHONY: demo app test lint format install dev clean
 
 install: $(VENV)/.installed
 dev: $(VENV)/.installed-dev
@@ -23,6 +23,15 @@ $(VENV)/.installed-dev: pyproject.toml
 # One long prompt, three systems, one sheet: outputs/demo.png
 demo: $(VENV)/.installed
 	$(BIN)/fixclip demo -o outputs/demo.png
+
+$(VENV)/.installed-app: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -e ".[app]"
+	touch $@ $(VENV)/.installed
+
+# The web page, on http://127.0.0.1:7860; see docs/app.md for its options.
+app: $(VENV)/.installed-app
+	$(BIN)/python apps/demo.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -1,0 +1,52 @@
+"""The demo page: `python apps/demo.py`, or with `--base ... --encoder ... --adapter ...` on a model of your choice."""
+
+from typing import Annotated
+
+import typer
+from fixclip_app.model import DemoModel, DevicePool, ModelChoice, available_device, default_choice
+from fixclip_app.page import Limits, build, launch
+
+app = typer.Typer(add_completion=False)
+
+
+def load(choice: ModelChoice | None, devices: list[str] | None) -> DevicePool:
+    """The chosen model, or the default one, on each device."""
+    names = devices or [available_device()]
+    if choice is not None:
+        return DevicePool([DemoModel(choice, name) for name in names])
+    with default_choice() as default:
+        return DevicePool([DemoModel(default, name) for name in names])
+
+
+@app.command()
+def main(
+    base: Annotated[str | None, typer.Option(help="Stable Diffusion 1.x or 2.x: a folder or a hub name.")] = None,
+    encoder: Annotated[str | None, typer.Option(help="FIX-CLIP text encoder: a folder or hub name.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Adapter on the text states: a folder or hub name.")] = None,
+    scenes: Annotated[
+        bool | None, typer.Option(help="It draws the scenes world: show the checker. Default: as the folder says.")
+    ] = None,
+    device: Annotated[list[str] | None, typer.Option(help="cpu, mps, cuda:0...; repeat it to use several.")] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 lets others in your network in.")
+    ] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Default: the first free one from 7860.")] = None,
+    share: Annotated[bool, typer.Option(help="Make a public link through Gradio's servers.")] = False,
+    max_side: Annotated[int, typer.Option(min=16, help="Largest width and height, in pixels.")] = Limits.side,
+    max_waiting: Annotated[int, typer.Option(min=1, help="Jobs that may wait in line.")] = 32,
+) -> None:
+    """Open the demo page."""
+    if base is None and (encoder is not None or adapter is not None):
+        raise typer.BadParameter("--encoder and --adapter need the --base that they belong to")
+    choice = None if base is None else ModelChoice(base, encoder, adapter, scenes)
+    try:
+        pool = load(choice, device)
+    except (ValueError, RuntimeError) as error:
+        typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+        raise typer.Exit(2) from error
+    page = build(pool, Limits(side=max_side), max_waiting)
+    launch(page, server_name=host, server_port=port, share=share)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,1 @@
+"""The web page: see what a long prompt does."""

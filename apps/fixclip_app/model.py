@@ -1,0 +1,222 @@
+"""The models behind the page, and the systems that it compares."""
+
+import contextlib
+import json
+import queue
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from fixclip_cli import DEMO_PROMPT, default_size
+from fixclip_core.scenes import long_caption, sample_scene
+from fixclip_diffusion import FixClipStableDiffusionPipeline, FixClipTextEncoder
+from fixclip_diffusion.attention_maps import record_sentences
+from fixclip_diffusion.tiny import stable_diffusion, train_tokenizer
+
+SCENES_FLAG = "_scenes_world"
+
+EXAMPLES = (
+    DEMO_PROMPT,
+    "A small harbour on a clear winter morning. In the foreground a red fishing boat lies tied to a stone pier, and "
+    "two gulls sit on it. Behind it three white sailing boats rock on dark green water. On the left an old man in a "
+    "yellow oilskin mends a net, with a black dog asleep at his feet. A row of narrow houses stands along the "
+    "quay: the first is pink, the second pale green, the third white with blue shutters. Above their roofs rises a "
+    "square church tower with a golden weathercock. Far out, where the sea meets the sky, a single ship with brown "
+    "sails passes a small lighthouse, and over everything hangs a thin moon.",
+    "A botanist's desk seen from above. In the middle lies an open notebook with a pencil drawing of a fern. At the "
+    "top left stands a glass jar with tadpoles, and at the top right a brass microscope on a green cloth. Left of "
+    "the notebook there are five pressed leaves in a row, from yellow to dark red. To the right lie a magnifying glass "
+    "with a wooden handle and a pair of round spectacles. Along the lower edge runs a ruler, and on it a ladybird "
+    "walks towards a half-eaten apple. A cup of black coffee has left a ring on a letter in the bottom right corner, "
+    "and the sunlight of a late afternoon falls across all of it from the left.",
+)
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """Which model the page shows; base, encoder and adapter are folders or hub names.
+
+    `scenes` says that it draws the scenes world, so that the checker can judge its pictures; None reads
+    `"_scenes_world": true` from the base's model_index.json. `notice` is told to visitors.
+    """
+
+    base: str
+    encoder: str | None = None
+    adapter: str | None = None
+    scenes: bool | None = None
+    notice: str = ""
+    name: str = ""
+
+
+@contextmanager
+def default_choice() -> Iterator[ModelChoice]:
+    """The one place that decides what opens when no model is named; its folder may be gone after the block."""
+    with tempfile.TemporaryDirectory() as folder:
+        captions = [long_caption(sample_scene(i), i).text for i in range(50)]
+        stable_diffusion(train_tokenizer([*EXAMPLES, *captions], vocab_size=2048)).save_pretrained(folder)
+        yield ModelChoice(
+            base=folder,
+            name="a tiny random model",
+            notice="This model has random weights: **its pictures are noise.** The page shows what is read of a "
+            "prompt; name a real model with `--base`, `--encoder` and `--adapter` to see what is drawn.",
+        )
+
+
+@dataclass(frozen=True)
+class System:
+    """One way to read a prompt; `draw` takes the arguments of the pipeline."""
+
+    label: str
+    draw: Callable[..., Any]
+
+
+class DemoModel:
+    """A pipeline on one device, with the systems that the page compares. Not for two threads at once.
+
+    Raises:
+        ValueError: a component cannot be loaded or does not fit.
+    """
+
+    def __init__(self, choice: ModelChoice, device: str):
+        dtype = torch.float16 if device.startswith("cuda") else torch.float32
+        self.pipe = FixClipStableDiffusionPipeline.from_pretrained(
+            choice.base, encoder=choice.encoder, adapter=choice.adapter, dtype=dtype
+        ).to(device)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.device = device
+        self.name = choice.name or " + ".join(part for part in (choice.base, choice.encoder, choice.adapter) if part)
+        self.notice = choice.notice
+        self.scenes = choice.scenes if choice.scenes is not None else draws_scenes(choice.base)
+        reference = self.pipe
+        if choice.encoder is not None:
+            base_encoder = FixClipTextEncoder.from_pretrained(choice.base, subfolder="text_encoder", dtype=dtype)
+            reference = self._with_encoder(base_encoder.to(device))
+        self.systems = self._systems(reference)
+
+    def _with_encoder(self, encoder: FixClipTextEncoder) -> FixClipStableDiffusionPipeline:
+        parts = {**self.pipe.components, "text_encoder": encoder}
+        pipe = FixClipStableDiffusionPipeline(**parts, requires_safety_checker=False)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def _systems(self, reference: FixClipStableDiffusionPipeline) -> dict[str, System]:
+        systems = {}
+        if reference.text_encoder.short_context_length:
+            for key, label in (
+                ("truncate_77", "Stock, cut at 77 tokens"),
+                ("windows_77", "Base encoder in windows of 77"),
+            ):
+                systems[key] = System(label, without_adapter(reference, long_prompt=key))
+        systems["fixclip"] = System("FIX-CLIP", without_adapter(self.pipe, long_prompt="windows"))
+        if self.pipe.text_encoder.adapter is not None:
+            systems["adapter"] = System("FIX-CLIP + adapter", self.pipe)
+        return systems
+
+    @property
+    def best(self) -> System:
+        """The whole method, which Generate uses."""
+        return list(self.systems.values())[-1]
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        width, height = default_size(self.pipe)
+        return max(64, width), max(64, height)
+
+    def examples(self) -> list[str]:
+        """Long prompts to click: captions of the world for a scenes model."""
+        if not self.scenes:
+            return list(EXAMPLES)
+        return [long_caption(sample_scene(f"example {i}", num_objects=9), i).text for i in range(3)]
+
+    def draw(
+        self,
+        system: System,
+        *,
+        seed: int,
+        on_step: Callable[[int], None],
+        heat_maps: bool = False,
+        **arguments: Any,
+    ) -> tuple[Image.Image, torch.Tensor | None]:
+        """One picture, and the maps (S, H, W) of the prompt's sentences if asked for.
+
+        Args:
+            system: one of `systems`.
+            seed: of the starting noise, drawn on the CPU: the same on every device and for every system.
+            on_step: called after each step with its number; what it raises ends the work.
+            heat_maps: whether to record cross-attention.
+            **arguments: of the pipeline.
+        """
+
+        def after_step(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            on_step(index + 1)
+            return tensors
+
+        recording: Any = contextlib.nullcontext()
+        if heat_maps:
+            recording = record_sentences(self.pipe, arguments["prompt"], arguments["width"], arguments["height"])
+        with recording as recorder:
+            image = system.draw(
+                generator=torch.Generator("cpu").manual_seed(seed), callback_on_step_end=after_step, **arguments
+            ).images[0]
+        return image, recorder.maps()[0].cpu() if heat_maps else None
+
+
+def without_adapter(pipe: FixClipStableDiffusionPipeline, **fixed: Any) -> Callable[..., Any]:
+    """The pipeline with its encoder's adapter taken off during each call."""
+
+    def draw(**arguments: Any) -> Any:
+        encoder = pipe.text_encoder
+        adapter, encoder.adapter = encoder.adapter, None
+        try:
+            return pipe(**fixed, **arguments)
+        finally:
+            encoder.adapter = adapter
+
+    return draw
+
+
+def draws_scenes(base: str) -> bool:
+    """Whether model_index.json says that the model draws the scenes world."""
+    return bool(StableDiffusionPipeline.load_config(base).get(SCENES_FLAG, False))
+
+
+def mark_as_scenes(folder: str | Path) -> None:
+    """Record in a model folder that it draws the scenes world; diffusers loads the folder as before."""
+    file = Path(folder) / "model_index.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), SCENES_FLAG: True}, indent=2) + "\n")
+
+
+def available_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+class DevicePool:
+    """One model per device, lent to one job at a time."""
+
+    def __init__(self, models: list[DemoModel]):
+        self.models = models
+        self._free: queue.SimpleQueue[DemoModel] = queue.SimpleQueue()
+        for model in models:
+            self._free.put(model)
+
+    @contextmanager
+    def borrow(self, check_stopped: Callable[[], None]) -> Iterator[DemoModel]:
+        """Wait for a free device; a job that was told to stop does not wait on."""
+        while True:
+            check_stopped()
+            try:
+                model = self._free.get(timeout=0.2)
+                break
+            except queue.Empty:
+                continue
+        try:
+            yield model
+        finally:
+            self._free.put(model)
