@@ -28,16 +28,22 @@ def main(
         if diff:
             print_diff(chosen)
             return
+        from accelerate import PartialState
+
         from fixclip_core import train
 
         if dry_run:
-            print(train.plan(train.prepare(chosen)))
+            plan = train.plan(train.prepare(chosen))
+            PartialState().print(plan)
         elif smoke:
             train.smoke(chosen)
-            print("Smoke test passed: random weights, generated samples, two steps, a checkpoint, an evaluation.")
+            PartialState().print(
+                "Smoke test passed: random weights, generated samples, two steps, a checkpoint, an evaluation."
+            )
         else:
-            print(f"Done: {train.train(chosen, resume=resume)}")
-    except ValueError as error:
+            folder = train.train(chosen, resume=resume)
+            PartialState().print(f"Done: {folder}")
+    except (ValueError, FloatingPointError) as error:
         if traceback:
             raise
         raise SystemExit(f"Error: {error}") from None
