@@ -557,7 +557,7 @@ def load_fixclip(source: str | Path, model_name: str | None = None, **config_fie
     if folder := find_fixclip(source):
         if config_fields:
             raise ValueError(f"{source} is a FixClip already: {', '.join(config_fields)} cannot be changed")
-        return FixClip.from_pretrained(folder)
+        return FixClip.from_folder(folder)
     checkpoint = read_clip(source, model_name)
     if checkpoint.context_length > CLIP_CONTEXT_LENGTH:
         config_fields.setdefault("ratio", 1)

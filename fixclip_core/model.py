@@ -153,7 +153,25 @@ class FixClip(nn.Module):
         return cls(config, open_clip.CLIP(**copy.deepcopy(config.clip)))
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str]) -> "FixClip":
+    def from_pretrained(cls, source: str | os.PathLike[str], **config_fields: Any) -> "FixClip":
+        """Load a FixClip, or make one of any CLIP file or folder that `fixclip convert` knows.
+
+        Args:
+            source: a folder of `save_pretrained`, the folder of a training run, or weights of OpenAI, open_clip,
+                transformers or Long-CLIP, recognised by what is in them.
+            config_fields: fields of `FixClipConfig` for weights that become a FixClip, and `model_name` where they
+                do not say their architecture.
+
+        Raises:
+            ValueError: see `convert.load_fixclip`.
+        """
+        # The readers of other formats build on this class, so they cannot be imported above.
+        from fixclip_core.convert import load_fixclip
+
+        return load_fixclip(Path(source), **config_fields)
+
+    @classmethod
+    def from_folder(cls, folder: str | os.PathLike[str]) -> "FixClip":
         """Load what `save_pretrained` wrote, bit for bit.
 
         Raises:

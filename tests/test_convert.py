@@ -395,7 +395,7 @@ def test_other_models_are_named(tmp_path):
 def test_a_clip_of_77_tokens_is_stretched(tmp_path):
     clip = tiny_clip()
     torch.save(Archive(clip).state_dict(), tmp_path / "clip.pt")
-    model = load_fixclip(tmp_path / "clip.pt", num_groups=0, num_prompts=2).eval()
+    model = FixClip.from_pretrained(tmp_path / "clip.pt", num_groups=0, num_prompts=2).eval()
     assert (model.config.context_length, model.config.num_prompts) == (248, 2)
     _, ids = batch()
     ids[:, 20], ids[:, 21:] = VOCAB_SIZE - 1, 0  # short texts lie in the rows that are kept

@@ -392,6 +392,8 @@ def test_round_trip_is_bit_equal(dtype, tmp_path):
 
 def test_folder_errors_name_what_is_wrong(tmp_path):
     with pytest.raises(ValueError, match=r"no FixClip folder: it has no config\.json"):
+        FixClip.from_folder(tmp_path)
+    with pytest.raises(ValueError, match=r"holds config\.json .* or open_clip_config\.json .*; this one holds neither"):
         FixClip.from_pretrained(tmp_path)
     fix_clip(base_clip()).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
