@@ -548,7 +548,8 @@ def load_fixclip(source: str | Path, model_name: str | None = None, **config_fie
     Args:
         source: file or folder; of a training run, its folder or `best` in it.
         model_name: see `read_clip`.
-        config_fields: fields of `FixClipConfig` for a CLIP that becomes a FixClip, e.g. `num_prompts=0`.
+        config_fields: fields of `FixClipConfig` for a CLIP that becomes a FixClip, e.g. `num_prompts=0`; `ratio` is
+            for CLIPs of 77 positions.
 
     Raises:
         ValueError: see `read_clip`; fields given for a folder that has its own; or the architecture is none
@@ -560,7 +561,7 @@ def load_fixclip(source: str | Path, model_name: str | None = None, **config_fie
         return FixClip.from_folder(folder)
     checkpoint = read_clip(source, model_name)
     if checkpoint.context_length > CLIP_CONTEXT_LENGTH:
-        config_fields.setdefault("ratio", 1)
+        config_fields["ratio"] = 1
     clip = build_clip(checkpoint)
     return FixClip.from_clip(clip, checkpoint.model_config, checkpoint.preprocess, **config_fields)
 

@@ -227,7 +227,7 @@ class OutputSection(Section):
 class ModelSection(Section):
     """The base CLIP and FIX-CLIP's modules; see `FixClipConfig` for what each does."""
 
-    name: str = Field(min_length=1, description="open_clip's model name, hf-hub:..., or local-dir:...")
+    name: str = Field(min_length=1, description="open_clip's model name, hf-hub:..., or weights on disk")
     pretrained: str | None = Field(default=None, description="open_clip's tag or a weights file; null: random weights")
     cache_dir: str | None = None
     keep: int = Field(default=20, ge=0)

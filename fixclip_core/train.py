@@ -28,6 +28,7 @@ from fixclip_core.checkpoint import (
     training_state_bytes,
 )
 from fixclip_core.config import FINE_TUNE, LONG_CLIP
+from fixclip_core.convert import find_fixclip
 from fixclip_core.data import Batch, DataConfig, Loader, build_loader, describe_skipped
 from fixclip_core.evaluate import retrieval_metrics
 from fixclip_core.loop import (
@@ -153,13 +154,36 @@ def build_model(recipe: EncoderRecipe) -> FixClip:
     Raises:
         ValueError: the base is unknown, cannot be loaded, or does not fit the modules.
     """
-    section = recipe.model
-    clip = FixClip.from_open_clip(
-        section.name, section.pretrained, cache_dir=section.cache_dir, **model_fields(recipe)
-    ).float()
+    section, fields = recipe.model, model_fields(recipe)
+    if Path(section.name).exists():
+        clip = load_local(section.name, fields).float()
+    else:
+        clip = FixClip.from_open_clip(section.name, section.pretrained, cache_dir=section.cache_dir, **fields).float()
     clip.set_grad_checkpointing(recipe.train.gradient_checkpointing)
     if recipe.train.compile:
         clip.compile_blocks()
+    return clip
+
+
+def load_local(name: str, fields: dict[str, Any]) -> FixClip:
+    """Start from weights on disk: any CLIP that `fixclip convert` knows, or a FixClip with the recipe's modules.
+
+    Raises:
+        ValueError: the weights cannot be read, or a FixClip has other modules than the recipe wants.
+    """
+    folder = find_fixclip(name)
+    if folder is None:
+        return FixClip.from_pretrained(name, **fields)
+    clip = FixClip.from_folder(folder)
+    others = [
+        f"{key}={getattr(clip.config, key)!r}, not {value!r}"
+        for key, value in fields.items()
+        if getattr(clip.config, key) != value
+    ]
+    if others:
+        raise ValueError(
+            f"model.name={name}: this FixClip has {'; '.join(others)}: set the recipe's model section to it"
+        )
     return clip
 
 

@@ -71,6 +71,29 @@ def clip_folder(tmp_path_factory):
     return folder
 
 
+def test_weights_on_disk_are_a_base(recipe, clip_folder, tmp_path):
+    by_open_clip = train.build_model(recipe())
+    by_path = train.build_model(recipe("path", f"model.name={clip_folder}"))
+    assert by_path.config.context_length == by_open_clip.config.context_length == 248
+    assert torch.equal(by_path.text.positions(), by_open_clip.text.positions())
+    by_open_clip.save_pretrained(tmp_path / "fixclip")
+    again = train.build_model(recipe("again", f"model.name={tmp_path / 'fixclip'}"))
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), by_open_clip.parameters(), strict=True))
+    with pytest.raises(ValueError, match="this FixClip has num_prompts=2, not 3"):
+        train.build_model(recipe("other", f"model.name={tmp_path / 'fixclip'}", "model.num_prompts=3"))
+
+
+def test_a_base_of_248_positions_is_not_stretched_again(recipe, tmp_path):
+    long_cfg = {**CLIP, "text_cfg": {**CLIP["text_cfg"], "context_length": 248}}
+    clip = open_clip.CLIP(**long_cfg)
+    save_file(clip.state_dict(), tmp_path / "open_clip_model.safetensors")
+    config = {"model_cfg": long_cfg, "preprocess_cfg": {"size": 32, "mean": [0.5] * 3, "std": [0.5] * 3}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    model = train.build_model(recipe("long", f"model.name={tmp_path}"))
+    assert model.config.context_length == 248
+    assert torch.equal(model.text.positions(), clip.positional_embedding)
+
+
 @pytest.fixture
 def recipe_file(clip_folder, tmp_path):
     def recipe_file(name="run", steps=STEPS):
