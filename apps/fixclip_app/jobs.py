@@ -193,14 +193,11 @@ async def run(pool: DevicePool, work: Callable[[DemoModel, Emit], None]) -> Asyn
 def readable(error: Exception) -> Exception:
     """Running out of memory as a ValueError that says what to do; every other error as it is."""
     text = str(error).lower()
-    if (
-        isinstance(error, torch.OutOfMemoryError | MemoryError)
-        or "not enough memory" in text
-        or "out of memory" in text
-    ):
+    words = ("out of memory", "not enough memory", "allocate memory")
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(said in text for said in words):
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        return ValueError("Out of memory: try a smaller size, fewer sentences or no heat maps.")
+        return ValueError("Out of memory: try a smaller size, or without heat maps.")
     return error
 
 

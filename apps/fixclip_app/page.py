@@ -171,7 +171,11 @@ def build(pool: DevicePool, limits: Limits | None = None, max_waiting: int = 32)
                     api_visibility="private",
                 )
                 negative_prompt = gr.Textbox(
-                    "", label="Negative prompt", info="What the picture should not show.", max_length=limits.characters
+                    "",
+                    label="Negative prompt",
+                    info="What the picture should not show.",
+                    max_length=limits.characters,
+                    elem_id="negative-prompt",
                 )
                 with gr.Row():
                     steps = gr.Slider(1, limits.steps, 20, step=1, label="Steps", elem_id="steps")
@@ -251,7 +255,10 @@ def build(pool: DevicePool, limits: Limits | None = None, max_waiting: int = 32)
             (comparing, compare_status, stop_compare),
         ):
             event.success(lambda: _said("Done."), None, status, **quiet)
-            event.failure(lambda: _said("Not done: see the message."), None, status, **quiet)
+            # A job that was stopped counts as failed.
+            event.failure(
+                lambda said: said if "Stopped" in said else _said("Not done: see the message."), status, status, **quiet
+            )
             stop.click(lambda: _said("Stopped."), None, status, cancels=[event], **quiet)
         prompt.change(show_tokens, prompt, token_html, trigger_mode="always_last", **quiet)
         die.click(None, None, seed, js=f"() => Math.floor(Math.random() * {limits.seed})", **quiet)

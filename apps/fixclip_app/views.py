@@ -96,10 +96,10 @@ def heat_map_view(pictures: Sequence[Picture], name: str) -> str:
         f'<label class="fc-s{i}"><input type="radio" name="{name}" value="{i}"> {escape(sentence)}</label>'
         for i, sentence in enumerate(sentences)
     )
-    # Without scripts: what is pointed at wins over what is selected.
+    # Without scripts: what is pointed at wins over what is selected. Gradio scopes STYLE, which outweighs a <style>.
     rules = "".join(
         f".fc-maps:has(.fc-s{i}:hover) .fc-m{i}, .fc-maps:not(:has(label:hover)):has(.fc-s{i} :checked) .fc-m{i}"
-        " { opacity: .75; }"
+        " { opacity: .75 !important; }"
         for i in range(len(sentences))
     )
     return (
