@@ -59,7 +59,7 @@ class TextTower(nn.Module):
 
     kept_positions: Tensor
 
-    def __init__(self, text: Any, keep: int, ratio: int, pieces: int = 4):
+    def __init__(self, text: Any, keep: int, ratio: int, pieces: int = 8):
         super().__init__()
         self.token_embedding, self.ln_final = text.token_embedding, text.ln_final
         self.text_projection = text.text_projection
