@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from tiny_adapter import randomize
+from tiny_adapter import randomize, without_onednn  # noqa: F401
 from torch import nn
 
 from fixclip_diffusion import TextAdapter

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import tiny
 import torch
 from PIL import Image
@@ -22,6 +23,13 @@ train: {{steps: 4, batch_size: 4, precision: fp32, max_skipped_steps: 3}}
 samples: {{prompts: [], steps: 2}}
 output: {{folder: "{folder}", log_every: 1, save_every: 2, keep_last: 3}}
 """
+
+
+@pytest.fixture(autouse=True)
+def without_onednn():
+    """oneDNN compiles each convolution anew for each batch size, which takes tiny models most of their time."""
+    with torch.backends.mkldnn.flags(enabled=False):
+        yield
 
 
 def caption(number, sentences=9):

@@ -1,0 +1,419 @@
+"""What the frozen models make of pictures and captions, computed at every step or once, into a cache.
+
+The cache is a folder of safetensors files of `shard_size` samples each. It holds the mean and log variance of the
+latents, so that every step samples them anew, and on demand the text states. features.json says what it was made
+with; a cache of other weights, preprocessing, tokenizer or captions is refused. A file appears when it is complete,
+so an interrupted run goes on where it stopped.
+
+Shape letters: B samples, C latent channels, H, W latent height and width, T tokens, D width.
+"""
+
+import hashlib
+import json
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from fixclip_core.data import (
+    BadSampleError,
+    Batch,
+    Batches,
+    DataConfig,
+    LoadedSample,
+    Skipped,
+    Source,
+    sample_range,
+    sample_seeds,
+    write_atomically,
+)
+
+from .objectives import Features
+from .recipe import AdapterRecipe, FeaturesSection
+from .text_encoder import CLIP_CONTEXT_LENGTH, FixClipTextEncoder, FixClipTokenizer
+
+logger = logging.getLogger(__name__)
+
+KEY_FILE = "features.json"
+DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
+SHORT_CAPTIONS = {"short_caption", "max_short_sentences", "drop_short_from_long"}
+_OPEN_SHARDS = 16
+
+
+@dataclass(frozen=True)
+class FrozenModels:
+    """What training reads and does not change.
+
+    `teacher` is the base's own text encoder, `scheduler` the noise schedule, `sampler` the base's own scheduler.
+    """
+
+    vae: AutoencoderKL
+    text_encoder: FixClipTextEncoder
+    teacher: FixClipTextEncoder
+    unet: UNet2DConditionModel
+    scheduler: DDPMScheduler
+    sampler: Any
+    tokenizer: FixClipTokenizer
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        return [self.vae, self.text_encoder, self.teacher, self.unet]
+
+
+# -- encoding ------------------------------------------------------------------------------------------------
+
+
+def picture_transform(resolution: int, random_crop: bool = False, flip: bool = False) -> Callable[[Any], Tensor]:
+    """RGB picture -> (3, resolution, resolution) from -1 to 1, as the VAE reads it."""
+    steps: list[Any] = [v2.Resize(resolution, v2.InterpolationMode.BICUBIC)]
+    steps.append(v2.RandomCrop(resolution) if random_crop else v2.CenterCrop(resolution))
+    if flip:
+        steps.append(v2.RandomHorizontalFlip())
+    return v2.Compose([*steps, v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5], [0.5])])
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """Texts -> (B, context_length) ids, padded and cut as the pipeline does it."""
+
+    tokenizer: FixClipTokenizer
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        length = self.tokenizer.context_length
+        options: dict[str, Any] = {"padding": "max_length", "truncation": True, "max_length": length}
+        return self.tokenizer(texts, **options, return_tensors="pt").input_ids
+
+
+def num_tokens(ids_BT: Tensor, tokenizer: FixClipTokenizer) -> Tensor:
+    """(B,) tokens of each text, start and end included."""
+    return (ids_BT == tokenizer.eos_token_id).int().argmax(1) + 1
+
+
+@torch.no_grad()
+def encode_pictures(vae: AutoencoderKL, image_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Pictures to mean and log variance of their latents, float32 (B, C, H, W) each."""
+    latents = vae.encode(image_BCHW.to(vae.device, vae.dtype)).latent_dist
+    return latents.mean.float(), latents.logvar.float()
+
+
+@torch.no_grad()
+def encode_captions(frozen: FrozenModels, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids to states (B, T, D) without adapter and the tokens (B,) a pass; states past those are 0.
+
+    As in the pipeline, a caption that fits into the encoder's original positions is read with them.
+    """
+    encoder = frozen.text_encoder
+    ids_BT = ids_BT.to(encoder.device)
+    fits_B = num_tokens(ids_BT, frozen.tokenizer) <= encoder.short_context_length
+    length_B = torch.where(fits_B, encoder.short_context_length, encoder.context_length)
+    states = torch.zeros((*ids_BT.shape, encoder.config.hidden_size), dtype=encoder.dtype, device=encoder.device)
+    for length in sorted(set(length_B.tolist())):
+        chosen = (length_B == length).nonzero()[:, 0]
+        states[chosen, :length] = encoder(ids_BT[chosen, :length]).last_hidden_state
+    return states[:, : int(length_B.max())], length_B
+
+
+@torch.no_grad()
+def encode_for_teacher(frozen: FrozenModels, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """States (B, S, D) of the base's own encoder, and whether (B,) each caption fits into its positions."""
+    teacher = frozen.teacher
+    ids_BT, length = ids_BT.to(teacher.device), teacher.short_context_length or CLIP_CONTEXT_LENGTH
+    fits_B = num_tokens(ids_BT, frozen.tokenizer) <= length
+    return teacher(ids_BT[:, :length]).last_hidden_state, fits_B
+
+
+def encode_batch(frozen: FrozenModels, batch: Batch) -> Features:
+    """A batch of pictures, or of cached latents (`CachedLatents`), and captions -> features."""
+    if batch.image.shape[1] == 2 * cast(Any, frozen.vae.config).latent_channels:
+        mean, logvar = batch.image.chunk(2, dim=1)
+    else:
+        mean, logvar = encode_pictures(frozen.vae, batch.image)
+    long, long_length = encode_captions(frozen, batch.long_ids)
+    short, short_length = encode_captions(frozen, batch.short_ids)
+    teacher, fits = encode_for_teacher(frozen, batch.short_ids)
+    return Features(
+        mean, logvar, long, short, long_length, short_length, teacher, fits, batch.seeds, batch.keys, batch.skipped
+    )
+
+
+def empty_states(frozen: FrozenModels) -> tuple[dict[int, Tensor], Tensor]:
+    """States of the empty caption: {tokens a pass: (1, T, D)} of the encoder, and (1, S, D) of the base's own."""
+    encoder = frozen.text_encoder
+    ids_1T = TokenIds(frozen.tokenizer)([""]).to(encoder.device)
+    lengths = {length for length in (encoder.short_context_length, encoder.context_length) if length}
+    with torch.no_grad():
+        states = {length: encoder(ids_1T[:, :length]).last_hidden_state for length in sorted(lengths)}
+    return states, encode_for_teacher(frozen, ids_1T)[0]
+
+
+# -- what a cache was made with ------------------------------------------------------------------------------
+
+
+def weights_digest(module: nn.Module) -> str:
+    """SHA-256 of a module's weights as float32, names included; an encoder's adapter does not count."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        if not name.startswith("adapter."):
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().float().contiguous().numpy())
+    return digest.hexdigest()
+
+
+def tokenizer_digest(tokenizer: FixClipTokenizer) -> str:
+    """SHA-256 of all that decides a tokenizer's ids."""
+    backend = tokenizer._tokenizer.to_str()
+    settings = [backend, tokenizer.context_length, tokenizer.clean_text, tokenizer.pad_token]
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+
+
+def cache_key(recipe: AdapterRecipe, frozen: FrozenModels, resolution: int) -> dict[str, Any]:
+    """All that a cached feature depends on but the sample itself."""
+    section = recipe.features
+    key: dict[str, Any] = {
+        "vae": weights_digest(frozen.vae),
+        "resolution": resolution,
+        "draft": recipe.data.draft,
+        "dtype": section.dtype,
+        "precision": recipe.train.precision,
+        "shard_size": section.shard_size,
+        "source": recipe.data.source,
+        "start": recipe.data.start,
+        "text": section.text,
+        "caption filters": recipe.captions.model_dump(mode="json", exclude=SHORT_CAPTIONS),
+        "given short captions": recipe.captions.short_caption == "given",
+    }
+    if section.text:
+        key |= {
+            "text_encoder": weights_digest(frozen.text_encoder),
+            "base text_encoder": weights_digest(frozen.teacher),
+            "tokenizer": tokenizer_digest(frozen.tokenizer),
+            "captions": recipe.captions.model_dump(mode="json"),
+        }
+    return key
+
+
+# -- the cache -----------------------------------------------------------------------------------------------
+
+
+class FeatureCache:
+    """A complete or growing cache; see the top of this file.
+
+    Args:
+        folder: where it is or will be.
+        key: see `cache_key`.
+        source: the samples; their fingerprints (captions, file sizes and times) belong to each file's key.
+        config: which of the samples.
+        section: sizes and precision.
+
+    Raises:
+        ValueError: the folder holds a cache that was made with something else, named in the message, or one of
+            samples that have changed since.
+    """
+
+    def __init__(self, folder: Path, key: dict[str, Any], source: Source, config: DataConfig, section: FeaturesSection):
+        self.folder, self.section, self.source = folder, section, source
+        self.indices = sample_range(source.sizes, config)
+        self._open: OrderedDict[int, Any] = OrderedDict()
+        self._refuse_other_key(key)
+        self.key = key
+        self._sample_keys = [
+            _digest([key, [source.fingerprint(index) for index in self._range(number)]]) for number in range(len(self))
+        ]
+        self.missing = [number for number in range(len(self)) if not self._is_done(number)]
+
+    def __len__(self) -> int:
+        """Files."""
+        return -(-len(self.indices) // self.section.shard_size)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": OrderedDict()}
+
+    def _range(self, number: int) -> range:
+        size = self.section.shard_size
+        return self.indices[number * size : (number + 1) * size]
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"shard-{number:05d}.safetensors"
+
+    def _refuse_other_key(self, key: dict[str, Any]) -> None:
+        path = self.folder / KEY_FILE
+        try:
+            found = json.loads(path.read_text())
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: cannot be read: {error}") from None
+        other = sorted(name for name in key.keys() | found.keys() if key.get(name) != found.get(name))
+        if other:
+            raise ValueError(
+                f"features.folder={str(self.folder)!r}: this cache was made with another {', another '.join(other)}; "
+                "delete it or choose another folder"
+            )
+
+    def _is_done(self, number: int) -> bool:
+        path = self._path(number)
+        if not path.exists():
+            return False
+        try:
+            with safe_open(path, framework="pt") as file:
+                found = file.metadata()["key"]
+        except Exception as error:
+            raise ValueError(f"{path}: damaged ({error}); delete it, and it will be made again") from None
+        if found != self._sample_keys[number]:
+            samples = self._range(number)
+            raise ValueError(
+                f"{path}: stale: captions or pictures among samples {samples.start} to {samples.stop - 1} of "
+                f"{self.key['source']} have changed since; delete it, and it will be made again"
+            )
+        return True
+
+    def build(
+        self,
+        batches: Batches,
+        frozen: FrozenModels,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,
+    ) -> None:
+        """Make the files that are missing, every `world_size`-th of them.
+
+        Args:
+            batches: reads and transforms the samples.
+            frozen: encodes them.
+            rank, world_size: this process among those that build together.
+            workers: loading processes.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if rank == 0:
+            write_atomically(self.folder / KEY_FILE, json.dumps(self.key, indent=1).encode())
+        mine = self.missing[rank::world_size]
+        loader = DataLoader(
+            _Samples(batches, [index for number in mine for index in self._range(number)]),
+            batch_size=None,
+            num_workers=workers,
+            generator=torch.Generator().manual_seed(0),  # leaves the global one alone
+        )
+        samples = iter(tqdm(loader, "caching", unit="sample", disable=rank != 0 or not mine))
+        for number in mine:
+            rows = [next(samples) for _ in self._range(number)]
+            self._write(number, rows, batches, frozen)
+
+    def _write(
+        self, number: int, rows: Sequence[LoadedSample | Skipped], batches: Batches, frozen: FrozenModels
+    ) -> None:
+        usable = [row for row in rows if not isinstance(row, Skipped)]
+        tensors = {"row": torch.tensor([-1] * len(rows))}
+        tensors["row"][[i for i, row in enumerate(rows) if not isinstance(row, Skipped)]] = torch.arange(len(usable))
+        size, dtype = self.section.batch_size, DTYPES[self.section.dtype]
+        parts = [self._encode(usable[i : i + size], batches, frozen) for i in range(0, len(usable), size)]
+        for name in parts[0] if parts else ():
+            joined = _stacked([row for part in parts for row in part[name]])
+            tensors[name] = joined.to(dtype) if joined.is_floating_point() else joined
+        skipped = {str(i): asdict(row) for i, row in enumerate(rows) if isinstance(row, Skipped)}
+        keys = [row[4] for row in usable]
+        metadata = {"key": self._sample_keys[number], "skipped": json.dumps(skipped), "keys": json.dumps(keys)}
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        write_atomically(self._path(number), save(contiguous, metadata))
+
+    def _encode(self, rows: Sequence[LoadedSample], batches: Batches, frozen: FrozenModels) -> dict[str, Tensor]:
+        images, longs, shorts = ([row[i] for row in rows] for i in range(3))
+        mean, logvar = encode_pictures(frozen.vae, torch.stack(cast(list[Tensor], images)))
+        tensors = {"mean": mean, "logvar": logvar}
+        if self.section.text:
+            ids_BT = batches.tokenizer(cast(list[str], longs + shorts))
+            long, tensors["long_length"] = encode_captions(frozen, ids_BT[: len(rows)])
+            short, tensors["short_length"] = encode_captions(frozen, ids_BT[len(rows) :])
+            teacher, tensors["teacher_fits"] = encode_for_teacher(frozen, ids_BT[len(rows) :])
+            tensors |= {"long": long, "short": short, "teacher": teacher}
+        return {name: tensor.cpu() for name, tensor in tensors.items()}
+
+    def read(self, index: int) -> tuple[dict[str, Tensor], str]:
+        """One sample's tensors, floats in float32, and its key.
+
+        Raises:
+            BadSampleError: it could not be used when the cache was made.
+        """
+        number, local = divmod(index - self.indices.start, self.section.shard_size)
+        if number not in self._open:
+            self._open[number] = safe_open(self._path(number), framework="pt")
+            if len(self._open) > _OPEN_SHARDS:
+                self._open.popitem(last=False)
+        file = self._open[number]
+        row = int(file.get_slice("row")[local : local + 1])
+        if row < 0:
+            found = Skipped(**json.loads(file.metadata()["skipped"])[str(local)])
+            raise BadSampleError(found.reason, found.file, found.key, found.detail)
+        tensors = {name: file.get_slice(name)[row : row + 1][0] for name in file.keys() if name != "row"}  # noqa: SIM118
+        floats = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
+        return floats, json.loads(file.metadata()["keys"])[row]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _stacked(rows: list[Tensor]) -> Tensor:
+    """Rows of a batch; text states as long as the longest among them."""
+    return pad_sequence(rows, batch_first=True) if rows[0].ndim else torch.stack(rows)
+
+
+class _Samples(Dataset):
+    """Samples by their number, loaded and transformed as in the first epoch."""
+
+    def __init__(self, batches: Batches, indices: Sequence[int]):
+        self.batches, self.indices = batches, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> LoadedSample | Skipped:
+        index = self.indices[position]
+        try:
+            return self.batches.load(0, index)
+        except BadSampleError as error:
+            return error.skipped
+
+
+class CachedLatents(Batches):
+    """Batches whose `image` holds a cache's mean and log variance (B, 2 C, H, W); captions come from the source."""
+
+    cache: FeatureCache
+
+    def load(self, epoch: int, index: int) -> LoadedSample:
+        tensors, key = self.cache.read(index)
+        _, long, short = self.captions(epoch, index)
+        seed = sample_seeds(self.config.seed, epoch, index)[2]
+        return torch.cat([tensors["mean"], tensors["logvar"]]), long, short, seed, key
+
+
+class CachedFeatures(Batches):
+    """Batches of features that a cache holds completely: `Features` instead of `Batch`."""
+
+    cache: FeatureCache
+
+    def __getitem__(self, item: tuple[int, int]) -> Any:
+        epoch, number = item
+        skipped: list[Skipped] = []
+        positions, taken = self.positions(number)
+        rows: list[Any] = [self._usable_sample(epoch, position, taken, skipped) for position in positions]
+        if any(row is None for row in rows):
+            return skipped
+        tensors, keys, seeds = zip(*rows, strict=True)
+        joined = {name: _stacked([row[name] for row in tensors]) for name in tensors[0]}
+        return Features(**joined, seeds=torch.tensor(seeds), keys=list(keys), skipped=skipped)
+
+    def load(self, epoch: int, index: int) -> Any:
+        tensors, key = self.cache.read(index)
+        return tensors, key, sample_seeds(self.config.seed, epoch, index)[2]

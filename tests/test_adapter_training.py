@@ -1,0 +1,395 @@
+"""Training the adapter end to end: the same weights however often it is interrupted, and what comes out of it."""
+
+import copy
+import json
+import logging
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import tiny_adapter
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_adapter import without_onednn  # noqa: F401
+from transformers import CLIPTextModel
+
+from fixclip_core.checkpoint import list_checkpoints
+from fixclip_core.recipe import load_recipe
+from fixclip_diffusion import FixClipStableDiffusionPipeline, TextAdapter, train
+from fixclip_diffusion.recipe import AdapterRecipe
+from fixclip_diffusion.tiny import clip_text_config, unet
+
+ROOT = Path(__file__).parents[1]
+PROMPT = tiny_adapter.caption(5)
+
+
+@pytest.fixture(scope="session")
+def encoder_folder(sd1, tmp_path_factory):
+    """A text encoder that was trained: other weights than the base's, no original positions."""
+    folder = tmp_path_factory.mktemp("encoder")
+    pipe = FixClipStableDiffusionPipeline.from_pretrained(sd1)
+    encoder = pipe.text_encoder
+    torch.manual_seed(8)
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    encoder.text_model.embeddings.short_position_embedding = None
+    encoder.config.short_position_embeddings = 0
+    encoder.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def recipe_file(sd1, tmp_path):
+    data = tiny_adapter.write_data(tmp_path / "data")
+    return lambda name="run": tiny_adapter.write_recipe(tmp_path / f"{name}.yaml", sd1, data)
+
+
+@pytest.fixture
+def recipe(recipe_file):
+    return lambda name="run", *overrides: tiny_adapter.read(recipe_file(name), *overrides)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Accelerate's settings are shared by a process; each test is a process of its own in that respect."""
+    yield
+    reset_accelerator()
+
+
+def reset_accelerator():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def run_until(recipe, step, resume="auto"):
+    """Train, with the whole run's schedule, and stop after some steps as if the power went."""
+    reset_accelerator()
+    run = train.prepare(recipe)
+    train.begin(run, resume)
+    run.total_steps = step
+    train.fit(run)
+    return run
+
+
+def train_again(recipe, **kwargs):
+    reset_accelerator()
+    return train.train(recipe, **kwargs)
+
+
+def weights(folder):
+    found = load_file(Path(folder) / "adapter" / "adapter.safetensors")
+    lora = Path(folder) / "lora" / "pytorch_lora_weights.safetensors"
+    return found | (load_file(lora) if lora.exists() else {})
+
+
+def assert_equal(one, other, **tolerance):
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], **(tolerance or {"rtol": 0, "atol": 0}), msg=name)
+
+
+def metrics(folder):
+    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "samples_per_second"} for row in rows]
+
+
+# -- a run and its resumption --------------------------------------------------------------------------------
+
+
+def test_a_run_trains_the_adapter_alone_and_writes_everything(recipe, sd1, tmp_path):
+    chosen = recipe(
+        "run",
+        "output.trackers=[tensorboard]",
+        f"samples.prompts=['{PROMPT}', A horse.]",
+        "samples.every=2",
+        "train.ema_decay=0.5",
+        "optim.lr=0.05",
+    )
+    run = train.prepare(chosen)
+    before = [copy.deepcopy(module.state_dict()) for module in run.frozen.modules]
+    new = {name: p.detach().clone() for name, p in run.trainable.named_parameters()}
+    train.begin(run, "auto")
+    train.fit(run)
+    train.save_outputs(run)
+    run.accelerator.end_training()
+    for state, module in zip(before, run.frozen.modules, strict=True):
+        assert_equal(state, module.state_dict())
+    moved = {name for name, p in run.trainable.named_parameters() if not torch.equal(p, new[name])}
+    assert moved == set(new)
+    assert all(name.startswith("adapter.") for name in new)
+
+    folder = tmp_path / "run"
+    assert {p.name for p in folder.iterdir()} >= {"adapter", "checkpoints", "samples", "recipe.yaml", "losses.png"}
+    assert load_recipe(AdapterRecipe, folder / "recipe.yaml") == chosen
+    assert [step for step, _ in list_checkpoints(folder / "checkpoints")] == [2, 4]
+    assert sum(p.stat().st_size for p in (folder / "checkpoints").rglob("*") if p.is_file()) < 500_000
+    rows = metrics(folder)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert rows[0].keys() >= {"loss", "loss_long", "loss_short", "loss_prediction", "loss_states", "grad_norm", "lr"}
+    assert all(math.isfinite(row["loss"]) for row in rows)
+
+    averaged = TextAdapter.from_pretrained(folder / "adapter")
+    assert_equal(averaged.state_dict(), run.ema.module.adapter.state_dict())
+    assert not torch.equal(averaged.blocks[0].fc2.weight, run.trainable.adapter.blocks[0].fc2.weight)
+
+    sheets = sorted((folder / "samples").glob("*.png"))
+    assert [p.name for p in sheets] == ["step-00000002.png", "step-00000004.png"]
+    events = list(folder.rglob("events.out.tfevents*"))
+    assert any(b"samples" in p.read_bytes() for p in events)
+    # The columns: stock reads 77 tokens, untuned reads all of them, current differs from both.
+    stock = StableDiffusionPipeline.from_pretrained(sd1, safety_checker=None)
+    ours = FixClipStableDiffusionPipeline.from_pretrained(sd1, adapter=folder / "adapter")
+    untuned = FixClipStableDiffusionPipeline.from_pretrained(sd1)
+    assert run.references.keys() == {"stock", "untuned"}
+    assert np.array_equal(run.references["stock"][0], picture(stock))
+    assert np.array_equal(run.references["untuned"][0], picture(untuned))
+    columns = {**run.references, "current": [Image.fromarray(picture(ours))] * 2}
+    expected = train.sample_sheet(columns, chosen.samples.prompts).crop((0, 0, 600, 200))
+    assert np.array_equal(np.asarray(Image.open(sheets[1]).crop((0, 0, 600, 200))), np.asarray(expected))
+
+
+def picture(pipe, prompt=PROMPT, seed=0):
+    pipe.set_progress_bar_config(disable=True)
+    settings = {"num_inference_steps": 2, "guidance_scale": 7.5, "width": 16, "height": 16}
+    return np.asarray(pipe(prompt, generator=torch.Generator().manual_seed(seed), **settings).images[0])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["train.ema_decay=0.5", "train.precision=bf16", "lora.rank=2", "train.micro_batch_size=3"],
+        ["data.workers=2", "adapter.kind=attention", "captions.short_caption=random_sentences"],
+    ],
+)
+def test_a_resumed_run_ends_with_the_same_weights(recipe, tmp_path, options):
+    """Interrupted inside an epoch of three batches, after one of them."""
+    options = [*options, "train.steps=4"]
+    train.train(recipe("whole", *options))
+    run_until(recipe("halves", *options), 1)
+    assert not (tmp_path / "halves" / "adapter").exists()
+    train_again(recipe("halves", *options))
+    assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "halves"))
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "halves")
+
+
+def test_training_with_a_cache_is_training_without(recipe, tmp_path):
+    train.train(recipe("plain"))
+    cache = [f"features.folder={tmp_path / 'cache'}", "features.dtype=fp32", "features.shard_size=5"]
+    train_again(recipe("cached", *cache, "features.text=true"))
+    half = [f"features.folder={tmp_path / 'half'}", "features.dtype=fp16"]
+    train_again(recipe("latents", *half))
+    plain = weights(tmp_path / "plain")
+    assert_equal(weights(tmp_path / "cached"), plain, rtol=0, atol=2e-4)
+    for one, other in zip(metrics(tmp_path / "plain"), metrics(tmp_path / "cached"), strict=True):
+        assert other == pytest.approx(one, rel=1e-3, abs=1e-5)
+    for one, other in zip(metrics(tmp_path / "plain"), metrics(tmp_path / "latents"), strict=True):
+        assert other == pytest.approx(one, rel=0.05, abs=1e-2)
+
+
+def test_parts_of_a_batch_give_the_same_step(recipe, tmp_path):
+    train.train(recipe("whole", "train.steps=2"))
+    train_again(recipe("parts", "train.steps=2", "train.micro_batch_size=3"))
+    assert metrics(tmp_path / "parts")[0] == pytest.approx(metrics(tmp_path / "whole")[0], rel=1e-3, abs=1e-6)
+
+
+def test_gradient_checkpointing_changes_nothing(recipe, tmp_path):
+    options = ["train.steps=2", "lora.rank=2"]
+    train.train(recipe("plain", *options))
+    train_again(recipe("saving", *options, "train.gradient_checkpointing=true"))
+    for one, other in zip(metrics(tmp_path / "plain"), metrics(tmp_path / "saving"), strict=True):
+        assert other == pytest.approx(one, rel=1e-3, abs=1e-6)
+
+
+def test_it_learns(recipe, tmp_path):
+    """With the distillation alone, an encoder that was shifted comes back to its base's short captions."""
+    options = ["objectives.weight_long=0", "objectives.weight_short=0", "objectives.weight_states=1"]
+    options += ["objectives.weight_prediction=0", "objectives.short_share=0.99", "objectives.caption_dropout=0"]
+    models = train.load_frozen(recipe("run", *options).model)
+    shifted = copy.deepcopy(models.text_encoder)
+    with torch.no_grad():
+        shifted.text_model.final_layer_norm.bias += torch.randn(shifted.config.hidden_size)
+    chosen = recipe(
+        "run", *options, "train.steps=15", "adapter.hidden_width=64", "output.save_every=15", "optim.lr=3e-2"
+    )
+    train_again(chosen, models=replace(models, text_encoder=shifted))
+    rows = metrics(tmp_path / "run")
+    assert rows[-1]["loss_states"] < 0.5 * rows[0]["loss_states"]
+
+
+# -- what comes out ------------------------------------------------------------------------------------------
+
+
+def test_a_trained_adapter_gives_the_same_picture_everywhere(recipe, sd1, encoder_folder, tmp_path):
+    """Loaded by our pipeline, saved, reloaded by ours and by the stock pipeline."""
+    adapter = train.train(recipe("run", f"model.encoder={encoder_folder}", "optim.lr=0.05"))
+    pipe = FixClipStableDiffusionPipeline.from_pretrained(sd1, encoder=encoder_folder, adapter=adapter)
+    wanted = picture(pipe)
+    untuned = picture(FixClipStableDiffusionPipeline.from_pretrained(sd1, encoder=encoder_folder))
+    assert not np.array_equal(wanted, untuned)
+    pipe.save_pretrained(tmp_path / "saved")
+    again = FixClipStableDiffusionPipeline.from_pretrained(tmp_path / "saved")
+    assert np.array_equal(picture(again), wanted)
+    stock = StableDiffusionPipeline.from_pretrained(tmp_path / "saved", safety_checker=None)
+    assert type(stock) is StableDiffusionPipeline
+    assert np.array_equal(picture(stock), wanted)
+
+
+def test_stock_load_lora_weights_reads_the_lora(recipe, sd1, tmp_path):
+    """The UNet with the loaded LoRA predicts what the trained one predicts."""
+    chosen = recipe("run", "lora.rank=2", "train.ema_decay=0.3", "optim.lr_new=0.05")
+    run = run_until(chosen, 4)
+    train.save_outputs(run)
+    names = [name for name, _ in run.trainable.named_parameters() if name.startswith("lora.")]
+    assert len(names) == len(run.trainable.lora_names) > 0
+    assert all("attn2" in name for name in run.trainable.lora_names)
+
+    stock = StableDiffusionPipeline.from_pretrained(sd1, safety_checker=None)
+    torch.manual_seed(0)
+    inputs = (torch.randn(1, 4, 8, 8), torch.tensor(500), torch.randn(1, 77, 32))
+    with torch.no_grad():
+        plain = stock.unet(*inputs).sample
+        with run.denoiser.base_unet():
+            torch.testing.assert_close(run.frozen.unet(*inputs).sample, plain)
+        with train.lora_weights(run, train.best_weights(run)):
+            averaged = run.frozen.unet(*inputs).sample
+        current = run.frozen.unet(*inputs).sample
+        stock.load_lora_weights(tmp_path / "run" / "lora")
+        loaded = stock.unet(*inputs).sample
+    assert (loaded - plain).abs().max() > 1e-4
+    torch.testing.assert_close(loaded, averaged, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(averaged, current)
+
+
+# -- bad input -----------------------------------------------------------------------------------------------
+
+
+def test_going_on_from_an_adapter(recipe, encoder_folder, tmp_path, caplog):
+    first = train.train(recipe("first", "train.steps=2"))
+    reset_accelerator()
+    run = train.prepare(recipe("second", f"adapter.start_from={first}"))
+    assert_equal(run.trainable.adapter.state_dict(), TextAdapter.from_pretrained(first).state_dict())
+    reset_accelerator()
+    with pytest.raises(ValueError, match="it was made with another text encoder than the one given now"):
+        train.prepare(recipe("second", f"adapter.start_from={first}", f"model.encoder={encoder_folder}"))
+    (first / "made_for.json").unlink()
+    reset_accelerator()
+    with caplog.at_level(logging.WARNING):
+        train.prepare(recipe("second", f"adapter.start_from={first}"))
+    assert "it is not known which text encoder it belongs to" in caplog.text
+    TextAdapter(48).save_pretrained(tmp_path / "wide")
+    reset_accelerator()
+    with pytest.raises(ValueError, match="an adapter of width 48 on a text encoder of width 32"):
+        train.prepare(recipe("second", f"adapter.start_from={tmp_path / 'wide'}"))
+
+
+def test_a_run_is_not_resumed_with_another_encoder(recipe, encoder_folder):
+    run_until(recipe("run"), 2)
+    with pytest.raises(ValueError, match="it was made with another text encoder than the one given now"):
+        run_until(recipe("run", f"model.encoder={encoder_folder}"), 3)
+
+
+def test_an_encoder_of_another_width(recipe, tmp_path):
+    CLIPTextModel(clip_text_config(hidden_size=48, vocab_size=49408)).save_pretrained(tmp_path / "wide")
+    with pytest.raises(ValueError, match="the text encoder is 48 wide, but the UNet's cross-attention takes 32"):
+        train.prepare(recipe("run", f"model.encoder={tmp_path / 'wide'}"))
+
+
+def test_captions_that_end_before_the_77th_token(recipe, tmp_path, caplog):
+    tiny_adapter.write_data(tmp_path / "short", sentences=3)
+    with caplog.at_level(logging.WARNING):
+        train.prepare(recipe("run", f"data.source={tmp_path / 'short' / 'data.jsonl'}"))
+    assert "all of 12 captions fit into 77 tokens; nothing can be learnt about the tokens after them" in caplog.text
+    caplog.clear()
+    reset_accelerator()
+    with caplog.at_level(logging.WARNING):
+        train.prepare(recipe("run"))
+    assert "fit into 77 tokens" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.source=EMPTY"], r"empty\.jsonl: it holds no sample"),
+        (["data.source=nowhere"], "source 'nowhere' does not exist"),
+        (["train.batch_size=13"], "12 samples do not fill one batch of 13"),
+        (["model.base=TMP"], "is a folder without model_index.json"),
+        (["objectives.weight_long=0", "objectives.short_share=0"], "every weight that counts is 0"),
+        (["train.micro_batch_size=9"], "micro_batch_size=9: it must be at most"),
+        (["objectives.weight_shrt=1"], r"unknown key; did you mean objectives\.weight_short\?"),
+    ],
+)
+def test_bad_input_is_named_before_the_first_step(recipe_file, tmp_path, overrides, message):
+    (tmp_path / "empty.jsonl").write_text("")
+    places = {"EMPTY": str(tmp_path / "empty.jsonl"), "TMP": str(tmp_path)}
+    for name, place in places.items():
+        overrides = [override.replace(name, place) for override in overrides]
+    with pytest.raises(ValueError, match=message):
+        train.prepare(tiny_adapter.read(recipe_file(), *overrides))
+
+
+def test_inpainting_models_are_refused(recipe, sd1, tmp_path):
+    models = train.load_frozen(recipe("run").model)
+    with pytest.raises(ValueError, match="its UNet takes 9 channels, its VAE makes 4: not a text-to-image model"):
+        train.prepare(recipe("run"), replace(models, unet=unet(in_channels=9)))
+
+
+def test_poisoned_steps_are_skipped_and_stop_the_run(recipe, tmp_path):
+    chosen = recipe("run", "train.steps=6")
+    run = run_until(chosen, 2)
+    run.total_steps = 6
+    with torch.no_grad():
+        run.denoiser.empty_teacher.fill_(math.nan)
+        run.frozen.teacher.text_model.final_layer_norm.bias.fill_(math.nan)
+    before = {name: p.detach().clone() for name, p in run.trainable.named_parameters()}
+    with pytest.raises(FloatingPointError, match="step 5: 3 steps in a row without a finite gradient"):
+        train.fit(run)
+    assert_equal(before, dict(run.trainable.named_parameters()))
+
+
+# -- the command ---------------------------------------------------------------------------------------------
+
+
+def test_command(recipe_file, tmp_path):
+    """Plan and run of the script that users launch; then the same with a wrong key."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+
+    def launch(*arguments):
+        command = [sys.executable, "train_adapter.py", str(recipe_file()), *arguments]
+        return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+
+    planned = launch("--dry-run", "lora.rank=2")
+    assert planned.returncode == 0, planned.stderr
+    assert "mlp adapter, LoRA of rank 2" in planned.stdout
+    assert "memory  about" in planned.stdout
+    assert "12 samples, 3 batches an epoch, 16 px" in planned.stdout
+    assert not (tmp_path / "run" / "adapter").exists()
+    wrong = launch("optim.learning_rate=1")
+    assert wrong.returncode == 1
+    assert "did you mean optim.lr" in wrong.stderr
+
+
+def test_smoke(recipe):
+    """With a local base smoke takes it as it is; the random one of full size is for the recipe's own check."""
+    train.smoke(recipe("run", f"samples.prompts=['{tiny.sentences(2)}']", "samples.steps=2"))
+
+
+def test_the_recipe_of_stable_diffusion_is_valid():
+    chosen = load_recipe(AdapterRecipe, ROOT / "pipelines/vit_l14_stable_diffusion/adapter.yaml")
+    assert chosen.model.base == "stable-diffusion-v1-5/stable-diffusion-v1-5"
+
+
+def test_sizes_of_the_random_stable_diffusion():
+    """The modules' shapes are those of Stable Diffusion 1.5: its published numbers of parameters."""
+    with torch.device("meta"):
+        models = UNet2DConditionModel(**train.SD15_UNET), AutoencoderKL(**train.SD15_VAE)
+    assert [sum(p.numel() for p in model.parameters()) for model in models] == [859_520_964, 83_653_863]

@@ -1,0 +1,241 @@
+"""Features at every step and from a cache."""
+
+import copy
+import dataclasses
+import json
+import os
+
+import pytest
+import tiny_adapter
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tiny_adapter import without_onednn  # noqa: F401
+
+from fixclip_diffusion import FixClipStableDiffusionPipeline, train
+from fixclip_diffusion.features import (
+    TokenIds,
+    encode_batch,
+    encode_captions,
+    encode_for_teacher,
+    encode_pictures,
+    num_tokens,
+    picture_transform,
+    tokenizer_digest,
+    weights_digest,
+)
+
+LONG, SHORT = tiny_adapter.caption(0), "A red horse."
+
+
+@pytest.fixture(scope="module")
+def models(sd1, tmp_path_factory):
+    path = tiny_adapter.write_recipe(tmp_path_factory.mktemp("models") / "run.yaml", sd1, "unused")
+    found = train.load_frozen(tiny_adapter.read(path).model)
+    train.place(found, torch.device("cpu"), torch.float32)
+    return found
+
+
+@pytest.fixture
+def setup(sd1, models, tmp_path):
+    """Loaders of one recipe, with and without cache."""
+    data = tiny_adapter.write_data(tmp_path / "data")
+    path = tiny_adapter.write_recipe(tmp_path / "run.yaml", sd1, data)
+
+    def setup(*overrides, **changes):
+        recipe = tiny_adapter.read(path, *overrides)
+        accelerator = train.make_accelerator(recipe.train, recipe.output)
+        return train.make_loader(recipe, dataclasses.replace(models, **changes), accelerator, 4, 16)
+
+    return setup
+
+
+def cached(tmp_path, *overrides):
+    return (f"features.folder={tmp_path / 'cache'}", "features.shard_size=5", "features.dtype=fp32", *overrides)
+
+
+# -- encoding ------------------------------------------------------------------------------------------------
+
+
+def test_states_are_those_of_the_pipeline(sd1, models):
+    """Short captions by the original positions, long ones by all 248, and the teacher as stock reads them."""
+    pipe = FixClipStableDiffusionPipeline.from_pretrained(sd1)
+    stock = StableDiffusionPipeline.from_pretrained(sd1, safety_checker=None)
+    ids = TokenIds(models.tokenizer)([LONG, SHORT, ""])
+    assert num_tokens(ids, models.tokenizer).tolist() == [len(pipe.tokenizer(t).input_ids) for t in (LONG, SHORT, "")]
+    states, length = encode_captions(models, ids)
+    teacher, fits = encode_for_teacher(models, ids)
+    assert length.tolist() == [248, 77, 77]
+    assert fits.tolist() == [False, True, True]
+    for row, text in enumerate((LONG, SHORT, "")):
+        theirs = pipe.encode_prompt(text, "cpu", 1, False)[0][0]
+        torch.testing.assert_close(states[row, : length[row]], theirs, rtol=1e-4, atol=1e-5)
+        assert not states[row, length[row] :].any()
+        if fits[row]:
+            torch.testing.assert_close(
+                teacher[row], stock.encode_prompt(text, "cpu", 1, False)[0][0], rtol=1e-4, atol=1e-5
+            )
+
+
+def test_an_encoder_without_original_positions_reads_248_tokens_always(models):
+    trained = copy.deepcopy(models.text_encoder)
+    trained.text_model.embeddings.short_position_embedding = None
+    trained.config.short_position_embeddings = 0
+    _, length = encode_captions(dataclasses.replace(models, text_encoder=trained), TokenIds(models.tokenizer)([SHORT]))
+    assert length.tolist() == [248]
+
+
+def test_pictures_become_the_latents_of_the_vae(models):
+    transform = picture_transform(16)
+    picture = Image.new("RGB", (40, 20), (255, 0, 127))
+    image = transform(picture)
+    assert image.shape == (3, 16, 16)
+    assert image[:, 0, 0].tolist() == pytest.approx([1, -1, 0], abs=0.01)
+    mean, logvar = encode_pictures(models.vae, image[None])
+    theirs = models.vae.encode(image[None]).latent_dist
+    assert torch.equal(mean, theirs.mean)
+    assert torch.equal(logvar, theirs.logvar)
+
+
+def test_digests_tell_weights_and_tokenizers_apart(models):
+    encoder = models.text_encoder
+    one = weights_digest(encoder)
+    encoder.set_adapter_module(tiny_adapter.randomize(train.TextAdapter(encoder.config.hidden_size)))
+    assert weights_digest(encoder) == one
+    encoder.set_adapter_module(None)
+    parameter = next(encoder.parameters())
+    with torch.no_grad():
+        parameter[0, 0] += 1e-3
+        assert weights_digest(encoder) != one
+        parameter[0, 0] -= 1e-3
+    other = copy.deepcopy(models.tokenizer)
+    assert tokenizer_digest(other) == tokenizer_digest(models.tokenizer)
+    other.add_tokens(["<new>"])
+    assert tokenizer_digest(other) != tokenizer_digest(models.tokenizer)
+
+
+# -- the cache -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", [False, True])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_cached_features_are_those_of_every_step(setup, models, tmp_path, text, workers):
+    plain = setup()
+    loader = setup(*cached(tmp_path, f"features.text={text}", f"data.workers={workers}"))
+    assert sorted(p.name for p in (tmp_path / "cache").glob("*.safetensors")) == [
+        f"shard-0000{i}.safetensors" for i in range(3)
+    ]
+    for epoch in (0, 1):
+        for one, other in zip(plain.epoch(epoch), loader.epoch(epoch), strict=True):
+            live = encode_batch(models, one)
+            stored = other if text else encode_batch(models, other)
+            assert live.keys == stored.keys
+            for field in dataclasses.fields(live):
+                if isinstance(getattr(live, field.name), torch.Tensor):
+                    torch.testing.assert_close(
+                        getattr(stored, field.name), getattr(live, field.name), rtol=1e-4, atol=1e-5, msg=field.name
+                    )
+
+
+def test_half_precision_halves_the_files_and_costs_rounding_only(setup, tmp_path):
+    def size_and_first(dtype):
+        loader = setup(f"features.folder={tmp_path / dtype}", f"features.dtype={dtype}", "features.text=true")
+        return sum(p.stat().st_size for p in (tmp_path / dtype).glob("*.safetensors")), next(loader.epoch(0))
+
+    (half, first), (full, exact) = size_and_first("fp16"), size_and_first("fp32")
+    assert half < 0.6 * full
+    torch.testing.assert_close(first.mean, exact.mean, rtol=2e-3, atol=1e-3)
+    assert first.long.dtype == torch.float32
+
+
+def test_an_interrupted_cache_goes_on_where_it_stopped(setup, tmp_path):
+    setup(*cached(tmp_path))
+    shards = sorted((tmp_path / "cache").glob("*.safetensors"))
+    content = [load_file(shard) for shard in shards]
+    shards[1].unlink()
+    before = [shards[i].stat().st_mtime_ns for i in (0, 2)]
+    setup(*cached(tmp_path))
+    for shard, tensors in zip(shards, content, strict=True):
+        again = load_file(shard)
+        assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
+    assert [shards[i].stat().st_mtime_ns for i in (0, 2)] == before
+    assert not list((tmp_path / "cache").glob("*.tmp"))
+
+
+def test_bad_samples_are_replaced_as_without_cache(setup, tmp_path, caplog):
+    (tmp_path / "data" / "3.png").write_bytes(b"no picture")
+    options = ("data.max_bad_share=1.0",)
+    plain, loader = setup(*options), setup(*cached(tmp_path, *options, "features.text=true"))
+    one, other = list(plain.epoch(0)), list(loader.epoch(0))
+    assert [batch.keys for batch in one] == [batch.keys for batch in other]
+    assert plain.counts() == loader.counts() == {"not_an_image": 1}
+
+
+def test_stale_caches_are_refused(setup, models, sd1, tmp_path):
+    options = cached(tmp_path, "features.text=true")
+    setup(*options)
+    other_vae = type(models.vae).from_pretrained(sd1, subfolder="vae")
+    with torch.no_grad():
+        other_vae.encoder.conv_in.weight[0] += 1
+    encoder = copy.deepcopy(models.text_encoder)
+    with torch.no_grad():
+        encoder.text_model.final_layer_norm.bias += 1
+    tokenizer = copy.deepcopy(models.tokenizer)
+    tokenizer.add_tokens(["<new>"])
+    for changes, overrides, named in (
+        ({"vae": other_vae}, (), "vae"),
+        ({"text_encoder": encoder}, (), "text_encoder"),
+        ({"teacher": encoder}, (), "base text_encoder"),
+        ({"tokenizer": tokenizer}, (), "tokenizer"),
+        ({}, ("captions.drop_short_from_long=true",), "captions"),
+        ({}, ("features.dtype=fp16",), "dtype"),
+    ):
+        with pytest.raises(ValueError, match=f"this cache was made with another {named}; delete it"):
+            setup(*options, *overrides, **changes)
+
+    rows = (tmp_path / "data" / "data.jsonl").read_text().replace("Picture 7", "Drawing 7")
+    (tmp_path / "data" / "data.jsonl").write_text(rows)
+    with pytest.raises(ValueError, match=r"shard-00001\.safetensors: stale: .* among samples 5 to 9 of .*data\.jsonl"):
+        setup(*options)
+
+
+def test_changed_pictures_and_damaged_files_are_refused(setup, tmp_path):
+    options = cached(tmp_path)
+    setup(*options)
+    os.utime(tmp_path / "data" / "11.png", ns=(1, 1))
+    with pytest.raises(ValueError, match=r"stale: .* samples 10 to 11"):
+        setup(*options)
+    shard = tmp_path / "cache" / "shard-00000.safetensors"
+    os.truncate(shard, 10)
+    with pytest.raises(ValueError, match=r"shard-00000\.safetensors: damaged"):
+        setup(*options)
+
+
+def test_latents_alone_allow_new_captions_every_epoch(setup, tmp_path):
+    options = ("captions.short_caption=random_sentences", "captions.max_short_sentences=1")
+    plain, loader = setup(*options), setup(*cached(tmp_path, *options))
+    epochs = [torch.cat([batch.short_ids for batch in loader.epoch(epoch)]) for epoch in (0, 1)]
+    assert not torch.equal(*epochs)
+    assert torch.equal(epochs[1], torch.cat([batch.short_ids for batch in plain.epoch(1)]))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (("data.flip=true",), "features.folder: a cache holds one view of a picture"),
+        (("features.text=true", "captions.short_caption=random_sentence"), "a cache holds one short caption a picture"),
+    ],
+)
+def test_what_a_cache_cannot_hold_is_refused(sd1, tmp_path, override, message):
+    path = tiny_adapter.write_recipe(tmp_path / "run.yaml", sd1, "data.jsonl")
+    with pytest.raises(ValueError, match=message):
+        tiny_adapter.read(path, f"features.folder={tmp_path}", *override)
+
+
+def test_files_are_plain_safetensors(setup, tmp_path):
+    setup(*cached(tmp_path, "features.text=true"))
+    with safe_open(tmp_path / "cache" / "shard-00000.safetensors", framework="pt") as file:
+        assert {"mean", "logvar", "long", "short", "teacher"} < set(file.keys())
+        assert json.loads(file.metadata()["keys"])[2] == "2.png"
