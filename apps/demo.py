@@ -3,6 +3,7 @@
 from typing import Annotated
 
 import typer
+from diffusers.utils import logging as diffusers_logging
 from fixclip_app.model import DemoModel, DevicePool, ModelChoice, available_device, default_choice
 from fixclip_app.page import Limits, build, launch
 
@@ -11,6 +12,8 @@ app = typer.Typer(add_completion=False)
 
 def load(choice: ModelChoice | None, devices: list[str] | None) -> DevicePool:
     """The chosen model, or the default one, on each device."""
+    # diffusers warns of every cut prompt; what visitors write does not belong in the server's log.
+    diffusers_logging.set_verbosity_error()
     names = devices or [available_device()]
     if choice is not None:
         return DevicePool([DemoModel(choice, name) for name in names])

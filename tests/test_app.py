@@ -1,8 +1,12 @@
 """The page's API through gradio_client, on tiny real models; the page itself is in test_app_page.py."""
 
 import asyncio
+import inspect
 import json
+import os
 import re
+import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -14,15 +18,27 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import tiny
 import torch
+import yaml
 
 pytest.importorskip("gradio", reason="the page needs the extra `app`")
 import demo
 import httpx
 from app_server import make_model, serve
-from fixclip_app.jobs import Limits, Picture, Progress, check_settings, generate, readable, run, settings_from_link
+from fixclip_app.jobs import (
+    Limits,
+    Picture,
+    Progress,
+    check_settings,
+    generate,
+    readable,
+    run,
+    settings_from_link,
+    steps_with_previews,
+)
 from fixclip_app.model import DemoModel, DevicePool, ModelChoice, default_choice, draws_scenes
 from fixclip_app.views import heat_map_view, judge, token_view, verdict_view
 from gradio_client import Client
@@ -126,6 +142,25 @@ def test_progress_and_previews_come_while_it_draws(model):
     assert sum(isinstance(event, Picture) for event in events) == 2
     previews = [event.preview for event in events if isinstance(event, Progress) and event.preview]
     assert all(preview.size == (32, 32) for preview in previews)
+
+
+def test_every_system_has_previews_of_its_own(model):
+    """Each system's pipeline knows its own guidance: the first comparison after the start has none of the others'."""
+    fresh = DemoModel(model.choice, "cpu")
+    for system in fresh.systems.values():
+        events = []
+        with steps_with_previews(system, 0, 2, events.append, pause=0) as on_step:
+            fresh.draw(
+                system,
+                seed=0,
+                on_step=on_step,
+                prompt="A cat.",
+                num_inference_steps=2,
+                guidance_scale=3.0,
+                width=32,
+                height=32,
+            )
+        assert events[0].preview is not None
 
 
 def test_tokens_are_those_of_the_pipeline(client, model):
@@ -397,6 +432,8 @@ def test_the_line_is_bounded_and_loses_nobody(model, tmp_path):
             time.sleep(0.5)
             with pytest.raises(Exception, match=r"[Qq]ueue is full"):
                 client.predict(prompt="A cat.", **FAST, api_name="/generate")
+            counted = httpx.post(f"{url}gradio_api/run/tokens", json={"data": ["A cat."]}).json()["data"][0]
+            assert counted["text"] == "A cat.", "counting, as the page asks for it, never waits"
             assert not any(job.done() for job in jobs)
         assert [job.result(timeout=30)[1]["seed"] for job in jobs] == [0, 1, 2]
         client.close()
@@ -410,7 +447,7 @@ def test_twenty_clients_lose_no_job_and_mix_up_no_result(served, unet_calls):
             "--url",
             served[0],
             "--seconds",
-            "10",
+            "8",
             "--steps",
             "2",
             "--size",
@@ -498,3 +535,48 @@ def test_the_command_explains_wrong_models(tmp_path):
     assert result.exit_code == 2
     assert "without model_index.json" in result.output
     assert "Traceback" not in result.output
+
+
+def test_only_this_machine_and_no_public_link_unless_asked():
+    defaults = {name: parameter.default for name, parameter in inspect.signature(demo.main).parameters.items()}
+    assert defaults["host"] == "127.0.0.1"
+    assert defaults["share"] is False
+
+
+def test_the_folder_alone_is_a_space(model, tmp_path):
+    """A copy of apps/ elsewhere, started as a Space starts it, on the model that the environment names."""
+    space = shutil.copytree(ROOT / "apps", tmp_path / "space", ignore=shutil.ignore_patterns("__pycache__"))
+    front_matter = yaml.safe_load((space / "README.md").read_text().split("---")[1])
+    assert (space / front_matter["app_file"]).is_file()
+    assert front_matter["sdk"] == "gradio"
+    assert (space / "requirements.txt").read_text().startswith("fixclip[app]")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {
+        **os.environ,
+        "FIXCLIP_BASE": model.pipe.config._name_or_path,
+        "GRADIO_SERVER_PORT": str(port),
+        "GRADIO_TEMP_DIR": str(tmp_path / "cache"),
+    }
+    environment.pop("PYTHONPATH", None)
+    with subprocess.Popen([sys.executable, "app.py"], cwd=space, env=environment, stdout=subprocess.DEVNULL) as server:
+        try:
+            wait_until(lambda: server.poll() is not None or answers(port), seconds=90)
+            assert server.poll() is None
+            listening = {
+                item.laddr.ip for item in psutil.Process(server.pid).net_connections() if item.status == "LISTEN"
+            }
+            assert listening == {"127.0.0.1"}
+            client = Client(f"http://127.0.0.1:{port}", verbose=False)
+            assert client.predict("A cat.", api_name="/tokens")["text"] == "A cat."
+            client.close()
+        finally:
+            server.terminate()
+
+
+def answers(port):
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/config").status_code == 200
+    except httpx.TransportError:
+        return False

@@ -218,7 +218,7 @@ def compare(settings: Settings, model: DemoModel, emit: Emit) -> None:
 def _draw(
     model: DemoModel, system: System, settings: Settings, seed: int, done: int, total: int, emit: Emit
 ) -> Picture:
-    with steps_with_previews(model, done, total, emit) as on_step:
+    with steps_with_previews(system, done, total, emit) as on_step:
         image, maps = model.draw(
             system,
             seed=seed,
@@ -244,11 +244,11 @@ def _draw(
 
 @contextlib.contextmanager
 def steps_with_previews(
-    model: DemoModel, done: int, total: int, emit: Emit, pause: float = 0.25
+    system: System, done: int, total: int, emit: Emit, pause: float = 0.25
 ) -> Iterator[Callable[[int], None]]:
     """A callback for `DemoModel.draw` that reports steps; previews may take a fifth of the time at most."""
     last, cost, possible = time.monotonic(), 0.0, True
-    with watch_steps(model.pipe) as preview:
+    with watch_steps(system.pipe) as preview:
 
         def on_step(step: int) -> None:
             nonlocal last, cost, possible

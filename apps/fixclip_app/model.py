@@ -71,9 +71,10 @@ def default_choice() -> Iterator[ModelChoice]:
 
 @dataclass(frozen=True)
 class System:
-    """One way to read a prompt; `draw` takes the arguments of the pipeline."""
+    """One way to read a prompt; `draw` takes the arguments of the pipeline, and runs `pipe`."""
 
     label: str
+    pipe: FixClipStableDiffusionPipeline
     draw: Callable[..., Any]
 
 
@@ -90,7 +91,7 @@ class DemoModel:
             choice.base, encoder=choice.encoder, adapter=choice.adapter, dtype=dtype
         ).to(device)
         self.pipe.set_progress_bar_config(disable=True)
-        self.device = device
+        self.choice = choice
         self.name = choice.name or " + ".join(part for part in (choice.base, choice.encoder, choice.adapter) if part)
         self.notice = choice.notice
         self.scenes = choice.scenes if choice.scenes is not None else draws_scenes(choice.base)
@@ -113,10 +114,10 @@ class DemoModel:
                 ("truncate_77", "Stock, cut at 77 tokens"),
                 ("windows_77", "Base encoder in windows of 77"),
             ):
-                systems[key] = System(label, without_adapter(reference, long_prompt=key))
-        systems["fixclip"] = System("FIX-CLIP", without_adapter(self.pipe, long_prompt="windows"))
+                systems[key] = System(label, reference, without_adapter(reference, long_prompt=key))
+        systems["fixclip"] = System("FIX-CLIP", self.pipe, without_adapter(self.pipe, long_prompt="windows"))
         if self.pipe.text_encoder.adapter is not None:
-            systems["adapter"] = System("FIX-CLIP + adapter", self.pipe)
+            systems["adapter"] = System("FIX-CLIP + adapter", self.pipe, self.pipe)
         return systems
 
     @property
@@ -160,7 +161,7 @@ class DemoModel:
 
         recording: Any = contextlib.nullcontext()
         if heat_maps:
-            recording = record_sentences(self.pipe, arguments["prompt"], arguments["width"], arguments["height"])
+            recording = record_sentences(system.pipe, arguments["prompt"], arguments["width"], arguments["height"])
         with recording as recorder:
             image = system.draw(
                 generator=torch.Generator("cpu").manual_seed(seed), callback_on_step_end=after_step, **arguments
