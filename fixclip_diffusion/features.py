@@ -47,6 +47,7 @@ from .text_encoder import CLIP_CONTEXT_LENGTH, FixClipTextEncoder, FixClipTokeni
 logger = logging.getLogger(__name__)
 
 KEY_FILE = "features.json"
+MADE_FOR = "made_for.json"
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 SHORT_CAPTIONS = {"short_caption", "max_short_sentences", "drop_short_from_long"}
 _OPEN_SHARDS = 16
@@ -176,6 +177,29 @@ def tokenizer_digest(tokenizer: FixClipTokenizer) -> str:
     backend = tokenizer._tokenizer.to_str()
     settings = [backend, tokenizer.context_length, tokenizer.clean_text, tokenizer.pad_token]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+
+
+def fingerprint(encoder: FixClipTextEncoder, tokenizer: FixClipTokenizer) -> dict[str, str]:
+    """What an adapter belongs to: digests of the encoder's weights (in float32) and of its tokenizer."""
+    return {"text encoder": weights_digest(encoder), "tokenizer": tokenizer_digest(tokenizer)}
+
+
+def check_made_for(folder: Path, made_for: dict[str, str]) -> None:
+    """Compare with what an adapter's or a run's folder says; one that says nothing passes with a warning.
+
+    Raises:
+        ValueError: the encoder or the tokenizer is another one.
+    """
+    try:
+        found = json.loads((folder / MADE_FOR).read_text())
+    except FileNotFoundError:
+        logger.warning("%s has no %s, so it is not known which text encoder it belongs to", folder, MADE_FOR)
+        return
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder / MADE_FOR}: cannot be read: {error}") from None
+    other = [name for name, digest in made_for.items() if found.get(name) != digest]
+    if other:
+        raise ValueError(f"{folder}: it was made with another {' and another '.join(other)} than the one given now")
 
 
 def cache_key(recipe: AdapterRecipe, frozen: FrozenModels, resolution: int) -> dict[str, Any]:

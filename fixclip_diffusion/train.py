@@ -64,18 +64,19 @@ from fixclip_core.task import split_batch
 
 from .adapter import TextAdapter
 from .features import (
+    MADE_FOR,
     CachedFeatures,
     CachedLatents,
     FeatureCache,
     FrozenModels,
     TokenIds,
     cache_key,
+    check_made_for,
     empty_states,
     encode_batch,
+    fingerprint,
     num_tokens,
     picture_transform,
-    tokenizer_digest,
-    weights_digest,
 )
 from .objectives import Denoiser, Features, adapter_losses, noise_target
 from .pipeline import FixClipStableDiffusionPipeline
@@ -87,7 +88,6 @@ logger = logging.getLogger(__name__)
 ADAPTER = "adapter"
 LORA = "lora"
 SAMPLES = "samples"
-MADE_FOR = "made_for.json"
 CROSS_ATTENTION = r".*attn2\.(to_q|to_k|to_v|to_out\.0)"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SD15_UNET: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768}
@@ -298,29 +298,6 @@ def make_adapter(recipe: AdapterRecipe, frozen: FrozenModels, made_for: dict[str
         )
     check_made_for(Path(section.start_from), made_for)
     return adapter
-
-
-def fingerprint(encoder: FixClipTextEncoder, tokenizer: FixClipTokenizer) -> dict[str, str]:
-    """What an adapter belongs to: digests of the encoder's weights (in float32) and of its tokenizer."""
-    return {"text encoder": weights_digest(encoder), "tokenizer": tokenizer_digest(tokenizer)}
-
-
-def check_made_for(folder: Path, made_for: dict[str, str]) -> None:
-    """Compare with what an adapter's or a run's folder says; one that says nothing passes with a warning.
-
-    Raises:
-        ValueError: the encoder or the tokenizer is another one.
-    """
-    try:
-        found = json.loads((folder / MADE_FOR).read_text())
-    except FileNotFoundError:
-        logger.warning("%s has no %s, so it is not known which text encoder it belongs to", folder, MADE_FOR)
-        return
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder / MADE_FOR}: cannot be read: {error}") from None
-    other = [name for name, digest in made_for.items() if found.get(name) != digest]
-    if other:
-        raise ValueError(f"{folder}: it was made with another {' and another '.join(other)} than the one given now")
 
 
 def place(frozen: FrozenModels, device: torch.device, dtype: torch.dtype) -> None:

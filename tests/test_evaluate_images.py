@@ -1,0 +1,265 @@
+"""Pictures of several systems against their prompts, on tiny real models."""
+
+import json
+import re
+import types
+
+import numpy as np
+import pytest
+import tiny
+import tiny_adapter
+import tiny_clips
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from safetensors.torch import save_file
+from tiny_adapter import without_onednn  # noqa: F401
+from typer.testing import CliRunner
+
+from fixclip_cli import app
+from fixclip_core import scenes
+from fixclip_core.evaluate import load_encoder
+from fixclip_diffusion import FixClipStableDiffusionPipeline, FixClipTokenizer, TextAdapter, train
+from fixclip_diffusion import evaluate as evaluation
+from fixclip_diffusion.evaluate import Drawing, Prompt, System
+
+LONG, SHORT = tiny_adapter.caption(3), "A red horse stands. A blue boat."
+
+
+@pytest.fixture(scope="module")
+def tokenizer(sd1):
+    return FixClipTokenizer.from_pretrained(sd1, subfolder="tokenizer")
+
+
+@pytest.fixture(scope="module")
+def parts(sd1, tmp_path_factory):
+    """An adapter and a LoRA that change pictures."""
+    folder = tmp_path_factory.mktemp("parts")
+    models = train.load_frozen(train.BaseSection(base=str(sd1)))
+    tiny_adapter.randomize(TextAdapter(32, hidden_width=16), std=0.5).save_pretrained(folder / "adapter")
+    lora = train.add_lora(models.unet, 2)
+    state = {name: torch.randn_like(p) for name, p in lora.items()}
+    train.save_lora(models.unet, state, folder / "lora")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scorer(tmp_path_factory):
+    """A CLIP of 248 tokens as a folder."""
+    folder = tmp_path_factory.mktemp("scorer")
+    clip, config, preprocess = tiny_clips.full_vocabulary_clip()
+    save_file(clip.state_dict(), folder / "open_clip_model.safetensors")
+    settings = {"model_cfg": config, "preprocess_cfg": {**preprocess, "mean": [0.5] * 3, "std": [0.5] * 3}}
+    (folder / "open_clip_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+# -- prompts and systems -------------------------------------------------------------------------------------
+
+
+def test_sentences_are_placed_by_what_a_stock_encoder_reads(tokenizer):
+    text = tiny.sentences(28)
+    found = evaluation.sentences(text, tokenizer)
+    assert " ".join(s.text for s in found) == text
+    assert [s.zone for s in found] == sorted((s.zone for s in found), key=["before", "across", "after", "past"].index)
+    end = 1
+    for sentence in found:
+        first, end = end + 1, end + len(tokenizer(sentence.text).input_ids) - 2
+        zone = "before" if end <= 76 else "across" if first <= 76 else "after" if end <= 247 else "past"
+        assert sentence.zone == zone, (sentence, first, end)
+    assert {s.zone for s in found} >= {"before", "after", "past"}
+
+
+def test_prompt_files(tmp_path):
+    (tmp_path / "plain.txt").write_text("A horse.\n\n  A boat. \n")
+    assert [p.text for p in evaluation.read_prompts(str(tmp_path / "plain.txt"))] == ["A horse.", "A boat."]
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "A horse.\\nA boat."}\n')
+    assert evaluation.read_prompts(str(tmp_path / "rows.jsonl")) == [Prompt("A horse.\nA boat.")]
+    drawn = evaluation.read_prompts("scenes:3")
+    assert len({p.text for p in drawn}) == 3
+    assert all(len(p.scene.objects) == 9 for p in drawn)
+    (tmp_path / "scenes.txt").write_text("\n".join(p.text for p in drawn))
+    again = evaluation.read_prompts(str(tmp_path / "scenes.txt"))
+    assert [{(o.place, o.shape, o.colour) for o in p.scene.objects} for p in again] == [
+        {(o.place, o.shape, o.colour) for o in p.scene.objects} for p in drawn
+    ]
+    assert evaluation.read_prompts(str(tmp_path / "scenes.txt"), check_scenes=False)[0].scene is None
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "check", "message"),
+    [
+        ("none.txt", None, None, "not a readable text file"),
+        ("empty.txt", "\n \n", None, "it holds no prompt"),
+        (
+            "rows.jsonl",
+            '{"prompt": "a"}\n{"text": "b"}\n',
+            None,
+            r"rows\.jsonl:2: expected a JSON object with `prompt`",
+        ),
+        ("rows.jsonl", '{"prompt": 3}\n', None, r"rows\.jsonl:1: prompt is 3"),
+        ("plain.txt", "\nA horse.\n", True, r"plain\.txt:2: no scene's caption"),
+    ],
+)
+def test_bad_prompt_files_are_named(tmp_path, name, content, check, message):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        evaluation.read_prompts(str(tmp_path / name), check)
+
+
+def test_systems_of_the_command_line():
+    assert evaluation.parse_system("a+b:adapter=X/y,long_prompt=truncate") == System(
+        "a+b", adapter="X/y", long_prompt="truncate"
+    )
+    names = [s.name for s in evaluation.default_systems("E", "A", "L")]
+    assert names == ["stock", "windows", "untuned", "adapted", "adapted+lora"]
+    assert evaluation.default_systems(None, None, None)[0] == System("stock", long_prompt="truncate_77")
+    for text, message in (
+        ("a:adaptor=b", "'adaptor=b' is not KEY=VALUE with one of encoder, adapter, lora, long_prompt"),
+        ("a/b", "a name has letters"),
+        ("a:long_prompt=cut", "valid are windows, truncate"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluation.parse_system(text)
+
+
+# -- pictures and scores -------------------------------------------------------------------------------------
+
+
+def test_every_system_draws_what_its_pipeline_draws(sd1, parts, tmp_path):
+    systems = evaluation.default_systems(None, str(parts / "adapter"), str(parts / "lora"))
+    drawing = Drawing(steps=2, guidance_scale=5.0, size=16, seed=3, num_seeds=2)
+    report = evaluation.evaluate_images(str(sd1), [Prompt(LONG)], systems, drawing, folder=tmp_path)
+    stock = StableDiffusionPipeline.from_pretrained(sd1, safety_checker=None)
+    ours = FixClipStableDiffusionPipeline.from_pretrained(sd1)
+    adapted = FixClipStableDiffusionPipeline.from_pretrained(sd1, adapter=parts / "adapter")
+    both = FixClipStableDiffusionPipeline.from_pretrained(sd1, adapter=parts / "adapter")
+    both.load_lora_weights(parts / "lora")
+    pictures = []
+    for name, pipe, options in (
+        ("stock", stock, {}),
+        ("windows", ours, {"long_prompt": "windows_77"}),
+        ("untuned", ours, {}),
+        ("adapted", adapted, {}),
+        ("adapted+lora", both, {}),
+    ):
+        for seed in (3, 4):
+            options |= {"num_inference_steps": 2, "guidance_scale": 5.0, "width": 16, "height": 16}
+            wanted = np.asarray(pipe(LONG, generator=torch.Generator().manual_seed(seed), **options).images[0])
+            found = np.asarray(Image.open(tmp_path / "images" / name / f"00000-seed{seed}.png"))
+            assert np.abs(found.astype(int) - wanted).max() <= 1, name
+            pictures.append(found.tobytes())
+    assert len(set(pictures)) == len(pictures)
+    assert Image.open(tmp_path / "sheet.png").width > 5 * 192
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+    assert evaluation.format_table(report).startswith("nothing was scored")
+
+
+def test_scores_are_cosines_by_sentence_and_zone(sd1, scorer, tokenizer):
+    encoder = load_encoder(scorer)
+    prompts = [Prompt(LONG), Prompt(SHORT)]
+    drawing = Drawing(steps=1, size=16, num_seeds=2)
+    report = evaluation.evaluate_images(
+        str(sd1), prompts, [System("stock", long_prompt="truncate_77"), System("untuned")], drawing, scorer=encoder
+    )
+    pictures = evaluation.Painter(str(sd1)).draw(System("untuned"), prompts, drawing)
+    images = torch.stack([encoder.preprocess(picture) for picture in pictures[0]])
+    with torch.no_grad():
+        image = encoder.model.encode_image(images, normalize=True)
+
+        def score(text):
+            return (image @ encoder.model.encode_text(encoder.tokenizer([text]), normalize=True)[0]).mean().item()
+
+        own = evaluation.sentences(LONG, tokenizer)
+        result = report["prompts"][0]["systems"]["untuned"]
+        assert result["whole"] == pytest.approx(score(LONG), abs=1e-5)
+        assert result["per_sentence"] == pytest.approx([score(s.text) for s in own], abs=1e-5)
+    metrics = report["systems"]["untuned"]
+    after = [v for s, v in zip(own, result["per_sentence"], strict=True) if s.zone == "after"]
+    assert metrics["sentence_after"] == {
+        "mean": pytest.approx(sum(after) / len(after)),
+        "standard_error": 0.0,
+        "count": 1,
+    }
+    assert metrics["whole"]["count"] == metrics["sentence_before"]["count"] == 2
+    assert report["systems"]["stock"] != metrics
+    table = evaluation.format_table(report)
+    assert "sentence_after" in table
+    assert f"{metrics['whole']['mean']:.4f}" in table
+
+
+def test_the_exact_checker_judges_scenes_by_zone(tokenizer):
+    """Right pictures are right everywhere; where one object is painted over, only its zone suffers."""
+    prompt = evaluation.read_prompts("scenes:1")[0]
+    right = scenes.render(prompt.scene)
+    zones = scenes.object_zones(
+        scenes.annotate_caption(prompt.text),
+        tokenizer(prompt.text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"],
+    )
+    spoilt = next(item for item in prompt.scene.objects if zones[item.place] == "after")
+    wrong = scenes.render(
+        scenes.Scene(prompt.scene.background, tuple(o for o in prompt.scene.objects if o is not spoilt))
+    )
+    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in (right, wrong)]
+    verdicts = evaluation.scene_verdicts(pictures, prompt, tokenizer)
+    metrics = evaluation._metrics([([], verdicts)])
+    number = sum(zone == "after" for zone in zones.values())
+    assert metrics["objects_right_before"]["mean"] == metrics["background_right"]["mean"] == 1
+    assert metrics["objects_right_after"]["mean"] == pytest.approx(1 - 1 / (2 * number))
+
+
+def test_means_and_standard_errors():
+    assert evaluation.summarize([1.0, 2.0, 6.0]) == {
+        "mean": 3.0,
+        "standard_error": pytest.approx(np.std([1, 2, 6], ddof=1) / np.sqrt(3)),
+        "count": 3,
+    }
+    assert evaluation.summarize([2.0])["standard_error"] == 0
+
+
+def test_what_cannot_be_drawn_is_named_first(sd1, parts, tmp_path):
+    drawing, prompts = Drawing(steps=1, size=16), [Prompt(SHORT)]
+    other = tmp_path / "other"
+    TextAdapter(32).save_pretrained(other)
+    (other / "made_for.json").write_text('{"text encoder": "of somebody else", "tokenizer": "another"}')
+    for systems, message in (
+        ([System("a"), System("a")], r"systems \['a', 'a'\]: at least one of each, every name once"),
+        ([], "at least one of each"),
+        ([System("a"), System("b", adapter=str(other))], "made with another text encoder and another tokenizer"),
+        ([System("a"), System("b", lora=str(tmp_path))], "LoRA .* cannot be loaded"),
+        ([System("a"), System("b", encoder=str(tmp_path))], "no config.json"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluation.evaluate_images(str(sd1), prompts, systems, drawing, folder=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# -- the command ---------------------------------------------------------------------------------------------
+
+
+def run(*arguments):
+    result = CliRunner().invoke(app, ["evaluate-images", *map(str, arguments)])
+    return types.SimpleNamespace(code=result.exit_code, text=" ".join(re.sub(r"[│╭╮╰╯─]", " ", result.output).split()))
+
+
+def test_command(sd1, parts, scorer, tmp_path):
+    found = run(
+        "scenes:1", "--base", sd1, "--adapter", parts / "adapter", "--scorer", scorer, "--steps", 1, "--size", 32,
+        "--guidance", 3, "-o", tmp_path / "out",
+    )  # fmt: skip
+    assert found.code == 0, found.text
+    assert "objects_right_after" in found.text
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert list(report["systems"]) == ["stock", "windows", "untuned", "adapted"]
+    assert {"whole", "sentence_after", "objects_right_before"} <= report["systems"]["adapted"].keys()
+    assert report["settings"]["drawing"] == {
+        "steps": 1, "guidance_scale": 3.0, "size": 32, "seed": 0, "num_seeds": 1, "negative_prompt": "",
+    }  # fmt: skip
+
+
+def test_command_names_what_is_wrong(sd1, tmp_path):
+    assert "not a readable text file" in run(tmp_path / "none.txt", "--base", sd1).text
+    assert run(tmp_path / "none.txt", "--base", sd1).code == 2
+    assert "give one number" in run("scenes:1", "--size", "16x24").text
+    assert "is not KEY=VALUE" in run("scenes:1", "--base", sd1, "--system", "a:b").text
