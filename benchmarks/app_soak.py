@@ -93,7 +93,7 @@ def wrong(gallery: list, info: dict, prompt: str, seed: int, pixels: dict, lock:
     """What does not belong to this job, if anything."""
     if len(gallery) != 1 or (info["prompt"], info["seed"]) != (prompt, seed):
         return f"settings of another job: {info}"
-    if prompt[:100] not in gallery[0]["caption"]:
+    if not gallery[0]["caption"].endswith(f"seed {seed}"):
         return f"caption of another job: {gallery[0]['caption']}"
     with Image.open(gallery[0]["image"]) as image:
         settings = json.loads(image.text["fixclip"])

@@ -360,10 +360,11 @@ def test_a_phone_is_wide_enough(open_page):
     page.get_by_role("button", name="Compare", exact=True).click()
     done(page, "compare")
     assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
-    for selector in ("#prompt textarea", "#compare", "#stop-compare"):
-        box = page.locator(selector).bounding_box()
+    boxes = [page.locator(selector).bounding_box() for selector in ("#prompt textarea", "#compare", "#steps")]
+    for box in boxes:
         assert box["x"] >= 0
         assert box["x"] + box["width"] <= PHONE["width"]
+    assert boxes[0]["y"] < boxes[1]["y"] < boxes[2]["y"], "the buttons come before the many settings"
 
 
 def luminance(page, selector, what):

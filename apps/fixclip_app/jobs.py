@@ -238,7 +238,7 @@ def _draw(
         sentences = tuple(sentence.text for sentence in found)
     recorded = {name: value for name, value in asdict(settings).items() if name not in ("num_images", "heat_maps")}
     recorded |= {"seed": seed, "size": (settings.width, settings.height), "base": model.name, "system": system.label}
-    label = f"{system.label}, seed {seed}: {settings.prompt[:100]}"
+    label = f"{system.label}, seed {seed}"
     return Picture(image, label, system.label, recorded, sentences, maps)
 
 

@@ -150,7 +150,7 @@ def build(pool: DevicePool, limits: Limits | None = None, max_waiting: int = 32)
         if model.notice:
             gr.Markdown(model.notice, elem_id="notice")
         with gr.Row():
-            with gr.Column(scale=2, min_width=300):
+            with gr.Column(scale=2, min_width=300, elem_id="left"):
                 prompt = gr.Textbox(
                     examples[0],
                     label="Prompt",
@@ -170,37 +170,38 @@ def build(pool: DevicePool, limits: Limits | None = None, max_waiting: int = 32)
                     example_labels=[text[:60] + "…" for text in examples],
                     api_visibility="private",
                 )
-                negative_prompt = gr.Textbox(
-                    "",
-                    label="Negative prompt",
-                    info="What the picture should not show.",
-                    max_length=limits.characters,
-                    elem_id="negative-prompt",
-                )
-                with gr.Row():
-                    steps = gr.Slider(1, limits.steps, 20, step=1, label="Steps", elem_id="steps")
-                    guidance_scale = gr.Slider(0, limits.guidance_scale, 7.5, step=0.1, label="Guidance")
-                with gr.Row():
-                    width_box = gr.Slider(16, limits.side, width, step=8, label="Width")
-                    height_box = gr.Slider(16, limits.side, height, step=8, label="Height")
-                with gr.Row(equal_height=True):
-                    seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=limits.seed, elem_id="seed")
-                    die = gr.Button("🎲 Random seed", min_width=140, elem_id="die")
-                num_images = gr.Slider(1, limits.images, 1, step=1, label="Number of images")
-                heat_maps = gr.Checkbox(
-                    False,
-                    label="Show which sentence drew what",
-                    info="Heat maps of the UNet's attention; slower.",
-                    elem_id="heat-maps",
-                )
-                copy = gr.Button("Copy a link to these settings", size="sm")
-            with gr.Column(scale=3, min_width=300), gr.Tabs():
+                with gr.Column(elem_id="settings"):
+                    negative_prompt = gr.Textbox(
+                        "",
+                        label="Negative prompt",
+                        info="What the picture should not show.",
+                        max_length=limits.characters,
+                        elem_id="negative-prompt",
+                    )
+                    with gr.Row():
+                        steps = gr.Slider(1, limits.steps, 20, step=1, label="Steps", elem_id="steps")
+                        guidance_scale = gr.Slider(0, limits.guidance_scale, 7.5, step=0.1, label="Guidance")
+                    with gr.Row():
+                        width_box = gr.Slider(16, limits.side, width, step=8, label="Width")
+                        height_box = gr.Slider(16, limits.side, height, step=8, label="Height")
+                    with gr.Row(equal_height=True):
+                        seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=limits.seed, elem_id="seed")
+                        die = gr.Button("🎲 Random seed", min_width=140, elem_id="die")
+                    num_images = gr.Slider(1, limits.images, 1, step=1, label="Number of images")
+                    heat_maps = gr.Checkbox(
+                        False,
+                        label="Show which sentence drew what",
+                        info="Heat maps of the UNet's attention; slower.",
+                        elem_id="heat-maps",
+                    )
+                    copy = gr.Button("Copy a link to these settings", size="sm")
+            with gr.Column(scale=3, min_width=300, elem_id="right"), gr.Tabs():
                 with gr.Tab("Generate"):
                     with gr.Row():
                         generate_button = gr.Button("Generate", variant="primary", elem_id="generate")
                         stop_generate = gr.Button("Stop", variant="stop", elem_id="stop-generate")
-                    generate_status = gr.HTML("<p>Nothing drawn yet.</p>", min_height=90, elem_id="generate-status")
-                    gallery = _gallery("Pictures", "gallery", 2)
+                    generate_status = gr.HTML("<p>Nothing drawn yet.</p>", elem_id="generate-status")
+                    gallery = _gallery("Pictures", "gallery")
                     maps_html = gr.HTML(label="Which sentence drew what", elem_id="maps")
                     with gr.Accordion("Settings of these pictures", open=False):
                         generate_info = gr.JSON(label="Settings", show_label=False)
@@ -209,8 +210,8 @@ def build(pool: DevicePool, limits: Limits | None = None, max_waiting: int = 32)
                     with gr.Row():
                         compare_button = gr.Button("Compare", variant="primary", elem_id="compare")
                         stop_compare = gr.Button("Stop", variant="stop", elem_id="stop-compare")
-                    compare_status = gr.HTML("<p>Nothing compared yet.</p>", min_height=90, elem_id="compare-status")
-                    sheet = _gallery("Side by side", "sheet", len(model.systems))
+                    compare_status = gr.HTML("<p>Nothing compared yet.</p>", elem_id="compare-status")
+                    sheet = _gallery("Side by side", "sheet")
                     verdicts = gr.HTML(label="Verdicts", elem_id="verdicts")
                     with gr.Accordion("Settings of this comparison", open=False):
                         compare_info = gr.JSON(label="Settings", show_label=False)
@@ -272,10 +273,10 @@ def build(pool: DevicePool, limits: Limits | None = None, max_waiting: int = 32)
     return page
 
 
-def _gallery(label: str, elem_id: str, columns: int) -> gr.Gallery:
+def _gallery(label: str, elem_id: str) -> gr.Gallery:
     return gr.Gallery(
         label=label,
-        columns=columns,
+        columns=2,
         height="auto",
         object_fit="contain",
         buttons=["download", "fullscreen"],

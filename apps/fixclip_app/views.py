@@ -44,7 +44,16 @@ STYLE = """
 .fc-maps label:focus-within { outline: 2px solid var(--color-accent); }
 #notice { border-left: 4px solid #d97706; padding: 4px 12px; }
 .fc-count { font-variant-numeric: tabular-nums; }
-@media (max-width: 480px) { .gradio-container { padding: 8px !important; } }
+#generate-status, #compare-status { min-height: 90px; }
+#generate-status .meta-text-center, #compare-status .meta-text-center { position: static; transform: none; }
+#generate-status:has(.progress-text) .prose, #compare-status:has(.progress-text) .prose { visibility: hidden; }
+.caption-label { white-space: normal !important; max-width: 100% !important; }
+@media (max-width: 640px) {
+  .gradio-container { padding: 8px !important; }
+  #left { display: contents; }
+  #right { order: 1; }
+  #settings { order: 2; }
+}
 """
 
 
@@ -97,10 +106,14 @@ def heat_map_view(pictures: Sequence[Picture], name: str) -> str:
         for i, sentence in enumerate(sentences)
     )
     # Without scripts: what is pointed at wins over what is selected. Gradio scopes STYLE, which outweighs a <style>.
+    selected = ".fc-maps:has(.fc-s{0} :checked) .fc-m{0} {{ opacity: .75 !important; }}"
+    pointed = (
+        ".fc-maps:has(.fc-s{0}:hover) .fc-m{0}, .fc-maps:not(:has(label:hover)):has(.fc-s{0} :checked) .fc-m{0} "
+        "{{ opacity: .75 !important; }}"
+    )
     rules = "".join(
-        f".fc-maps:has(.fc-s{i}:hover) .fc-m{i}, .fc-maps:not(:has(label:hover)):has(.fc-s{i} :checked) .fc-m{i}"
-        " { opacity: .75 !important; }"
-        for i in range(len(sentences))
+        f"@media (hover: {hover}) {{ {''.join(rule.format(i) for i in range(len(sentences)))} }}"
+        for hover, rule in (("none", selected), ("hover", pointed))
     )
     return (
         f'<div class="fc-maps"><style>{rules}</style><div class="fc-pictures">{"".join(figures)}</div>'
