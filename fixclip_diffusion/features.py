@@ -41,7 +41,7 @@ from fixclip_core.data import (
 )
 
 from .objectives import Features
-from .recipe import AdapterRecipe, FeaturesSection
+from .recipe import AdapterRecipe, FeaturesSection, ObjectivesSection
 from .text_encoder import CLIP_CONTEXT_LENGTH, FixClipTextEncoder, FixClipTokenizer
 
 logger = logging.getLogger(__name__)
@@ -135,15 +135,21 @@ def encode_for_teacher(frozen: FrozenModels, ids_BT: Tensor) -> tuple[Tensor, Te
     return teacher(ids_BT[:, :length]).last_hidden_state, fits_B
 
 
-def encode_batch(frozen: FrozenModels, batch: Batch) -> Features:
-    """A batch of pictures, or of cached latents (`CachedLatents`), and captions -> features."""
+def encode_batch(frozen: FrozenModels, batch: Batch, objectives: ObjectivesSection) -> Features:
+    """A batch of pictures, or of cached latents (`CachedLatents`), and captions -> features.
+
+    Short captions and teacher states that the objectives do not read are not computed; other tensors stand there.
+    """
     if batch.image.shape[1] == 2 * cast(Any, frozen.vae.config).latent_channels:
         mean, logvar = batch.image.chunk(2, dim=1)
     else:
         mean, logvar = encode_pictures(frozen.vae, batch.image)
-    long, long_length = encode_captions(frozen, batch.long_ids)
-    short, short_length = encode_captions(frozen, batch.short_ids)
-    teacher, fits = encode_for_teacher(frozen, batch.short_ids)
+    long, long_length = short, short_length = encode_captions(frozen, batch.long_ids)
+    if objectives.reads_short:
+        short, short_length = encode_captions(frozen, batch.short_ids)
+    teacher, fits = short, torch.zeros_like(short_length, dtype=torch.bool)
+    if objectives.is_taught:
+        teacher, fits = encode_for_teacher(frozen, batch.short_ids)
     return Features(
         mean, logvar, long, short, long_length, short_length, teacher, fits, batch.seeds, batch.keys, batch.skipped
     )

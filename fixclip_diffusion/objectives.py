@@ -169,11 +169,11 @@ def adapter_losses(
         error_R = weight_R[chosen] * _mean_square(predicted - target[chosen])
         short_R = rows.short[chosen]
         sums["long"] = sums["long"] + error_R[~short_R].sum()
-        if not objectives.short_share:
+        if not objectives.reads_short:
             continue
         sums["short"] = sums["short"] + error_R[short_R].sum()
         taught = short_R & (rows.dropped[chosen] | features.teacher_fits[rows.sample[chosen]])
-        if not taught.any() or not {"prediction", "states"} & sums.keys():
+        if not objectives.is_taught or not taught.any():
             continue
         those = chosen[taught]
         teacher_RSD = _teacher_states(features, denoiser, rows, those)
@@ -195,7 +195,7 @@ def adapter_losses(
 
 
 def _names(objectives: ObjectivesSection) -> list[str]:
-    if not objectives.short_share:
+    if not objectives.reads_short:
         return ["long"]
     taught = [name for name in ("prediction", "states") if getattr(objectives, f"weight_{name}")]
     return ["long", "short", *taught]

@@ -45,6 +45,16 @@ class ObjectivesSection(Section):
         default=0.0, ge=0, le=1, description="draws taken from the noisiest 40 % of the timesteps; 0: uniform"
     )
 
+    @property
+    def reads_short(self) -> bool:
+        """Whether any draw reads the short caption."""
+        return self.short_share > 0
+
+    @property
+    def is_taught(self) -> bool:
+        """Whether the base's own encoder is needed as a teacher."""
+        return self.reads_short and self.weight_prediction + self.weight_states > 0
+
 
 class CaptionedImagesSection(DataSection):
     """`DataSection` and how a picture is brought to the UNet's size."""

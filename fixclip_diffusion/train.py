@@ -268,12 +268,7 @@ def check_frozen(frozen: FrozenModels, recipe: AdapterRecipe) -> None:
         )
     zeros = torch.zeros(1, 1, 1, 1)
     noise_target(frozen.scheduler, zeros, zeros, torch.zeros(1, dtype=torch.long))
-    section = recipe.objectives
-    if (
-        section.short_share
-        and section.weight_prediction + section.weight_states
-        and not frozen.teacher.short_context_length
-    ):
+    if recipe.objectives.is_taught and not frozen.teacher.short_context_length:
         raise ValueError(
             f"base {recipe.model.base!r}: its text encoder has no original positions, so it cannot teach; give a stock "
             "base, or set objectives.weight_prediction and objectives.weight_states to 0"
@@ -469,7 +464,7 @@ def forward_backward(run: Run, batch: Batch | Features) -> dict[str, Tensor]:
     parts = list(batch.split(size)) if isinstance(batch, Features) else split_batch(batch, size)
     sums: dict[str, Tensor] = {}
     for number, part in enumerate(parts):
-        features = part if isinstance(part, Features) else encode_batch(run.frozen, part)
+        features = part if isinstance(part, Features) else encode_batch(run.frozen, part, run.recipe.objectives)
         share = len(features) / len(batch)
         last = number == len(parts) - 1
         with nullcontext() if last else run.accelerator.no_sync(run.model):
@@ -633,7 +628,7 @@ def _activations(run: Run, batch: Batch | Features, micro: int) -> int:
 
     def measured(count: int) -> int:
         part = next(batch.split(count)) if isinstance(batch, Features) else split_batch(batch, count)[0]
-        features = part if isinstance(part, Features) else encode_batch(run.frozen, part)
+        features = part if isinstance(part, Features) else encode_batch(run.frozen, part, run.recipe.objectives)
         # The frozen weights are counted on their own, so they must not count as what a pass keeps.
         holder = nn.ModuleList([run.trainable, run.frozen.unet])
         return activation_bytes(lambda: run.model(features, run.denoiser, run.recipe.objectives), holder)
@@ -661,7 +656,7 @@ def smoke(recipe: AdapterRecipe) -> None:
 def smoke_recipe(recipe: AdapterRecipe, folder: str | Path) -> AdapterRecipe:
     """The recipe with a handful of generated samples at half its size, and two steps: does it start, step and save?
 
-    Models, adapter, objectives, optimizer and precision stay the recipe's.
+    Models, adapter, weights of the objectives, optimizer and precision stay the recipe's.
     """
     resolution = max(64, (recipe.data.resolution or 512) // 2)
     changes: dict[str, dict[str, Any]] = {
@@ -670,6 +665,8 @@ def smoke_recipe(recipe: AdapterRecipe, folder: str | Path) -> AdapterRecipe:
         "data": {"source": "scenes", "image_root": None, "start": 0, "stop": 4, "workers": 0, "resolution": resolution},
         "captions": {"short_caption": "first_sentence", "filter_captions": False},
         "features": {"folder": None},
+        # Half of a few draws: so that both kinds of captions have their turn.
+        "objectives": {"short_share": 0.5 if recipe.objectives.reads_short else 0.0},
         "train": {"steps": 2, "batch_size": 2, "micro_batch_size": 1},
         "samples": {"prompts": recipe.samples.prompts[:1], "steps": 2},
         "output": {"folder": str(folder), "log_every": 1, "keep_last": 1, "trackers": []},
@@ -705,7 +702,12 @@ def random_stable_diffusion(dtype: torch.dtype = torch.float32, seed: int = 0) -
     plain = clip_tokenizer()
     tokenizer = FixClipTokenizer(vocab=plain.get_vocab(), merges=plain._merges)
     sampler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
     )
     schedule = DDPMScheduler.from_config(sampler.config)
     return FrozenModels(vae, encoder, encoder, unet, schedule, sampler, tokenizer)

@@ -26,7 +26,9 @@ from fixclip_diffusion.features import (
     tokenizer_digest,
     weights_digest,
 )
+from fixclip_diffusion.recipe import ObjectivesSection
 
+ALL = ObjectivesSection()
 LONG, SHORT = tiny_adapter.caption(0), "A red horse."
 
 
@@ -116,6 +118,16 @@ def test_digests_tell_weights_and_tokenizers_apart(models):
     assert tokenizer_digest(other) != tokenizer_digest(models.tokenizer)
 
 
+def test_only_what_the_objectives_read_is_encoded(setup, models):
+    batch = next(setup().epoch(0))
+    every, long = (encode_batch(models, batch, section) for section in (ALL, ObjectivesSection(short_share=0.0)))
+    assert torch.equal(every.long, long.long)
+    assert every.teacher_fits.all()
+    assert not long.teacher_fits.any()
+    assert long.short is long.long
+    assert not torch.equal(every.short, long.short)
+
+
 # -- the cache -----------------------------------------------------------------------------------------------
 
 
@@ -129,8 +141,8 @@ def test_cached_features_are_those_of_every_step(setup, models, tmp_path, text, 
     ]
     for epoch in (0, 1):
         for one, other in zip(plain.epoch(epoch), loader.epoch(epoch), strict=True):
-            live = encode_batch(models, one)
-            stored = other if text else encode_batch(models, other)
+            live = encode_batch(models, one, ALL)
+            stored = other if text else encode_batch(models, other, ALL)
             assert live.keys == stored.keys
             for field in dataclasses.fields(live):
                 if isinstance(getattr(live, field.name), torch.Tensor):
