@@ -252,6 +252,11 @@ def test_uploads_are_refused(served):
     assert answer.status_code == 413
 
 
+def test_no_history_of_prompts_is_kept(served):
+    assert httpx.get(f"{served[0]}gradio_api/runs").status_code == 404
+    assert httpx.get(f"{served[0]}config").json()["run_history"] is False
+
+
 def test_what_visitors_write_is_escaped(model):
     evil = "<script>alert(1)</script><img src=x onerror=alert(2)> is red. " * 30
     values = replace(check_settings({**FULL, "prompt": "A cat.", "heat_maps": True}, model, Limits()), prompt=evil)

@@ -351,6 +351,7 @@ def launch(page: gr.Blocks, **kwargs: Any) -> Any:
             "head": HEAD,
             "show_error": False,
             "max_file_size": 1,  # nothing here takes uploads
+            "run_history": False,  # would keep prompts in browsers that others may use
             "footer_links": ["api", "settings"],
             **kwargs,
         }
