@@ -15,12 +15,14 @@ import pytest
 import tiny
 import tiny_adapter
 import torch
+import typer
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_adapter import without_onednn  # noqa: F401
 from transformers import CLIPTextModel
+from typer.testing import CliRunner
 
 from fixclip_core.checkpoint import list_checkpoints
 from fixclip_core.recipe import load_recipe
@@ -359,23 +361,42 @@ def test_poisoned_steps_are_skipped_and_stop_the_run(recipe, tmp_path):
 # -- the command ---------------------------------------------------------------------------------------------
 
 
-def test_command(recipe_file, tmp_path):
-    """Plan and run of the script that users launch; then the same with a wrong key."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+@pytest.fixture
+def run_command(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    import train_adapter
 
-    def launch(*arguments):
-        command = [sys.executable, "train_adapter.py", str(recipe_file()), *arguments]
-        return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    app = typer.Typer()
+    app.command()(train_adapter.main)
+    return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
 
-    planned = launch("--dry-run", "lora.rank=2")
-    assert planned.returncode == 0, planned.stderr
-    assert "mlp adapter, LoRA of rank 2" in planned.stdout
-    assert "memory  about" in planned.stdout
-    assert "12 samples, 3 batches an epoch, 16 px" in planned.stdout
+
+def test_command(run_command, recipe_file, tmp_path):
+    planned = run_command(recipe_file(), "lora.rank=2", "--dry-run")
+    assert planned.exit_code == 0, planned.output
+    assert "mlp adapter, LoRA of rank 2" in planned.output
+    assert "memory  about" in planned.output
+    assert "12 samples, 3 batches an epoch, 16 px" in planned.output
     assert not (tmp_path / "run" / "adapter").exists()
-    wrong = launch("optim.learning_rate=1")
-    assert wrong.returncode == 1
-    assert "did you mean optim.lr" in wrong.stderr
+    wrong = run_command(recipe_file(), "optim.learning_rate=1")
+    assert wrong.exit_code == 1
+    assert "did you mean optim.lr" in str(wrong.exception)
+
+
+def test_two_processes_train_as_one_does(recipe_file, recipe, tmp_path):
+    """The same global batches and losses; they build the cache together, and rank 0 writes what comes out."""
+    options = ["lora.rank=2", "train.micro_batch_size=1", "train.steps=3", "output.save_every=3"]
+    options += [f"features.folder={tmp_path / 'cache'}", "features.shard_size=5", "features.text=true"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    command += ["train_adapter.py", str(recipe_file("two")), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 3
+    train.train(recipe("one", *options))
+    for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert two == pytest.approx(one, rel=1e-3, abs=1e-5)
+    assert_equal(weights(tmp_path / "two"), weights(tmp_path / "one"), rtol=0, atol=1e-3)
 
 
 def test_smoke(recipe):
