@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -337,25 +337,35 @@ class FeatureCache:
         )
         samples = iter(tqdm(loader, "caching", unit="sample", disable=rank != 0 or not mine))
         for number in mine:
-            rows = [next(samples) for _ in self._range(number)]
-            self._write(number, rows, batches, frozen)
+            self._write(number, samples, batches, frozen)
 
     def _write(
-        self, number: int, rows: Sequence[LoadedSample | Skipped], batches: Batches, frozen: FrozenModels
+        self, number: int, samples: Iterator[LoadedSample | Skipped], batches: Batches, frozen: FrozenModels
     ) -> None:
-        usable = [row for row in rows if not isinstance(row, Skipped)]
-        tensors = {"row": torch.tensor([-1] * len(rows))}
-        tensors["row"][[i for i, row in enumerate(rows) if not isinstance(row, Skipped)]] = torch.arange(len(usable))
-        size, dtype = self.section.batch_size, DTYPES[self.section.dtype]
-        parts = [self._encode(usable[i : i + size], batches, frozen) for i in range(0, len(usable), size)]
+        """Encode one file's samples as they come; only `batch_size` pictures are in memory at a time."""
+        parts: list[dict[str, Tensor]] = []
+        pending: list[LoadedSample] = []
+        row_of: list[int] = []
+        keys: list[str] = []
+        skipped: dict[str, Any] = {}
+        for local in range(len(self._range(number))):
+            row = next(samples)
+            row_of.append(-1 if isinstance(row, Skipped) else len(keys))
+            if isinstance(row, Skipped):
+                skipped[str(local)] = asdict(row)
+                continue
+            keys.append(row[4])
+            pending.append(row)
+            if len(pending) == self.section.batch_size:
+                parts.append(self._encode(pending, batches, frozen))
+                pending = []
+        if pending:
+            parts.append(self._encode(pending, batches, frozen))
+        tensors = {"row": torch.tensor(row_of)}
         for name in parts[0] if parts else ():
-            joined = _stacked([row for part in parts for row in part[name]])
-            tensors[name] = joined.to(dtype) if joined.is_floating_point() else joined
-        skipped = {str(i): asdict(row) for i, row in enumerate(rows) if isinstance(row, Skipped)}
-        keys = [row[4] for row in usable]
+            tensors[name] = _stacked([row for part in parts for row in part[name]]).contiguous()
         metadata = {"key": self._sample_keys[number], "skipped": json.dumps(skipped), "keys": json.dumps(keys)}
-        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        write_atomically(self._path(number), save(contiguous, metadata))
+        write_atomically(self._path(number), save(tensors, metadata))
 
     def _encode(self, rows: Sequence[LoadedSample], batches: Batches, frozen: FrozenModels) -> dict[str, Tensor]:
         images, longs, shorts = ([row[i] for row in rows] for i in range(3))
@@ -367,7 +377,8 @@ class FeatureCache:
             short, tensors["short_length"] = encode_captions(frozen, ids_BT[len(rows) :])
             teacher, tensors["teacher_fits"] = encode_for_teacher(frozen, ids_BT[len(rows) :])
             tensors |= {"long": long, "short": short, "teacher": teacher}
-        return {name: tensor.cpu() for name, tensor in tensors.items()}
+        dtype = DTYPES[self.section.dtype]
+        return {name: (t.to(dtype) if t.is_floating_point() else t).cpu() for name, t in tensors.items()}
 
     def read(self, index: int) -> tuple[dict[str, Tensor], str]:
         """One sample's tensors, floats in float32, and its key.

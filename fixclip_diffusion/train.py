@@ -298,7 +298,9 @@ def make_adapter(recipe: AdapterRecipe, frozen: FrozenModels, made_for: dict[str
 def place(frozen: FrozenModels, device: torch.device, dtype: torch.dtype) -> None:
     """Freeze all models and move them; they are not trained, so they may as well be in the run's precision."""
     for module in frozen.modules:
-        module.requires_grad_(False).eval().to(device=device, dtype=dtype)
+        module.requires_grad_(False).eval().to(device)
+        if next(module.parameters()).dtype != dtype:
+            module.to(dtype)
 
 
 def add_lora(unet: UNet2DConditionModel, rank: int) -> dict[str, nn.Parameter]:
