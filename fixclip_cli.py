@@ -3,13 +3,15 @@
 Heavy libraries are imported by the commands that need them, so that `fixclip --help` answers at once.
 """
 
+import itertools
 import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -61,7 +63,8 @@ def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
         else:
             text = sys.stdin.read() if prompt == "-" else str(prompt)
     except (OSError, UnicodeDecodeError) as error:
-        raise typer.BadParameter(f"{prompt_file or 'standard input'} is not a readable text: {error}") from error
+        reason = getattr(error, "strerror", None) or "not a text in UTF-8"
+        raise typer.BadParameter(f"{prompt_file or 'standard input'}: {reason}") from error
     if not text.strip():
         raise typer.BadParameter("the prompt is empty")
     return text.strip()
@@ -78,12 +81,18 @@ def output_files(output: Path, names: list[str]) -> list[Path]:
     elif output.suffix.lower() in (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"):
         raise ValueError(f"output {str(output)!r}: pictures are written as .png, which carries prompt and settings")
     else:
-        files = [output / f"{name}.png" for name in names]
+        files = [_free(output, name) for name in names]
     try:
         files[0].parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"output {str(output)!r} cannot be written: {error}") from error
     return files
+
+
+def _free(folder: Path, name: str) -> Path:
+    """NAME.png, or NAME-2.png and so on: pictures of an earlier run are not overwritten."""
+    tries = (folder / (f"{name}-{count}.png" if count > 1 else f"{name}.png") for count in itertools.count(1))
+    return next(file for file in tries if not file.exists())
 
 
 def save_png(image: Any, path: Path, settings: dict[str, Any]) -> None:
@@ -119,17 +128,20 @@ def parameters_text(settings: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def load_pipeline(base: str, encoder: str | None, adapter: str | None) -> Any:
-    """The pipeline on the fastest device there is."""
+def load_pipeline(base: str, encoder: str | None, adapter: str | None, device: str | None, dtype: str | None) -> Any:
+    """The pipeline, on the fastest device there is unless one is named."""
     import torch
 
     from fixclip_diffusion import FixClipStableDiffusionPipeline
 
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    dtype = torch.float16 if device == "cuda" else torch.float32
-    return FixClipStableDiffusionPipeline.from_pretrained(base, encoder=encoder, adapter=adapter, dtype=dtype).to(
-        device
-    )
+    fastest = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = device or fastest
+    torch_dtype = getattr(torch, dtype or ("float16" if device.startswith("cuda") else "float32"))
+    pipe = FixClipStableDiffusionPipeline.from_pretrained(base, encoder=encoder, adapter=adapter, dtype=torch_dtype)
+    try:
+        return pipe.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} cannot be used: {error}") from error
 
 
 @app.command()
@@ -145,7 +157,14 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Picture i starts from seed + i.")] = 0,
     size: Annotated[str | None, typer.Option(help="512 or 512x768 (width x height); default: the model's own.")] = None,
     num: Annotated[int, typer.Option(min=1, max=1000, help="Number of pictures.")] = 1,
-    long_prompt: Annotated[str, typer.Option(help="More than 248 tokens: windows or truncate.")] = "windows",
+    long_prompt: Annotated[
+        Literal["windows", "truncate", "windows_77", "truncate_77"],
+        typer.Option(help="More than 248 tokens; the last two are chunking and stock, with the base's own encoder."),
+    ] = "windows",
+    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu; default: the fastest there is.")] = None,
+    dtype: Annotated[
+        Literal["float32", "float16", "bfloat16"] | None, typer.Option(help="Default: float16 on cuda, else float32.")
+    ] = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="One sheet: stock (truncated) | chunked | FIX-CLIP, the same seed.")
     ] = False,
@@ -155,9 +174,9 @@ def generate(
     text = read_prompt(prompt, prompt_file)
     width_height = parse_size(size) if size else None
     with user_errors():
-        pipe = load_pipeline(base, encoder, adapter)
+        pipe = load_pipeline(base, encoder, adapter, device, dtype)
         if compare:
-            reference = load_pipeline(base, None, None) if encoder or adapter else pipe
+            reference = load_pipeline(base, None, None, device, dtype) if encoder or adapter else pipe
             systems = comparison(reference, pipe)
         else:
             systems = {"FIX-CLIP": lambda **kwargs: pipe(long_prompt=long_prompt, **kwargs)}
@@ -171,17 +190,34 @@ def generate(
             "base": base,
             "encoder": encoder,
             "adapter": adapter,
+            "long_prompt": long_prompt,
+            "scheduler": type(pipe.scheduler).__name__,
+            "dtype": str(pipe.unet.dtype).removeprefix("torch."),
+            "version": version("fixclip"),
         }
         files = output_files(output, [f"seed{seed + index}" for index in range(num)])
-        typer.echo(pipe.token_report(text))
+        typer.echo(pipe.token_report(text).describe(long_prompt))
+        if negative:
+            typer.echo(f"negative prompt: {pipe.token_report(negative).describe(long_prompt)}")
         for index, file in enumerate(files):
             draw_and_save(systems, {**settings, "seed": seed + index}, file)
 
 
 def comparison(reference: Any, pipe: Any) -> dict[str, Callable[..., Any]]:
     """Stock, chunked and ours as functions of the same arguments; `reference` has the base's own encoder."""
+    from diffusers.utils import logging as diffusers_logging
+
+    def stock(**kwargs: Any) -> Any:
+        """Without the warning: that it drops the end is what this column shows."""
+        verbosity = diffusers_logging.get_verbosity()
+        diffusers_logging.set_verbosity_error()
+        try:
+            return reference(long_prompt="truncate_77", **kwargs)
+        finally:
+            diffusers_logging.set_verbosity(verbosity)
+
     return {
-        "stock, cut at 77 tokens": lambda **kwargs: reference(long_prompt="truncate_77", **kwargs),
+        "stock, cut at 77 tokens": stock,
         "chunks of 77 tokens": lambda **kwargs: reference(long_prompt="windows_77", **kwargs),
         "FIX-CLIP": lambda **kwargs: pipe(**kwargs),
     }
@@ -298,9 +334,14 @@ def tokens(
     """Count a prompt's tokens and show where a stock encoder stops reading. Needs the base's tokenizer only."""
     text = read_prompt(prompt, prompt_file)
     with user_errors():
-        from fixclip_diffusion.prompts import token_report
-        from fixclip_diffusion.text_encoder import FixClipTokenizer
+        from huggingface_hub import hf_hub_download
 
+        from fixclip_diffusion.prompts import token_report
+        from fixclip_diffusion.text_encoder import FixClipTokenizer, check_folder_or_hub_name
+
+        check_folder_or_hub_name("base", base)
+        if not Path(base).is_dir():  # one file first: the tokenizer alone would try a dozen before it gives up
+            hf_hub_download(base, "tokenizer/tokenizer_config.json")
         typer.echo(token_report(FixClipTokenizer.from_pretrained(base, subfolder="tokenizer"), text))
 
 
@@ -316,6 +357,9 @@ DEMO_PROMPT = (
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="A .png file or a folder.")] = DEFAULT_OUTPUT,
+    save_base: Annotated[
+        Path | None, typer.Option(help="Keep the tiny model here, to try `generate --base` without a download.")
+    ] = None,
 ) -> None:
     """One long prompt through stock, chunked and FIX-CLIP, on a tiny model made on the spot. No download."""
     import numpy as np
@@ -336,8 +380,9 @@ def demo(
     settings |= {"prompt": DEMO_PROMPT, "base": "a tiny random model"}
     with user_errors(), tempfile.TemporaryDirectory() as folder:
         (file,) = output_files(output, ["demo"])
-        stable_diffusion(train_tokenizer([DEMO_PROMPT])).save_pretrained(folder)
-        pipe = FixClipStableDiffusionPipeline.from_pretrained(folder)
+        base = save_base or folder
+        stable_diffusion(train_tokenizer([DEMO_PROMPT])).save_pretrained(base)
+        pipe = FixClipStableDiffusionPipeline.from_pretrained(base)
         pipe.set_progress_bar_config(disable=True)
         typer.echo(pipe.token_report(DEMO_PROMPT))
         systems = comparison(pipe, pipe)
@@ -349,9 +394,33 @@ def demo(
             typer.echo(f"  {name:<24} {change:6.2f}")
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fixclip {version('fixclip')}")
+        raise typer.Exit
+
+
+@app.callback()
+def fixclip(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Long prompts in Stable Diffusion, and the long-text CLIP behind them."""
+
+
+TRAINING_LIBRARIES = ("matplotlib", "omegaconf", "open_clip", "psutil", "pydantic", "tensorboard", "webdataset")
+
+
 def main() -> None:
     try:
         app()
+    except ModuleNotFoundError as error:
+        library = (error.name or "").split(".")[0]
+        if library not in TRAINING_LIBRARIES:
+            raise
+        typer.echo(f"error: this command needs {library}: pip install 'fixclip[train]'", err=True)
+        sys.exit(2)
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)
         sys.exit(130)

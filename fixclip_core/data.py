@@ -816,7 +816,7 @@ class Batches(Dataset):
         if not len(self):
             raise ValueError(
                 f"{len(self.order)} samples do not fill one batch of {config.batch_size} on {world_size} rank(s): "
-                "use a smaller batch_size, or last_batch='wrap'"
+                "use a smaller batch size (in a recipe train.batch_size), or more samples"
             )
 
     def __len__(self) -> int:
@@ -931,7 +931,8 @@ class Loader:
         """
         if not 0 <= start <= len(self):
             raise ValueError(f"start={start}: an epoch has {len(self)} batches")
-        workers = self.config.workers
+        # More workers than cores only get in each other's way; batches do not depend on their number.
+        workers = min(self.config.workers, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 64)
         loader = DataLoader(
             self.batches,
             batch_size=None,

@@ -254,6 +254,8 @@ def needed_disk(recipe: EncoderRecipe, clip: FixClip) -> int:
 def fit(run: Run) -> None:
     """Take the steps that are left."""
     recipe, accelerator, state = run.recipe, run.accelerator, run.state
+    if run.total_steps <= recipe.optim.warmup_steps and accelerator.is_main_process:
+        logger.warning("The learning rate is still warming up at the end of the run: %s", short_run(run))
     log = MetricsLog(accelerator, run.folder, state.step)
     bar = tqdm(total=run.total_steps, initial=state.step, desc="steps", disable=not accelerator.is_main_process)
     run.model.train()
@@ -409,7 +411,13 @@ def plan(run: Run) -> str:
         f"weights, gradients and AdamW, {activations / _GIB:.1f} activations (of a few samples, scaled up){fits}",
         "disk": f"{needed_disk(recipe, run.clip) / _GIB:.1f} GiB for checkpoints and models in {run.folder}",
     }
+    if run.total_steps <= recipe.optim.warmup_steps:
+        lines["warning"] = f"the learning rate is still warming up at the end: {short_run(run)}"
     return "\n".join(f"{name:>10}  {text}" for name, text in lines.items())
+
+
+def short_run(run: Run) -> str:
+    return f"{run.total_steps} steps, optim.warmup_steps={run.recipe.optim.warmup_steps}"
 
 
 def memory_estimate(run: Run, batch: Batch, probe: int = 4) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """Stable Diffusion that reads prompts of any length."""
 
+import difflib
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from .text_encoder import (
     FixClipTextConfig,
     FixClipTextEncoder,
     FixClipTokenizer,
+    check_folder_or_hub_name,
     load_clip_text_config,
 )
 
@@ -103,6 +105,7 @@ class FixClipStableDiffusionPipeline(StableDiffusionPipeline):
         if isinstance(encoder, torch.nn.Module):
             kwargs["text_encoder"], encoder = encoder, None
         _check_long_prompt(kwargs.get("long_prompt", "windows"))
+        _check_spelling(kwargs)
         hub_kwargs = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
         index = _load_index(base, hub_kwargs)
         if "text_encoder" not in kwargs:
@@ -157,6 +160,8 @@ class FixClipStableDiffusionPipeline(StableDiffusionPipeline):
 
     def token_report(self, prompt: str) -> TokenReport:
         """Length of the prompt in tokens, where the 77th and the 248th fall, and the windows it takes."""
+        if not isinstance(prompt, str):
+            raise ValueError(f"token_report takes one text, got {type(prompt).__name__}")
         return token_report(self.tokenizer, self.maybe_convert_prompt(prompt, self.tokenizer))
 
     def maybe_convert_prompt(self, prompt: str | list[str], tokenizer: FixClipTokenizer) -> Any:
@@ -190,6 +195,9 @@ class FixClipStableDiffusionPipeline(StableDiffusionPipeline):
             ValueError: a prompt that is no text, another number of negative prompts, or a `_77` mode with an
                 encoder that was trained and has no original positions any more.
         """
+        layers = self.text_encoder.config.num_hidden_layers if self.text_encoder is not None else None
+        if clip_skip is not None and layers is not None and not 0 <= clip_skip <= layers:
+            raise ValueError(f"clip_skip={clip_skip}: this text encoder has {layers} layers to skip")
         texts = self._as_clean_texts(prompt) if prompt_embeds is None else None
         batch_size = len(texts) if texts is not None else prompt_embeds.shape[0]  # type: ignore[union-attr]
         negative_texts = None
@@ -229,7 +237,7 @@ class FixClipStableDiffusionPipeline(StableDiffusionPipeline):
 
     def _as_clean_texts(self, prompt: str | list[str] | None) -> list[CleanText]:
         prompts = [prompt] if isinstance(prompt, str) else prompt
-        if not isinstance(prompts, list) or not all(isinstance(text, str) for text in prompts):
+        if not isinstance(prompts, list) or not prompts or not all(isinstance(text, str) for text in prompts):
             raise ValueError(f"a prompt must be a text or a list of texts, got {prompt!r}")
         return [self.tokenizer.clean(self.maybe_convert_prompt(text, self.tokenizer)) for text in prompts]
 
@@ -304,6 +312,14 @@ def _check_long_prompt(value: str) -> str:
     return value
 
 
+def _check_spelling(kwargs: dict[str, Any]) -> None:
+    """diffusers ignores an unknown argument with a line in the log; ours must not get lost that way."""
+    for name in kwargs:
+        near = difflib.get_close_matches(name, ["encoder", "adapter", "long_prompt"], 1, cutoff=0.8)
+        if near and near[0] != name and name not in ("text_encoder",):
+            raise ValueError(f"unknown argument {name}=: did you mean {near[0]}=?")
+
+
 def _check_components(text_encoder: Any, tokenizer: Any) -> None:
     if text_encoder is None or tokenizer is None:
         return
@@ -341,8 +357,7 @@ def _load_index(base: str, hub_kwargs: dict[str, Any]) -> dict[str, Any]:
     folder = Path(base)
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise ValueError(f"base {base!r} is a folder without model_index.json: not a diffusers model")
-    if not folder.is_dir() and (folder.is_file() or base.count("/") != 1 or base.startswith((".", "/", "~"))):
-        raise ValueError(f"base {base!r} is neither a folder with model_index.json nor a hub name like owner/model")
+    check_folder_or_hub_name("base", base)
     try:
         index = dict(StableDiffusionPipeline.load_config(base, **hub_kwargs))
     except Exception as error:

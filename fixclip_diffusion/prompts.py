@@ -42,16 +42,25 @@ class TokenReport:
     windows: tuple[Window, ...]
 
     def __str__(self) -> str:
+        return self.describe()
+
+    def describe(self, long_prompt: str = "windows") -> str:
+        """The report in words, for a pipeline in this `long_prompt` mode."""
         lines = [f"{self.num_tokens} tokens"]
         if self.stock_cut is not None:
-            lines.append(f"  a {CLIP_CONTEXT_LENGTH}-token encoder stops before: {_quote(self.text[self.stock_cut :])}")
+            end = _quote(self.text[self.stock_cut :])
+            lines.append(f"  a {CLIP_CONTEXT_LENGTH}-token encoder stops before: {end}")
         if self.context_cut is not None:
-            cut = _quote(self.text[self.context_cut :])
-            lines.append(f"  {self.context_length} tokens end before: {cut}; read in {len(self.windows)} windows:")
-            lines += [
-                f"    {index}. {window.num_tokens} tokens, from {_quote(window.text)}"
-                for index, window in enumerate(self.windows, 1)
-            ]
+            end = _quote(self.text[self.context_cut :])
+            what = "the rest is dropped" if long_prompt == "truncate" else f"read in {len(self.windows)} windows:"
+            lines.append(f"  {self.context_length} tokens end before: {end}; {what}")
+            if long_prompt != "truncate":
+                lines += [
+                    f"    {index}. {window.num_tokens} tokens, from {_quote(window.text)}"
+                    for index, window in enumerate(self.windows, 1)
+                ]
+        elif self.stock_cut is not None:
+            lines.append(f"  this one reads all of them: up to {self.context_length} in one pass")
         return "\n".join(lines)
 
 

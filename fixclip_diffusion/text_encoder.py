@@ -81,6 +81,11 @@ class FixClipTokenizer(CLIPTokenizer):
     ):
         if context_length < 3:
             raise ValueError(f"context_length={context_length}: at least 3 (start, one token, end)")
+        if vocab is None:  # transformers would go on with a vocabulary of no words
+            where = kwargs.get("name_or_path") or "tokenizer"
+            raise ValueError(
+                f'{where}: no tokenizer files there; a Stable Diffusion model keeps them in subfolder="tokenizer"'
+            )
         kwargs["model_max_length"] = context_length
         # A pad token that is an ordinary piece of the vocabulary ("!" in Stable Diffusion 2) must not become
         # a special token: every "!" of a prompt would turn into padding.
@@ -413,6 +418,7 @@ def load_clip_text_config(name: str, **kwargs: Any) -> CLIPTextConfig | FixClipT
     """
     hub_kwargs = {key: kwargs[key] for key in _CONFIG_KWARGS if key in kwargs}
     where = _where(name, kwargs)
+    check_folder_or_hub_name("text encoder", name)
     try:
         values, _ = CLIPTextConfig.get_config_dict(name, **hub_kwargs)
     except Exception as error:
@@ -428,6 +434,19 @@ def load_clip_text_config(name: str, **kwargs: Any) -> CLIPTextConfig | FixClipT
         f"text encoder {where}: model_type is {kind!r}; valid are {FixClipTextConfig.model_type}, "
         "clip_text_model and clip"
     )
+
+
+def check_folder_or_hub_name(what: str, name: str) -> None:
+    """Say so at once where a name can be neither; the hub client would retry, or explain its own rules.
+
+    Raises:
+        ValueError: it is a file, or no folder and not like owner/model.
+    """
+    path = Path(name)
+    if path.is_file():
+        raise ValueError(f"{what} {name!r} is a file; a folder or a hub name like owner/model is needed")
+    if not path.is_dir() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+        raise ValueError(f"{what} {name!r} is neither a folder nor a hub name like owner/model")
 
 
 def _where(name: str, kwargs: dict[str, Any]) -> str:

@@ -60,6 +60,8 @@ def test_generate_writes_what_python_makes(sd1, tmp_path, python_pictures):
     assert settings["seed"] == 7
     assert settings["steps"] == 2
     assert settings["size"] == [16, 16]
+    assert settings["long_prompt"] == "windows"
+    assert settings["scheduler"] == "DDIMScheduler"
     assert image.text["parameters"] == (
         f"{LONG}\nNegative prompt: bad\nSteps: 2, CFG scale: 7.5, Seed: 7, Size: 16x16, Model: {sd1}"
     )
@@ -115,7 +117,23 @@ def test_long_prompt_mode(sd1, tmp_path, python_pictures):
         result = run("generate", prompt, "--base", sd1, *FAST, "--long-prompt", mode, "-o", tmp_path / "a.png")
         assert result.exit_code == 0, result.output
         expected = python_pictures(prompt, long_prompt=mode)
-        assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), expected)
+        image = Image.open(tmp_path / "a.png")
+        assert np.array_equal(np.asarray(image), expected)
+        assert json.loads(image.text["fixclip"])["long_prompt"] == mode
+        assert ("the rest is dropped" in result.output) == (mode == "truncate")
+        assert ("windows" in result.output) == (mode == "windows")
+
+
+def test_pictures_of_an_earlier_run_are_kept(sd1, tmp_path, python_pictures):
+    for prompt, name in (("a cat", "seed0.png"), ("a dog", "seed0-2.png")):
+        assert run("generate", prompt, "--base", sd1, *FAST, "-o", tmp_path).exit_code == 0
+        assert np.array_equal(np.asarray(Image.open(tmp_path / name)), python_pictures(prompt))
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_long_negative_prompt_is_reported(sd1, tmp_path):
+    result = run("generate", "a cat", "--negative", LONG, "--base", sd1, *FAST, "-o", tmp_path)
+    assert "negative prompt: 132 tokens" in result.output
 
 
 @pytest.mark.parametrize(
@@ -123,23 +141,25 @@ def test_long_prompt_mode(sd1, tmp_path, python_pictures):
     [
         ([], "give a PROMPT"),
         (["a", "--prompt-file", "b.txt"], "one of the two"),
-        (["--prompt-file", "/no/such/file"], "not a readable text"),
+        (["--prompt-file", "/no/such/file"], "/no/such/file: No such file or directory"),
         (["  "], "the prompt is empty"),
         (["a", "--size", "100"], "multiples of 8"),
         (["a", "--size", "64x64x64"], "WIDTHxHEIGHT"),
         (["a", "--size", "big"], "WIDTHxHEIGHT"),
         (["a", "--guidance", "-1"], "greater than or equal to 0"),
         (["a", "--num", "-1"], "greater than or equal to 1"),
-        (["a", "--base", "/no/such/model"], "neither a folder with model_index.json nor a hub name"),
-        (["a", "--long-prompt", "chunks", "--base", "BASE"], "long_prompt='chunks': valid are"),
-        (["a", "--base", "BASE", "--encoder", "/no/such/encoder"], "no readable config.json"),
+        (["a", "--base", "/no/such/model"], "neither a folder nor a hub name"),
+        (["a", "--long-prompt", "chunks", "--base", "BASE"], "'chunks' is not one of 'windows', 'truncate'"),
+        (["a", "--base", "BASE", "--encoder", "/no/such/encoder"], "neither a folder nor a hub name"),
+        (["a", "--base", "BASE", "--encoder", "BASE/model_index.json"], "is a file; a folder or a hub name"),
+        (["a", "--base", "BASE", "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
         (["a", "--base", "BASE", "--adapter", "/no/such/adapter"], "expected a folder or hub name"),
         (["a", "--base", "BASE", "-o", "picture.jpg"], "pictures are written as .png"),
         (["a", "--base", "BASE", "-o", "/proc/nowhere/a.png"], "cannot be written"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(sd1, arguments, message):
-    arguments = [str(sd1) if argument == "BASE" else argument for argument in arguments]
+    arguments = [argument.replace("BASE", str(sd1)) for argument in arguments]
     result = run("generate", *arguments, "--steps", "1", *([] if "--size" in arguments else ["--size", "16"]))
     assert result.exit_code == 2
     assert message in flat(result.output)
@@ -155,8 +175,30 @@ def test_tokens_needs_only_the_tokenizer(sd1, tmp_path):
     assert "132 tokens" in result.output
 
 
+@pytest.mark.parametrize("base", ["vae", "nowhere", "someone/nothing"])
+def test_tokens_of_a_base_without_a_tokenizer(sd1, base):
+    result = run("tokens", LONG, "--base", sd1 / base if base == "vae" else base)
+    assert result.exit_code == 2
+    assert result.output.startswith("error: ")
+
+
+def test_version():
+    assert re.fullmatch(r"fixclip \d+\.\d+\.\d+\n", run("--version").output)
+
+
+def test_a_missing_extra_is_named(tmp_path):
+    """With open_clip out of reach, as after `pip install fixclip` alone."""
+    code = "import sys; sys.modules['webdataset'] = None; sys.argv[1:] = ['data', 'check', 'x.jsonl']; "
+    done = subprocess.run(
+        [sys.executable, "-c", code + "from fixclip_cli import main; main()"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip() == "error: this command needs webdataset: pip install 'fixclip[train]'"
+
+
 def test_demo(tmp_path):
-    result = run("demo", "-o", tmp_path / "demo.png")
+    result = run("demo", "-o", tmp_path / "demo.png", "--save-base", tmp_path / "base")
+    assert run("generate", "a cat", "--base", tmp_path / "base", *FAST, "-o", tmp_path).exit_code == 0
     assert result.exit_code == 0, result.output
     assert "noise" in result.output
     changes = [float(line.split()[-1]) for line in result.output.splitlines()[-3:]]

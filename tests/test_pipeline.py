@@ -1,6 +1,7 @@
 """FixClipStableDiffusionPipeline against the stock pipeline, on tiny real models."""
 
 import json
+import logging
 import shutil
 
 import numpy as np
@@ -181,13 +182,14 @@ class _diffusers_warnings:  # noqa: N801
         self.caplog = caplog
 
     def __enter__(self):
-        import logging
-
         self.logger = logging.getLogger("diffusers")
         self.logger.addHandler(self.caplog.handler)
+        self.level = self.logger.level
+        self.logger.setLevel(logging.WARNING)
 
     def __exit__(self, *_):
         self.logger.removeHandler(self.caplog.handler)
+        self.logger.setLevel(self.level)
 
 
 def test_mode_of_one_call_and_of_the_pipeline(ours, folder, tmp_path):
@@ -331,8 +333,8 @@ def test_encoder_of_another_width_is_found_in_the_configs(sd1, tmp_path):
 
 
 def test_unknown_base(tmp_path):
-    refuse("neither a folder with model_index.json nor a hub name", tmp_path / "nowhere")
-    refuse("neither a folder with model_index.json nor a hub name", "no-slash")
+    refuse("neither a folder nor a hub name like owner/model", tmp_path / "nowhere")
+    refuse("neither a folder nor a hub name like owner/model", "no-slash")
     refuse("is a folder without model_index.json", tmp_path)
     refuse("base 'someone/no-such-model'.*model_index.json could not be read", "someone/no-such-model")
 
@@ -367,6 +369,13 @@ def test_unknown_mode_and_prompts_that_are_no_text(sd1, ours):
         states(ours, ["a", "b"], ["x", "y", "z"])
     with pytest.raises(ValueError, match="a prompt must be a text or a list of texts, got \\[5\\]"):
         states(ours, [5])
+    with pytest.raises(ValueError, match="a text or a list of texts, got \\[\\]"):
+        ours([])
+    with pytest.raises(ValueError, match="token_report takes one text, got NoneType"):
+        ours.token_report(None)
+    with pytest.raises(ValueError, match="clip_skip=20: this text encoder has 3 layers"):
+        ours("a", clip_skip=20)
+    refuse("unknown argument encodr=: did you mean encoder=", sd1, encodr="x")
 
 
 def test_both_encoder_arguments(sd1):

@@ -34,6 +34,9 @@ def test_cuts_are_where_reading_stops(tokenizer):
         full = tokenizer(report.text, truncation=True, max_length=length).input_ids
         assert tokenizer(read).input_ids == full
     assert repr(report.text[report.stock_cut :][:10])[:-1] in str(report)
+    assert "read in 3 windows" in str(report)
+    assert "the rest is dropped" in report.describe("truncate")
+    assert "up to 248 in one pass" in str(token_report(tokenizer, tiny.sentences(14)))
 
 
 def test_exactly_77_and_248_tokens_fit(tokenizer):

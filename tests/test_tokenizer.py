@@ -145,3 +145,9 @@ def test_cleaned_text_is_not_cleaned_again(ours):
 def test_too_short_a_context_is_an_error(folder):
     with pytest.raises(ValueError, match=r"context_length=2.*at least 3"):
         FixClipTokenizer.from_pretrained(folder, context_length=2)
+
+
+def test_a_folder_without_tokenizer_files_is_an_error(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"no tokenizer files there.*subfolder="):
+        FixClipTokenizer.from_pretrained(tmp_path)
