@@ -385,7 +385,7 @@ def test_command(run_command, recipe_file, tmp_path):
 
 def test_two_processes_train_as_one_does(recipe_file, recipe, tmp_path):
     """The same global batches and losses; they build the cache together, and rank 0 writes what comes out."""
-    options = ["lora.rank=2", "train.micro_batch_size=1", "train.steps=3", "output.save_every=3"]
+    options = ["lora.rank=2", "train.micro_batch_size=1", "train.steps=2"]
     options += [f"features.folder={tmp_path / 'cache'}", "features.shard_size=5", "features.text=true"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     command += ["train_adapter.py", str(recipe_file("two")), *options]
