@@ -310,6 +310,8 @@ def evaluate_images(
         read = evaluation.read_prompts(prompts, check_scenes)
         systems = [evaluation.parse_system(text) for text in system or ()]
         systems = systems or evaluation.default_systems(encoder, adapter, lora)
+        if scorer is None and read[0].scene is None:
+            typer.echo("No --scorer and no captions of scenes: pictures will be drawn and nothing scored.", err=True)
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         report = evaluation.evaluate_images(
             base,

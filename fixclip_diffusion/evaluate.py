@@ -127,7 +127,10 @@ def read_prompts(source: str, check_scenes: bool | None = None) -> list[Prompt]:
     prompts = []
     for line, text in texts:
         try:
-            prompts.append(Prompt(text, scenes.read_caption(text)))
+            scene = scenes.read_caption(text)
+            if not scene.objects:  # "a red bicycle against a white wall" has a background, too
+                raise ValueError("it names no object of the world")
+            prompts.append(Prompt(text, scene))
         except ValueError as error:
             if check_scenes:
                 raise ValueError(f"{source}:{line}: no scene's caption: {error}") from None
@@ -417,7 +420,7 @@ def format_table(report: Mapping[str, Any]) -> str:
     systems = report["systems"]
     metrics = list(dict.fromkeys(name for values in systems.values() for name in values))
     if not metrics:
-        return "nothing was scored: choose a scorer, or prompts of the scenes"
+        return "nothing was scored: choose a --scorer, or prompts of the scenes"
     width = max(len(name) for name in systems)
     lines = [f"{len(report['prompts'])} prompts, {report['settings']['drawing']['num_seeds']} picture(s) each"]
     for metric in metrics:

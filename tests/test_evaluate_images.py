@@ -189,6 +189,14 @@ def test_scores_are_cosines_by_sentence_and_zone(sd1, scorer, tokenizer):
     assert f"{metrics['whole']['mean']:.4f}" in table
 
 
+def test_a_background_alone_makes_no_scene(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("A red bicycle leaning against a white wall.\nA cat sits in front of a black wall.\n")
+    assert [prompt.scene for prompt in evaluation.read_prompts(str(file))] == [None, None]
+    with pytest.raises(ValueError, match=r"prompts\.txt:1: no scene's caption: it names no object"):
+        evaluation.read_prompts(str(file), check_scenes=True)
+
+
 def test_the_exact_checker_judges_scenes_by_zone(tokenizer):
     """Right pictures are right everywhere; where one object is painted over, only its zone suffers."""
     prompt = evaluation.read_prompts("scenes:1")[0]
