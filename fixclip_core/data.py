@@ -49,6 +49,7 @@ from fixclip_core.captions import (
     clean_caption,
     rejection,
 )
+from fixclip_core.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -471,16 +472,6 @@ def write_index(folder: Path, sizes: dict[str, int]) -> None:
     shards = [{"url": name, "nsamples": size} for name, size in sizes.items()]
     index = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": shards}
     write_atomically(folder / "index.json", json.dumps(index, indent=1).encode())
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file that is, at any moment, either absent, the old one or complete."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _shards_in(folder: Path) -> list[str]:

@@ -9,7 +9,6 @@ import copy
 import dataclasses
 import math
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fixclip_core.config import FixClipConfig
+from fixclip_core.files import write_atomically
 from fixclip_core.regional_prompts import ImageTower, check_image_tower, masked_patches
 from fixclip_core.text_tower import TextTower, check_text_tower
 
@@ -375,16 +375,3 @@ def group_token_aggregation(tokens_LBD: Tensor, num_groups: int) -> Tensor:
 
 def normalize(feature_BE: Tensor | None) -> Tensor | None:
     return None if feature_BE is None else F.normalize(feature_BE, dim=-1)
-
-
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file beside its place and move it there, so that no reader meets half of it."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

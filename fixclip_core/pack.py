@@ -36,9 +36,9 @@ from fixclip_core.data import (
     decode_image,
     open_source,
     sample_range,
-    write_atomically,
     write_index,
 )
+from fixclip_core.files import write_atomically
 
 # Stored as they are; anything else becomes a PNG.
 KEPT_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}

@@ -12,6 +12,8 @@ from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fixclip_core.files import write_atomically
+
 WEIGHTS_NAME = "adapter.safetensors"
 CONFIG_NAME = "adapter_config.json"
 KINDS = ("mlp", "attention")
@@ -98,12 +100,8 @@ class TextAdapter(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        partial = folder / f".{WEIGHTS_NAME}.partial"
-        save_file(state, partial)
-        partial.replace(folder / WEIGHTS_NAME)
-        partial = folder / f".{CONFIG_NAME}.partial"
-        partial.write_text(json.dumps(self.config, indent=2) + "\n")
-        partial.replace(folder / CONFIG_NAME)
+        write_atomically(folder / WEIGHTS_NAME, lambda path: save_file(state, path))
+        write_atomically(folder / CONFIG_NAME, (json.dumps(self.config, indent=2) + "\n").encode())
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **hub_kwargs: Any) -> "TextAdapter":

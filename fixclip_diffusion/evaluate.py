@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from fixclip_core import scenes
 from fixclip_core.captions import split_sentences
-from fixclip_core.data import write_atomically
 from fixclip_core.evaluate import Encoder, encode_images, encode_texts
+from fixclip_core.files import write_atomically
 
 from .adapter import TextAdapter
 from .features import check_made_for, fingerprint
@@ -450,6 +450,4 @@ def write_sheet(
             labels.append(f"{name}\n{prompt.text[:24]}")
     side = max(192, min(512, images[0].shape[-1]))
     sheet = scenes.sheet(images, labels, columns=len(drawn), side=side)
-    partial = path.with_name(f".{path.name}.partial")
-    sheet.save(partial, format="png")
-    partial.replace(path)
+    write_atomically(path, lambda partial: sheet.save(partial, format="png"))

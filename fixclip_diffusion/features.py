@@ -37,8 +37,8 @@ from fixclip_core.data import (
     Source,
     sample_range,
     sample_seeds,
-    write_atomically,
 )
+from fixclip_core.files import write_atomically
 
 from .objectives import Features
 from .recipe import AdapterRecipe, FeaturesSection, ObjectivesSection

@@ -73,6 +73,19 @@ def vae() -> AutoencoderKL:
     )
 
 
+def scheduler(prediction_type: str = "epsilon") -> DDIMScheduler:
+    """The noise schedule of Stable Diffusion 1.x and 2.x."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+    )
+
+
 def stable_diffusion(tokenizer: CLIPTokenizer, kind: str = "sd1", seed: int = 0) -> StableDiffusionPipeline:
     """A stock pipeline in the manner of Stable Diffusion 1.x (`sd1`) or 2.x (`sd2`: gelu, v-prediction).
 
@@ -91,15 +104,7 @@ def stable_diffusion(tokenizer: CLIPTokenizer, kind: str = "sd1", seed: int = 0)
             text_encoder=CLIPTextModel(clip_text_config(**changes)),
             tokenizer=tokenizer,
             unet=unet(),
-            scheduler=DDIMScheduler(
-                beta_start=0.00085,
-                beta_end=0.012,
-                beta_schedule="scaled_linear",
-                clip_sample=False,
-                set_alpha_to_one=False,
-                steps_offset=1,
-                prediction_type="epsilon" if kind == "sd1" else "v_prediction",
-            ),
+            scheduler=scheduler("epsilon" if kind == "sd1" else "v_prediction"),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,

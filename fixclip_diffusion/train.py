@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
@@ -40,8 +40,8 @@ from fixclip_core.data import (
     Loader,
     describe_skipped,
     open_source,
-    write_atomically,
 )
+from fixclip_core.files import write_atomically
 from fixclip_core.loop import (
     CHECKPOINTS,
     MetricsLog,
@@ -62,6 +62,7 @@ from fixclip_core.loop import (
 from fixclip_core.scenes import sheet
 from fixclip_core.task import split_batch
 
+from . import tiny
 from .adapter import TextAdapter
 from .features import (
     MADE_FOR,
@@ -703,13 +704,6 @@ def random_stable_diffusion(dtype: torch.dtype = torch.float32, seed: int = 0) -
         torch.set_default_dtype(default)
     plain = clip_tokenizer()
     tokenizer = FixClipTokenizer(vocab=plain.get_vocab(), merges=plain._merges)
-    sampler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
+    sampler = tiny.scheduler()
     schedule = DDPMScheduler.from_config(sampler.config)
     return FrozenModels(vae, encoder, encoder, unet, schedule, sampler, tokenizer)

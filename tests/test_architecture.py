@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 # Each module may import those of earlier lines only; what stands on one line does not know its neighbours.
 LAYERS = (
-    ("positional", "captions", "losses", "scenes", "checkpoint"),
+    ("files", "positional", "captions", "losses", "scenes", "checkpoint"),
     ("config", "data"),
     ("recipe", "regional_prompts", "pack", "suites"),
     ("loop", "text_tower"),

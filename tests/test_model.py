@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fixclip_core.config import FINE_TUNE, LONG_CLIP
-from fixclip_core.model import FixClip, group_token_aggregation, write_atomically
+from fixclip_core.files import write_atomically
+from fixclip_core.model import FixClip, group_token_aggregation
 from fixclip_core.positional import stretch_positions
 from fixclip_core.regional_prompts import masked_patches
 from fixclip_core.text_tower import piece_bounds
@@ -413,6 +414,13 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         write_atomically(target, fail)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_saved_files_have_the_permissions_of_any_other(tmp_path):
+    fix_clip(base_clip()).save_pretrained(tmp_path / "model")
+    (tmp_path / "other").write_text("")
+    usual = (tmp_path / "other").stat().st_mode
+    assert [path.stat().st_mode for path in (tmp_path / "model").iterdir()] == [usual, usual]
 
 
 def test_local_folder_of_open_clip(tmp_path):
