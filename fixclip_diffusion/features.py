@@ -21,6 +21,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import save
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
@@ -41,6 +42,7 @@ from fixclip_core.data import (
 from fixclip_core.files import write_atomically
 
 from .objectives import Features
+from .prompts import split_windows
 from .recipe import AdapterRecipe, FeaturesSection, ObjectivesSection
 from .text_encoder import CLIP_CONTEXT_LENGTH, FixClipTextEncoder, FixClipTokenizer
 
@@ -49,6 +51,7 @@ logger = logging.getLogger(__name__)
 KEY_FILE = "features.json"
 MADE_FOR = "made_for.json"
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
+NO_WINDOW = -1  # fills the ids behind a text's last window
 SHORT_CAPTIONS = {"short_caption", "max_short_sentences", "drop_short_from_long"}
 _OPEN_SHARDS = 16
 
@@ -57,7 +60,8 @@ _OPEN_SHARDS = 16
 class FrozenModels:
     """What training reads and does not change.
 
-    `teacher` is the base's own text encoder, `scheduler` the noise schedule, `sampler` the base's own scheduler.
+    `teacher` is the base's own text encoder, `scheduler` the noise schedule, `sampler` the base's own scheduler,
+    `long_prompt` how `text_encoder` reads long captions: see `BaseSection`.
     """
 
     vae: AutoencoderKL
@@ -67,10 +71,21 @@ class FrozenModels:
     scheduler: DDPMScheduler
     sampler: Any
     tokenizer: FixClipTokenizer
+    long_prompt: str = "windows"
 
     @property
     def modules(self) -> list[nn.Module]:
         return [self.vae, self.text_encoder, self.teacher, self.unet]
+
+    @property
+    def in_windows(self) -> bool:
+        """Whether captions are read in windows of 77 tokens."""
+        return self.long_prompt == "windows_77"
+
+    @property
+    def caption_ids(self) -> "TokenIds | WindowIds":
+        """Texts to the ids that the functions below read."""
+        return WindowIds(self.tokenizer) if self.in_windows else TokenIds(self.tokenizer)
 
 
 # -- encoding ------------------------------------------------------------------------------------------------
@@ -92,9 +107,34 @@ class TokenIds:
     tokenizer: FixClipTokenizer
 
     def __call__(self, texts: list[str]) -> Tensor:
-        length = self.tokenizer.context_length
-        options: dict[str, Any] = {"padding": "max_length", "truncation": True, "max_length": length}
-        return self.tokenizer(texts, **options, return_tensors="pt").input_ids
+        return _padded_ids(self.tokenizer, texts, self.tokenizer.context_length)
+
+
+@dataclass(frozen=True)
+class WindowIds:
+    """Texts -> (B, W * 77) ids of W windows of 77 tokens, as many as the longest text has; see `num_windows`.
+
+    Each window is cut and padded as the pipeline with long_prompt="windows_77" does it, the ids behind a text's
+    last one are NO_WINDOW.
+    """
+
+    tokenizer: FixClipTokenizer
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        clean = [self.tokenizer.clean(text) for text in texts]
+        windows = [split_windows(self.tokenizer, text, CLIP_CONTEXT_LENGTH) for text in clean]
+        ids = [_padded_ids(self.tokenizer, pieces, CLIP_CONTEXT_LENGTH).flatten() for pieces in windows]
+        return pad_sequence(ids, batch_first=True, padding_value=NO_WINDOW)
+
+
+def _padded_ids(tokenizer: FixClipTokenizer, texts: Sequence[str], length: int) -> Tensor:
+    options: dict[str, Any] = {"padding": "max_length", "truncation": True, "max_length": length}
+    return tokenizer(list(texts), **options, return_tensors="pt").input_ids
+
+
+def num_windows(ids_BT: Tensor) -> Tensor:
+    """(B,) windows of each text, from the ids of `WindowIds`."""
+    return (ids_BT[:, ::CLIP_CONTEXT_LENGTH] != NO_WINDOW).sum(1)
 
 
 def num_tokens(ids_BT: Tensor, tokenizer: FixClipTokenizer) -> Tensor:
@@ -111,12 +151,15 @@ def encode_pictures(vae: AutoencoderKL, image_BCHW: Tensor) -> tuple[Tensor, Ten
 
 @torch.no_grad()
 def encode_captions(frozen: FrozenModels, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Ids to states (B, T, D) without adapter and the tokens (B,) a pass; states past those are 0.
+    """Ids of `frozen.caption_ids` to states (B, T, D) without adapter and how many (B,) of them; those behind are 0.
 
-    As in the pipeline, a caption that fits into the encoder's original positions is read with them.
+    As in the pipeline, a caption that fits into the encoder's original positions is read with them, and so is each
+    window of `WindowIds`.
     """
     encoder = frozen.text_encoder
     ids_BT = ids_BT.to(encoder.device)
+    if frozen.in_windows:
+        return _encode_windows(encoder, ids_BT)
     fits_B = num_tokens(ids_BT, frozen.tokenizer) <= encoder.short_context_length
     length_B = torch.where(fits_B, encoder.short_context_length, encoder.context_length)
     states = torch.zeros((*ids_BT.shape, encoder.config.hidden_size), dtype=encoder.dtype, device=encoder.device)
@@ -126,12 +169,27 @@ def encode_captions(frozen: FrozenModels, ids_BT: Tensor) -> tuple[Tensor, Tenso
     return states[:, : int(length_B.max())], length_B
 
 
+def _encode_windows(encoder: FixClipTextEncoder, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
+    ids_BWT = ids_BT.unflatten(1, (-1, CLIP_CONTEXT_LENGTH))
+    shape = (*ids_BWT.shape, encoder.config.hidden_size)
+    states_BWTD = torch.zeros(shape, dtype=encoder.dtype, device=encoder.device)
+    read_BW = ids_BWT[..., 0] != NO_WINDOW
+    states_BWTD[read_BW] = encoder(ids_BWT[read_BW]).last_hidden_state
+    length_B = CLIP_CONTEXT_LENGTH * num_windows(ids_BT)
+    return states_BWTD.flatten(1, 2)[:, : int(length_B.max())], length_B
+
+
 @torch.no_grad()
 def encode_for_teacher(frozen: FrozenModels, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """States (B, S, D) of the base's own encoder, and whether (B,) each caption fits into its positions."""
+    """States (B, S, D) of the base's own encoder, and whether (B,) each caption fits into its positions.
+
+    Args:
+        frozen: its teacher reads them.
+        ids_BT: of `frozen.caption_ids`.
+    """
     teacher = frozen.teacher
     ids_BT, length = ids_BT.to(teacher.device), teacher.short_context_length or CLIP_CONTEXT_LENGTH
-    fits_B = num_tokens(ids_BT, frozen.tokenizer) <= length
+    fits_B = num_windows(ids_BT) == 1 if frozen.in_windows else num_tokens(ids_BT, frozen.tokenizer) <= length
     return teacher(ids_BT[:, :length]).last_hidden_state, fits_B
 
 
@@ -156,10 +214,15 @@ def encode_batch(frozen: FrozenModels, batch: Batch, objectives: ObjectivesSecti
 
 
 def empty_states(frozen: FrozenModels) -> tuple[dict[int, Tensor], Tensor]:
-    """States of the empty caption: {tokens a pass: (1, T, D)} of the encoder, and (1, S, D) of the base's own."""
+    """States of the empty caption: {tokens a pass: (1, T, D)} of the encoder, and (1, S, D) of the base's own.
+
+    In windows there is one kind of pass only.
+    """
     encoder = frozen.text_encoder
-    ids_1T = TokenIds(frozen.tokenizer)([""]).to(encoder.device)
-    lengths = {length for length in (encoder.short_context_length, encoder.context_length) if length}
+    ids_1T = frozen.caption_ids([""]).to(encoder.device)
+    lengths = {encoder.short_context_length, encoder.context_length} - {0}
+    if frozen.in_windows:
+        lengths = {CLIP_CONTEXT_LENGTH}
     with torch.no_grad():
         states = {length: encoder(ids_1T[:, :length]).last_hidden_state for length in sorted(lengths)}
     return states, encode_for_teacher(frozen, ids_1T)[0]
@@ -180,8 +243,10 @@ def weights_digest(module: nn.Module) -> str:
 
 def tokenizer_digest(tokenizer: FixClipTokenizer) -> str:
     """SHA-256 of all that decides a tokenizer's ids."""
-    backend = tokenizer._tokenizer.to_str()
-    settings = [backend, tokenizer.context_length, tokenizer.clean_text, tokenizer.pad_token]
+    backend = Tokenizer.from_str(tokenizer._tokenizer.to_str())
+    backend.no_truncation()  # a tokenizer keeps both from the last call
+    backend.no_padding()
+    settings = [backend.to_str(), tokenizer.context_length, tokenizer.clean_text, tokenizer.pad_token]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
 
@@ -231,6 +296,8 @@ def cache_key(recipe: AdapterRecipe, frozen: FrozenModels, resolution: int) -> d
             "tokenizer": tokenizer_digest(frozen.tokenizer),
             "captions": recipe.captions.model_dump(mode="json"),
         }
+        if frozen.in_windows:  # said only then, so that caches from before there was a choice stay good
+            key["long_prompt"] = frozen.long_prompt
     return key
 
 

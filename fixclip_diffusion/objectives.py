@@ -38,8 +38,8 @@ class Features:
     Attributes:
         mean, logvar: (B, C, H, W) of the latents' Gaussian, before scaling.
         long, short: (B, T, D) states of the encoder without adapter; rows past the own length are 0.
-        long_length, short_length: (B,) tokens a pass, as the pipeline would choose it: 77 where the encoder
-            kept its original positions and the caption fits, else 248.
+        long_length, short_length: (B,) states, as many as the pipeline would give: 77 where the encoder
+            kept its original positions and the caption fits, else 248; or 77 a window, see `BaseSection.long_prompt`.
         teacher: (B, S, D) states of the short captions by the base's own encoder.
         teacher_fits: (B,) whether the short caption fits into its 77 tokens.
         seeds: (B,) decide all draws.
@@ -98,6 +98,13 @@ class Denoiser:
     empty: dict[int, Tensor]
     empty_teacher: Tensor
     base_unet: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+    def empty_caption(self, length: int) -> Tensor:
+        """(1, length, D) states of the empty caption; those of several windows repeat one's, as in the pipeline."""
+        if length in self.empty:
+            return self.empty[length]
+        window = min(self.empty)
+        return self.empty[window].repeat(1, length // window, 1)
 
     def predict(self, noisy_RCHW: Tensor, timestep_R: Tensor, states_RTD: Tensor) -> Tensor:
         dtype = self.unet.dtype
@@ -206,7 +213,7 @@ def _states(features: Features, denoiser: Denoiser, rows: Draws, chosen: Tensor,
     sample = rows.sample[chosen]
     long, short = (_wide(states[sample, :length], length) for states in (features.long, features.short))
     states = torch.where(rows.short[chosen, None, None], short, long)
-    return torch.where(rows.dropped[chosen, None, None], denoiser.empty[length].to(states), states)
+    return torch.where(rows.dropped[chosen, None, None], denoiser.empty_caption(length).to(states), states)
 
 
 def _wide(states: Tensor, length: int) -> Tensor:

@@ -12,6 +12,11 @@ class BaseSection(Section):
 
     base: str = Field(min_length=1, description="Stable Diffusion 1.x or 2.x: folder or hub name")
     encoder: str | None = Field(default=None, description="text encoder's folder or hub name; null: the base's")
+    long_prompt: Literal["windows", "windows_77"] = Field(
+        default="windows",
+        description="captions of more than 77 tokens: in one pass of 248, cut behind it; or, with windows_77, all of "
+        "them in windows of 77 on the encoder's original positions, as the pipeline of that long_prompt and compel do",
+    )
 
 
 class AdapterSection(Section):

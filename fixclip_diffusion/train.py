@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -186,7 +186,7 @@ def prepare(recipe: AdapterRecipe, models: FrozenModels | None = None) -> Run:
     if accelerator.is_main_process:
         check_folder(Path(recipe.output.folder), 0)
     with accelerator.local_main_process_first():  # the others find its download
-        frozen = models or load_frozen(recipe.model)
+        frozen = replace(models, long_prompt=recipe.model.long_prompt) if models else load_frozen(recipe.model)
     check_frozen(frozen, recipe)
     made_for = fingerprint(frozen.text_encoder, frozen.tokenizer)
     torch.manual_seed(recipe.seed)
@@ -251,15 +251,17 @@ def load_frozen(section: BaseSection) -> FrozenModels:
         teacher = FixClipTextEncoder.from_pretrained(section.base, subfolder="text_encoder")
         teacher.set_adapter_module(None)
     schedule = DDPMScheduler.from_config(pipe.scheduler.config)
-    return FrozenModels(pipe.vae, encoder, teacher, pipe.unet, schedule, pipe.scheduler, pipe.tokenizer)
+    return FrozenModels(
+        pipe.vae, encoder, teacher, pipe.unet, schedule, pipe.scheduler, pipe.tokenizer, section.long_prompt
+    )
 
 
 def check_frozen(frozen: FrozenModels, recipe: AdapterRecipe) -> None:
     """Refuse models that cannot be trained with as the recipe says.
 
     Raises:
-        ValueError: an inpainting UNet, an unknown prediction type, a base without its own positions, or an encoder
-            of another length.
+        ValueError: an inpainting UNet, an unknown prediction type, a base without its own positions, or windows of
+            77 tokens for an encoder without its original positions.
     """
     unet, vae = cast(Any, frozen.unet.config), cast(Any, frozen.vae.config)
     if unet.in_channels != vae.latent_channels:
@@ -274,25 +276,40 @@ def check_frozen(frozen: FrozenModels, recipe: AdapterRecipe) -> None:
             f"base {recipe.model.base!r}: its text encoder has no original positions, so it cannot teach; give a stock "
             "base, or set objectives.weight_prediction and objectives.weight_states to 0"
         )
+    positions = frozen.text_encoder.short_context_length
+    if frozen.in_windows and positions != CLIP_CONTEXT_LENGTH:
+        raise ValueError(
+            f"model.long_prompt={frozen.long_prompt} needs an encoder with its {CLIP_CONTEXT_LENGTH} original "
+            f"positions, and {recipe.model.encoder or recipe.model.base!r} has {positions or 'none'}; set "
+            "model.long_prompt=windows"
+        )
 
 
 def make_adapter(recipe: AdapterRecipe, frozen: FrozenModels, made_for: dict[str, str]) -> TextAdapter:
     """A new adapter, or the one to go on from.
 
     Raises:
-        ValueError: sizes that do not fit, or an adapter that was made for another encoder or tokenizer.
+        ValueError: sizes that do not fit, an adapter that was made for another encoder or tokenizer, or one with
+            attention for windows.
     """
     section, encoder = recipe.adapter, frozen.text_encoder
     if section.start_from is None:
         sizes = section.model_dump(exclude={"start_from"})
-        return TextAdapter(encoder.config.hidden_size, max_tokens=encoder.context_length, **sizes)
-    adapter = TextAdapter.from_pretrained(section.start_from)
-    if adapter.config["width"] != encoder.config.hidden_size:
+        adapter = TextAdapter(encoder.config.hidden_size, max_tokens=encoder.context_length, **sizes)
+    else:
+        adapter = TextAdapter.from_pretrained(section.start_from)
+        if adapter.config["width"] != encoder.config.hidden_size:
+            raise ValueError(
+                f"adapter.start_from={section.start_from!r}: an adapter of width {adapter.config['width']} on a text "
+                f"encoder of width {encoder.config.hidden_size}"
+            )
+        check_made_for(Path(section.start_from), made_for)
+    if frozen.in_windows and adapter.config["kind"] == "attention":
+        where = f" (of adapter.start_from={section.start_from!r})" if section.start_from else ""
         raise ValueError(
-            f"adapter.start_from={section.start_from!r}: an adapter of width {adapter.config['width']} on a text "
-            f"encoder of width {encoder.config.hidden_size}"
+            f"adapter.kind=attention{where} with model.long_prompt={frozen.long_prompt}: it would learn on all windows "
+            "at once, but the pipeline applies it to each by itself; use an mlp adapter, or model.long_prompt=windows"
         )
-    check_made_for(Path(section.start_from), made_for)
     return adapter
 
 
@@ -359,7 +376,7 @@ def make_loader(
     rank, world_size = accelerator.process_index, accelerator.num_processes
     transform = picture_transform(resolution, section.random_crop, section.flip)
     draft_size = 2 * resolution if config.draft else None
-    arguments = (source, config, transform, TokenIds(frozen.tokenizer), rank, world_size, draft_size)
+    arguments = (source, config, transform, frozen.caption_ids, rank, world_size, draft_size)
     result = Batches(*arguments)
     if recipe.features.folder is not None:
         folder, key = Path(recipe.features.folder), cache_key(recipe, frozen, resolution)
@@ -531,12 +548,12 @@ def write_samples(run: Run) -> None:
             with run.denoiser.base_unet():
                 if frozen.teacher.short_context_length:
                     run.references["stock"] = draw_samples(run, frozen.teacher, "truncate_77")
-                run.references["untuned"] = draw_samples(run, frozen.text_encoder, "windows")
+                run.references["untuned"] = draw_samples(run, frozen.text_encoder, frozen.long_prompt)
         try:
             # The encoder casts what it is given, and the adapter in training must stay in float32.
             frozen.text_encoder.set_adapter_module(copy.deepcopy(weights.adapter))
             with lora_weights(run, weights):
-                current = draw_samples(run, frozen.text_encoder, "windows")
+                current = draw_samples(run, frozen.text_encoder, frozen.long_prompt)
         finally:
             frozen.text_encoder.set_adapter_module(None)
         columns = {**run.references, "current": current}
@@ -610,7 +627,9 @@ def plan(run: Run) -> str:
     cache = "none" if recipe.features.folder is None else recipe.features.folder
     lines = {
         "base": f"{recipe.model.base}, {cast(Any, frozen.scheduler.config).prediction_type}",
-        "encoder": f"{recipe.model.encoder or 'the base encoder'}, {frozen.text_encoder.context_length} tokens",
+        "encoder": f"{recipe.model.encoder or 'the base encoder'}, "
+        + (f"windows of {CLIP_CONTEXT_LENGTH}" if frozen.in_windows else f"{frozen.text_encoder.context_length}")
+        + " tokens",
         "trained": f"{trained / 1e6:.2f}M parameters: {recipe.adapter.kind} adapter"
         + (f", LoRA of rank {recipe.lora.rank}" if recipe.lora.rank else ""),
         "data": f"{len(run.loader.batches.order)} samples, {len(run.loader)} batches an epoch, {run.resolution} px",

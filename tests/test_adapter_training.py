@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 
 from fixclip_core.checkpoint import list_checkpoints
 from fixclip_core.recipe import load_recipe
-from fixclip_diffusion import FixClipStableDiffusionPipeline, TextAdapter, train
+from fixclip_diffusion import FixClipStableDiffusionPipeline, TextAdapter, evaluate, train
 from fixclip_diffusion.recipe import AdapterRecipe
 from fixclip_diffusion.tiny import clip_text_config, unet
 
@@ -246,6 +246,42 @@ def test_a_trained_adapter_gives_the_same_picture_everywhere(recipe, sd1, encode
     assert np.array_equal(picture(stock), wanted)
 
 
+def test_an_adapter_for_windows_of_77_tokens(recipe, sd1, tmp_path):
+    """Trained on scenes' captions of one to three windows; pipeline and evaluation apply it to each window."""
+    chosen = recipe(
+        "run",
+        "model.long_prompt=windows_77",
+        "data.source=scenes",
+        "data.stop=8",
+        "train.micro_batch_size=3",
+        "optim.lr=0.05",
+        f"samples.prompts=['{PROMPT}']",
+    )
+    run = train.prepare(chosen)
+    assert "windows of 77 tokens" in train.plan(run)
+    features = train.encode_batch(run.frozen, next(run.loader.epoch(0)), chosen.objectives)
+    assert set(features.long_length.tolist()) >= {77, 154, 231}
+    reset_accelerator()
+    adapter = train.train(chosen)
+    assert all(math.isfinite(value) for row in metrics(tmp_path / "run") for value in row.values())
+
+    pipe = FixClipStableDiffusionPipeline.from_pretrained(sd1, adapter=adapter, long_prompt="windows_77")
+    untuned = FixClipStableDiffusionPipeline.from_pretrained(sd1, long_prompt="windows_77")
+    wanted, plain = picture(pipe), picture(untuned)
+    assert not np.array_equal(wanted, plain)
+    drawing = evaluate.Drawing(steps=2, size=16)
+    for options, expected in ((f"adapter={adapter},", wanted), ("", plain)):
+        system = evaluate.parse_system(f"windows:{options}long_prompt=windows_77")
+        drawn = evaluate.Painter(str(sd1)).draw(system, [evaluate.Prompt(PROMPT)], drawing)[0][0]
+        assert np.array_equal(np.asarray(drawn), expected)
+    # A run's sheets are drawn in windows too.
+    stock = picture(StableDiffusionPipeline.from_pretrained(sd1, safety_checker=None))
+    columns = {"stock": stock, "untuned": plain, "current": wanted}
+    expected = train.sample_sheet({k: [Image.fromarray(v)] for k, v in columns.items()}, [PROMPT])
+    sheet = Image.open(tmp_path / "run" / "samples" / "step-00000004.png")
+    assert np.array_equal(np.asarray(sheet), np.asarray(expected))
+
+
 def test_stock_load_lora_weights_reads_the_lora(recipe, sd1, tmp_path):
     """The UNet with the loaded LoRA predicts what the trained one predicts."""
     chosen = recipe("run", "lora.rank=2", "train.ema_decay=0.3", "optim.lr_new=0.05")
@@ -292,6 +328,19 @@ def test_going_on_from_an_adapter(recipe, encoder_folder, tmp_path, caplog):
     reset_accelerator()
     with pytest.raises(ValueError, match="an adapter of width 48 on a text encoder of width 32"):
         train.prepare(recipe("second", f"adapter.start_from={tmp_path / 'wide'}"))
+
+
+def test_windows_need_original_positions_and_an_adapter_without_attention(recipe, encoder_folder, tmp_path):
+    windows = "model.long_prompt=windows_77"
+    with pytest.raises(ValueError, match=r"model\.long_prompt=windows_77 needs .* 77 original positions, .* has none;"):
+        train.prepare(recipe("run", windows, f"model.encoder={encoder_folder}"))
+    reset_accelerator()
+    with pytest.raises(ValueError, match=r"adapter\.kind=attention with model\.long_prompt=windows_77: "):
+        train.prepare(recipe("run", windows, "adapter.kind=attention"))
+    TextAdapter(32, kind="attention", hidden_width=16).save_pretrained(tmp_path / "attention")
+    reset_accelerator()
+    with pytest.raises(ValueError, match=r"attention \(of adapter.start_from=.*\) with model\.long_prompt=windows"):
+        train.prepare(recipe("run", windows, f"adapter.start_from={tmp_path / 'attention'}"))
 
 
 def test_a_run_is_not_resumed_with_another_encoder(recipe, encoder_folder):
@@ -402,6 +451,8 @@ def test_two_processes_train_as_one_does(recipe_file, recipe, tmp_path):
 def test_smoke(recipe):
     """With a local base smoke takes it as it is; the random one of full size is for the recipe's own check."""
     train.smoke(recipe("run", f"samples.prompts=['{tiny.sentences(2)}']", "samples.steps=2"))
+    reset_accelerator()
+    train.smoke(recipe("run", "model.long_prompt=windows_77"))
 
 
 def test_the_recipe_of_stable_diffusion_is_valid():

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import os
+import pickle
 
 import pytest
 import tiny_adapter
@@ -17,11 +18,14 @@ from tiny_adapter import without_onednn  # noqa: F401
 from fixclip_diffusion import FixClipStableDiffusionPipeline, train
 from fixclip_diffusion.features import (
     TokenIds,
+    WindowIds,
+    empty_states,
     encode_batch,
     encode_captions,
     encode_for_teacher,
     encode_pictures,
     num_tokens,
+    num_windows,
     picture_transform,
     tokenizer_digest,
     weights_digest,
@@ -89,6 +93,40 @@ def test_an_encoder_without_original_positions_reads_248_tokens_always(models):
     assert length.tolist() == [248]
 
 
+def test_windows_are_those_of_the_pipeline(sd1, models):
+    """One to five of them: the states, those of the empty caption that guidance reads, and those with an adapter."""
+    frozen = dataclasses.replace(models, long_prompt="windows_77")
+    texts = [SHORT, LONG, tiny_adapter.caption(1, sentences=16), "", tiny_adapter.caption(2, sentences=30)]
+    assert isinstance(frozen.caption_ids, WindowIds)
+    ids = pickle.loads(pickle.dumps(frozen.caption_ids))(texts)
+    states, length = encode_captions(frozen, ids)
+    teacher, fits = encode_for_teacher(frozen, ids)
+    assert num_windows(ids).tolist() == [1, 2, 3, 1, 5]
+    assert length.tolist() == [77, 154, 231, 77, 385]
+    assert states.shape[1] == 385
+    assert fits.tolist() == [True, False, False, True, False]
+    denoiser = train.make_denoiser(frozen, has_lora=False)
+    assert denoiser.empty.keys() == {77}
+    adapter = tiny_adapter.randomize(train.TextAdapter(states.shape[-1], hidden_width=16))
+    pipe, adapted = (
+        FixClipStableDiffusionPipeline.from_pretrained(sd1, adapter=part, long_prompt="windows_77")
+        for part in (None, adapter)
+    )
+    for row, text in enumerate(texts):
+        theirs, empty = pipe.encode_prompt(text, "cpu", 1, True)
+        own = states[row : row + 1, : length[row]]
+        torch.testing.assert_close(own, theirs, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(denoiser.empty_caption(int(length[row])), empty, rtol=1e-4, atol=1e-5)
+        with torch.no_grad():
+            torch.testing.assert_close(
+                adapter(own), adapted.encode_prompt(text, "cpu", 1, False)[0], rtol=1e-4, atol=1e-4
+            )
+        assert not states[row, length[row] :].any()
+        if fits[row]:
+            torch.testing.assert_close(teacher[row], theirs[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(empty_states(frozen)[1], teacher[3:4], rtol=1e-4, atol=1e-5)
+
+
 def test_pictures_become_the_latents_of_the_vae(models):
     transform = picture_transform(16)
     picture = Image.new("RGB", (40, 20), (255, 0, 127))
@@ -113,6 +151,8 @@ def test_digests_tell_weights_and_tokenizers_apart(models):
         assert weights_digest(encoder) != one
         parameter[0, 0] -= 1e-3
     other = copy.deepcopy(models.tokenizer)
+    assert tokenizer_digest(other) == tokenizer_digest(models.tokenizer)
+    WindowIds(other)([LONG])  # the last call's padding does not count
     assert tokenizer_digest(other) == tokenizer_digest(models.tokenizer)
     other.add_tokens(["<new>"])
     assert tokenizer_digest(other) != tokenizer_digest(models.tokenizer)
@@ -149,6 +189,29 @@ def test_cached_features_are_those_of_every_step(setup, models, tmp_path, text, 
                     torch.testing.assert_close(
                         getattr(stored, field.name), getattr(live, field.name), rtol=1e-4, atol=1e-5, msg=field.name
                     )
+
+
+def test_windows_are_cached_too(setup, models, tmp_path):
+    """Captions of one to four windows, in another cache than those of one pass; latents serve both."""
+    path = tmp_path / "data" / "data.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [{**row, "long": tiny_adapter.caption(i, sentences=3 + 2 * i)} for i, row in enumerate(rows)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    frozen = dataclasses.replace(models, long_prompt="windows_77")
+    windows = {"long_prompt": "windows_77"}
+    plain, loader = setup(**windows), setup(*cached(tmp_path, "features.text=true", "data.workers=2"), **windows)
+    lengths = set()
+    for batch, stored in zip(plain.epoch(0), loader.epoch(0), strict=True):
+        live = encode_batch(frozen, batch, ALL)
+        for name in ("long", "short", "long_length", "short_length", "teacher", "teacher_fits"):
+            torch.testing.assert_close(getattr(stored, name), getattr(live, name), rtol=1e-4, atol=1e-5, msg=name)
+        lengths |= set(live.long_length.tolist())
+    assert lengths == {77, 154, 231, 308}
+    with pytest.raises(ValueError, match="this cache was made with another long_prompt; delete it"):
+        setup(*cached(tmp_path, "features.text=true"))
+    latents = (f"features.folder={tmp_path / 'latents'}",)
+    setup(*latents)
+    setup(*latents, **windows)
 
 
 def test_half_precision_halves_the_files_and_costs_rounding_only(setup, tmp_path):
