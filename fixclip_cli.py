@@ -292,6 +292,7 @@ def evaluate_images(
     size: Annotated[str | None, typer.Option(help="Side of the square pictures; default: the model's own.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="First seed, the same for every system.")] = 0,
     num: Annotated[int, typer.Option(min=1, max=1000, help="Pictures of each prompt and system.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, max=1024, help="Pictures drawn at a time.")] = 1,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for report.json, sheet.png and images.")] = (
         DEFAULT_OUTPUT / "evaluation"
     ),
@@ -317,7 +318,7 @@ def evaluate_images(
             base,
             read,
             systems,
-            evaluation.Drawing(steps, guidance, width_height and width_height[0], seed, num),
+            evaluation.Drawing(steps, guidance, width_height and width_height[0], seed, num, batch_size=batch_size),
             scorer=load_encoder(scorer, device=device) if scorer else None,
             device=device,
             dtype=torch.float16 if device == "cuda" else torch.float32,

@@ -184,7 +184,10 @@ def _leading(text: str) -> int:
 
 @dataclass(frozen=True)
 class Drawing:
-    """How pictures are drawn, the same for every system."""
+    """How pictures are drawn, the same for every system.
+
+    `batch_size` pictures at a time: faster, and equal to one at a time up to rounding.
+    """
 
     steps: int = 30
     guidance_scale: float = 7.5
@@ -192,6 +195,7 @@ class Drawing:
     seed: int = 0
     num_seeds: int = 1
     negative_prompt: str = ""
+    batch_size: int = 1
 
     @property
     def seeds(self) -> range:
@@ -245,24 +249,52 @@ class Painter:
 
     def draw(self, system: System, prompts: Sequence[Prompt], drawing: Drawing) -> list[list[Image.Image]]:
         """One list of pictures, a picture for each seed, for every prompt."""
+        jobs = [(prompt.text, seed) for prompt in prompts for seed in drawing.seeds]
+        pictures: list[Image.Image] = [Image.new("RGB", (0, 0))] * len(jobs)
         with self.pipeline(system) as pipe:
             side = drawing.size or pipe.unet.config.sample_size * pipe.vae_scale_factor
-            bar = tqdm([(p, seed) for p in prompts for seed in drawing.seeds], desc=system.name, unit="picture")
             call: Any = pipe
-            pictures = [
-                call(
-                    prompt=prompt.text,
-                    negative_prompt=drawing.negative_prompt,
-                    num_inference_steps=drawing.steps,
-                    guidance_scale=drawing.guidance_scale,
-                    width=side,
-                    height=side,
-                    generator=torch.Generator().manual_seed(seed),
-                ).images[0]
-                for prompt, seed in bar
-            ]
+            with tqdm(total=len(jobs), desc=system.name, unit="picture") as bar:
+                for batch, embeds, negative_embeds in _batches(pipe, jobs, drawing):
+                    images = call(
+                        prompt_embeds=embeds,
+                        negative_prompt_embeds=negative_embeds,
+                        num_inference_steps=drawing.steps,
+                        guidance_scale=drawing.guidance_scale,
+                        width=side,
+                        height=side,
+                        generator=[torch.Generator().manual_seed(jobs[job][1]) for job in batch],
+                    ).images
+                    for job, image in zip(batch, images, strict=True):
+                        pictures[job] = image
+                    bar.update(len(batch))
         size = drawing.num_seeds
         return [pictures[i : i + size] for i in range(0, len(pictures), size)]
+
+
+def _batches(
+    pipe: FixClipStableDiffusionPipeline, jobs: Sequence[tuple[str, int]], drawing: Drawing
+) -> Iterator[tuple[list[int], Tensor, Tensor | None]]:
+    """Jobs that are drawn together and their text states; only states of equal length are stacked."""
+    groups: dict[int, list[tuple[int, Tensor, Tensor | None]]] = {}
+    before, states = None, None
+    for job, (text, _) in enumerate(jobs):
+        if text != before:  # the seeds of a prompt come one after another
+            with torch.no_grad():
+                states = pipe.encode_prompt(text, pipe.device, 1, drawing.guidance_scale > 1, drawing.negative_prompt)
+            before = text
+        assert states is not None
+        group = groups.setdefault(states[0].shape[1], [])
+        group.append((job, *states))
+        if len(group) == drawing.batch_size:
+            yield _stack(groups.pop(states[0].shape[1]))
+    for group in groups.values():
+        yield _stack(group)
+
+
+def _stack(group: Sequence[tuple[int, Tensor, Tensor | None]]) -> tuple[list[int], Tensor, Tensor | None]:
+    jobs, embeds, negative_embeds = zip(*group, strict=True)
+    return list(jobs), torch.cat(embeds), None if negative_embeds[0] is None else torch.cat(negative_embeds)
 
 
 # -- scores --------------------------------------------------------------------------------------------------

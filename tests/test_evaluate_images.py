@@ -156,6 +156,22 @@ def test_every_system_draws_what_its_pipeline_draws(sd1, parts, tmp_path):
     assert evaluation.format_table(report).startswith("nothing was scored")
 
 
+def test_batches_draw_what_single_pictures_are(sd1):
+    """Of prompts of several lengths, whose states cannot be stacked, in an order that mixes them."""
+    prompts = [Prompt(text) for text in ("A cat.", LONG, "A dog.", LONG[::-1][:300], LONG + LONG, "A hat.")]
+    system = System("windows", long_prompt="windows_77")
+    one, several = (
+        evaluation.Painter(str(sd1)).draw(
+            system, prompts, Drawing(steps=2, guidance_scale=3.0, size=16, num_seeds=2, batch_size=batch_size)
+        )
+        for batch_size in (1, 4)
+    )
+    for alone, together in zip(one, several, strict=True):
+        for a, b in zip(alone, together, strict=True):
+            assert np.abs(np.asarray(a).astype(int) - np.asarray(b)).max() <= 1
+    assert len({picture.tobytes() for own in one for picture in own}) == 12
+
+
 def test_scores_are_cosines_by_sentence_and_zone(sd1, scorer, tokenizer):
     encoder = load_encoder(scorer)
     prompts = [Prompt(LONG), Prompt(SHORT)]
@@ -263,6 +279,7 @@ def test_command(sd1, parts, scorer, tmp_path):
     assert {"whole", "sentence_after", "objects_right_before"} <= report["systems"]["adapted"].keys()
     assert report["settings"]["drawing"] == {
         "steps": 1, "guidance_scale": 3.0, "size": 32, "seed": 0, "num_seeds": 1, "negative_prompt": "",
+        "batch_size": 1,
     }  # fmt: skip
 
 
