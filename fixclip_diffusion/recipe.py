@@ -82,7 +82,7 @@ class FeaturesSection(Section):
 class AdapterOptimSection(OptimSection):
     """`OptimSection` with the adapter's learning rates."""
 
-    lr: float = Field(default=1e-4, gt=0, description="peak learning rate of the adapter")
+    lr: float = Field(default=1e-4, ge=0, description="peak learning rate of the adapter; 0: it stays as it is")
     lr_new: float = Field(default=1e-4, gt=0, description="peak learning rate of the LoRA")
 
 

@@ -18,6 +18,7 @@ import torch
 import typer
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_adapter import without_onednn  # noqa: F401
@@ -328,6 +329,31 @@ def test_going_on_from_an_adapter(recipe, encoder_folder, tmp_path, caplog):
     reset_accelerator()
     with pytest.raises(ValueError, match="an adapter of width 48 on a text encoder of width 32"):
         train.prepare(recipe("second", f"adapter.start_from={tmp_path / 'wide'}"))
+
+
+def test_a_learning_rate_of_0_trains_the_lora_alone(recipe, tmp_path):
+    first = train.train(recipe("first", "train.steps=2"))
+    options = [f"adapter.start_from={first}", "optim.lr=0", "lora.rank=2"]
+    train_again(recipe("second", *options))
+    trained = load_file(tmp_path / "second" / "lora" / "pytorch_lora_weights.safetensors")
+    assert_equal(load_file(tmp_path / "second/adapter/adapter.safetensors"), load_file(first / "adapter.safetensors"))
+    assert all(tensor.any() for name, tensor in trained.items() if "lora_B" in name or "lora.up" in name)
+
+
+def test_attention_written_out_is_the_fused_one(recipe):
+    """On CPUs training takes the slower-looking processor; values and gradients must not notice."""
+    run = train.prepare(recipe("run"))
+    unet = run.frozen.unet
+    assert {type(p) for p in unet.attn_processors.values()} == {AttnProcessor}
+    found = []
+    for processor in (AttnProcessor(), AttnProcessor2_0()):
+        unet.set_attn_processor(processor)
+        torch.manual_seed(0)
+        states = torch.randn(2, 77, 32, requires_grad=True)
+        out = unet(torch.randn(2, 4, 8, 8), torch.tensor([3, 900]), states).sample
+        out.square().sum().backward()
+        found.append((out, states.grad))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
 
 
 def test_windows_need_original_positions_and_an_adapter_without_attention(recipe, encoder_folder, tmp_path):
