@@ -1,0 +1,176 @@
+"""What the parts of the scenes miniature can do, as JSON: `images SYSTEM` and `retrieval`; for report.py.
+
+Scenes and captions here are never trained on: FIX-CLIP and the adapter take scenes from number 1000 of seed 0 on, the
+base draws its own, and these are the first 1000 of seed 0 (retrieval) and those of seed 1 (images).
+"""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from tqdm import tqdm
+
+from fixclip_core import scenes
+from fixclip_core.config import FINE_TUNE
+from fixclip_core.evaluate import retrieval_metrics
+from fixclip_core.files import write_atomically
+from fixclip_core.model import FixClip
+from fixclip_diffusion.evaluate import Drawing, Painter, Prompt, System, scene_verdicts
+from fixclip_diffusion.text_encoder import FixClipTokenizer
+
+OUT = Path("outputs/scenes")
+BASE, ENCODER = str(OUT / "base"), str(OUT / "encoder_diffusers")
+SYSTEMS = {
+    "stock": System("stock", long_prompt="truncate_77"),
+    "windows": System("windows", long_prompt="windows_77"),
+    "stretched": System("stretched"),
+    "trained": System("trained", ENCODER),
+    "adapter": System("adapter", ENCODER, str(OUT / "adapter/adapter")),
+    "lora": System("lora", ENCODER, str(OUT / "adapter/adapter"), str(OUT / "lora/lora")),
+    "windows_adapter": System(
+        "windows_adapter", adapter=str(OUT / "adapter_windows/adapter"), long_prompt="windows_77"
+    ),
+    "stretched_adapter": System("stretched_adapter", adapter=str(OUT / "adapter_stretched/adapter")),
+}
+DRAWING = Drawing(steps=20, guidance_scale=3.0, batch_size=16)
+
+app = typer.Typer(add_completion=False)
+
+
+def nine(number: int, **words: Any) -> list[Prompt]:
+    drawn = [scenes.scene_at(1, index, num_objects=9) for index in range(number)]
+    return [Prompt(scenes.long_caption(s, f"results/{i}", **words).text, s) for i, s in enumerate(drawn)]
+
+
+def by_count(number: int) -> list[Prompt]:
+    """Long captions of scenes with 1 to 8 objects, `number` each."""
+    drawn = [scenes.scene_at(2, 8 * i + n - 1, num_objects=n) for i in range(number) for n in range(1, 9)]
+    return [Prompt(scenes.long_caption(s, f"results/{i}").text, s) for i, s in enumerate(drawn)]
+
+
+def short(number: int) -> list[Prompt]:
+    """Short captions of scenes with 1 to 3 objects; they name all of them."""
+    drawn = [scenes.scene_at(3, index, num_objects=(1, 3)) for index in range(number)]
+    return [Prompt(scenes.short_caption(s, f"results/{i}").text, s) for i, s in enumerate(drawn)]
+
+
+# name: prompts, noises of each
+SETS: dict[str, tuple[Callable[[], list[Prompt]], int]] = {
+    "nine": (lambda: nine(300), 3),
+    "by_count": (lambda: by_count(30), 1),
+    "heldout_templates": (lambda: nine(100, split="heldout", synonyms="train"), 1),
+    "heldout_words": (lambda: nine(100, split="train", synonyms="heldout"), 1),
+    "short": (lambda: short(150), 2),
+}
+
+
+@app.command()
+def images(
+    system: Annotated[str, typer.Argument(help=f"One of {', '.join(SYSTEMS)}.")],
+    output: Annotated[Path, typer.Option(help="Folder; a set that is there already is not drawn again.")] = OUT
+    / "evaluation",
+    limit: Annotated[int | None, typer.Option(help="Prompts of each set, for a quick look.")] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Draw in float32; default: bfloat16 autocast.")] = False,
+) -> None:
+    """Draw every set of prompts with one system and judge the pictures, object by object."""
+    if system not in SYSTEMS:
+        raise SystemExit(f"Error: system {system!r}: valid are {', '.join(SYSTEMS)}")
+    painter = Painter(BASE)
+    tokenizer = FixClipTokenizer.from_pretrained(BASE, subfolder="tokenizer")
+    for name, (make, seeds) in SETS.items():
+        file = output / f"{name}-{system}.json"
+        if file.exists():
+            continue
+        prompts = make()[:limit]
+        drawing = Drawing(**{**asdict(DRAWING), "num_seeds": seeds})
+        # Half the time; results.md says what it changes.
+        with contextlib.nullcontext() if exact else torch.autocast("cpu", torch.bfloat16):
+            pictures = painter.draw(SYSTEMS[system], prompts, drawing)
+        rows = [judged(prompt, own, tokenizer) for prompt, own in zip(prompts, pictures, strict=True)]
+        output.mkdir(parents=True, exist_ok=True)
+        content = {"system": system, "set": name, "drawing": asdict(drawing), "bfloat16": not exact, "prompts": rows}
+        write_atomically(file, (json.dumps(content) + "\n").encode())
+        right = [right for row in rows for own in row["right"] for right in own]
+        typer.echo(f"{name} {system}: {right.count('1') / len(right):.3f} of the objects right")
+
+
+def judged(prompt: Prompt, pictures: list[Any], tokenizer: FixClipTokenizer) -> dict[str, Any]:
+    """Verdicts as strings, an object a letter and a picture a string: compact, and readable in a diff."""
+    assert prompt.scene is not None
+    found = scene_verdicts(pictures, prompt, tokenizer)
+    size = len(prompt.scene.objects)
+    objects = [found["objects"][start : start + size] for start in range(0, len(found["objects"]), size)]
+    clean = tokenizer.clean(prompt.text)
+    offsets = tokenizer(clean, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    caption = scenes.annotate_caption(str(clean))
+    ends = {
+        span.place: last for span, (_, last) in zip(caption.spans, scenes.token_ranges(caption, offsets), strict=True)
+    }
+    return {
+        "tokens": len(offsets) + 2,
+        "ends": [ends[item.place] for item in prompt.scene.objects],
+        "zones": "".join(item["zone"][:2][-1] for item in objects[0]),  # e before, c across, f after, a past
+        **{key: ["".join(str(int(o[key])) for o in own) for own in objects] for key in ("right", "shape", "colour")},
+        "background": "".join(str(int(b)) for b in found["background"]),
+    }
+
+
+# -- retrieval -----------------------------------------------------------------------------------------------
+
+
+def retrieval_models() -> Iterator[tuple[str, Callable[[], FixClip]]]:
+    base = OUT / "clip/model"
+    # keep=76 and ratio 1 leave the 77 positions as they are.
+    yield "base", lambda: FixClip.from_pretrained(base, keep=76, ratio=1, **FINE_TUNE)
+    yield "stretched", lambda: FixClip.from_pretrained(base, **FINE_TUNE)
+    yield "trained", lambda: FixClip.from_pretrained(OUT / "encoder")
+
+
+CAPTIONS: dict[str, Callable[[scenes.Scene, int], scenes.Caption]] = {
+    "long": lambda s, i: scenes.long_caption(s, i),
+    "short": lambda s, i: scenes.short_caption(s, i),
+    "long_heldout_templates": lambda s, i: scenes.long_caption(s, i, split="heldout", synonyms="train"),
+    "long_heldout_words": lambda s, i: scenes.long_caption(s, i, split="train", synonyms="heldout"),
+}
+
+
+@app.command()
+def retrieval(
+    output: Annotated[Path, typer.Option(help="Folder of retrieval.json.")] = OUT / "evaluation", number: int = 1000
+) -> None:
+    """Recall of the base at 77 tokens, the base stretched, and the trained FIX-CLIP, over 1,000 scenes."""
+    drawn = [scenes.scene_at(0, index) for index in range(number)]
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for name, load in retrieval_models():
+        model = load().float().eval()
+        transform, tokenizer = model.preprocess(train=False), model.tokenizer()
+        pictures = [transform(to_pil(scenes.render(scene))) for scene in drawn]
+        with torch.no_grad():
+            image_IE = torch.cat(
+                [model.encode_image(torch.stack(pictures[i : i + 100])) for i in range(0, number, 100)]
+            )
+            found[name] = {}
+            for kind, caption in tqdm(CAPTIONS.items(), name):
+                texts = [caption(scene, i).text for i, scene in enumerate(drawn)]
+                parts = [model.encode_text(tokenizer(texts[i : i + 100])) for i in range(0, number, 100)]
+                found[name][kind] = retrieval_metrics(image_IE, torch.cat(parts), torch.arange(number))
+                typer.echo(
+                    f"{name} {kind}: " + ", ".join(f"{k} {v:.3f}" for k, v in found[name][kind].items() if "at_1" in k)
+                )
+    output.mkdir(parents=True, exist_ok=True)
+    write_atomically(output / "retrieval.json", (json.dumps(found, indent=1) + "\n").encode())
+
+
+def to_pil(image_CHW: torch.Tensor) -> Any:
+    from torchvision.transforms.v2.functional import to_pil_image
+
+    return to_pil_image(image_CHW)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,56 @@
+"""Put the parts of the scenes miniature together: `base` for training, `install` for the package's own folder."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+
+OUT = Path("outputs/scenes")
+BUILTIN = Path("fixclip_diffusion/builtin/scenes")
+PARTS = {
+    "base": OUT / "base",
+    "encoder": OUT / "encoder_diffusers",
+    "adapter": OUT / "adapter" / "adapter",
+    "lora": OUT / "lora" / "lora",
+}
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def base(
+    unet: Annotated[Path, typer.Option(help="Pipeline of the stage unet.")] = OUT / "unet" / "model",
+    decoder: Annotated[Path, typer.Option(help="VAE of the stage vae_decoder.")] = OUT / "vae_decoder" / "model",
+    output: Path = OUT / "base",
+) -> None:
+    """Write the base as published, in half precision: everything that follows is trained on what users get."""
+    pipe = StableDiffusionPipeline.from_pretrained(
+        unet, vae=AutoencoderKL.from_pretrained(decoder), torch_dtype=torch.float16
+    )
+    pipe.vae.to(torch.float16)
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    pipe.save_pretrained(partial)
+    index = partial / "model_index.json"  # the web page shows the checker's verdicts for such a model
+    index.write_text(json.dumps({**json.loads(index.read_text()), "_scenes_world": True}, indent=2) + "\n")
+    shutil.rmtree(output, ignore_errors=True)
+    partial.rename(output)
+    typer.echo(output)
+
+
+@app.command()
+def install(output: Path = BUILTIN) -> None:
+    """Copy all parts into the package."""
+    for name, source in PARTS.items():
+        shutil.rmtree(output / name, ignore_errors=True)
+        shutil.copytree(source, output / name, ignore=shutil.ignore_patterns("README.md", ".*"))
+        size = sum(file.stat().st_size for file in (output / name).rglob("*") if file.is_file())
+        typer.echo(f"{output / name}: {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    app()

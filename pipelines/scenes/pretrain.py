@@ -1,0 +1,640 @@
+# ruff: noqa: N815 -- shape suffixes
+"""Pre-train the miniature's base: what stands in for the years of GPU time behind CLIP and Stable Diffusion.
+
+`accelerate launch pipelines/scenes/pretrain.py STAGE RECIPE [section.key=value ...]`, with three stages: `clip`
+(image and text tower at 77 tokens), `vae` (AutoencoderKL) and `unet` (text to image, with clip's text tower frozen).
+Their results are the standard folders of transformers and diffusers. Nothing here knows FIX-CLIP: the
+stretched encoder and the adapter are trained by train_encoder.py and train_adapter.py, as at any other size.
+
+One thing here no real CLIP has: `clip` also learns to read place, shape, colour and size off the last token
+of each object's sentence. Contrastive training on 400 million pairs teaches a tower to bind words; on two
+cores and half an hour it does not, and this auxiliary loss takes its place. It is part of the base alone.
+
+Scene i of step s is a function of (seed, s, i), so a resumed run repeats an uninterrupted one.
+
+Shapes: B samples, T tokens, D width, E embedding, O described objects of a batch, C H W image or latents.
+"""
+
+import copy
+import itertools
+import logging
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import open_clip
+import torch
+import torch.nn.functional as F
+import typer
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from pydantic import Field
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
+from tqdm import tqdm
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTextModel, CLIPTokenizer
+
+from fixclip_core import scenes
+from fixclip_core.checkpoint import check_folder, save_checkpoint
+from fixclip_core.evaluate import retrieval_metrics
+from fixclip_core.files import write_atomically
+from fixclip_core.loop import (
+    CHECKPOINTS,
+    MetricsLog,
+    TrainState,
+    check_finite,
+    count_step,
+    make_accelerator,
+    make_ema,
+    make_optimizer,
+    make_schedule,
+    optimizer_step,
+    parameter_groups,
+    seed_step,
+    start,
+)
+from fixclip_core.losses import contrastive_loss
+from fixclip_core.recipe import OptimSection, OutputSection, RunSection, Section, load_recipe
+from fixclip_diffusion.objectives import HIGH_NOISE_FROM, noise_target
+
+logger = logging.getLogger(__name__)
+
+CONTEXT_LENGTH = 77
+MAX_LOG_SCALE = math.log(100.0)
+KINDS: dict[str, tuple[str, ...]] = {
+    "place": scenes.PLACES,
+    "shape": tuple(entry.name for entry in scenes.WORLD.shapes),
+    "colour": tuple(entry.name for entry in scenes.WORLD.colours),
+    "size": tuple(entry.name for entry in scenes.WORLD.sizes),
+}
+
+
+# -- recipes -------------------------------------------------------------------------------------------------
+
+
+class StageRecipe(Section):
+    """What the three stages share."""
+
+    seed: int = Field(default=0, ge=0)
+    optim: OptimSection
+    train: RunSection
+    output: OutputSection
+    eval_every: int = Field(default=500, ge=1, description="steps between two evaluations on held-out scenes")
+    eval_scenes: int = Field(default=256, ge=1)
+
+
+class ClipRecipe(StageRecipe):
+    width: int = Field(default=192, ge=32, multiple_of=32, description="of both towers and the embedding")
+    layers: int = Field(default=4, ge=1)
+    heads: int = Field(default=6, ge=1)
+    patch_size: int = Field(default=12, ge=1)
+    weight_binding: float = Field(default=1.0, ge=0, description="of the auxiliary loss, see the top of the file")
+
+
+class VaeRecipe(StageRecipe):
+    channels: list[int] = Field(min_length=1, description="of the blocks; each but the last halves the picture")
+    layers_per_block: int = Field(default=1, ge=1)
+    latent_channels: int = Field(default=16, ge=1)
+    weight_kl: float = Field(default=2e-5, ge=0, description="of the mean KL divergence of a latent")
+    start_from: str | None = Field(default=None, description="folder of a VAE to go on from")
+    freeze_encoder: bool = Field(default=False, description="train the decoder only: latents keep their meaning")
+
+
+class UnetRecipe(StageRecipe):
+    clip: str = Field(min_length=1, description="folder of the stage clip")
+    vae: str = Field(min_length=1, description="folder of the stage vae; latents are made with its encoder")
+    start_from: str | None = Field(default=None, description="folder of a pipeline whose UNet to go on from")
+    channels: list[int] = Field(min_length=1)
+    layers_per_block: int = Field(default=1, ge=1)
+    heads: int = Field(default=6, ge=1, description="of the attention, at every resolution")
+    max_objects_long: int = Field(default=4, ge=1, le=9, description="what a long caption fits into 77 tokens")
+    max_objects_short: int = Field(default=5, ge=1, le=9, description="what a short caption fits into 77 tokens")
+    latents: int = Field(default=16384, ge=1, description="scenes whose latents are made once and kept")
+    noise_draws: int = Field(default=4, ge=1, description="noises and timesteps a caption; batch_size counts draws")
+    high_noise_share: float = Field(default=0.5, ge=0, le=1)
+    caption_dropout: float = Field(default=0.1, ge=0, lt=1)
+
+
+# -- text ----------------------------------------------------------------------------------------------------
+
+
+def scenes_tokenizer(words: Sequence[str] = scenes.vocabulary()) -> CLIPTokenizer:
+    """CLIP's tokenizer without the merges that no caption needs: the same pieces for captions, any text readable."""
+    clip = open_clip.SimpleTokenizer()
+    needed: set[tuple[str, str]] = set()
+    for word in words:
+        pieces = [clip.byte_encoder[byte] for byte in word.encode()]
+        pieces[-1] += "</w>"
+        while len(pieces) > 1:
+            pairs = list(itertools.pairwise(pieces))
+            best = min(pairs, key=lambda pair: clip.bpe_ranks.get(pair, math.inf))
+            if best not in clip.bpe_ranks:
+                break
+            needed.add(best)
+            at = pairs.index(best)
+            pieces[at : at + 2] = ["".join(best)]
+    merges = [pair for pair in clip.bpe_ranks if pair in needed]
+    letters = list(clip.byte_encoder.values())
+    pieces = dict.fromkeys([*letters, *(letter + "</w>" for letter in letters), *map("".join, merges)])
+    vocab = {piece: index for index, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
+    return CLIPTokenizer(vocab=vocab, merges=merges, pad_token="<|endoftext|>", model_max_length=CONTEXT_LENGTH)
+
+
+def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
+    """Ids (B, T), cut at 77 tokens and padded to the longest."""
+    options = {"padding": "longest", "truncation": True, "max_length": CONTEXT_LENGTH, "return_tensors": "pt"}
+    return tokenizer(list(texts), **options).input_ids
+
+
+def draw_scenes(seed: int, step: int, rank: int, number: int, objects: tuple[int, int]) -> list[scenes.Scene]:
+    return [scenes.sample_scene(f"pretraining/{seed}/{step}/{rank}/{i}", num_objects=objects) for i in range(number)]
+
+
+def pictures(drawn: Sequence[scenes.Scene]) -> Tensor:
+    """(B, 3, H, W) from -1 to 1."""
+    return scenes.render_batch(drawn).float() / 127.5 - 1
+
+
+# -- stage clip ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ClipBatch:
+    image_BCHW: Tensor
+    ids_BT: Tensor
+    sample_O: Tensor
+    token_O: Tensor
+    labels: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Clip(nn.Module):
+    """A CLIPModel with the heads of the binding loss."""
+
+    def __init__(self, recipe: ClipRecipe):
+        super().__init__()
+        self.recipe = recipe
+        self.tokenizer = scenes_tokenizer()
+        tower = {
+            "hidden_size": recipe.width,
+            "intermediate_size": 4 * recipe.width,
+            "num_hidden_layers": recipe.layers,
+            "num_attention_heads": recipe.heads,
+            "projection_dim": recipe.width,
+            "hidden_act": "quick_gelu",
+        }
+        size = scenes.WORLD.image_size
+        specials = {"bos_token_id": self.tokenizer.bos_token_id, "eos_token_id": self.tokenizer.eos_token_id}
+        config = CLIPConfig(
+            projection_dim=recipe.width,
+            text_config={
+                **tower,
+                **specials,
+                "pad_token_id": self.tokenizer.pad_token_id,
+                "vocab_size": len(self.tokenizer),
+                "max_position_embeddings": CONTEXT_LENGTH,
+            },
+            vision_config={**tower, "image_size": size, "patch_size": recipe.patch_size},
+        )
+        # Fused attention is slow backwards on CPUs at such small heads.
+        config._attn_implementation = "eager"
+        self.clip = CLIPModel(config)
+        initialise(self.clip)
+        self.heads = nn.ModuleDict({kind: nn.Linear(recipe.width, len(names)) for kind, names in KINDS.items()})
+
+    def batch(self, seed: int, step: int, rank: int, number: int) -> ClipBatch:
+        """Scenes with one caption each: long and cut at 77 tokens, or short."""
+        drawn = draw_scenes(seed, step, rank, number, (1, len(scenes.PLACES)))
+        captions = []
+        for i, scene in enumerate(drawn):
+            key = f"{seed}/{step}/{rank}/{i}"
+            if i % 2:
+                captions.append(scenes.long_caption(scene, key, split="all"))
+            else:
+                captions.append(scenes.short_caption(scene, key, max_objects=1 + i // 2 % 4, split="all"))
+        return self.described(drawn, captions)
+
+    def described(self, drawn: Sequence[scenes.Scene], captions: Sequence[scenes.Caption]) -> ClipBatch:
+        encoded = self.tokenizer([c.text for c in captions], return_offsets_mapping=True)
+        rows: list[tuple[int, int, dict[str, int]]] = []
+        for i, (scene, caption) in enumerate(zip(drawn, captions, strict=True)):
+            offsets = encoded["offset_mapping"][i][1:-1]
+            objects = {item.place: item for item in scene.objects}
+            for span, (_, last) in zip(caption.spans, scenes.token_ranges(caption, offsets), strict=True):
+                if span.place is not None and last <= CONTEXT_LENGTH - 2:
+                    item = objects[span.place]
+                    rows.append((i, last, {kind: names.index(getattr(item, kind)) for kind, names in KINDS.items()}))
+        return ClipBatch(
+            pictures(drawn),
+            tokenize(self.tokenizer, [c.text for c in captions]),
+            torch.tensor([i for i, _, _ in rows]),
+            torch.tensor([last for _, last, _ in rows]),
+            {kind: torch.tensor([labels[kind] for _, _, labels in rows]) for kind in KINDS},
+        )
+
+    def features(self, batch: ClipBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised image and text features (B, E), and the text's states (B, T, D)."""
+        image = self.clip.vision_model(pixel_values=batch.image_BCHW).pooler_output
+        text = self.clip.text_model(input_ids=batch.ids_BT)
+        image_BE = F.normalize(self.clip.visual_projection(image), dim=-1)
+        text_BE = F.normalize(self.clip.text_projection(text.pooler_output), dim=-1)
+        return image_BE, text_BE, text.last_hidden_state
+
+    def forward(self, batch: ClipBatch) -> dict[str, Tensor]:
+        image_BE, text_BE, states_BTD = self.features(batch)
+        with torch.no_grad():
+            self.clip.logit_scale.clamp_(max=MAX_LOG_SCALE)
+        losses = {"loss_contrast": contrastive_loss(image_BE, text_BE, self.clip.logit_scale.exp())}
+        read_OD = states_BTD[batch.sample_O, batch.token_O]
+        for kind, head in self.heads.items():
+            losses[f"loss_{kind}"] = F.cross_entropy(head(read_OD).float(), batch.labels[kind])
+        binding = torch.stack([losses[f"loss_{kind}"] for kind in KINDS]).sum()
+        return {"loss": losses["loss_contrast"] + self.recipe.weight_binding * binding, **losses}
+
+    @torch.no_grad()
+    def evaluate(self, number: int) -> dict[str, float]:
+        """Retrieval by short captions, and how often all four properties are read off a sentence of a long one."""
+        drawn = draw_scenes(0, -1, 0, number, (1, len(scenes.PLACES)))
+        batch = self.described(drawn, [scenes.short_caption(s, i, split="all") for i, s in enumerate(drawn)])
+        image_BE, text_BE, _ = self.features(batch)
+        recalls = retrieval_metrics(image_BE.float(), text_BE.float(), torch.arange(number))
+        batch = self.described(drawn, [scenes.long_caption(s, i, split="all") for i, s in enumerate(drawn)])
+        read_OD = self.features(batch)[2][batch.sample_O, batch.token_O]
+        right = [self.heads[kind](read_OD).argmax(1) == batch.labels[kind] for kind in KINDS]
+        bound = torch.stack(right).all(0).float().mean()
+        return {**{k: v for k, v in recalls.items() if k.endswith("at_1")}, "bound": float(bound)}
+
+    def save(self, folder: Path) -> None:
+        self.clip.save_pretrained(folder)
+        size = {"height": scenes.WORLD.image_size, "width": scenes.WORLD.image_size}
+        images = CLIPImageProcessor(
+            size={"shortest_edge": scenes.WORLD.image_size}, crop_size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3
+        )
+        CLIPProcessor(images, self.tokenizer).save_pretrained(folder)
+
+
+def initialise(clip: CLIPModel) -> None:
+    """Weights of variance 1 / fan-in, shrunk where they add to the residual stream, and sinusoidal positions.
+
+    At CLIP's own scale of 0.02 a tower this small hardly tells words and positions apart at first.
+    """
+    for name, module in clip.named_modules():
+        if isinstance(module, nn.Linear):
+            shrink = math.sqrt(2 * clip.config.text_config.num_hidden_layers)
+            adds = name.endswith(("out_proj", "fc2"))
+            nn.init.normal_(module.weight, std=module.in_features**-0.5 / (shrink if adds else 1))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    text, vision = clip.text_model.embeddings, clip.vision_model.embeddings
+    nn.init.normal_(text.token_embedding.weight, std=0.5)
+    nn.init.normal_(vision.class_embedding, std=0.5)
+    for table in (text.position_embedding, vision.position_embedding):
+        with torch.no_grad():
+            table.weight.copy_(0.5 * sinusoids(*table.weight.shape))
+
+
+def sinusoids(number: int, width: int) -> Tensor:
+    """(number, width): sines and cosines of the position, wavelengths from 2 pi to 2,000 pi."""
+    frequency = torch.exp(torch.linspace(0, -math.log(1000.0), width // 2))
+    angle = torch.arange(number)[:, None] * frequency
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+# -- stage vae -----------------------------------------------------------------------------------------------
+
+
+class Vae(nn.Module):
+    """An AutoencoderKL, trained on squared error and a little KL."""
+
+    def __init__(self, recipe: VaeRecipe):
+        super().__init__()
+        self.recipe = recipe
+        if recipe.start_from is not None:
+            self.vae = AutoencoderKL.from_pretrained(recipe.start_from)
+        else:
+            blocks = len(recipe.channels)
+            self.vae = AutoencoderKL(
+                block_out_channels=tuple(recipe.channels),
+                layers_per_block=recipe.layers_per_block,
+                latent_channels=recipe.latent_channels,
+                norm_num_groups=8,
+                down_block_types=("DownEncoderBlock2D",) * blocks,
+                up_block_types=("UpDecoderBlock2D",) * blocks,
+                mid_block_add_attention=False,
+                sample_size=scenes.WORLD.image_size,
+            )
+        if recipe.freeze_encoder:
+            self.vae.encoder.requires_grad_(False)
+            self.vae.quant_conv.requires_grad_(False)
+
+    def batch(self, seed: int, step: int, rank: int, number: int) -> Tensor:
+        return pictures(draw_scenes(seed, step, rank, number, (5, len(scenes.PLACES))))
+
+    def forward(self, image_BCHW: Tensor) -> dict[str, Tensor]:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.recipe.freeze_encoder):
+            posterior = self.vae.encode(image_BCHW).latent_dist
+        error = F.mse_loss(self.vae.decode(posterior.sample()).sample.float(), image_BCHW)
+        kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).float().mean()
+        return {"loss": error + self.recipe.weight_kl * kl, "loss_error": error, "loss_kl": kl}
+
+    @torch.no_grad()
+    def evaluate(self, number: int) -> dict[str, float]:
+        """Share of objects that survive encoding and decoding, out of nine in each picture."""
+        drawn = draw_scenes(0, -1, 0, number, (9, 9))
+        image = pictures(drawn)
+        back = [self.vae.decode(self.vae.encode(part).latent_dist.mode()).sample for part in image.split(32)]
+        decoded = torch.cat(back).float()
+        objects = [o for c in scenes.check_batch((decoded / 2 + 0.5).clamp(0, 1), drawn) for o in c.objects]
+        right = sum(o.right for o in objects) / len(objects)
+        return {"objects_right": right, "root_mean_square": float(F.mse_loss(decoded, image).sqrt())}
+
+    @torch.no_grad()
+    def save(self, folder: Path) -> None:
+        if not self.recipe.freeze_encoder:
+            image = pictures(draw_scenes(0, -2, 0, 256, (1, 9)))
+            std = torch.cat([self.vae.encode(part).latent_dist.mode() for part in image.split(32)]).std()
+            self.vae.register_to_config(scaling_factor=round(1 / float(std), 5))
+        self.vae.save_pretrained(folder)
+
+
+# -- stage unet ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class UnetBatch:
+    noisy: Tensor
+    target: Tensor
+    timestep: Tensor
+    states: Tensor
+
+
+def scenes_scheduler() -> DDIMScheduler:
+    """Velocity, and a schedule that ends in pure noise (Lin et al. 2024), as plain backgrounds need."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+    )
+
+
+class Unet(nn.Module):
+    """A UNet between a frozen text encoder and the latents of a frozen VAE."""
+
+    def __init__(self, recipe: UnetRecipe):
+        super().__init__()
+        self.recipe = recipe
+        # In a list, so that neither is registered here: checkpoints and averages stay small.
+        tokenizer = CLIPTokenizer.from_pretrained(recipe.clip, model_max_length=CONTEXT_LENGTH)
+        self.text = [CLIPTextModel.from_pretrained(recipe.clip).eval().requires_grad_(False)]
+        self.vae = [AutoencoderKL.from_pretrained(recipe.vae).eval().requires_grad_(False)]
+        self.tokenizer = tokenizer
+        config = cast(Any, self.vae[0].config)
+        self.scaling_factor = float(config.scaling_factor)
+        self.scheduler = DDPMScheduler.from_config(scenes_scheduler().config)
+        if recipe.start_from is not None:
+            self.unet = UNet2DConditionModel.from_pretrained(recipe.start_from, subfolder="unet")
+        else:
+            blocks = len(recipe.channels)
+            self.unet = UNet2DConditionModel(
+                sample_size=scenes.WORLD.image_size // 2 ** (len(config.block_out_channels) - 1),
+                in_channels=config.latent_channels,
+                out_channels=config.latent_channels,
+                layers_per_block=recipe.layers_per_block,
+                block_out_channels=tuple(recipe.channels),
+                down_block_types=("CrossAttnDownBlock2D",) * blocks,
+                up_block_types=("CrossAttnUpBlock2D",) * blocks,
+                cross_attention_dim=self.text[0].config.hidden_size,
+                attention_head_dim=recipe.heads,  # a misnomer of diffusers'
+                norm_num_groups=16,
+            )
+        self.unet.set_attn_processor(AttnProcessor())  # fused attention is slow backwards on CPUs
+        self.empty_TD = self.states([""])[0]
+        self.latents = torch.empty(0)
+
+    def scene(self, index: int) -> scenes.Scene:
+        """Even numbers are for short captions, odd ones for long captions, which take more words an object."""
+        limits = (self.recipe.max_objects_short, self.recipe.max_objects_long)
+        return scenes.sample_scene(f"latents/{index}", num_objects=(1, limits[index % 2]))
+
+    def prepare(self, folder: Path) -> None:
+        """Latents of all scenes, (N, C, H, W) in fp16, made once."""
+        file = folder / "latents.safetensors"
+        if not file.exists():
+            drawn = [self.scene(i) for i in range(self.recipe.latents)]
+            parts = [drawn[i : i + 64] for i in range(0, len(drawn), 64)]
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                encoded = [self.encode(pictures(part)).half() for part in tqdm(parts, "latents")]
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, lambda path: save_file({"latents": torch.cat(encoded)}, path))
+        self.latents = load_file(file)["latents"]
+
+    def encode(self, image_BCHW: Tensor) -> Tensor:
+        return self.vae[0].encode(image_BCHW).latent_dist.mode().float() * self.scaling_factor
+
+    @torch.no_grad()
+    def states(self, texts: Sequence[str]) -> Tensor:
+        """Text states (B, 77, D), padded as a pipeline does."""
+        options = {"padding": "max_length", "truncation": True, "max_length": CONTEXT_LENGTH, "return_tensors": "pt"}
+        return self.text[0](self.tokenizer(list(texts), **options).input_ids)[0]
+
+    def batch(self, seed: int, step: int, rank: int, number: int) -> UnetBatch:
+        """`number` draws: `noise_draws` of each caption; half of the captions are long, half short."""
+        recipe, draws = self.recipe, self.recipe.noise_draws
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 65_537 + rank)
+        index = torch.randint(len(self.latents), (number // draws,), generator=generator)
+        captions = []
+        for i, k in enumerate(index.tolist()):
+            scene, key = self.scene(k), f"{seed}/{step}/{rank}/{i}"
+            if k % 2:
+                captions.append(scenes.long_caption(scene, key, split="all").text)
+            else:
+                captions.append(scenes.short_caption(scene, key, max_objects=9, split="all").text)
+        dropped = torch.rand(len(index), generator=generator) < recipe.caption_dropout
+        states = torch.where(dropped[:, None, None], self.empty_TD, self.states(captions))
+        latents = self.latents[index].float().repeat_interleave(draws, 0)
+        noise = torch.randn(latents.shape, generator=generator)
+        where, high = torch.rand((2, len(latents)), generator=generator)
+        lowest = (high < recipe.high_noise_share) * HIGH_NOISE_FROM
+        steps = cast(Any, self.scheduler.config).num_train_timesteps
+        timestep = (steps * (lowest + (1 - lowest) * where)).long().clamp(max=steps - 1)
+        target = noise_target(self.scheduler, latents, noise, timestep)
+        return UnetBatch(
+            self.scheduler.add_noise(latents, noise, timestep), target, timestep, states.repeat_interleave(draws, 0)
+        )
+
+    def forward(self, batch: UnetBatch) -> dict[str, Tensor]:
+        predicted = self.unet(batch.noisy, batch.timestep, batch.states).sample
+        return {"loss": F.mse_loss(predicted.float(), batch.target)}
+
+    def pipeline(self) -> StableDiffusionPipeline:
+        return StableDiffusionPipeline(
+            vae=self.vae[0],
+            text_encoder=self.text[0],
+            tokenizer=self.tokenizer,
+            unet=self.unet,
+            scheduler=scenes_scheduler(),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+
+    @torch.no_grad()
+    def evaluate(self, number: int) -> dict[str, float]:
+        """Objects drawn as asked, of held-out scenes described by short captions; guidance 3, 20 steps."""
+        drawn = draw_scenes(0, -1, 0, number, (1, self.recipe.max_objects_short))
+        prompts = [scenes.short_caption(s, i, max_objects=9, split="all").text for i, s in enumerate(drawn)]
+        pipe = self.pipeline()
+        pipe.set_progress_bar_config(disable=True)
+        made = []
+        for start_at in range(0, number, 32):
+            noise = torch.Generator().manual_seed(start_at)
+            options = {"guidance_scale": 3.0, "num_inference_steps": 20, "generator": noise, "output_type": "pt"}
+            made.append(pipe(prompts[start_at : start_at + 32], **options).images.float())
+        objects = [o for c in scenes.check_batch(torch.cat(made), drawn) for o in c.objects]
+        share = {name: sum(getattr(o, name) for o in objects) / len(objects) for name in ("right", "colour_right")}
+        return {f"objects_{name}": value for name, value in share.items()}
+
+    def save(self, folder: Path) -> None:
+        self.pipeline().save_pretrained(folder)
+
+
+# -- the loop ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    recipe: Any
+    accelerator: Accelerator
+    stage: Any
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: LambdaLR
+    ema: AveragedModel | None
+    state: TrainState
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.recipe.output.folder)
+
+    @property
+    def best_weights(self) -> Any:
+        return self.stage if self.ema is None else self.ema.module
+
+
+STAGES: dict[str, tuple[type[StageRecipe], Callable[[Any], nn.Module]]] = {
+    "clip": (ClipRecipe, Clip),
+    "vae": (VaeRecipe, Vae),
+    "unet": (UnetRecipe, Unet),
+}
+
+
+def train(stage_name: str, recipe: Any, resume: str = "auto") -> Path:
+    """Train a stage and return its folder, in the standard layout.
+
+    Raises:
+        ValueError: an unknown stage, no number of steps, or see `loop.start`.
+        FloatingPointError: too many steps in a row without a finite gradient.
+    """
+    if recipe.train.steps is None:
+        raise ValueError("train.steps: missing; scenes have no end, so an epoch has none")
+    accelerator = make_accelerator(recipe.train, recipe.output)
+    if accelerator.is_main_process:
+        check_folder(Path(recipe.output.folder), 0)
+    torch.manual_seed(recipe.seed)
+    stage = STAGES[stage_name][1](recipe)
+    with accelerator.main_process_first():
+        if hasattr(stage, "prepare"):
+            stage.prepare(Path(recipe.output.folder))
+    groups = parameter_groups(stage, lambda name: False, lambda name, p: p.ndim < 2, recipe.optim)
+    model, optimizer = accelerator.prepare(stage, make_optimizer(groups, recipe.optim))
+    state, schedule = TrainState(), make_schedule(optimizer, recipe.optim, recipe.train.steps)
+    accelerator.register_for_checkpointing(state, schedule)
+    ema = make_ema(accelerator, model, recipe.train.ema_decay)
+    run = Run(recipe, accelerator, accelerator.unwrap_model(model), model, optimizer, schedule, ema, state)
+    start(run, resume)
+    fit(run)
+    if accelerator.is_main_process:
+        save(run.best_weights, run.folder / "model")
+    accelerator.end_training()
+    return run.folder / "model"
+
+
+def save(stage: Any, folder: Path) -> None:
+    """Write the stage's folder so that it appears whole."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    copy.deepcopy(stage).save(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def fit(run: Run) -> None:
+    """Take the steps that are left."""
+    recipe, accelerator, state, total = run.recipe, run.accelerator, run.state, run.recipe.train.steps
+    log = MetricsLog(accelerator, run.folder, state.step)
+    bar = tqdm(total=total, initial=state.step, desc="steps", disable=not accelerator.is_main_process)
+    local = recipe.train.batch_size // accelerator.num_processes
+    run.model.train()
+    while state.step < total:
+        seed_step(recipe.seed, state.step, accelerator.process_index)
+        batch = run.stage.batch(recipe.seed, state.step, accelerator.process_index, local)
+        losses = run.model(batch)
+        accelerator.backward(losses["loss"])
+        lr = run.optimizer.param_groups[0]["lr"]
+        grad_norm, applied = optimizer_step(accelerator, run.model, run.optimizer, recipe.optim.max_grad_norm)
+        run.schedule.step()
+        if run.ema is not None and applied:
+            run.ema.update_parameters(run.stage)
+        count_step(state, applied, recipe.train.max_skipped_steps)
+        log.add({name: loss.detach() for name, loss in losses.items()}, recipe.train.batch_size, applied)
+        last = state.step == total
+        if last or state.step % recipe.output.log_every == 0:
+            values = log.flush(state.step, {"grad_norm": grad_norm, "lr": lr, "skipped_steps": state.skipped})
+            bar.set_postfix(loss=f"{values['loss']:.4g}")
+        if accelerator.is_main_process and (last or state.step % recipe.eval_every == 0):
+            best = run.best_weights.eval()
+            with accelerator.autocast():
+                values = best.evaluate(recipe.eval_scenes)
+            run.model.train()
+            log.write(state.step, values)
+            bar.write(f"step {state.step}: " + ", ".join(f"{name} {value:.3f}" for name, value in values.items()))
+            log.restart_clock()
+        if last or state.step % recipe.output.save_every == 0:
+            check_finite(run.model)
+            save_checkpoint(accelerator, run.folder / CHECKPOINTS, state.step, keep_last=recipe.output.keep_last)
+            log.plot()
+            log.restart_clock()
+        bar.update()
+    bar.close()
+
+
+def main(
+    stage: Annotated[str, typer.Argument(help="clip, vae or unet")],
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe, e.g. pipelines/scenes/clip.yaml")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="any field: optim.lr=1e-3")] = None,
+    resume: Annotated[str, typer.Option(help="auto, none, or a checkpoint's folder")] = "auto",
+) -> None:
+    """Pre-train one part of the scenes miniature's base."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    try:
+        if stage not in STAGES:
+            raise ValueError(f"stage {stage!r}: valid are {', '.join(STAGES)}")
+        folder = train(stage, load_recipe(STAGES[stage][0], recipe, overrides or []), resume)
+        typer.echo(f"Done: {folder}")
+    except (ValueError, FloatingPointError) as error:
+        raise SystemExit(f"Error: {error}") from None
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,276 @@
+"""The scenes miniature from nothing to report: `python pipelines/scenes/run.py [STAGE ...] [--jobs 2] [--list]`.
+
+A stage is one command, done when its result exists; whatever is interrupted goes on from its checkpoint at the next
+call. Every stage is a recipe of this folder with its overrides, so each can be run alone by the command that --list
+prints.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path("pipelines/scenes")
+OUT = Path("outputs/scenes")
+SEEDS = (0, 1, 2)
+LEARNING_RATES = (1e-4, 3e-4, 1e-3)
+ABLATION_STEPS = 300
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command, what must be there before it starts, and what is there when it is done."""
+
+    name: str
+    command: tuple[str, ...]
+    needs: tuple[str, ...]
+    result: Path
+
+
+def launched(script: str, *arguments: str) -> tuple[str, ...]:
+    """A training script, started as the README says."""
+    return (
+        "-m",
+        "accelerate.commands.launch",
+        "--num_processes",
+        "1",
+        "--num_cpu_threads_per_process",
+        "1",
+        script,
+        *arguments,
+    )
+
+
+def pretraining(name: str, kind: str, needs: Sequence[str] = ()) -> Stage:
+    command = launched(f"{HERE}/pretrain.py", kind, f"{HERE}/{name}.yaml")
+    return Stage(name, command, tuple(needs), OUT / name / "model")
+
+
+def adapter(name: str, needs: Sequence[str], *overrides: str, seed: int = 0) -> Stage:
+    fields = (f"output.folder={OUT / name}", f"seed={seed}", *overrides)
+    command = launched("train_adapter.py", f"{HERE}/adapter.yaml", *fields)
+    return Stage(name, command, tuple(needs), OUT / name / "adapter" / "adapter.safetensors")
+
+
+def chain() -> list[Stage]:
+    """Base CLIP, base Stable Diffusion, FIX-CLIP, adapter, LoRA."""
+    encoder = OUT / "encoder_diffusers"
+    return [
+        pretraining("clip", "clip"),
+        pretraining("vae", "vae"),
+        pretraining("vae_decoder", "vae", ["vae"]),
+        pretraining("unet", "unet", ["clip", "vae"]),
+        Stage("base", (f"{HERE}/package.py", "base"), ("unet", "vae_decoder"), OUT / "base" / "model_index.json"),
+        Stage(
+            "encoder",
+            launched("train_encoder.py", f"{HERE}/encoder.yaml"),
+            ("clip",),
+            OUT / "encoder" / "model" / "config.json",
+        ),
+        Stage(
+            "encoder_diffusers",
+            (
+                "fixclip_cli.py",
+                "export",
+                str(OUT / "encoder"),
+                str(encoder),
+                "--format",
+                "diffusers",
+                "--dtype",
+                "float16",
+            ),
+            ("encoder",),
+            encoder / "text_encoder",
+        ),
+        adapter("adapter", ["base", "encoder_diffusers"]),
+        adapter(
+            "lora",
+            ["adapter"],
+            f"adapter.start_from={OUT}/adapter/adapter",
+            "optim.lr=0",  # the adapter stays as it is, so that one adapter serves with and without the LoRA
+            "lora.rank=16",
+        ),
+    ]
+
+
+def controls() -> list[Stage]:
+    """The same adapter, trained the same way, on what FIX-CLIP training is compared with."""
+    return [
+        adapter("adapter_stretched", ["base"], "model.encoder=null"),
+        adapter("adapter_windows", ["base"], "model.encoder=null", "model.long_prompt=windows_77"),
+    ]
+
+
+METHODS: dict[str, tuple[str, ...]] = {
+    "fixclip": (),
+    "longclip": ("method=longclip",),
+    "finetune": ("method=finetune",),
+    "no_prompts": ("model.num_prompts=0",),
+    "prompt_flow_replace": ("model.prompt_flow=replace",),
+    "no_masking": ("model.masking=none",),
+    "first_sentence": ("captions.short_caption=first_sentence",),
+    "no_groups": ("model.num_groups=0",),
+}
+TUNED = ("fixclip", "longclip", "finetune")
+
+
+def retrieval_run(method: str, lr: float, seed: int) -> Stage:
+    name = f"ablations/{method}-lr{lr:g}-seed{seed}"
+    fields = (
+        f"output.folder={OUT / name}",
+        f"seed={seed}",
+        f"optim.lr={lr:g}",
+        f"train.steps={ABLATION_STEPS}",
+        *METHODS[method],
+    )
+    command = launched("train_encoder.py", f"{HERE}/encoder.yaml", *fields)
+    return Stage(name, command, ("clip",), OUT / name / "model" / "config.json")
+
+
+def score(stage: Stage) -> float:
+    """Mean of long R@1 in both directions at the end of a run, as in training."""
+    rows = [json.loads(line) for line in (ROOT / stage.result.parents[1] / "metrics.jsonl").read_text().splitlines()]
+    last = next(row for row in reversed(rows) if "long_image_to_text_recall_at_1" in row)
+    return (last["long_image_to_text_recall_at_1"] + last["long_text_to_image_recall_at_1"]) / 2
+
+
+def tuning() -> list[Stage]:
+    """The three methods at every learning rate, seed 0."""
+    return [retrieval_run(method, lr, 0) for method in TUNED for lr in LEARNING_RATES]
+
+
+def tuned(method: str) -> float:
+    """The learning rate with the best score; FIX-CLIP without one of its modules takes FIX-CLIP's own."""
+    method = method if method in TUNED else "fixclip"
+    return max(LEARNING_RATES, key=lambda lr: score(retrieval_run(method, lr, 0)))
+
+
+def ablations() -> list[Stage]:
+    """Every method on every seed, at its learning rate, once that is known."""
+    if not all((ROOT / stage.result).exists() for stage in tuning()):
+        return []
+    return [retrieval_run(method, tuned(method), seed) for seed in SEEDS for method in METHODS]
+
+
+def evaluations() -> list[Stage]:
+    needs = {
+        "trained": "encoder_diffusers",
+        "adapter": "adapter",
+        "lora": "lora",
+        "windows_adapter": "adapter_windows",
+        "stretched_adapter": "adapter_stretched",
+    }
+    systems = ("stock", "windows", "stretched", *needs)
+    script, folder = f"{HERE}/evaluate.py", OUT / "evaluation"
+    return [
+        *(
+            Stage(f"images-{s}", (script, "images", s), (needs.get(s, "base"),), folder / f"short-{s}.json")
+            for s in systems
+        ),
+        Stage("retrieval", (script, "retrieval"), ("encoder",), folder / "retrieval.json"),
+    ]
+
+
+GROUPS: dict[str, Callable[[], list[Stage]]] = {
+    "chain": chain,
+    "controls": controls,
+    "evaluations": evaluations,
+    "tuning": tuning,
+    "ablations": ablations,
+}
+
+
+def stages() -> list[Stage]:
+    unique = {stage.name: stage for group in GROUPS.values() for stage in group()}
+    return list(unique.values())
+
+
+def select(names: Sequence[str]) -> list[Stage]:
+    """The stages of these names and groups; all of them for none.
+
+    Raises:
+        SystemExit: there is no such stage or group.
+    """
+    known = {stage.name: stage for stage in stages()}
+    chosen: dict[str, Stage] = {}
+    for name in names or GROUPS:
+        if name not in known and name not in GROUPS:
+            raise SystemExit(f"no stage {name!r}: valid are {', '.join([*GROUPS, *known])}")
+        for stage in GROUPS[name]() if name in GROUPS else [known[name]]:
+            chosen[stage.name] = stage
+    return list(chosen.values())
+
+
+# -- running -------------------------------------------------------------------------------------------------
+
+
+def run(chosen: Sequence[Stage], jobs: int) -> None:
+    """Run what is not done, `jobs` at a time, each with one thread: two such processes beat one with two threads.
+
+    Raises:
+        SystemExit: a stage failed; the others that run are finished first.
+    """
+    waiting = [stage for stage in chosen if not (ROOT / stage.result).exists()]
+    done = {stage.name for stage in stages() if (ROOT / stage.result).exists()}
+    running: dict[subprocess.Popen[bytes], tuple[Stage, float]] = {}
+    failed: list[str] = []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    while waiting or running:
+        for stage in [stage for stage in waiting if set(stage.needs) <= done]:
+            if len(running) == jobs or failed:
+                break
+            waiting.remove(stage)
+            log = ROOT / OUT / "logs" / f"{stage.name.replace('/', '-')}.log"
+            log.parent.mkdir(parents=True, exist_ok=True)
+            typer.echo(f"{stage.name}: started, log in {log.relative_to(ROOT)}")
+            with log.open("ab") as file:
+                process = subprocess.Popen(
+                    [sys.executable, *stage.command], cwd=ROOT, env=environment, stdout=file, stderr=file
+                )
+            running[process] = (stage, time.monotonic())
+        if not running:
+            break
+        time.sleep(1)
+        for process in [process for process in running if process.poll() is not None]:
+            stage, since = running.pop(process)
+            if process.returncode == 0 and (ROOT / stage.result).exists():
+                done.add(stage.name)
+                typer.echo(f"{stage.name}: done after {(time.monotonic() - since) / 60:.1f} min")
+            else:
+                failed.append(stage.name)
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}; see {OUT}/logs")
+    if waiting:
+        missing = sorted({need for stage in waiting for need in stage.needs} - done)
+        raise SystemExit(f"{', '.join(stage.name for stage in waiting)}: first run {', '.join(missing)}")
+
+
+def main(
+    names: Annotated[
+        list[str] | None, typer.Argument(help=f"Stages or groups ({', '.join(GROUPS)}); default: all.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Stages that run at the same time, with a thread each.")] = 2,
+    show: Annotated[bool, typer.Option("--list", help="Print the stages and their commands, and run none.")] = False,
+) -> None:
+    """Make the scenes miniature: base, FIX-CLIP, adapter and LoRA, the controls and their evaluation."""
+    if show:
+        for stage in select(names or []):
+            state = "done" if (ROOT / stage.result).exists() else "open"
+            typer.echo(f"{state}  {stage.name}\n      python {shlex.join(stage.command)}")
+        return
+    while chosen := [stage for stage in select(names or []) if not (ROOT / stage.result).exists()]:
+        run(chosen, jobs)  # and again: tuned learning rates bring new stages
+    typer.echo("All done; `python pipelines/scenes/report.py` makes the page of results")
+
+
+if __name__ == "__main__":
+    typer.run(main)
