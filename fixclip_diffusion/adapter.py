@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from fixclip_core.files import write_atomically
 
+from . import builtin
+
 WEIGHTS_NAME = "adapter.safetensors"
 CONFIG_NAME = "adapter_config.json"
 KINDS = ("mlp", "attention")
@@ -105,11 +107,12 @@ class TextAdapter(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **hub_kwargs: Any) -> "TextAdapter":
-        """Load from a folder that `save_pretrained` wrote, or from a hub repository of the same layout.
+        """Load from a folder that `save_pretrained` wrote, a hub repository of the same layout, or a built-in name.
 
         Raises:
             ValueError: a file is missing or damaged, or the weights do not fit the configuration.
         """
+        source = builtin.resolve(source)
         try:
             if Path(source).is_dir():
                 config_file, weights_file = Path(source) / CONFIG_NAME, Path(source) / WEIGHTS_NAME

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from . import builtin
 from .adapter import TextAdapter
 from .prompts import TokenReport, split_windows, token_report
 from .text_encoder import (
@@ -28,6 +29,7 @@ from .text_encoder import (
 
 LongPrompt = Literal["windows", "truncate", "windows_77", "truncate_77"]
 LONG_PROMPT_MODES: tuple[str, ...] = get_args(LongPrompt)
+LORA_NAME = "fixclip"  # of a whole model's LoRA, for `set_adapters` and `delete_adapters`
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "proxies")
 
 
@@ -89,21 +91,28 @@ class FixClipStableDiffusionPipeline(StableDiffusionPipeline):
         """Load a Stable Diffusion 1.x or 2.x model and give it the long text encoder.
 
         Args:
-            base: folder or hub name, stock or saved by this pipeline.
+            base: folder or hub name, stock or saved by this pipeline; or a whole model such as `builtin:scenes` (see
+                `builtin`), which brings its own encoder, and to that its adapter and its LoRA, named "fixclip".
             encoder: folder or hub name of a FixClipTextEncoder, CLIPTextModel, CLIPTextModelWithProjection or
-                CLIPModel, or an encoder in memory. By default the base's own, stretched.
-            adapter: folder or hub name of a `TextAdapter`, or one in memory. By default the encoder's own, if any.
+                CLIPModel, or an encoder in memory. By default the whole model's, else the base's own, stretched.
+            adapter: folder or hub name of a `TextAdapter`, or one in memory. By default the whole model's if the
+                encoder is, else the encoder's own, if any.
             **kwargs: of `StableDiffusionPipeline.from_pretrained`, and `long_prompt`.
 
         Raises:
             ValueError: the base or the encoder is unknown, damaged or of another width than the UNet; an encoder
                 was passed without its tokenizer. Found out from configurations, before any weights are fetched.
         """
-        base = str(base)
         if encoder is not None and "text_encoder" in kwargs:
             raise ValueError("pass either encoder= or text_encoder=, not both")
         if isinstance(encoder, torch.nn.Module):
             kwargs["text_encoder"], encoder = encoder, None
+        encoder = None if encoder is None else builtin.resolve(encoder)
+        whole, lora = builtin.whole_model(base), None
+        base = builtin.resolve(base) if whole is None else whole.base
+        if whole is not None and encoder in (None, whole.encoder) and "text_encoder" not in kwargs:
+            encoder, lora = whole.encoder, whole.lora
+            adapter = whole.adapter if adapter is None else adapter
         _check_long_prompt(kwargs.get("long_prompt", "windows"))
         _check_spelling(kwargs)
         hub_kwargs = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
@@ -126,9 +135,19 @@ class FixClipStableDiffusionPipeline(StableDiffusionPipeline):
                 adapter = TextAdapter.from_pretrained(adapter, **hub_kwargs)
             text_encoder.set_adapter_module(adapter)
         try:
-            return super().from_pretrained(base, **kwargs)
+            pipe = super().from_pretrained(base, **kwargs)
         except Exception as error:
             raise ValueError(f"base {base!r} could not be loaded: {error}") from error
+        if lora is not None and pipe.unet is not None:
+            pipe.load_lora_weights(lora, adapter_name=LORA_NAME)
+        return pipe
+
+    def load_lora_weights(
+        self, pretrained_model_name_or_path_or_dict: str | Path | dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """Stock loading, which takes built-in names too."""
+        source = pretrained_model_name_or_path_or_dict
+        super().load_lora_weights(source if isinstance(source, dict) else builtin.resolve(source), *args, **kwargs)
 
     @functools.wraps(StableDiffusionPipeline.__call__)
     def __call__(self, *args: Any, long_prompt: LongPrompt | None = None, **kwargs: Any) -> Any:

@@ -30,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 
 from fixclip_core.positional import stretch_positions, stretched_length
 
+from . import builtin
 from .adapter import TextAdapter
 
 __all__ = [
@@ -118,6 +119,12 @@ class FixClipTokenizer(CLIPTokenizer):
                     pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
                 ]
             )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> Any:
+        """Stock loading, which takes built-in names too."""
+        name, kwargs = builtin.resolve_component(pretrained_model_name_or_path, "tokenizer", kwargs)
+        return super().from_pretrained(name, *args, **kwargs)
 
     def clean(self, text: str) -> CleanText:
         """The text as CLIP's training saw it, in its original case: ftfy, entities, white space."""
@@ -361,7 +368,7 @@ class FixClipTextEncoder(CLIPTextModel):
         ratio: int = 4,
         **kwargs: Any,
     ) -> Any:
-        """Load a saved FixClipTextEncoder, or make one from a folder or hub name of a CLIP text model.
+        """Load a saved FixClipTextEncoder, or make one from a CLIP text model; a folder, hub name or built-in name.
 
         Args:
             pretrained_model_name_or_path: holds a FixClipTextEncoder, CLIPTextModel,
@@ -373,7 +380,7 @@ class FixClipTextEncoder(CLIPTextModel):
         Raises:
             ValueError: there is no CLIP text model there, or some of its weights are missing or damaged.
         """
-        name = str(pretrained_model_name_or_path)
+        name, kwargs = builtin.resolve_component(pretrained_model_name_or_path, "text_encoder", kwargs)
         return_info = kwargs.pop("output_loading_info", False)
         layers = kwargs.pop("num_hidden_layers", None)
         config = load_clip_text_config(name, **kwargs)
