@@ -19,7 +19,7 @@ from fixclip_core.cli import app
 
 DEFAULT_OUTPUT = Path("outputs")
 
-BaseOption = Annotated[str, typer.Option(help="Stable Diffusion 1.x or 2.x: a folder or a hub name.")]
+BaseOption = Annotated[str, typer.Option(help="Stable Diffusion 1.x or 2.x: a folder, a hub name or builtin:scenes.")]
 EncoderOption = Annotated[str | None, typer.Option(help="FIX-CLIP or Long-CLIP text encoder: a folder or hub name.")]
 AdapterOption = Annotated[str | None, typer.Option(help="Adapter on the text states: a folder or hub name.")]
 
@@ -174,9 +174,12 @@ def generate(
     text = read_prompt(prompt, prompt_file)
     width_height = parse_size(size) if size else None
     with user_errors():
+        from fixclip_diffusion import builtin
+
         pipe = load_pipeline(base, encoder, adapter, device, dtype)
         if compare:
-            reference = load_pipeline(base, None, None, device, dtype) if encoder or adapter else pipe
+            same = encoder is None and adapter is None and builtin.base_of(base) == base
+            reference = pipe if same else load_pipeline(builtin.base_of(base), None, None, device, dtype)
             systems = comparison(reference, pipe)
         else:
             systems = {"FIX-CLIP": lambda **kwargs: pipe(long_prompt=long_prompt, **kwargs)}
@@ -305,12 +308,15 @@ def evaluate_images(
         import torch
 
         from fixclip_core.evaluate import load_encoder
+        from fixclip_diffusion import builtin
         from fixclip_diffusion import evaluate as evaluation
 
         # Prompts and systems first: a wrong one should not cost loading a model.
         read = evaluation.read_prompts(prompts, check_scenes)
         systems = [evaluation.parse_system(text) for text in system or ()]
-        systems = systems or evaluation.default_systems(encoder, adapter, lora)
+        if not systems:
+            parts = builtin.complete(base, encoder, adapter, lora)
+            systems = evaluation.default_systems(parts.encoder, parts.adapter, parts.lora)
         if scorer is None and read[0].scene is None:
             typer.echo("No --scorer and no captions of scenes: pictures will be drawn and nothing scored.", err=True)
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -339,62 +345,57 @@ def tokens(
     with user_errors():
         from huggingface_hub import hf_hub_download
 
+        from fixclip_diffusion import builtin
         from fixclip_diffusion.prompts import token_report
         from fixclip_diffusion.text_encoder import FixClipTokenizer, check_folder_or_hub_name
 
+        base = builtin.resolve(builtin.base_of(base))
         check_folder_or_hub_name("base", base)
         if not Path(base).is_dir():  # one file first: the tokenizer alone would try a dozen before it gives up
             hf_hub_download(base, "tokenizer/tokenizer_config.json")
         typer.echo(token_report(FixClipTokenizer.from_pretrained(base, subfolder="tokenizer"), text))
 
 
-DEMO_PROMPT = (
-    "A wooden table stands by the window. On the left there is a blue vase with three yellow tulips, and next to "
-    "it lies an open book with a red ribbon between its pages. Behind the book a white cat is asleep on a folded "
-    "green blanket. On the right a copper kettle catches the evening light, and beside it wait two small cups of "
-    "tea. A brass clock on the wall shows a quarter past five. Under the table a brown dog looks up at the cat, "
-    "and in the doorway, at the far end of the room, a girl in an orange coat holds a paper kite."
-)
-
-
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="A .png file or a folder.")] = DEFAULT_OUTPUT,
-    save_base: Annotated[
-        Path | None, typer.Option(help="Keep the tiny model here, to try `generate --base` without a download.")
+    prompt: Annotated[
+        str | None, typer.Argument(help="Your own prompt instead of three scenes; - reads standard input.")
     ] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="Read your own prompt from a text file.")] = None,
+    model: Annotated[
+        str, typer.Option(help="A whole model of the scenes world: builtin:scenes, or a folder of the same layout.")
+    ] = "builtin:scenes",
+    steps: Annotated[int, typer.Option(min=1, max=999, help="Denoising steps.")] = 20,
+    guidance: Annotated[float, typer.Option(min=0.0, max=100.0, help="Guidance scale.")] = 3.0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the noise that every system starts from.")] = 0,
+    output: Annotated[Path, typer.Option("--output", "-o", help="A .png file or a folder.")] = (
+        DEFAULT_OUTPUT / "demo.png"
+    ),
 ) -> None:
-    """One long prompt through stock, chunked and FIX-CLIP, on a tiny model made on the spot. No download."""
-    import numpy as np
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
+    """Long prompts on the embedded model: stock to FIX-CLIP side by side, each object checked. No download, no GPU."""
+    text = read_prompt(prompt, prompt_file) if prompt is not None or prompt_file is not None else None
+    with user_errors():
+        from diffusers.utils import logging as diffusers_logging
+        from transformers.utils import logging as transformers_logging
 
-    from fixclip_diffusion import FixClipStableDiffusionPipeline
-    from fixclip_diffusion.tiny import stable_diffusion, train_tokenizer
+        from fixclip_diffusion import demo as demonstration
 
-    for library in (diffusers_logging, transformers_logging):
-        library.disable_progress_bar()
-        library.set_verbosity_error()
-    typer.echo(
-        "This model was made a moment ago and has random weights: its pictures are noise. What can be seen is which "
-        "systems read the end of the prompt."
-    )
-    settings = {"negative_prompt": "", "steps": 10, "guidance_scale": 7.5, "seed": 0, "size": (64, 64)}
-    settings |= {"prompt": DEMO_PROMPT, "base": "a tiny random model"}
-    with user_errors(), tempfile.TemporaryDirectory() as folder:
+        for library in (diffusers_logging, transformers_logging):
+            library.disable_progress_bar()
+            library.set_verbosity_error()
+        prompts, reason = demonstration.default_prompts(), ""
+        if text is not None:
+            own, reason = demonstration.own_prompt(text)
+            prompts = [own]
         (file,) = output_files(output, ["demo"])
-        base = save_base or folder
-        stable_diffusion(train_tokenizer([DEMO_PROMPT])).save_pretrained(base)
-        pipe = FixClipStableDiffusionPipeline.from_pretrained(base)
-        pipe.set_progress_bar_config(disable=True)
-        typer.echo(pipe.token_report(DEMO_PROMPT))
-        systems = comparison(pipe, pipe)
-        images = draw_and_save(systems, settings, file)
-        without_end = {**settings, "prompt": DEMO_PROMPT[: DEMO_PROMPT.index(" Under the table")]}
-        typer.echo("Mean change of a pixel (of 255) when the last sentence is left out:")
-        for (name, system), image in zip(systems.items(), images, strict=True):
-            change = np.abs(np.asarray(image, float) - np.asarray(draw(system, without_end), float)).mean()
-            typer.echo(f"  {name:<24} {change:6.2f}")
+        shown = demonstration.draw(model, prompts, demonstration.Drawing(steps, guidance, seed=seed))
+        demonstration.write_sheet(shown, file)
+        typer.echo(demonstration.format_prompts(shown))
+        if shown.is_judged:
+            typer.echo(f"\n{demonstration.format_table(shown)}\n\n{demonstration.format_verdicts(shown)}")
+        else:
+            typer.echo(f"\nThe checker cannot judge pictures of this prompt: {reason}")
+        typer.echo(f"\n{file}")
 
 
 def _print_version(wanted: bool) -> None:

@@ -26,6 +26,7 @@ from fixclip_core.captions import split_sentences
 from fixclip_core.evaluate import Encoder, encode_images, encode_texts
 from fixclip_core.files import write_atomically
 
+from . import builtin
 from .adapter import TextAdapter
 from .features import check_made_for, fingerprint
 from .pipeline import LONG_PROMPT_MODES, FixClipStableDiffusionPipeline
@@ -42,9 +43,9 @@ class System:
 
     Attributes:
         name: for tables and folders.
-        encoder: text encoder, a folder or hub name; None for the base's own, stretched.
-        adapter: folder or hub name of an adapter; None for the encoder's own, if any.
-        lora: what stock `load_lora_weights` reads; None for none.
+        encoder: text encoder, a folder, hub or built-in name; None for the base's own, stretched.
+        adapter: folder, hub or built-in name of an adapter; None for the encoder's own, if any.
+        lora: what `load_lora_weights` reads, or a built-in name; None for none.
         long_prompt: see `FixClipStableDiffusionPipeline`.
     """
 
@@ -206,12 +207,12 @@ class Painter:
     """Loads the base once and puts each system's parts into it.
 
     Args:
-        base: Stable Diffusion 1.x or 2.x, folder or hub name.
+        base: Stable Diffusion 1.x or 2.x, folder or hub name; of a whole model its base.
         device, dtype: where and in what precision to draw.
     """
 
     def __init__(self, base: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
-        self.base, self.device, self.dtype = base, torch.device(device), dtype
+        self.base, self.device, self.dtype = builtin.base_of(base), torch.device(device), dtype
         self.shared: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
 
     @contextmanager
@@ -230,7 +231,7 @@ class Painter:
             )
         if system.adapter is not None:
             adapter = TextAdapter.from_pretrained(system.adapter)
-            check_made_for(Path(system.adapter), fingerprint(pipe.text_encoder, pipe.tokenizer))
+            check_made_for(Path(builtin.resolve(system.adapter)), fingerprint(pipe.text_encoder, pipe.tokenizer))
             pipe.text_encoder.set_adapter_module(adapter)
         pipe.to(self.device, self.dtype)
         self.shared |= {"vae": pipe.vae, "unet": pipe.unet}

@@ -107,12 +107,11 @@ class FixClipStableDiffusionPipeline(StableDiffusionPipeline):
             raise ValueError("pass either encoder= or text_encoder=, not both")
         if isinstance(encoder, torch.nn.Module):
             kwargs["text_encoder"], encoder = encoder, None
-        encoder = None if encoder is None else builtin.resolve(encoder)
-        whole, lora = builtin.whole_model(base), None
-        base = builtin.resolve(base) if whole is None else whole.base
-        if whole is not None and encoder in (None, whole.encoder) and "text_encoder" not in kwargs:
-            encoder, lora = whole.encoder, whole.lora
-            adapter = whole.adapter if adapter is None else adapter
+        parts = builtin.ModelParts(builtin.base_of(base), adapter=adapter)
+        if "text_encoder" not in kwargs:
+            parts = builtin.complete(base, encoder, adapter)
+        base, adapter = builtin.resolve(parts.base), parts.adapter
+        encoder = None if parts.encoder is None else builtin.resolve(parts.encoder)
         _check_long_prompt(kwargs.get("long_prompt", "windows"))
         _check_spelling(kwargs)
         hub_kwargs = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
@@ -138,8 +137,8 @@ class FixClipStableDiffusionPipeline(StableDiffusionPipeline):
             pipe = super().from_pretrained(base, **kwargs)
         except Exception as error:
             raise ValueError(f"base {base!r} could not be loaded: {error}") from error
-        if lora is not None and pipe.unet is not None:
-            pipe.load_lora_weights(lora, adapter_name=LORA_NAME)
+        if parts.lora is not None and pipe.unet is not None:
+            pipe.load_lora_weights(parts.lora, adapter_name=LORA_NAME)
         return pipe
 
     def load_lora_weights(

@@ -10,8 +10,10 @@ from fixclip_core.recipe import CaptionsSection, DataSection, OptimSection, Outp
 class BaseSection(Section):
     """The Stable Diffusion to adapt to, and the text encoder to adapt."""
 
-    base: str = Field(min_length=1, description="Stable Diffusion 1.x or 2.x: folder or hub name")
-    encoder: str | None = Field(default=None, description="text encoder's folder or hub name; null: the base's")
+    base: str = Field(min_length=1, description="Stable Diffusion 1.x or 2.x: folder, hub or built-in name")
+    encoder: str | None = Field(
+        default=None, description="text encoder: folder, hub or built-in name; null: the base's"
+    )
     long_prompt: Literal["windows", "windows_77"] = Field(
         default="windows",
         description="captions of more than 77 tokens: in one pass of 248, cut behind it; or, with windows_77, all of "

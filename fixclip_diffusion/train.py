@@ -63,7 +63,7 @@ from fixclip_core.loop import (
 from fixclip_core.scenes import sheet
 from fixclip_core.task import split_batch
 
-from . import tiny
+from . import builtin, tiny
 from .adapter import TextAdapter
 from .features import (
     MADE_FOR,
@@ -235,10 +235,11 @@ def load_frozen(section: BaseSection) -> FrozenModels:
     """The base and the encoder to adapt, in float32.
 
     Raises:
-        ValueError: see `FixClipStableDiffusionPipeline.from_pretrained`; the encoder's width is not the UNet's.
+        ValueError: see `FixClipStableDiffusionPipeline.from_pretrained`; the encoder's width is not the UNet's; the
+            base is a whole model, with adapter and LoRA.
     """
     pipe = FixClipStableDiffusionPipeline.from_pretrained(
-        section.base,
+        builtin.resolve(section.base),
         encoder=section.encoder,
         safety_checker=None,
         feature_extractor=None,
@@ -305,7 +306,7 @@ def make_adapter(recipe: AdapterRecipe, frozen: FrozenModels, made_for: dict[str
                 f"adapter.start_from={section.start_from!r}: an adapter of width {adapter.config['width']} on a text "
                 f"encoder of width {encoder.config.hidden_size}"
             )
-        check_made_for(Path(section.start_from), made_for)
+        check_made_for(Path(builtin.resolve(section.start_from)), made_for)
     if frozen.in_windows and adapter.config["kind"] == "attention":
         where = f" (of adapter.start_from={section.start_from!r})" if section.start_from else ""
         raise ValueError(
@@ -671,7 +672,7 @@ def smoke(recipe: AdapterRecipe) -> None:
     process = PartialState()
     folder = broadcast_object_list([tempfile.mkdtemp() if process.is_main_process else None])[0]
     models = None
-    if not Path(recipe.model.base).is_dir():
+    if not Path(builtin.resolve(recipe.model.base)).is_dir():
         models = random_stable_diffusion(DTYPES[recipe.train.precision], recipe.seed)
     try:
         train(smoke_recipe(recipe, folder), resume="none", models=models)

@@ -46,10 +46,11 @@ from gradio_client.exceptions import AppError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tiny_scenes import write_model
 from typer.testing import CliRunner
 
 from fixclip_core.scenes import long_caption, render, sample_scene
-from fixclip_diffusion import token_report
+from fixclip_diffusion import FixClipStableDiffusionPipeline, builtin, token_report
 
 ROOT = Path(__file__).parents[1]
 LONG = tiny.sentences(14)
@@ -89,7 +90,8 @@ def pixels(item):
 
 
 def python_picture(pipe, prompt, seed, **kwargs):
-    kwargs = {"num_inference_steps": 2, "width": 32, "height": 32, **kwargs}
+    """With the guidance that the page has for a model of the scenes world."""
+    kwargs = {"num_inference_steps": 2, "width": 32, "height": 32, "guidance_scale": 3.0, **kwargs}
     return np.asarray(pipe(prompt, generator=torch.Generator().manual_seed(seed), **kwargs).images[0])
 
 
@@ -117,7 +119,7 @@ def test_generate_draws_what_python_draws(client, model):
         saved = json.loads(text["fixclip"])
         assert text["prompt"] == LONG
         assert (saved["seed"], saved["steps"], saved["negative_prompt"]) == (5 + index, 2, "grün ✓")
-        assert "Steps: 2, CFG scale: 7.5" in text["parameters"]
+        assert "Steps: 2, CFG scale: 3.0" in text["parameters"]
         assert item["image"].endswith(f"seed{5 + index}.png")
     assert info["tokens"] == model.pipe.token_report(LONG).num_tokens
     assert [picture["seed"] for picture in info["pictures"]] == [5, 6]
@@ -518,12 +520,41 @@ def test_the_token_view_gives_the_text_back(model, count, parts):
         assert html.unescape(re.sub(r"<[^>]+>", "", before)) == report.text[: report.stock_cut]
 
 
-def test_the_default_model_says_that_it_draws_noise():
+def test_without_embedded_weights_the_page_says_that_it_draws_noise(tmp_path, monkeypatch):
+    monkeypatch.setattr(builtin, "FOLDER", tmp_path)
     with default_choice() as choice:
         model = DemoModel(choice, "cpu")
     assert "pictures are noise" in model.notice
     for example in model.examples():
         assert 77 < model.pipe.token_report(example).num_tokens <= 248
+
+
+def test_the_embedded_model_opens_with_its_checker(tmp_path, monkeypatch):
+    """The comparison: stock and windows of the base, the encoder alone, everything."""
+    write_model(tmp_path / "scenes")
+    monkeypatch.setattr(builtin, "FOLDER", tmp_path)
+    with default_choice() as choice:
+        model = DemoModel(choice, "cpu")
+    assert (model.notice, model.name, model.scenes, model.default_guidance) == ("", "builtin:scenes", True, 3.0)
+    assert [system.label for system in model.systems.values()] == [
+        "Stock, cut at 77 tokens",
+        "Base encoder in windows of 77",
+        "FIX-CLIP",
+        "FIX-CLIP + adapter + LoRA",
+    ]
+    base, encoder = "builtin:scenes/base", "builtin:scenes/encoder"
+    load = FixClipStableDiffusionPipeline.from_pretrained
+    wanted = [
+        load(base, long_prompt="truncate_77"),
+        load(base, long_prompt="windows_77"),
+        load(base, encoder),
+        load("builtin:scenes"),
+    ]
+    prompt, settings = model.examples()[0], {"num_inference_steps": 2, "guidance_scale": 3.0, "width": 72, "height": 72}
+    for _ in range(2):  # what one system switches off is on again for the next one
+        for system, pipe in zip(model.systems.values(), wanted, strict=True):
+            image, _ = model.draw(system, seed=4, on_step=lambda step: None, prompt=prompt, **settings)
+            assert np.array_equal(np.asarray(image), python_picture(pipe, prompt, 4, width=72, height=72))
 
 
 def test_examples_of_a_scenes_model_are_scenes(model):

@@ -1,5 +1,7 @@
 """The embedded model: its names, on a stand-in of the same layout, and its weights where this copy has them."""
 
+import json
+import re
 import shutil
 import subprocess
 import sys
@@ -10,11 +12,26 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 from tiny_scenes import write_model
+from typer.testing import CliRunner
 
+from fixclip_cli import app
 from fixclip_core import scenes
-from fixclip_diffusion import FixClipStableDiffusionPipeline, FixClipTextEncoder, FixClipTokenizer, TextAdapter, builtin
+from fixclip_diffusion import (
+    FixClipStableDiffusionPipeline,
+    FixClipTextEncoder,
+    FixClipTokenizer,
+    TextAdapter,
+    builtin,
+    demo,
+    train,
+)
+from fixclip_diffusion.evaluate import Drawing, System
 
+# What the embedded weights must reach: objects right, of the nine of the demo's first prompt, with adapter and LoRA.
+RIGHT_AT_LEAST = 7
+SIZE_AT_MOST = 40e6  # bytes
 ROOT = Path(__file__).parents[1]
 PROMPT = scenes.long_caption(scenes.sample_scene("a test", num_objects=9), 0).text
 FAST = {"num_inference_steps": 2}
@@ -36,6 +53,10 @@ def embedded(model, monkeypatch):
 def picture(pipe, **kwargs):
     pipe.set_progress_bar_config(disable=True)
     return np.asarray(pipe(PROMPT, generator=torch.Generator().manual_seed(1), **FAST, **kwargs).images[0])
+
+
+def run(*arguments, **kwargs):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], **kwargs)
 
 
 # -- names ---------------------------------------------------------------------------------------------------
@@ -142,6 +163,15 @@ def test_other_names_stay_as_they_are(sd1):
         assert builtin.base_of(name) == name
 
 
+def test_training_takes_the_parts(embedded):
+    section = train.BaseSection(base="builtin:scenes/base", encoder="builtin:scenes/encoder")
+    frozen = train.load_frozen(section)
+    assert frozen.text_encoder.short_context_length == 0
+    assert frozen.teacher.short_context_length == 77
+    with pytest.raises(ValueError, match="'builtin:scenes' is a whole model, and one of its parts is needed"):
+        train.load_frozen(train.BaseSection(base="builtin:scenes"))
+
+
 def test_a_wheel_holds_every_file(model, tmp_path):
     """Built from a copy with the stand-in in place, without network."""
     for name in ("pyproject.toml", "README.md", "LICENSE", "fixclip_cli.py"):
@@ -157,3 +187,172 @@ def test_a_wheel_holds_every_file(model, tmp_path):
     files = [file for file in (tmp_path / "fixclip_diffusion").rglob("*") if file.is_file()]
     assert {str(file.relative_to(tmp_path)) for file in files} <= set(zipfile.ZipFile(wheel).namelist())
     assert len(files) > 20
+
+
+# -- the commands --------------------------------------------------------------------------------------------
+
+
+def test_generate_with_the_whole_model(embedded, tmp_path):
+    result = run("generate", PROMPT, "--base", "builtin:scenes", "--steps", 2, "--seed", 1, "-o", tmp_path / "a.png")
+    assert result.exit_code == 0, result.output
+    image = Image.open(tmp_path / "a.png")
+    assert np.array_equal(np.asarray(image), picture(FixClipStableDiffusionPipeline.from_pretrained("builtin:scenes")))
+    assert json.loads(image.text["fixclip"])["base"] == "builtin:scenes"
+    # Stock and chunks need the base's own encoder.
+    result = run("generate", PROMPT, "--base", "builtin:scenes", "--steps", 2, "--compare", "-o", tmp_path / "b.png")
+    assert result.exit_code == 0, result.output
+    assert run("tokens", PROMPT, "--base", "builtin:scenes").output == run("tokens", PROMPT, "--base", embedded).output
+    result = run("generate", PROMPT, "--base", "builtin:scene", "-o", tmp_path)
+    assert result.exit_code == 2
+    assert "there is no such built-in model; there are builtin:scenes, builtin:scenes/base" in result.output
+
+
+def test_evaluation_with_the_whole_model(embedded, tmp_path):
+    options = ["--steps", 1, "--guidance", 3, "-o", tmp_path]
+    result = run("evaluate-images", "scenes:1", "--base", "builtin:scenes", *options)
+    assert result.exit_code == 0, result.output
+    systems = json.loads((tmp_path / "report.json").read_text())["settings"]["systems"]
+    assert [system["name"] for system in systems] == ["stock", "windows", "untuned", "adapted", "adapted+lora"]
+    assert systems[-1]["lora"] == "builtin:scenes/lora"
+    parts = "encoder=builtin:scenes/encoder,adapter=builtin:scenes/adapter,lora=builtin:scenes/lora"
+    again = run("evaluate-images", "scenes:1", "--base", "builtin:scenes/base", "--system", f"all:{parts}", *options)
+    assert again.exit_code == 0, again.output
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert list(report["systems"]) == ["all"]
+    files = [tmp_path / "images" / name / "00000-seed0.png" for name in ("adapted+lora", "all")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+# -- the demo ------------------------------------------------------------------------------------------------
+
+SYSTEMS = ["stock cut at 77", "windows of 77", "stretched only", "FIX-CLIP trained", "+ adapter", "+ LoRA"]
+
+
+def test_demo(model, tmp_path):
+    """Three prompts of nine objects, six systems and the ground truth; the sheet, the table and the verdicts."""
+    result = run("demo", "--model", model, "--steps", 1, "-o", tmp_path / "demo.png")
+    assert result.exit_code == 0, result.output
+    assert result.output.strip().endswith(str(tmp_path / "demo.png"))
+    sheet = Image.open(tmp_path / "demo.png")
+    assert sheet.width >= 7 * 216
+    assert sheet.height >= 3 * 216
+    assert result.output.count("[[stock stops here]]") == 3
+    table = [line for line in result.output.splitlines() if re.search(r"\d+ of +\d+ .* of 3$", line)]
+    assert [line[2:20].strip() for line in table] == [*SYSTEMS, "ground truth"]
+    (before, all_before), (after, all_after), (background, all_backgrounds) = (
+        map(int, found) for found in re.findall(r"(\d+) of +(\d+)", table[-1])
+    )
+    assert before == all_before
+    assert after == all_after
+    assert all_before + all_after == 27
+    assert background == all_backgrounds == 3
+    verdicts = re.findall(
+        r"^  (before|across|after)  +(right|missing|wrong [a-z ]+: \w+ \w+)  +\w", result.output, re.M
+    )
+    assert len(verdicts) == 27
+    assert sum(zone == "before" for zone, _ in verdicts) == all_before
+
+
+def test_demo_of_an_own_prompt(model, tmp_path):
+    own = "A red star is in the centre. A large blue ring is in the top left corner. Small. The background is white."
+    options = ["--model", model, "--steps", 1, "-o", tmp_path]
+    result = run("demo", "A large red star is in the centre. The background is white.", *options)
+    assert result.exit_code == 0, result.output
+    assert re.search(r"ground truth +1 of +1 +0 of +0 +1 of 1", result.output)
+    assert "[[stock stops here]]" not in result.output
+    result = run("demo", "-", *options, input=own)
+    assert "The checker cannot judge pictures of this prompt: centre: " in result.output
+    assert Image.open(tmp_path / "demo-2.png").width < 7 * 216, "six systems, and no ground truth"
+    result = run("demo", "A cat on a mat.", *options)
+    assert result.exit_code == 0, result.output
+    assert "cannot judge pictures of this prompt" in result.output
+
+
+def test_demo_judges_every_object_where_its_sentence_lies(model):
+    """A picture painted for the purpose: all that a stock encoder reads is right, and nothing else is there."""
+    (prompt, *_) = demo.default_prompts()
+    tokenizer = FixClipTokenizer.from_pretrained(model / "base", subfolder="tokenizer")
+    whole = demo._judge(demo._truth(prompt), prompt, tokenizer)
+    zones = dict(zip([item.place for item in prompt.scene.objects], whole.zones, strict=True))
+    read = tuple(item for item in prompt.scene.objects if zones[item.place] == "before")
+    picture = demo._truth(demo.Prompt("", scenes.Scene(prompt.scene.background, read)))
+    half = demo._judge(picture, prompt, tokenizer)
+    assert whole.count(True) == half.count(True) == (len(read), len(read))
+    assert whole.count(False) == (9 - len(read), 9 - len(read))
+    assert half.count(False) == (0, 9 - len(read))
+    made = demo.Demo((prompt,), (), {"half": [half], "whole": [whole], "again": [whole], demo.TRUTH: [whole]})
+    assert made.best == "again"
+    assert "whole" not in demo.format_verdicts(made)
+    lines = demo.format_verdicts(made).splitlines()[2:]
+    assert [line.split()[0] for line in lines] == sorted(zones.values(), key=["before", "across", "after"].index)
+
+
+def test_demo_draws_what_evaluate_images_draws(model):
+    prompts = demo.default_prompts()[:1]
+    drawing = Drawing(steps=2, guidance_scale=3.0, seed=5)
+    shown = demo.draw(model, prompts, drawing)
+    assert list(shown.rows) == [*SYSTEMS, "ground truth"]
+    pipe = FixClipStableDiffusionPipeline.from_pretrained(model)
+    wanted = pipe(
+        prompts[0].text, num_inference_steps=2, guidance_scale=3.0, generator=torch.Generator().manual_seed(5)
+    ).images[0]
+    assert np.array_equal(np.asarray(shown.rows["+ LoRA"][0].picture), np.asarray(wanted))
+    assert len({own[0].picture.tobytes() for own in shown.rows.values()}) == 7
+    assert demo.systems_of(builtin.ModelParts("b"))[-1] == System("stretched only")
+
+
+def test_demo_prompts_are_long_and_no_two_are_alike(model):
+    prompts = demo.default_prompts()
+    tokenizer = FixClipTokenizer.from_pretrained(model / "encoder", subfolder="tokenizer")
+    assert len({prompt.text for prompt in prompts}) == 3
+    for prompt in prompts:
+        assert scenes.read_caption(prompt.text) == prompt.scene.described()
+        assert len(prompt.scene.objects) == 9
+        assert 77 < len(tokenizer(prompt.text).input_ids) <= 248
+
+
+@pytest.mark.parametrize("name", ["builtin:scenes", "somewhere"])
+def test_demo_without_a_model_is_one_clear_error(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(builtin, "FOLDER", tmp_path)
+    result = run("demo", "--model", name, "-o", tmp_path)
+    assert result.exit_code == 2
+    message = "this copy of fixclip has no embedded model" if name == "builtin:scenes" else "neither builtin:scenes nor"
+    assert message in result.output
+    assert len(result.output.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+# -- the embedded weights ------------------------------------------------------------------------------------
+
+needs_weights = pytest.mark.skipif(not builtin.is_available(), reason="this copy has no embedded weights")
+
+
+@needs_weights
+def test_embedded_files_are_few_and_small():
+    files = [file for file in (builtin.FOLDER / "scenes").rglob("*") if file.is_file()]
+    assert {file.suffix for file in files} <= {".safetensors", ".json", ".txt", ".md"}
+    assert sum(file.stat().st_size for file in files) <= SIZE_AT_MOST
+    assert (builtin.FOLDER / "scenes" / "README.md").is_file()
+
+
+@needs_weights
+def test_embedded_weights_load_everywhere():
+    pipe = FixClipStableDiffusionPipeline.from_pretrained("builtin:scenes")
+    assert pipe.text_encoder.context_length == 248
+    assert pipe.text_encoder.adapter is not None
+    assert {p.dtype for part in (pipe.unet, pipe.vae, pipe.text_encoder) for p in part.parameters()} == {torch.float32}
+    # Loaded without a type, as users do: parts of two types would not draw.
+    stock = StableDiffusionPipeline.from_pretrained(builtin.resolve("builtin:scenes/base"))
+    ours = FixClipStableDiffusionPipeline.from_pretrained("builtin:scenes/base")
+    assert np.array_equal(picture(stock), picture(ours, long_prompt="truncate_77"))
+
+
+@needs_weights
+def test_embedded_model_draws_what_is_asked():
+    """The systems load with the fingerprints that they were trained with; the last one draws the prompt's objects."""
+    shown = demo.draw("builtin:scenes", demo.default_prompts()[:1])
+    whole = [name for name in shown.rows if name != demo.TRUTH][-1]
+    right = {name: own[0].count(True)[0] + own[0].count(False)[0] for name, own in shown.rows.items()}
+    assert right[demo.TRUTH] == 9
+    assert right[whole] >= RIGHT_AT_LEAST, right
+    assert right[whole] > right["stock cut at 77"]

@@ -14,16 +14,20 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from fixclip_cli import DEMO_PROMPT, default_size
+from fixclip_cli import default_size
 from fixclip_core.scenes import long_caption, sample_scene
-from fixclip_diffusion import FixClipStableDiffusionPipeline, FixClipTextEncoder
+from fixclip_diffusion import FixClipStableDiffusionPipeline, FixClipTextEncoder, builtin
 from fixclip_diffusion.attention_maps import record_sentences
 from fixclip_diffusion.tiny import stable_diffusion, train_tokenizer
 
 SCENES_FLAG = "_scenes_world"
 
 EXAMPLES = (
-    DEMO_PROMPT,
+    "A wooden table stands by the window. On the left there is a blue vase with three yellow tulips, and next to "
+    "it lies an open book with a red ribbon between its pages. Behind the book a white cat is asleep on a folded "
+    "green blanket. On the right a copper kettle catches the evening light, and beside it wait two small cups of "
+    "tea. A brass clock on the wall shows a quarter past five. Under the table a brown dog looks up at the cat, "
+    "and in the doorway, at the far end of the room, a girl in an orange coat holds a paper kite.",
     "A small harbour on a clear winter morning. In the foreground a red fishing boat lies tied to a stone pier, and "
     "two gulls sit on it. Behind it three white sailing boats rock on dark green water. On the left an old man in a "
     "yellow oilskin mends a net, with a black dog asleep at his feet. A row of narrow houses stands along the "
@@ -41,7 +45,7 @@ EXAMPLES = (
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """Which model the page shows; base, encoder and adapter are folders or hub names.
+    """Which model the page shows; base, encoder and adapter are folders, hub names or built-in names.
 
     `scenes` says that it draws the scenes world, so that the checker can judge its pictures; None reads
     `"_scenes_world": true` from the base's model_index.json. `notice` is told to visitors.
@@ -58,6 +62,9 @@ class ModelChoice:
 @contextmanager
 def default_choice() -> Iterator[ModelChoice]:
     """The one place that decides what opens when no model is named; its folder may be gone after the block."""
+    if builtin.is_available():
+        yield ModelChoice(builtin.SCENES)
+        return
     with tempfile.TemporaryDirectory() as folder:
         captions = [long_caption(sample_scene(i), i).text for i in range(50)]
         stable_diffusion(train_tokenizer([*EXAMPLES, *captions], vocab_size=2048)).save_pretrained(folder)
@@ -95,9 +102,11 @@ class DemoModel:
         self.name = choice.name or " + ".join(part for part in (choice.base, choice.encoder, choice.adapter) if part)
         self.notice = choice.notice
         self.scenes = choice.scenes if choice.scenes is not None else draws_scenes(choice.base)
+        self.has_lora = bool(self.pipe.get_list_adapters())
         reference = self.pipe
-        if choice.encoder is not None:
-            base_encoder = FixClipTextEncoder.from_pretrained(choice.base, subfolder="text_encoder", dtype=dtype)
+        if builtin.complete(choice.base, choice.encoder).encoder is not None:
+            base = builtin.base_of(choice.base)
+            base_encoder = FixClipTextEncoder.from_pretrained(base, subfolder="text_encoder", dtype=dtype)
             reference = self._with_encoder(base_encoder.to(device))
         self.systems = self._systems(reference)
 
@@ -114,11 +123,30 @@ class DemoModel:
                 ("truncate_77", "Stock, cut at 77 tokens"),
                 ("windows_77", "Base encoder in windows of 77"),
             ):
-                systems[key] = System(label, reference, without_adapter(reference, long_prompt=key))
-        systems["fixclip"] = System("FIX-CLIP", self.pipe, without_adapter(self.pipe, long_prompt="windows"))
-        if self.pipe.text_encoder.adapter is not None:
-            systems["adapter"] = System("FIX-CLIP + adapter", self.pipe, self.pipe)
+                systems[key] = System(label, reference, self._encoder_alone(reference, long_prompt=key))
+        systems["fixclip"] = System("FIX-CLIP", self.pipe, self._encoder_alone(self.pipe, long_prompt="windows"))
+        parts = ["adapter"] if self.pipe.text_encoder.adapter is not None else []
+        parts += ["LoRA"] if self.has_lora else []
+        if parts:
+            systems["adapter"] = System(" + ".join(["FIX-CLIP", *parts]), self.pipe, self.pipe)
         return systems
+
+    def _encoder_alone(self, pipe: FixClipStableDiffusionPipeline, **fixed: Any) -> Callable[..., Any]:
+        """The pipeline with its encoder's adapter taken off and the LoRA switched off during each call."""
+
+        def draw(**arguments: Any) -> Any:
+            encoder = pipe.text_encoder
+            adapter, encoder.adapter = encoder.adapter, None
+            if self.has_lora:
+                pipe.unet.disable_lora()
+            try:
+                return pipe(**fixed, **arguments)
+            finally:
+                encoder.adapter = adapter
+                if self.has_lora:
+                    pipe.unet.enable_lora()
+
+        return draw
 
     @property
     def best(self) -> System:
@@ -129,6 +157,11 @@ class DemoModel:
     def default_size(self) -> tuple[int, int]:
         width, height = default_size(self.pipe)
         return max(64, width), max(64, height)
+
+    @property
+    def default_guidance(self) -> float:
+        """What the miniatures of the scenes world draw best with is too little for Stable Diffusion."""
+        return 3.0 if self.scenes else 7.5
 
     def examples(self) -> list[str]:
         """Long prompts to click: captions of the world for a scenes model."""
@@ -169,22 +202,9 @@ class DemoModel:
         return image, recorder.maps()[0].cpu() if heat_maps else None
 
 
-def without_adapter(pipe: FixClipStableDiffusionPipeline, **fixed: Any) -> Callable[..., Any]:
-    """The pipeline with its encoder's adapter taken off during each call."""
-
-    def draw(**arguments: Any) -> Any:
-        encoder = pipe.text_encoder
-        adapter, encoder.adapter = encoder.adapter, None
-        try:
-            return pipe(**fixed, **arguments)
-        finally:
-            encoder.adapter = adapter
-
-    return draw
-
-
 def draws_scenes(base: str) -> bool:
     """Whether model_index.json says that the model draws the scenes world."""
+    base = builtin.resolve(builtin.base_of(base))
     return bool(StableDiffusionPipeline.load_config(base).get(SCENES_FLAG, False))
 
 

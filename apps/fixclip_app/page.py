@@ -180,7 +180,9 @@ def build(pool: DevicePool, limits: Limits | None = None, max_waiting: int = 32)
                     )
                     with gr.Row():
                         steps = gr.Slider(1, limits.steps, 20, step=1, label="Steps", elem_id="steps")
-                        guidance_scale = gr.Slider(0, limits.guidance_scale, 7.5, step=0.1, label="Guidance")
+                        guidance_scale = gr.Slider(
+                            0, limits.guidance_scale, model.default_guidance, step=0.1, label="Guidance"
+                        )
                     with gr.Row():
                         width_box = gr.Slider(16, limits.side, width, step=8, label="Width")
                         height_box = gr.Slider(16, limits.side, height, step=8, label="Height")
@@ -242,8 +244,8 @@ def build(pool: DevicePool, limits: Limits | None = None, max_waiting: int = 32)
             [sheet, compare_info, verdicts],
             api_name="compare",
             api_description="One picture per system from the same seed: stock, base encoder in windows, FIX-CLIP, and "
-            "FIX-CLIP with adapter where there is one. Returns the pictures, their settings with the checker's "
-            "verdicts on a scenes model, and the verdicts as HTML.",
+            "FIX-CLIP with adapter and LoRA where there are any. Returns the pictures, their settings with the "
+            "checker's verdicts on a scenes model, and the verdicts as HTML.",
             show_progress_on=compare_status,
             concurrency_id=DEVICE_QUEUE,
             concurrency_limit=len(pool.models),

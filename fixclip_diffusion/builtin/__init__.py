@@ -17,16 +17,16 @@ FOLDER = Path(__file__).parent
 
 
 @dataclass(frozen=True)
-class WholeModel:
-    """The folders of a whole model; None for a part that it lacks."""
+class ModelParts:
+    """What a model is made of: folders, hub names or built-in names; None for what it lacks."""
 
     base: str
     encoder: str | None = None
-    adapter: str | None = None
+    adapter: Any = None  # the pipeline takes one in memory, too
     lora: str | None = None
 
 
-def whole_model(name: str | Path) -> WholeModel | None:
+def whole_model(name: str | Path) -> ModelParts | None:
     """The parts of a whole model, None for any other folder or name.
 
     Args:
@@ -46,7 +46,23 @@ def whole_model(name: str | Path) -> WholeModel | None:
         folder = Path(name)
         if (folder / "model_index.json").is_file() or not (folder / "base" / "model_index.json").is_file():
             return None
-    return WholeModel(**{part: str(folder / part) for part in PARTS if (folder / part).is_dir()})
+    return ModelParts(**{part: f"{name}/{part}" for part in PARTS if (folder / part).is_dir()})
+
+
+def complete(
+    base: str | Path, encoder: str | Path | None = None, adapter: Any = None, lora: str | None = None
+) -> ModelParts:
+    """The parts as named, with those of a whole model where nothing is named.
+
+    What is named wins. Adapter and LoRA of a whole model belong to its encoder: beside another one they are left out.
+    """
+    named = None if encoder is None else str(encoder)
+    whole = whole_model(base)
+    if whole is None:
+        return ModelParts(str(base), named, adapter, lora)
+    if named is not None and (whole.encoder is None or resolve(named) != resolve(whole.encoder)):
+        return ModelParts(whole.base, named, adapter, lora)
+    return ModelParts(whole.base, whole.encoder, whole.adapter if adapter is None else adapter, lora or whole.lora)
 
 
 def base_of(name: str | Path) -> str:
