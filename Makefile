@@ -20,7 +20,7 @@ $(VENV)/.installed-dev: pyproject.toml
 	$(BIN)/pip install --quiet -e ".[dev]"
 	touch $@ $(VENV)/.installed
 
-# One long prompt, three systems, one sheet: outputs/demo.png
+# Three long prompts on the embedded model, stock to FIX-CLIP side by side, each object checked: outputs/demo.png
 demo: $(VENV)/.installed
 	$(BIN)/fixclip demo -o outputs/demo.png
 

@@ -167,8 +167,13 @@ class FixClipStableDiffusionPipeline(StableDiffusionPipeline):
         prefix: str | None = None,
         **kwargs: Any,
     ) -> None:
-        """Stock loading; the flat keys that LoRAs of transformers 5 carry are given the child's name."""
+        """Stock loading; the flat keys that LoRAs of transformers 5 carry are given the child's name.
+
+        A LoRA for the UNet alone is no reason for the warning that stock diffusers gives.
+        """
         prefix = cls.text_encoder_name if prefix is None else prefix
+        if not any(key.startswith(f"{prefix}.") for key in state_dict):
+            return
         flat = f"{prefix}.encoder."
         state_dict = {
             f"{prefix}.text_model.{key.removeprefix(f'{prefix}.')}" if key.startswith(flat) else key: value

@@ -62,8 +62,9 @@ def run(*arguments, **kwargs):
 # -- names ---------------------------------------------------------------------------------------------------
 
 
-def test_the_name_loads_the_whole_model(embedded):
+def test_the_name_loads_the_whole_model(embedded, caplog):
     pipe = FixClipStableDiffusionPipeline.from_pretrained("builtin:scenes")
+    assert not caplog.messages
     assert pipe.text_encoder.context_length == 248
     assert pipe.text_encoder.short_context_length == 0
     assert pipe.text_encoder.adapter is not None
@@ -182,7 +183,8 @@ def test_a_wheel_holds_every_file(model, tmp_path):
     shutil.copytree(model, tmp_path / "fixclip_diffusion" / "builtin" / "scenes")
     (tmp_path / "fixclip_diffusion" / "builtin" / "scenes" / "README.md").write_text("The model card.\n")
     code = "from setuptools import build_meta; build_meta.build_wheel('.')"
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
+    built = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert "would be ignored" not in built.stderr
     (wheel,) = tmp_path.glob("*.whl")
     files = [file for file in (tmp_path / "fixclip_diffusion").rglob("*") if file.is_file()]
     assert {str(file.relative_to(tmp_path)) for file in files} <= set(zipfile.ZipFile(wheel).namelist())
