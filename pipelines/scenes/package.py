@@ -37,9 +37,19 @@ def base(
     pipe.save_pretrained(partial)
     index = partial / "model_index.json"  # the web page shows the checker's verdicts for such a model
     index.write_text(json.dumps({**json.loads(index.read_text()), "_scenes_world": True}, indent=2) + "\n")
+    load_in_full_precision(partial)
     shutil.rmtree(output, ignore_errors=True)
     partial.rename(output)
     typer.echo(output)
+
+
+def load_in_full_precision(folder: Path) -> None:
+    """Have transformers load half-precision weights as diffusers loads its own: in float32 unless told otherwise.
+
+    It would follow the configuration, and a text encoder in half precision beside a UNet in full precision fails.
+    """
+    file = folder / "text_encoder" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "dtype": "float32"}, indent=2) + "\n")
 
 
 @app.command()
@@ -48,6 +58,8 @@ def install(output: Path = BUILTIN) -> None:
     for name, source in PARTS.items():
         shutil.rmtree(output / name, ignore_errors=True)
         shutil.copytree(source, output / name, ignore=shutil.ignore_patterns("README.md", ".*"))
+        if name == "encoder":
+            load_in_full_precision(output / name)
         size = sum(file.stat().st_size for file in (output / name).rglob("*") if file.is_file())
         typer.echo(f"{output / name}: {size / 1e6:.1f} MB")
 

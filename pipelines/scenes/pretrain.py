@@ -23,7 +23,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, cast
 
 import open_clip
 import torch
@@ -101,6 +101,7 @@ class VaeRecipe(StageRecipe):
     channels: list[int] = Field(min_length=1, description="of the blocks; each but the last halves the picture")
     layers_per_block: int = Field(default=1, ge=1)
     latent_channels: int = Field(default=16, ge=1)
+    loss: Literal["l1", "l2"] = Field(default="l2", description="l1 does more for pale objects on pale backgrounds")
     weight_kl: float = Field(default=2e-5, ge=0, description="of the mean KL divergence of a latent")
     start_from: str | None = Field(default=None, description="folder of a VAE to go on from")
     freeze_encoder: bool = Field(default=False, description="train the decoder only: latents keep their meaning")
@@ -309,7 +310,7 @@ def sinusoids(number: int, width: int) -> Tensor:
 
 
 class Vae(nn.Module):
-    """An AutoencoderKL, trained on squared error and a little KL."""
+    """An AutoencoderKL, trained on the error of its pictures and a little KL."""
 
     def __init__(self, recipe: VaeRecipe):
         super().__init__()
@@ -338,7 +339,8 @@ class Vae(nn.Module):
     def forward(self, image_BCHW: Tensor) -> dict[str, Tensor]:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.recipe.freeze_encoder):
             posterior = self.vae.encode(image_BCHW).latent_dist
-        error = F.mse_loss(self.vae.decode(posterior.sample()).sample.float(), image_BCHW)
+        distance = F.l1_loss if self.recipe.loss == "l1" else F.mse_loss
+        error = distance(self.vae.decode(posterior.sample()).sample.float(), image_BCHW)
         kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).float().mean()
         return {"loss": error + self.recipe.weight_kl * kl, "loss_error": error, "loss_kl": kl}
 

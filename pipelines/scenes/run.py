@@ -23,7 +23,7 @@ HERE = Path("pipelines/scenes")
 OUT = Path("outputs/scenes")
 SEEDS = (0, 1, 2)
 LEARNING_RATES = (1e-4, 3e-4, 1e-3)
-ABLATION_STEPS = 300
+ABLATION_STEPS = 150
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,6 @@ METHODS: dict[str, tuple[str, ...]] = {
     "fixclip": (),
     "longclip": ("method=longclip",),
     "finetune": ("method=finetune",),
-    "no_prompts": ("model.num_prompts=0",),
     "prompt_flow_replace": ("model.prompt_flow=replace",),
     "no_masking": ("model.masking=none",),
     "first_sentence": ("captions.short_caption=first_sentence",),

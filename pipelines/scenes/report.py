@@ -1,0 +1,369 @@
+"""docs/results.md and its plots, from JSON alone: `python pipelines/scenes/report.py`.
+
+`--collect` first gathers the JSON of outputs/scenes (evaluations, and the last evaluation of every training run) into
+pipelines/scenes/results/, which is in the repository; without it the page is made of what is there.
+"""
+
+import json
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import matplotlib
+import typer
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+OUT = Path("outputs/scenes")
+RESULTS = Path("pipelines/scenes/results")
+PAGE = Path("docs/results.md")
+IMAGES = Path("docs/images")
+SYSTEMS = {
+    "stock": "stock, cut at 77 tokens",
+    "windows": "base encoder in windows of 77 (as compel)",
+    "stretched": "stretched to 248 tokens, untrained",
+    "trained": "FIX-CLIP trained, no adapter",
+    "adapter": "FIX-CLIP + adapter",
+    "lora": "FIX-CLIP + adapter + LoRA",
+    "windows_adapter": "control: adapter on windows of the base",
+    "stretched_adapter": "control: adapter on stretched only",
+}
+COLOURS = {
+    "stock": "#9a9a9a",
+    "windows": "#c98f3a",
+    "stretched": "#8fb8de",
+    "trained": "#4f86c6",
+    "adapter": "#3f9b6b",
+    "lora": "#1d6b45",
+    "windows_adapter": "#e0bd84",
+    "stretched_adapter": "#b9a3d6",
+}
+METHODS = {
+    "fixclip": "FIX-CLIP",
+    "prompt_flow_replace": "- prompt flow (`replace`)",
+    "no_masking": "- masking",
+    "first_sentence": "short caption: the long one's first sentence",
+    "no_groups": "- hierarchical groups",
+    "longclip": "Long-CLIP recipe",
+    "finetune": "plain fine-tuning",
+}
+RECALLS = tuple(f"{c}_{d}_recall_at_1" for c in ("long", "short") for d in ("image_to_text", "text_to_image"))
+
+
+# -- collecting ----------------------------------------------------------------------------------------------
+
+
+def collect() -> None:
+    """Copy what has been measured into the repository; what is not there yet stays as it was."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for file in sorted((OUT / "evaluation").glob("*.json")):
+        (RESULTS / file.name).write_text(file.read_text())
+    runs = {}
+    for folder in sorted((OUT / "ablations").glob("*")):
+        if (folder / "model" / "config.json").exists():
+            runs[folder.name] = last_evaluation(folder)
+    if runs:
+        (RESULTS / "ablations.json").write_text(json.dumps(runs, indent=1) + "\n")
+    parts = {name: OUT / name for name in ("clip", "vae", "vae_decoder", "unet", "encoder")}
+    training = {name: evaluations(folder) for name, folder in parts.items() if (folder / "metrics.jsonl").exists()}
+    (RESULTS / "training.json").write_text(json.dumps(training, indent=1) + "\n")
+
+
+def evaluations(folder: Path) -> list[dict[str, float]]:
+    """The rows of a run's metrics that hold an evaluation on held-out scenes."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if any("recall" in key or key.startswith("objects_") for key in row)]
+
+
+def last_evaluation(folder: Path) -> dict[str, float]:
+    last = evaluations(folder)[-1]
+    return {name: last[name] for name in ("step", *RECALLS)}
+
+
+# -- images --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One object of one picture."""
+
+    picture: tuple[int, int]  # prompt, seed
+    zone: str
+    end: int  # position of its sentence's last token
+    right: bool
+    shape: bool
+    colour: bool
+    objects: int
+    tokens: int
+
+    @property
+    def after(self) -> bool:
+        """Whether a stock encoder fails to read all of its sentence."""
+        return self.zone != "e"
+
+
+def load(name: str, system: str) -> list[Judged]:
+    file = RESULTS / f"{name}-{system}.json"
+    if not file.exists():
+        return []
+    found = []
+    for number, row in enumerate(json.loads(file.read_text())["prompts"]):
+        for seed, (right, shape, colour) in enumerate(zip(row["right"], row["shape"], row["colour"], strict=True)):
+            for zone, end, *marks in zip(row["zones"], row["ends"], right, shape, colour, strict=True):
+                flags = [mark == "1" for mark in marks]
+                found.append(Judged((number, seed), zone, end, *flags, len(right), row["tokens"]))
+    return found
+
+
+def share(judged: Iterable[Judged], what: str = "right") -> float:
+    values = [getattr(item, what) for item in judged]
+    return sum(values) / len(values) if values else math.nan
+
+
+def by_seed(judged: Sequence[Judged], what: str = "right") -> tuple[float, float]:
+    """Mean over the noise seeds, and their standard deviation."""
+    seeds = sorted({item.picture[1] for item in judged})
+    values = [share([item for item in judged if item.picture[1] == seed], what) for seed in seeds]
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else math.nan
+
+
+def percent(value: float, spread: float = math.nan) -> str:
+    if math.isnan(value):
+        return "-"
+    return f"{100 * value:.1f}" + ("" if math.isnan(spread) else f" ± {100 * spread:.1f}")
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def images_table() -> str:
+    rows = []
+    for system, label in SYSTEMS.items():
+        judged = load("nine", system)
+        if not judged:
+            continue
+        before = [item for item in judged if not item.after]
+        after = [item for item in judged if item.after]
+        cells = [percent(*by_seed(part)) for part in (before, after)]
+        cells += [percent(share(part, what)) for part in (before, after) for what in ("colour", "shape")]
+        rows.append([label, *cells])
+    header = ["system", "right, before 77", "right, after 77", "colour before", "shape before", "colour after"]
+    return table([*header, "shape after"], rows)
+
+
+def counts_table() -> str:
+    """Objects right by number of objects; nine come from the main set."""
+    found = {s: [*load("by_count", s), *load("nine", s)] for s in SYSTEMS}
+    rows = [
+        [label, *(percent(share([j for j in found[s] if j.objects == n])) for n in range(1, 10))]
+        for s, label in SYSTEMS.items()
+        if found[s]
+    ]
+    return table(["objects", *map(str, range(1, 10))], rows)
+
+
+def lengths_table() -> str:
+    """All pictures by the length of their prompt."""
+    bounds = [(0, 77), (78, 110), (111, 140), (141, 160), (161, 248)]
+    found = {s: [*load("by_count", s), *load("nine", s)] for s in SYSTEMS}
+    rows = [
+        [label, *(percent(share([j for j in found[s] if low <= j.tokens <= high])) for low, high in bounds)]
+        for s, label in SYSTEMS.items()
+        if found[s]
+    ]
+    return table(["tokens of the prompt", *(f"{low or 'up'}-{high}" for low, high in bounds)], rows)
+
+
+def other_sets_table() -> str:
+    names = {"heldout_templates": "new templates", "heldout_words": "new words", "short": "short, 1-3 objects"}
+    rows = []
+    for system, label in SYSTEMS.items():
+        cells = []
+        for name in names:
+            judged = load(name, system)
+            if name == "short":
+                cells.append(percent(*by_seed(judged)) if judged else "-")
+            else:
+                cells += [percent(share([j for j in judged if j.after is after])) for after in (False, True)]
+        if set(cells) != {"-"}:
+            rows.append([label, *cells])
+    return table(["system", "templates, before", "after", "words, before", "after", "short captions"], rows)
+
+
+def plot_zones(path: Path) -> None:
+    shown = [system for system in SYSTEMS if load("nine", system)]
+    if not shown:
+        return
+    figure, axis = pyplot.subplots(figsize=(9, 3.6), layout="constrained")
+    for offset, after, colour in ((-0.2, False, "#8fb8de"), (0.2, True, "#1d6b45")):
+        stats = [by_seed([j for j in load("nine", s) if j.after is after]) for s in shown]
+        places = [index + offset for index in range(len(shown))]
+        label = "sentence after token 77" if after else "sentence before token 77"
+        axis.bar(places, [100 * m for m, _ in stats], 0.4, yerr=[100 * s for _, s in stats], color=colour, label=label)
+    axis.set_xticks(range(len(shown)), [SYSTEMS[s].replace(", ", ",\n").replace(" of 77", "\nof 77") for s in shown])
+    axis.tick_params(axis="x", labelsize=7)
+    axis.set(ylabel="objects right, %", ylim=(0, 100), title="Nine objects a prompt: shape, colour and place right")
+    axis.legend()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def plot_positions(path: Path) -> None:
+    """The share right over where an object's sentence ends: what the reader of a long prompt feels."""
+    width = 15
+    figure, axis = pyplot.subplots(figsize=(9, 3.6), layout="constrained")
+    drawn = False
+    for system, label in SYSTEMS.items():
+        bins = defaultdict(list)
+        for item in load("nine", system):
+            bins[item.end // width].append(item.right)
+        points = [(width * (b + 0.5), 100 * sum(v) / len(v)) for b, v in sorted(bins.items()) if len(v) >= 30]
+        if points:
+            style = "--" if system.endswith("_adapter") else "-"
+            axis.plot(*zip(*points, strict=True), style, marker="o", markersize=3, color=COLOURS[system], label=label)
+            drawn = True
+    axis.axvline(77, color="black", linewidth=0.8, linestyle=":")
+    axis.set(xlabel="token at which an object's sentence ends", ylabel="objects right, %", ylim=(0, 100))
+    if drawn:
+        axis.legend(fontsize=7, loc="lower left")
+        figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+# -- retrieval -----------------------------------------------------------------------------------------------
+
+
+def retrieval_table() -> str:
+    file = RESULTS / "retrieval.json"
+    if not file.exists():
+        return "Not measured yet."
+    names = {"base": "base, cut at 77", "stretched": "stretched only", "trained": "FIX-CLIP (the embedded one)"}
+    kinds = ("long", "short", "long_heldout_templates", "long_heldout_words")
+    rows = []
+    for name, found in json.loads(file.read_text()).items():
+        cells = [f"{found[k][f'{d}_recall_at_1']:.3f}" for k in kinds for d in ("image_to_text", "text_to_image")]
+        pairs = [f"{one} / {other}" for one, other in zip(cells[::2], cells[1::2], strict=True)]
+        rows.append([names[name], *pairs])
+    return table(["model", "long", "short", "long, new templates", "long, new words"], rows)
+
+
+def ablation_runs() -> dict[tuple[str, str], dict[int, dict[str, float]]]:
+    """(method, learning rate) -> seed -> last evaluation."""
+    file = RESULTS / "ablations.json"
+    found: dict[tuple[str, str], dict[int, dict[str, float]]] = defaultdict(dict)
+    for name, values in (json.loads(file.read_text()) if file.exists() else {}).items():
+        method, rest = name.split("-lr", 1)
+        rate, seed = rest.rsplit("-seed", 1)  # a rate such as 1e-05 has a hyphen of its own
+        found[method, rate][int(seed)] = values
+    return found
+
+
+def mean_spread(values: Sequence[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread}"
+
+
+def ablations_table() -> str:
+    runs = ablation_runs()
+    rows = []
+    for method, label in METHODS.items():
+        own = {rate: seeds for (m, rate), seeds in runs.items() if m == method}
+        if not own:
+            continue
+        rate = max(own, key=lambda r: (len(own[r]), long_score(own[r][min(own[r])])))
+        seeds = own[rate]
+        cells = [mean_spread([values[name] for values in seeds.values()]) for name in RECALLS]
+        rows.append([label, rate, str(len(seeds)), *cells])
+    if not rows:
+        return "Not measured yet."
+    header = ["method", "lr", "seeds", "long i2t", "long t2i", "short i2t", "short t2i"]
+    return table(header, rows)
+
+
+def long_score(values: dict[str, float]) -> float:
+    return (values[RECALLS[0]] + values[RECALLS[1]]) / 2
+
+
+def tuning_table() -> str:
+    runs = ablation_runs()
+    rates = sorted({rate for method, rate in runs if method in ("fixclip", "longclip", "finetune")}, key=float)
+    rows = []
+    for method in ("fixclip", "longclip", "finetune"):
+        cells = [f"{long_score(runs[method, r][0]):.3f}" if 0 in runs.get((method, r), {}) else "-" for r in rates]
+        if set(cells) != {"-"}:
+            rows.append([METHODS[method], *cells])
+    return table(["learning rate", *rates], rows) if rows else "Not measured yet."
+
+
+def training_table() -> str:
+    file = RESULTS / "training.json"
+    if not file.exists():
+        return "Not measured yet."
+    names = {
+        "clip": "base CLIP",
+        "vae": "VAE",
+        "vae_decoder": "VAE, decoder alone",
+        "unet": "UNet",
+        "encoder": "FIX-CLIP",
+    }
+    rows = []
+    for name, found in json.loads(file.read_text()).items():
+        last = {key: value for key, value in found[-1].items() if key != "step" and not key.endswith(("_5", "_10"))}
+        shown = ", ".join(f"{key.replace('_', ' ')} {value:.3f}" for key, value in last.items())
+        rows.append([names[name], str(found[-1]["step"]), shown])
+    return table(["part", "steps", "on held-out scenes"], rows)
+
+
+# -- the page ------------------------------------------------------------------------------------------------
+
+
+def page(text: str, parts: dict[str, str]) -> str:
+    """Put the tables between their markers, `<!-- NAME -->` and `<!-- /NAME -->`; prose stays as it is.
+
+    Raises:
+        ValueError: a marker is missing.
+    """
+    for name, content in parts.items():
+        start, stop = f"<!-- {name} -->", f"<!-- /{name} -->"
+        if start not in text or stop not in text:
+            raise ValueError(f"{PAGE}: it must have the markers {start} and {stop}")
+        head, rest = text.split(start, 1)
+        text = f"{head}{start}\n{content}\n{stop}{rest.split(stop, 1)[1]}"
+    return text
+
+
+TABLES = {
+    "training": training_table,
+    "images": images_table,
+    "counts": counts_table,
+    "lengths": lengths_table,
+    "other sets": other_sets_table,
+    "retrieval": retrieval_table,
+    "ablations": ablations_table,
+    "tuning": tuning_table,
+}
+
+
+def main(
+    gather: Annotated[bool, typer.Option("--collect", help="First copy new JSON of outputs/scenes here.")] = False,
+) -> None:
+    """Write the tables and plots of docs/results.md."""
+    if gather:
+        collect()
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    plot_zones(IMAGES / "results_zones.png")
+    plot_positions(IMAGES / "results_positions.png")
+    parts: dict[str, Any] = {name: make() for name, make in TABLES.items()}
+    PAGE.write_text(page(PAGE.read_text(), parts))
+    typer.echo(f"{PAGE}, {IMAGES}/results_zones.png, {IMAGES}/results_positions.png")
+
+
+if __name__ == "__main__":
+    typer.run(main)
