@@ -62,10 +62,10 @@ def short(number: int) -> list[Prompt]:
 # name: prompts, noises of each
 SETS: dict[str, tuple[Callable[[], list[Prompt]], int]] = {
     "nine": (lambda: nine(300), 3),
-    "by_count": (lambda: by_count(30), 1),
-    "heldout_templates": (lambda: nine(100, split="heldout", synonyms="train"), 1),
-    "heldout_words": (lambda: nine(100, split="train", synonyms="heldout"), 1),
-    "short": (lambda: short(150), 2),
+    "by_count": (lambda: by_count(20), 1),
+    "heldout_templates": (lambda: nine(80, split="heldout", synonyms="train"), 1),
+    "heldout_words": (lambda: nine(80, split="train", synonyms="heldout"), 1),
+    "short": (lambda: short(100), 2),
 }
 
 
