@@ -7,7 +7,7 @@ import open_clip
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -25,6 +25,7 @@ HERE = run.ROOT / run.HERE
 SMALL = {
     "clip": ["width=32", "layers=2", "heads=2", "train.batch_size=8", "eval_scenes=8"],
     "vae": ["channels=[8,8,8,8]", "latent_channels=4", "train.batch_size=2", "eval_scenes=2"],
+    "decoder": ["train.batch_size=2", "eval_scenes=2"],
     "unet": ["channels=[16,32]", "heads=2", "latents=8", "train.batch_size=4", "noise_draws=2", "eval_scenes=2"],
 }
 
@@ -139,6 +140,15 @@ def test_the_parts_are_standard_folders(parts):
     assert pipe.scheduler.config.prediction_type == "v_prediction"
 
 
+def test_training_the_decoder_leaves_the_latents_as_they_are(parts, tmp_path):
+    trained = train("decoder", tmp_path / "decoder", f"vae={parts['vae']}", steps=2)
+    before, after = AutoencoderKL.from_pretrained(parts["vae"]), AutoencoderKL.from_pretrained(trained)
+    assert after.config.scaling_factor == before.config.scaling_factor
+    changed = {name for name, w in before.state_dict().items() if not torch.equal(w, after.state_dict()[name])}
+    assert changed
+    assert all(name.startswith(("decoder", "post_quant_conv")) for name in changed)
+
+
 def test_evening_out_latents_changes_no_picture():
     torch.manual_seed(0)
     stage = pretrain.Vae(recipe("vae", "unused"))
@@ -155,7 +165,7 @@ def test_evening_out_latents_changes_no_picture():
 
 
 def test_wrong_stages_and_recipes_are_named(capsys, monkeypatch, tmp_path):
-    with pytest.raises(SystemExit, match="stage 'gan': valid are clip, vae, unet"):
+    with pytest.raises(SystemExit, match="stage 'gan': valid are clip, vae, decoder, unet"):
         pretrain.main("gan", HERE / "vae.yaml")
     with pytest.raises(SystemExit, match=r"vae.yaml:\d+: channels"):
         pretrain.main("vae", HERE / "vae.yaml", ["channels=12"])
