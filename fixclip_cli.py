@@ -366,7 +366,7 @@ def demo(
         str, typer.Option(help="A whole model of the scenes world: builtin:scenes, or a folder of the same layout.")
     ] = "builtin:scenes",
     steps: Annotated[int, typer.Option(min=1, max=999, help="Denoising steps.")] = 20,
-    guidance: Annotated[float, typer.Option(min=0.0, max=100.0, help="Guidance scale.")] = 3.0,
+    guidance: Annotated[float, typer.Option(min=0.0, max=100.0, help="Guidance scale.")] = 2.0,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the noise that every system starts from.")] = 0,
     output: Annotated[Path, typer.Option("--output", "-o", help="A .png file or a folder.")] = (
         DEFAULT_OUTPUT / "demo.png"

@@ -19,7 +19,7 @@ from .prompts import TokenReport, token_report
 from .text_encoder import FixClipTokenizer
 
 TRUTH = "ground truth"
-DRAWING = Drawing(steps=20, guidance_scale=3.0)
+DRAWING = Drawing(steps=20, guidance_scale=2.0)
 NUM_PROMPTS = 3
 SIDE = 216  # of a picture in the sheet, in pixels: three times the world's own size
 CAPTION = (

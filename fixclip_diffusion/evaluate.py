@@ -28,7 +28,7 @@ from fixclip_core.files import write_atomically
 
 from . import builtin
 from .adapter import TextAdapter
-from .features import check_made_for, fingerprint
+from .features import check_made_for, fingerprint, write_attention_out
 from .pipeline import LONG_PROMPT_MODES, FixClipStableDiffusionPipeline
 from .text_encoder import FixClipTokenizer
 
@@ -234,6 +234,7 @@ class Painter:
             check_made_for(Path(builtin.resolve(system.adapter)), fingerprint(pipe.text_encoder, pipe.tokenizer))
             pipe.text_encoder.set_adapter_module(adapter)
         pipe.to(self.device, self.dtype)
+        write_attention_out(pipe.unet, self.device)
         self.shared |= {"vae": pipe.vae, "unet": pipe.unet}
         pipe.set_progress_bar_config(disable=True)
         if system.lora is None:

@@ -19,6 +19,7 @@ from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from safetensors import safe_open
 from safetensors.torch import save
 from tokenizers import Tokenizer
@@ -53,6 +54,7 @@ MADE_FOR = "made_for.json"
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 NO_WINDOW = -1  # fills the ids behind a text's last window
 SHORT_CAPTIONS = {"short_caption", "max_short_sentences", "drop_short_from_long"}
+SMALL_LATENTS = 16  # side
 _OPEN_SHARDS = 16
 
 
@@ -86,6 +88,15 @@ class FrozenModels:
     def caption_ids(self) -> "TokenIds | WindowIds":
         """Texts to the ids that the functions below read."""
         return WindowIds(self.tokenizer) if self.in_windows else TokenIds(self.tokenizer)
+
+
+def write_attention_out(unet: UNet2DConditionModel, device: torch.device) -> None:
+    """Attention without torch's fused kernel where that is slow: on CPUs, at small heads, backwards and in bfloat16.
+
+    Written out it holds (tokens)^2 numbers, so only UNets of small latents are changed.
+    """
+    if device.type == "cpu" and int(cast(Any, unet.config).sample_size) <= SMALL_LATENTS:
+        unet.set_attn_processor(AttnProcessor())
 
 
 # -- encoding ------------------------------------------------------------------------------------------------

@@ -20,7 +20,6 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
@@ -79,6 +78,7 @@ from .features import (
     fingerprint,
     num_tokens,
     picture_transform,
+    write_attention_out,
 )
 from .objectives import Denoiser, Features, adapter_losses, noise_target
 from .pipeline import FixClipStableDiffusionPipeline
@@ -100,7 +100,6 @@ SD15_VAE: dict[str, Any] = {
     "layers_per_block": 2,
     "sample_size": 512,
 }
-SMALL_LATENTS = 16  # side
 _GIB = 2**30
 
 
@@ -322,9 +321,7 @@ def place(frozen: FrozenModels, device: torch.device, dtype: torch.dtype) -> Non
         module.requires_grad_(False).eval().to(device)
         if next(module.parameters()).dtype != dtype:
             module.to(dtype)
-    if device.type == "cpu" and int(cast(Any, frozen.unet.config).sample_size) <= SMALL_LATENTS:
-        # Torch's fused attention is slow backwards on CPUs; written out it keeps (tokens)^2 numbers, few here.
-        frozen.unet.set_attn_processor(AttnProcessor())
+    write_attention_out(frozen.unet, device)
 
 
 def add_lora(unet: UNet2DConditionModel, rank: int) -> dict[str, nn.Parameter]:

@@ -91,7 +91,7 @@ def pixels(item):
 
 def python_picture(pipe, prompt, seed, **kwargs):
     """With the guidance that the page has for a model of the scenes world."""
-    kwargs = {"num_inference_steps": 2, "width": 32, "height": 32, "guidance_scale": 3.0, **kwargs}
+    kwargs = {"num_inference_steps": 2, "width": 32, "height": 32, "guidance_scale": 2.0, **kwargs}
     return np.asarray(pipe(prompt, generator=torch.Generator().manual_seed(seed), **kwargs).images[0])
 
 
@@ -535,7 +535,7 @@ def test_the_embedded_model_opens_with_its_checker(tmp_path, monkeypatch):
     monkeypatch.setattr(builtin, "FOLDER", tmp_path)
     with default_choice() as choice:
         model = DemoModel(choice, "cpu")
-    assert (model.notice, model.name, model.scenes, model.default_guidance) == ("", "builtin:scenes", True, 3.0)
+    assert (model.notice, model.name, model.scenes, model.default_guidance) == ("", "builtin:scenes", True, 2.0)
     assert [system.label for system in model.systems.values()] == [
         "Stock, cut at 77 tokens",
         "Base encoder in windows of 77",

@@ -161,7 +161,7 @@ class DemoModel:
     @property
     def default_guidance(self) -> float:
         """What the miniatures of the scenes world draw best with is too little for Stable Diffusion."""
-        return 3.0 if self.scenes else 7.5
+        return 2.0 if self.scenes else 7.5
 
     def examples(self) -> list[str]:
         """Long prompts to click: captions of the world for a scenes model."""

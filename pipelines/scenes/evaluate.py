@@ -37,7 +37,7 @@ SYSTEMS = {
     ),
     "stretched_adapter": System("stretched_adapter", adapter=str(OUT / "adapter_stretched/adapter")),
 }
-DRAWING = Drawing(steps=20, guidance_scale=3.0, batch_size=16)
+DRAWING = Drawing(steps=20, guidance_scale=2.0, batch_size=16)
 
 app = typer.Typer(add_completion=False)
 

@@ -562,7 +562,7 @@ class Unet(nn.Module):
 
     @torch.no_grad()
     def evaluate(self, number: int) -> dict[str, float]:
-        """Objects drawn as asked, of held-out scenes described by short captions; guidance 3, 20 steps."""
+        """Objects drawn as asked, of held-out scenes described by short captions; guidance 2, 20 steps."""
         drawn = draw_scenes(0, -1, 0, number, (1, self.recipe.max_objects_short))
         prompts = [scenes.short_caption(s, i, max_objects=9, split="all").text for i, s in enumerate(drawn)]
         pipe = self.pipeline()
@@ -570,7 +570,7 @@ class Unet(nn.Module):
         made = []
         for start_at in range(0, number, 32):
             noise = torch.Generator().manual_seed(start_at)
-            options = {"guidance_scale": 3.0, "num_inference_steps": 20, "generator": noise, "output_type": "pt"}
+            options = {"guidance_scale": 2.0, "num_inference_steps": 20, "generator": noise, "output_type": "pt"}
             made.append(pipe(prompts[start_at : start_at + 32], **options).images.float())
         objects = [o for c in scenes.check_batch(torch.cat(made), drawn) for o in c.objects]
         share = {name: sum(getattr(o, name) for o in objects) / len(objects) for name in ("right", "colour_right")}

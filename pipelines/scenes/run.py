@@ -156,17 +156,17 @@ def ablations() -> list[Stage]:
 
 def evaluations() -> list[Stage]:
     needs = {
-        "trained": "encoder_diffusers",
-        "adapter": "adapter",
-        "lora": "lora",
-        "windows_adapter": "adapter_windows",
-        "stretched_adapter": "adapter_stretched",
+        "trained": ("encoder_diffusers",),
+        "adapter": ("adapter",),
+        "lora": ("lora",),
+        "windows_adapter": ("adapter_windows",),
+        "stretched_adapter": ("adapter_stretched",),
     }
     systems = ("stock", "windows", "stretched", *needs)
     script, folder = f"{HERE}/evaluate.py", OUT / "evaluation"
     return [
         *(
-            Stage(f"images-{s}", (script, "images", s), (needs.get(s, "base"),), folder / f"short-{s}.json")
+            Stage(f"images-{s}", (script, "images", s), ("base", *needs.get(s, ())), folder / f"short-{s}.json")
             for s in systems
         ),
         Stage("retrieval", (script, "retrieval"), ("encoder",), folder / "retrieval.json"),
