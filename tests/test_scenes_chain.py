@@ -1,7 +1,6 @@
 """The chain behind the embedded miniature, at a size that trains in seconds."""
 
 import json
-import sys
 
 import open_clip
 import pytest
@@ -131,7 +130,7 @@ def test_sentence_ends_and_labels_are_those_of_the_scene():
 
 
 def test_the_parts_are_standard_folders(parts):
-    clip = FixClip.from_pretrained(parts["clip"])
+    clip = FixClip.from_pretrained(parts["clip"], num_groups=2, first_group=2)
     assert clip.config.context_length == 248
     ids = clip.tokenizer()(["a red star in the very centre."])
     assert clip.encode_text(ids).shape == (1, 32)
@@ -167,7 +166,7 @@ def test_evening_out_latents_changes_no_picture():
 def test_wrong_stages_and_recipes_are_named(capsys, monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match="stage 'gan': valid are clip, vae, decoder, unet"):
         pretrain.main("gan", HERE / "vae.yaml")
-    with pytest.raises(SystemExit, match=r"vae.yaml:\d+: channels"):
+    with pytest.raises(SystemExit, match=r"command line: channels=12: it should be a valid list"):
         pretrain.main("vae", HERE / "vae.yaml", ["channels=12"])
     with pytest.raises(SystemExit, match=r"train.steps: missing"):
         pretrain.main("vae", HERE / "vae.yaml", ["train.steps=null", f"output.folder={tmp_path}"])
@@ -269,4 +268,3 @@ def test_the_page_in_the_repository_is_what_its_json_says():
 def in_the_repository(monkeypatch):
     """The scripts' paths are relative to the repository, as their commands are given."""
     monkeypatch.chdir(run.ROOT)
-    assert sys.version_info >= (3, 11)
