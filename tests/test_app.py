@@ -119,7 +119,7 @@ def test_generate_draws_what_python_draws(client, model):
         saved = json.loads(text["fixclip"])
         assert text["prompt"] == LONG
         assert (saved["seed"], saved["steps"], saved["negative_prompt"]) == (5 + index, 2, "grün ✓")
-        assert "Steps: 2, CFG scale: 3.0" in text["parameters"]
+        assert "Steps: 2, CFG scale: 2.0" in text["parameters"]
         assert item["image"].endswith(f"seed{5 + index}.png")
     assert info["tokens"] == model.pipe.token_report(LONG).num_tokens
     assert [picture["seed"] for picture in info["pictures"]] == [5, 6]
@@ -550,7 +550,7 @@ def test_the_embedded_model_opens_with_its_checker(tmp_path, monkeypatch):
         load(base, encoder),
         load("builtin:scenes"),
     ]
-    prompt, settings = model.examples()[0], {"num_inference_steps": 2, "guidance_scale": 3.0, "width": 72, "height": 72}
+    prompt, settings = model.examples()[0], {"num_inference_steps": 2, "guidance_scale": 2.0, "width": 72, "height": 72}
     for _ in range(2):  # what one system switches off is on again for the next one
         for system, pipe in zip(model.systems.values(), wanted, strict=True):
             image, _ = model.draw(system, seed=4, on_step=lambda step: None, prompt=prompt, **settings)
