@@ -20,8 +20,13 @@ $(VENV)/.installed-dev: pyproject.toml
 	$(BIN)/pip install --quiet -e ".[dev]"
 	touch $@ $(VENV)/.installed
 
+$(VENV)/.installed-train: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -e ".[train]"
+	touch $@ $(VENV)/.installed
+
 # Three long prompts on the embedded model, stock to FIX-CLIP side by side, each object checked: outputs/demo.png
-demo: $(VENV)/.installed
+demo: $(VENV)/.installed-train
 	$(BIN)/fixclip demo -o outputs/demo.png
 
 $(VENV)/.installed-app: pyproject.toml
