@@ -62,6 +62,7 @@ from fixclip_core.loop import (
 )
 from fixclip_core.losses import contrastive_loss
 from fixclip_core.recipe import OptimSection, OutputSection, RunSection, Section, load_recipe
+from fixclip_diffusion import tiny
 from fixclip_diffusion.objectives import HIGH_NOISE_FROM, noise_target
 
 logger = logging.getLogger(__name__)
@@ -449,17 +450,8 @@ class UnetBatch:
 
 def scenes_scheduler() -> DDIMScheduler:
     """Velocity, and a schedule that ends in pure noise (Lin et al. 2024), as plain backgrounds need."""
-    return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type="v_prediction",
-        rescale_betas_zero_snr=True,
-        timestep_spacing="trailing",
-    )
+    config = tiny.scheduler("v_prediction").config
+    return DDIMScheduler.from_config(config, rescale_betas_zero_snr=True, timestep_spacing="trailing")
 
 
 class Unet(nn.Module):
