@@ -1,5 +1,6 @@
 """`fixclip demo`: long prompts through every system of a whole model of the scenes world, judged object by object."""
 
+import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -89,6 +90,13 @@ def own_prompt(text: str) -> tuple[Prompt, str]:
     return (Prompt(text, scene), "") if scene.objects else (Prompt(text), "it names no object with its place")
 
 
+def unknown_words(text: str) -> list[str]:
+    """Words that no caption of the scenes world contains, in their order: a model of this world cannot draw them."""
+    known = set(scenes.vocabulary())
+    words = re.findall(r"[^\W\d_]+", text.lower())
+    return [word for word in dict.fromkeys(words) if word not in known]
+
+
 def systems_of(parts: builtin.ModelParts) -> list[System]:
     """From what stock diffusers does to the whole method, as far as the model has the parts."""
     systems = [
@@ -165,7 +173,8 @@ def _counts(shown: Shown) -> str:
     lines = []
     for where, before in (("before", True), ("after", False)):
         right, number = shown.count(before)
-        lines.append(f"{where} token 77: {right} of {number}")
+        if number:
+            lines.append(f"{where} token 77: {right} of {number}")
     return "\n".join(lines)
 
 
@@ -185,7 +194,8 @@ def format_table(demo: Demo) -> str:
     width = max(map(len, demo.rows))
     lines = [CAPTION, f"  {'':<{width}}  before 77   after 77  background"]
     for name, own in demo.rows.items():
-        cells = ["{:4d} of {:2d}".format(*demo.total(name, before)) for before in (True, False)]
+        totals = [demo.total(name, before) for before in (True, False)]
+        cells = [f"{f'{right:4d} of {number:2d}' if number else ' ' * 7 + '-':<10}" for right, number in totals]
         backgrounds = sum(item.check.background_right for item in own if item.check is not None)
         lines.append(f"  {name:<{width}}  {'   '.join(cells)}     {backgrounds} of {len(own)}")
     return "\n".join(lines)
@@ -193,7 +203,7 @@ def format_table(demo: Demo) -> str:
 
 def format_verdicts(demo: Demo) -> str:
     """Every object in the order of the sentences: where its sentence lies and what the best system drew."""
-    blocks = [f"{demo.best!r}, object by object:"]
+    blocks = [f"{demo.best!r}, which got the most objects right, object by object:"]
     for number, (prompt, shown) in enumerate(zip(demo.prompts, demo.rows[demo.best], strict=True), 1):
         blocks.append(f"Prompt {number}\n" + "\n".join(_verdict_lines(prompt, shown)))
     return "\n".join(blocks)

@@ -260,13 +260,15 @@ def test_demo_of_an_own_prompt(model, tmp_path):
     options = ["--model", model, "--steps", 1, "-o", tmp_path]
     result = run("demo", "A large red star is in the centre. The background is white.", *options)
     assert result.exit_code == 0, result.output
-    assert re.search(r"ground truth +1 of +1 +0 of +0 +1 of 1", result.output)
+    assert re.search(r"ground truth +1 of +1 +- +1 of 1", result.output)
+    assert "Warning" not in result.stderr
     assert "[[stock stops here]]" not in result.output
     result = run("demo", "-", *options, input=own)
     assert "The checker cannot judge pictures of this prompt: centre: " in result.output
     assert Image.open(tmp_path / "demo-2.png").width < 7 * 216, "six systems, and no ground truth"
     result = run("demo", "A cat on a mat.", *options)
     assert result.exit_code == 0, result.output
+    assert "Warning: no caption of the scenes world has the words cat, mat;" in result.stderr
     assert "cannot judge pictures of this prompt" in result.output
 
 
@@ -298,7 +300,9 @@ def test_demo_draws_what_evaluate_images_draws(model):
     wanted = pipe(
         prompts[0].text, num_inference_steps=2, guidance_scale=3.0, generator=torch.Generator().manual_seed(5)
     ).images[0]
-    assert np.array_equal(np.asarray(shown.rows["+ LoRA"][0].picture), np.asarray(wanted))
+    # Matrix products may round differently from call to call, by where their operands lie in memory.
+    difference = np.asarray(shown.rows["+ LoRA"][0].picture, dtype=int) - np.asarray(wanted, dtype=int)
+    assert np.abs(difference).max() <= 1
     assert len({own[0].picture.tobytes() for own in shown.rows.values()}) == 7
     assert demo.systems_of(builtin.ModelParts("b"))[-1] == System("stretched only")
 

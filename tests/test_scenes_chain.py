@@ -24,7 +24,7 @@ HERE = run.ROOT / run.HERE
 SMALL = {
     "clip": ["width=32", "layers=2", "heads=2", "train.batch_size=8", "eval_scenes=8"],
     "vae": ["channels=[8,8,8,8]", "latent_channels=4", "train.batch_size=2", "eval_scenes=2"],
-    "decoder": ["train.batch_size=2", "eval_scenes=2"],
+    "robust": ["train.batch_size=2", "eval_scenes=2"],
     "unet": ["channels=[16,32]", "heads=2", "latents=8", "train.batch_size=4", "noise_draws=2", "eval_scenes=2"],
 }
 
@@ -139,13 +139,34 @@ def test_the_parts_are_standard_folders(parts):
     assert pipe.scheduler.config.prediction_type == "v_prediction"
 
 
-def test_training_the_decoder_leaves_the_latents_as_they_are(parts, tmp_path):
-    trained = train("decoder", tmp_path / "decoder", f"vae={parts['vae']}", steps=2)
+def test_no_encoder_evades_the_noise_by_the_scale_of_its_latents(parts):
+    torch.manual_seed(0)
+    stage = pretrain.Robust(recipe("robust", "unused", f"vae={parts['vae']}"))
+    image = pretrain.pictures(pretrain.draw_scenes(0, 0, 0, 8, (1, 9)))
+
+    def decoded(std):
+        torch.manual_seed(1)
+        return stage.decode_noisy(image, torch.full((len(image),), std))
+
+    with torch.no_grad():
+        plain = stage.vae.decode(stage.vae.encode(image).latent_dist.mode()).sample
+        assert torch.equal(decoded(0.0), plain)
+        noisy = decoded(1.0)
+        assert (noisy - plain).square().mean() > 1e-4
+        scale = torch.tensor([100.0, 1.0, 5.0, 20.0])
+        stage.vae.quant_conv.weight[:4] *= scale[:, None, None, None]
+        stage.vae.quant_conv.bias[:4] *= scale
+        stage.vae.post_quant_conv.weight /= scale[:, None, None]
+        torch.testing.assert_close(decoded(1.0), noisy, rtol=1e-2, atol=1e-3)
+
+
+def test_the_robust_stage_trains_all_of_the_vae(parts, tmp_path):
+    trained = train("robust", tmp_path / "robust", f"vae={parts['vae']}", steps=2)
     before, after = AutoencoderKL.from_pretrained(parts["vae"]), AutoencoderKL.from_pretrained(trained)
-    assert after.config.scaling_factor == before.config.scaling_factor
-    changed = {name for name, w in before.state_dict().items() if not torch.equal(w, after.state_dict()[name])}
-    assert changed
-    assert all(name.startswith(("decoder", "post_quant_conv")) for name in changed)
+    same = {name for name, w in before.state_dict().items() if torch.equal(w, after.state_dict()[name])}
+    assert not same
+    log = (tmp_path / "robust" / "metrics.jsonl").read_text()
+    assert "objects_right_at_1.0" in log
 
 
 def test_evening_out_latents_changes_no_picture():
@@ -164,7 +185,7 @@ def test_evening_out_latents_changes_no_picture():
 
 
 def test_wrong_stages_and_recipes_are_named(capsys, monkeypatch, tmp_path):
-    with pytest.raises(SystemExit, match="stage 'gan': valid are clip, vae, decoder, unet"):
+    with pytest.raises(SystemExit, match="stage 'gan': valid are clip, vae, robust, unet"):
         pretrain.main("gan", HERE / "vae.yaml")
     with pytest.raises(SystemExit, match=r"command line: channels=12: it should be a valid list"):
         pretrain.main("vae", HERE / "vae.yaml", ["channels=12"])

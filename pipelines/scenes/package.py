@@ -7,7 +7,7 @@ from typing import Annotated
 
 import torch
 import typer
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 
 OUT = Path("outputs/scenes")
 BUILTIN = Path("fixclip_diffusion/builtin/scenes")
@@ -24,11 +24,10 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def base(
     unet: Annotated[Path, typer.Option(help="Pipeline of the stage unet.")] = OUT / "unet" / "model",
-    decoder: Annotated[Path, typer.Option(help="VAE of the stage decoder.")] = OUT / "decoder" / "model",
     output: Path = OUT / "base",
 ) -> None:
     """Write the base as published, in half precision: everything that follows is trained on what users get."""
-    pipe = StableDiffusionPipeline.from_pretrained(unet, vae=AutoencoderKL.from_pretrained(decoder)).to(torch.float16)
+    pipe = StableDiffusionPipeline.from_pretrained(unet).to(torch.float16)
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     pipe.save_pretrained(partial)

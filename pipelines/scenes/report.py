@@ -70,7 +70,7 @@ def collect() -> None:
             runs[folder.name] = last_evaluation(folder)
     if runs:
         (RESULTS / "ablations.json").write_text(json.dumps(runs, indent=1) + "\n")
-    parts = {name: OUT / name for name in ("clip", "vae", "decoder", "unet", "encoder")}
+    parts = {name: OUT / name for name in ("clip", "vae", "robust", "unet", "encoder")}
     training = {name: evaluations(folder) for name, folder in parts.items() if (folder / "metrics.jsonl").exists()}
     (RESULTS / "training.json").write_text(json.dumps(training, indent=1) + "\n")
 
@@ -311,7 +311,7 @@ def training_table() -> str:
     names = {
         "clip": "base CLIP",
         "vae": "VAE",
-        "decoder": "VAE, decoder on noisy latents",
+        "robust": "VAE, with noise on its latents",
         "unet": "UNet",
         "encoder": "FIX-CLIP",
     }

@@ -59,9 +59,9 @@ def chain() -> list[Stage]:
     return [
         pretraining("clip", "clip"),
         pretraining("vae", "vae"),
-        pretraining("decoder", "decoder", ["vae"]),
-        pretraining("unet", "unet", ["clip", "vae"], processes=2),
-        Stage("base", (f"{HERE}/package.py", "base"), ("unet", "decoder"), OUT / "base" / "model_index.json"),
+        pretraining("robust", "robust", ["vae"]),
+        pretraining("unet", "unet", ["clip", "robust"], processes=2),
+        Stage("base", (f"{HERE}/package.py", "base"), ("unet",), OUT / "base" / "model_index.json"),
         Stage(
             "encoder",
             launched("train_encoder.py", f"{HERE}/encoder.yaml"),
