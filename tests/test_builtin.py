@@ -268,7 +268,7 @@ def test_demo_of_an_own_prompt(model, tmp_path):
     assert Image.open(tmp_path / "demo-2.png").width < 7 * 216, "six systems, and no ground truth"
     result = run("demo", "A cat on a mat.", *options)
     assert result.exit_code == 0, result.output
-    assert "Warning: no caption of the scenes world has the words cat, mat;" in result.stderr
+    assert "Warning: the scenes world has no such words: cat, mat;" in result.stderr
     assert "cannot judge pictures of this prompt" in result.output
 
 
