@@ -53,6 +53,12 @@ METHODS = {
     "longclip": "Long-CLIP recipe",
     "finetune": "plain fine-tuning",
 }
+MEASURES = {
+    "bound": "place, shape, colour and size all read off the text",
+    "root_mean_square": "root mean square error (pictures from -1 to 1)",
+    "objects_right": "objects right",
+    "objects_colour_right": "colours right",
+}
 RECALLS = tuple(f"{c}_{d}_recall_at_1" for c in ("long", "short") for d in ("image_to_text", "text_to_image"))
 
 
@@ -318,9 +324,16 @@ def training_table() -> str:
     rows = []
     for name, found in json.loads(file.read_text()).items():
         last = {key: value for key, value in found[-1].items() if key != "step" and not key.endswith(("_5", "_10"))}
-        shown = ", ".join(f"{key.replace('_', ' ')} {value:.3f}" for key, value in last.items())
+        shown = ", ".join(f"{measure(key)} {value:.3f}" for key, value in last.items())
         rows.append([names[name], str(found[-1]["step"]), shown])
     return table(["part", "steps", "on held-out scenes"], rows)
+
+
+def measure(key: str) -> str:
+    """A name of the metrics file in words."""
+    if key.startswith("objects_right_at_"):
+        return f"objects right with noise of {key.rsplit('_', 1)[1]} stds"
+    return MEASURES.get(key, key.replace("_recall_at_1", " R@1").replace("_", " "))
 
 
 # -- the page ------------------------------------------------------------------------------------------------
