@@ -44,9 +44,10 @@ COLOURS = {
     "stretched_adapter": "#b9a3d6",
 }
 METHODS = {
-    "fixclip": "FIX-CLIP, 25 % masked",
+    "fixclip": "FIX-CLIP, an eighth of the patches masked",
     "prompt_flow_replace": "- prompt flow (`replace`)",
     "no_masking": "- masking",
+    "mask_ratio_25": "25 % of the patches masked",
     "mask_ratio_75": "75 % of the patches masked, as in the paper",
     "first_sentence": "short caption: the long one's first sentence",
     "no_groups": "- hierarchical groups",

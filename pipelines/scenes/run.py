@@ -108,6 +108,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "finetune": ("method=finetune",),
     "prompt_flow_replace": ("model.prompt_flow=replace",),
     "no_masking": ("model.masking=none",),
+    "mask_ratio_25": ("model.mask_ratio=0.25",),
     "mask_ratio_75": ("model.mask_ratio=0.75",),
     "first_sentence": ("captions.short_caption=first_sentence",),
     "no_groups": ("model.num_groups=0",),
