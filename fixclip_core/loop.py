@@ -1,11 +1,11 @@
-"""Parts of a training loop that know nothing of what is trained: both trainings are built of them."""
+"""The training loop and its parts, which know nothing of what is trained: every training here is built of them."""
 
 import json
 import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,8 +20,9 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
 
-from fixclip_core.checkpoint import find_resume, list_checkpoints, load_checkpoint, remove_unfinished
+from fixclip_core.checkpoint import find_resume, list_checkpoints, load_checkpoint, remove_unfinished, save_checkpoint
 from fixclip_core.recipe import (
     OptimSection,
     OutputSection,
@@ -63,19 +64,24 @@ class TrainState:
             setattr(self, name, value)
 
 
-class Startable(Protocol):
-    """What `start` needs of a run, whatever it trains."""
+class Run(Protocol):
+    """What `start` and `take_steps` need of a run, whatever it trains; `model` and `optimizer` are prepared."""
 
-    accelerator: Accelerator
-    state: TrainState
     recipe: Any
+    accelerator: Accelerator
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: LambdaLR
+    ema: AveragedModel | None
+    state: TrainState
+    total_steps: int
 
     @property
     def folder(self) -> Path:
         """Where the run writes."""
 
 
-def start(run: Startable, resume: str) -> None:
+def start(run: Run, resume: str) -> None:
     """Load the checkpoint to go on from, if any, and write the recipe beside the results.
 
     Raises:
@@ -353,6 +359,61 @@ def check_finite(model: nn.Module) -> None:
         shard = parameter.to_local() if hasattr(parameter, "to_local") else parameter  # of a DTensor
         if not torch.isfinite(shard.detach()).all():
             raise FloatingPointError(f"{name} is not finite; nothing was saved, resume from the last checkpoint")
+
+
+def take_steps(
+    run: Run,
+    inputs: Iterable[Any],
+    forward_backward: Callable[[Any], dict[str, Tensor]],
+    *,
+    figures: Callable[[], dict[str, float]] = dict,
+    evaluate: Callable[[MetricsLog], None] | None = None,
+    evaluate_every: int = 1,
+) -> None:
+    """Take the steps that are left; log, evaluate and save as often as asked, and after the last one.
+
+    Args:
+        run: what is trained.
+        inputs: one for each step that is left: a batch, or what one is made from once the step is seeded.
+        forward_backward: an input's losses, detached, with their gradients left in the parameters.
+        figures: what else belongs into a line of metrics; every process asks.
+        evaluate: writes what it finds itself.
+        evaluate_every: steps between two evaluations.
+
+    Raises:
+        FloatingPointError: too many steps in a row without a finite gradient, or weights that are not finite.
+    """
+    recipe, accelerator, state = run.recipe, run.accelerator, run.state
+    log = MetricsLog(accelerator, run.folder, state.step)
+    bar = tqdm(total=run.total_steps, initial=state.step, desc="steps", disable=not accelerator.is_main_process)
+    run.model.train()
+    for item in inputs:
+        seed_step(recipe.seed, state.step, accelerator.process_index)
+        losses = forward_backward(item)
+        lr = run.optimizer.param_groups[0]["lr"]
+        grad_norm, applied = optimizer_step(accelerator, run.model, run.optimizer, recipe.optim.max_grad_norm)
+        run.schedule.step()
+        if run.ema is not None and applied:
+            run.ema.update_parameters(run.model)
+        count_step(state, applied, recipe.train.max_skipped_steps)
+
+        log.add(losses, recipe.train.batch_size, applied)
+        last = state.step == run.total_steps
+        if last or state.step % recipe.output.log_every == 0:
+            extra = {"grad_norm": grad_norm, "lr": lr, "skipped_steps": state.skipped, **figures()}
+            values = log.flush(state.step, extra)
+            shown = [name for name in values if "loss" in name or name in ("samples_per_second", "skipped_steps")]
+            bar.set_postfix({name.removeprefix("loss_"): f"{values[name]:.3g}" for name in shown})
+        if evaluate is not None and (last or state.step % evaluate_every == 0):
+            evaluate(log)
+            log.restart_clock()
+        if last or state.step % recipe.output.save_every == 0:
+            check_finite(run.model)
+            save_checkpoint(accelerator, run.folder / CHECKPOINTS, state.step, keep_last=recipe.output.keep_last)
+            log.plot()
+            log.restart_clock()
+        bar.update()
+    bar.close()
 
 
 def device_memory(device: torch.device) -> int:

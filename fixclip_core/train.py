@@ -10,6 +10,7 @@ import math
 import shutil
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,12 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from fixclip_core.checkpoint import (
-    check_folder,
-    list_checkpoints,
-    save_checkpoint,
-    training_state_bytes,
-)
+from fixclip_core.checkpoint import check_folder, list_checkpoints, training_state_bytes
 from fixclip_core.config import FINE_TUNE, LONG_CLIP
 from fixclip_core.convert import find_fixclip
 from fixclip_core.data import Batch, DataConfig, Loader, build_loader, describe_skipped
@@ -38,16 +34,14 @@ from fixclip_core.loop import (
     activation_bytes,
     batches,
     check_finite,
-    count_step,
     device_memory,
     make_accelerator,
     make_ema,
     make_optimizer,
     make_schedule,
-    optimizer_step,
     parameter_groups,
-    seed_step,
     start,
+    take_steps,
 )
 from fixclip_core.model import MAX_LOG_SCALE, FixClip
 from fixclip_core.recipe import EncoderRecipe
@@ -253,53 +247,28 @@ def needed_disk(recipe: EncoderRecipe, clip: FixClip) -> int:
 
 def fit(run: Run) -> None:
     """Take the steps that are left."""
-    recipe, accelerator, state = run.recipe, run.accelerator, run.state
+    recipe, accelerator, loader, task = run.recipe, run.accelerator, run.loader, run.task
+    device, size = accelerator.device, recipe.train.micro_batch_size
     if run.total_steps <= recipe.optim.warmup_steps and accelerator.is_main_process:
         logger.warning("The learning rate is still warming up at the end of the run: %s", short_run(run))
-    log = MetricsLog(accelerator, run.folder, state.step)
-    bar = tqdm(total=run.total_steps, initial=state.step, desc="steps", disable=not accelerator.is_main_process)
-    run.model.train()
-    for batch in batches(run.loader, state.step, run.total_steps):
-        seed_step(recipe.seed, state.step, accelerator.process_index)
-        batch = batch.to(accelerator.device, non_blocking=True)
-        losses = forward_backward(accelerator, run.model, batch, run.task, recipe.train.micro_batch_size)
-        lr = run.optimizer.param_groups[0]["lr"]
-        grad_norm, applied = optimizer_step(accelerator, run.model, run.optimizer, recipe.optim.max_grad_norm)
-        run.schedule.step()
-        if run.ema is not None and applied:
-            run.ema.update_parameters(run.clip)
-        count_step(state, applied, recipe.train.max_skipped_steps)
-
-        log.add(losses, recipe.train.batch_size, applied)
-        last = state.step == run.total_steps
-        if last or state.step % recipe.output.log_every == 0:
-            extra = {"grad_norm": grad_norm, "lr": lr, "logit_scale": math.exp(_whole(run.clip.logit_scale).item())}
-            extra |= {"skipped_steps": state.skipped, "unusable_samples": len(run.loader.skipped)}
-            values = log.flush(state.step, extra)
-            bar.set_postfix({k.removeprefix("loss_"): f"{values[k]:.3g}" for k in values if k in _SHOWN or "loss" in k})
-        if run.eval_loader is not None and (last or state.step % recipe.eval.every == 0):
-            values = evaluate(run, run.eval_loader)
-            log.write(state.step, values)
-            keep_best(run, values)
-            bar.write(f"step {state.step}: " + ", ".join(f"{k} {values[k]:.3f}" for k in values if k.endswith("_at_1")))
-            log.restart_clock()
-        if last or state.step % recipe.output.save_every == 0:
-            check_finite(run.model)
-            save_checkpoint(accelerator, run.folder / CHECKPOINTS, state.step, keep_last=recipe.output.keep_last)
-            log.plot()
-            log.restart_clock()
-        bar.update()
-    bar.close()
-    if run.loader.skipped:
-        logger.warning("Samples that could not be used: %s", describe_skipped(run.loader.skipped.values()))
+    take_steps(
+        run,
+        batches(loader, run.state.step, run.total_steps),
+        lambda batch: forward_backward(accelerator, run.model, batch.to(device, non_blocking=True), task, size),
+        figures=lambda: {
+            "logit_scale": math.exp(_whole(run.clip.logit_scale).item()),
+            "unusable_samples": len(loader.skipped),
+        },
+        evaluate=None if run.eval_loader is None else partial(evaluate_and_keep, run, run.eval_loader),
+        evaluate_every=recipe.eval.every,
+    )
+    if loader.skipped:
+        logger.warning("Samples that could not be used: %s", describe_skipped(loader.skipped.values()))
 
 
 def _whole(tensor: Tensor) -> Tensor:
     """A parameter that FSDP may have sharded; every process must ask."""
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()
-
-
-_SHOWN = ("samples_per_second", "skipped_steps")
 
 
 # -- evaluation and saving -----------------------------------------------------------------------------------
@@ -349,12 +318,16 @@ def best_weights(run: Run) -> FixClip:
     return run.clip if run.ema is None else cast(FixClip, run.ema.module)
 
 
-def keep_best(run: Run, values: dict[str, float]) -> None:
-    """Save the model if it is the best so far by the mean of long R@1 in both directions."""
+def evaluate_and_keep(run: Run, loader: Loader, log: MetricsLog) -> None:
+    """Evaluate, and save the model if it is the best so far by the mean of long R@1 in both directions."""
+    values = evaluate(run, loader)
+    log.write(run.state.step, values)
     score = (values["long_image_to_text_recall_at_1"] + values["long_text_to_image_recall_at_1"]) / 2
     if score > run.state.best:
         run.state.best = score
         save_model(run, run.folder / BEST)
+    shown = ", ".join(f"{name} {value:.3f}" for name, value in values.items() if name.endswith("_at_1"))
+    tqdm.write(f"step {run.state.step}: {shown}")
 
 
 def save_model(run: Run, folder: Path) -> None:

@@ -28,10 +28,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
-from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from fixclip_core.checkpoint import check_folder, list_checkpoints, save_checkpoint, training_state_bytes
+from fixclip_core.checkpoint import check_folder, list_checkpoints, training_state_bytes
 from fixclip_core.data import (
     BadSampleError,
     Batch,
@@ -44,20 +43,17 @@ from fixclip_core.data import (
 from fixclip_core.files import write_atomically
 from fixclip_core.loop import (
     CHECKPOINTS,
-    MetricsLog,
     TrainState,
     activation_bytes,
     batches,
     check_finite,
-    count_step,
     make_accelerator,
     make_ema,
     make_optimizer,
     make_schedule,
-    optimizer_step,
     parameter_groups,
-    seed_step,
     start,
+    take_steps,
 )
 from fixclip_core.scenes import sheet
 from fixclip_core.task import split_batch
@@ -447,36 +443,14 @@ def _write_made_for(folder: Path, made_for: dict[str, str]) -> None:
 
 def fit(run: Run) -> None:
     """Take the steps that are left."""
-    recipe, accelerator, state = run.recipe, run.accelerator, run.state
-    log = MetricsLog(accelerator, run.folder, state.step)
-    bar = tqdm(total=run.total_steps, initial=state.step, desc="steps", disable=not accelerator.is_main_process)
-    run.model.train()
-    for batch in batches(run.loader, state.step, run.total_steps):
-        seed_step(recipe.seed, state.step, accelerator.process_index)
-        losses = forward_backward(run, batch.to(accelerator.device, non_blocking=True))
-        lr = run.optimizer.param_groups[0]["lr"]
-        grad_norm, applied = optimizer_step(accelerator, run.model, run.optimizer, recipe.optim.max_grad_norm)
-        run.schedule.step()
-        if run.ema is not None and applied:
-            run.ema.update_parameters(run.trainable)
-        count_step(state, applied, recipe.train.max_skipped_steps)
-
-        log.add(losses, recipe.train.batch_size, applied)
-        last = state.step == run.total_steps
-        if last or state.step % recipe.output.log_every == 0:
-            extra = {"grad_norm": grad_norm, "lr": lr, "skipped_steps": float(state.skipped)}
-            values = log.flush(state.step, extra)
-            bar.set_postfix({k.removeprefix("loss_"): f"{values[k]:.3g}" for k in values if "loss" in k})
-        if recipe.samples.prompts and (last or state.step % recipe.samples.every == 0):
-            write_samples(run)
-            log.restart_clock()
-        if last or state.step % recipe.output.save_every == 0:
-            check_finite(run.model)
-            save_checkpoint(accelerator, run.folder / CHECKPOINTS, state.step, keep_last=recipe.output.keep_last)
-            log.plot()
-            log.restart_clock()
-        bar.update()
-    bar.close()
+    device, samples = run.accelerator.device, run.recipe.samples
+    take_steps(
+        run,
+        batches(run.loader, run.state.step, run.total_steps),
+        lambda batch: forward_backward(run, batch.to(device, non_blocking=True)),
+        evaluate=(lambda log: write_samples(run)) if samples.prompts else None,
+        evaluate_every=samples.every,
+    )
     if run.loader.skipped:
         logger.warning("Samples that could not be used: %s", describe_skipped(run.loader.skipped.values()))
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from scenes import evaluate as evaluation
 from scenes import pretrain, report, run
 
-from fixclip_core import scenes
+from fixclip_core import loop, scenes
 from fixclip_core.model import FixClip
 from fixclip_core.recipe import EncoderRecipe, load_recipe
 from fixclip_diffusion.evaluate import Prompt
@@ -86,7 +86,7 @@ def test_an_interrupted_stage_ends_with_the_same_weights(name, tmp_path):
     chosen = recipe(name, tmp_path / "cut")
     AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrain, "seed_step", _stop_at(2))
+        patch.setattr(loop, "seed_step", _stop_at(2))
         with pytest.raises(KeyboardInterrupt):
             pretrain.train(name, chosen)
     assert not (tmp_path / "cut" / "model").exists()
@@ -99,7 +99,7 @@ def test_an_interrupted_stage_ends_with_the_same_weights(name, tmp_path):
 
 
 def _stop_at(step):
-    seed_step = pretrain.seed_step
+    seed_step = loop.seed_step
 
     def seed_or_stop(seed, at, rank):
         if at == step:

@@ -42,23 +42,19 @@ from tqdm import tqdm
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTextModel, CLIPTokenizer
 
 from fixclip_core import scenes
-from fixclip_core.checkpoint import check_folder, save_checkpoint
+from fixclip_core.checkpoint import check_folder
 from fixclip_core.evaluate import retrieval_metrics
 from fixclip_core.files import write_atomically
 from fixclip_core.loop import (
-    CHECKPOINTS,
     MetricsLog,
     TrainState,
-    check_finite,
-    count_step,
     make_accelerator,
     make_ema,
     make_optimizer,
     make_schedule,
-    optimizer_step,
     parameter_groups,
-    seed_step,
     start,
+    take_steps,
 )
 from fixclip_core.losses import contrastive_loss
 from fixclip_core.recipe import OptimSection, OutputSection, RunSection, Section, load_recipe
@@ -594,6 +590,7 @@ class Run:
     schedule: LambdaLR
     ema: AveragedModel | None
     state: TrainState
+    total_steps: int
 
     @property
     def folder(self) -> Path:
@@ -634,7 +631,8 @@ def train(stage_name: str, recipe: Any, resume: str = "auto") -> Path:
     state, schedule = TrainState(), make_schedule(optimizer, recipe.optim, recipe.train.steps)
     accelerator.register_for_checkpointing(state, schedule)
     ema = make_ema(accelerator, model, recipe.train.ema_decay)
-    run = Run(recipe, accelerator, accelerator.unwrap_model(model), model, optimizer, schedule, ema, state)
+    stage = accelerator.unwrap_model(model)
+    run = Run(recipe, accelerator, stage, model, optimizer, schedule, ema, state, recipe.train.steps)
     start(run, resume)
     fit(run)
     if accelerator.is_main_process:
@@ -654,42 +652,29 @@ def save(stage: Any, folder: Path) -> None:
 
 def fit(run: Run) -> None:
     """Take the steps that are left."""
-    recipe, accelerator, state, total = run.recipe, run.accelerator, run.state, run.recipe.train.steps
-    log = MetricsLog(accelerator, run.folder, state.step)
-    bar = tqdm(total=total, initial=state.step, desc="steps", disable=not accelerator.is_main_process)
-    local = recipe.train.batch_size // accelerator.num_processes
-    run.model.train()
-    while state.step < total:
-        seed_step(recipe.seed, state.step, accelerator.process_index)
-        batch = run.stage.batch(recipe.seed, state.step, accelerator.process_index, local)
-        losses = run.model(batch)
+    recipe, accelerator, state = run.recipe, run.accelerator, run.state
+    rank, local = accelerator.process_index, recipe.train.batch_size // accelerator.num_processes
+
+    def forward_backward(step: int) -> dict[str, Tensor]:
+        losses = run.model(run.stage.batch(recipe.seed, step, rank, local))
         accelerator.backward(losses["loss"])
-        lr = run.optimizer.param_groups[0]["lr"]
-        grad_norm, applied = optimizer_step(accelerator, run.model, run.optimizer, recipe.optim.max_grad_norm)
-        run.schedule.step()
-        if run.ema is not None and applied:
-            run.ema.update_parameters(run.stage)
-        count_step(state, applied, recipe.train.max_skipped_steps)
-        log.add({name: loss.detach() for name, loss in losses.items()}, recipe.train.batch_size, applied)
-        last = state.step == total
-        if last or state.step % recipe.output.log_every == 0:
-            values = log.flush(state.step, {"grad_norm": grad_norm, "lr": lr, "skipped_steps": state.skipped})
-            bar.set_postfix(loss=f"{values['loss']:.4g}")
-        if accelerator.is_main_process and (last or state.step % recipe.eval_every == 0):
-            best = run.best_weights.eval()
-            with accelerator.autocast():
-                values = best.evaluate(recipe.eval_scenes)
-            run.model.train()
-            log.write(state.step, values)
-            bar.write(f"step {state.step}: " + ", ".join(f"{name} {value:.3f}" for name, value in values.items()))
-            log.restart_clock()
-        if last or state.step % recipe.output.save_every == 0:
-            check_finite(run.model)
-            save_checkpoint(accelerator, run.folder / CHECKPOINTS, state.step, keep_last=recipe.output.keep_last)
-            log.plot()
-            log.restart_clock()
-        bar.update()
-    bar.close()
+        return {name: loss.detach() for name, loss in losses.items()}
+
+    def evaluate(log: MetricsLog) -> None:
+        best = run.best_weights.eval()
+        with accelerator.autocast():
+            values = best.evaluate(recipe.eval_scenes)
+        run.model.train()
+        log.write(state.step, values)
+        tqdm.write(f"step {state.step}: " + ", ".join(f"{name} {value:.3f}" for name, value in values.items()))
+
+    take_steps(
+        run,
+        range(state.step, run.total_steps),
+        forward_backward,
+        evaluate=evaluate if accelerator.is_main_process else None,
+        evaluate_every=recipe.eval_every,
+    )
 
 
 def main(
