@@ -268,7 +268,7 @@ def test_the_report_counts_what_the_json_says(tmp_path, monkeypatch):
     runs = {f"fixclip-lr0.0001-seed{s}": {"step": 9, **dict.fromkeys(report.RECALLS, 0.5 + s / 10)} for s in range(3)}
     runs["longclip-lr1e-05-seed0"] = {"step": 9, **dict.fromkeys(report.RECALLS, 0.25)}
     (tmp_path / "ablations.json").write_text(json.dumps(runs))
-    assert "| FIX-CLIP, 25 % masked | 0.0001 | 3 | 0.600 ± 0.100 |" in report.ablations_table()
+    assert "| FIX-CLIP, an eighth of the patches masked | 0.0001 | 3 | 0.600 ± 0.100 |" in report.ablations_table()
     assert "| Long-CLIP recipe | 1e-05 | 1 | 0.250 |" in report.ablations_table()
     assert "| Long-CLIP recipe | 0.250 | - |" in report.tuning_table()
 

@@ -416,8 +416,7 @@ class Robust(nn.Module):
         latents = self.vae.encode(image_BCHW).latent_dist.mode().float()
         with torch.autocast("cpu", enabled=False):
             covariance_CC = torch.cov(latents.transpose(0, 1).flatten(1))
-            ridge_C = 1e-3 * covariance_CC.diagonal().mean().expand(len(covariance_CC))
-            root_CC = torch.linalg.cholesky(covariance_CC + ridge_C.diag())
+            root_CC = torch.linalg.cholesky(covariance_CC + 1e-3 * covariance_CC.diagonal().diag())
             noise = torch.einsum("cd,bdhw->bchw", root_CC, torch.randn_like(latents))
         return self.vae.decode(latents + std_B[:, None, None, None] * noise).sample.float()
 
