@@ -171,7 +171,8 @@ def adapter_losses(
     sums = {name: weight_R.new_zeros(()) for name in _names(objectives)}
     for length in sorted(set(length_R.tolist())):
         chosen = (length_R == length).nonzero()[:, 0]
-        adapted_RTD = adapter(_states(features, denoiser, rows, chosen, length))
+        first, caption_R = _captions(rows, chosen)
+        adapted_RTD = adapter(_states(features, denoiser, rows, first, length))[caption_R]
         predicted = denoiser.predict(noisy[chosen], rows.timestep[chosen], adapted_RTD)
         error_R = weight_R[chosen] * _mean_square(predicted - target[chosen])
         short_R = rows.short[chosen]
@@ -206,6 +207,16 @@ def _names(objectives: ObjectivesSection) -> list[str]:
         return ["long"]
     taught = [name for name in ("prediction", "states") if getattr(objectives, f"weight_{name}")]
     return ["long", "short", *taught]
+
+
+def _captions(rows: Draws, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """One draw of each caption among the chosen, and the number of every chosen draw's caption, (R,).
+
+    Draws of one caption read the same states, so the adapter is run once for all of them.
+    """
+    caption_R = torch.where(rows.dropped[chosen], -1, 2 * rows.sample[chosen] + rows.short[chosen].long())
+    captions, number_R = caption_R.unique(return_inverse=True)
+    return chosen.new_zeros(len(captions)).scatter_reduce(0, number_R, chosen, "amin", include_self=False), number_R
 
 
 def _states(features: Features, denoiser: Denoiser, rows: Draws, chosen: Tensor, length: int) -> Tensor:
