@@ -89,6 +89,7 @@ class Denoiser:
         empty: {tokens a pass: (1, T, D)} states of the empty caption by the encoder without adapter.
         empty_teacher: (1, S, D) the same by the base's own encoder.
         base_unet: what to compute the base's predictions in, e.g. a context that switches the LoRA off.
+        window: states that the adapter sees at a time, as the pipeline encodes window by window; 0: all.
     """
 
     unet: Any
@@ -98,6 +99,7 @@ class Denoiser:
     empty: dict[int, Tensor]
     empty_teacher: Tensor
     base_unet: Callable[[], AbstractContextManager[Any]] = nullcontext
+    window: int = 0
 
     def empty_caption(self, length: int) -> Tensor:
         """(1, length, D) states of the empty caption; those of several windows repeat one's, as in the pipeline."""
@@ -172,7 +174,7 @@ def adapter_losses(
     for length in sorted(set(length_R.tolist())):
         chosen = (length_R == length).nonzero()[:, 0]
         first, caption_R = _captions(rows, chosen)
-        adapted_RTD = adapter(_states(features, denoiser, rows, first, length))[caption_R]
+        adapted_RTD = _adapted(adapter, _states(features, denoiser, rows, first, length), denoiser.window)[caption_R]
         predicted = denoiser.predict(noisy[chosen], rows.timestep[chosen], adapted_RTD)
         error_R = weight_R[chosen] * _mean_square(predicted - target[chosen])
         short_R = rows.short[chosen]
@@ -217,6 +219,13 @@ def _captions(rows: Draws, chosen: Tensor) -> tuple[Tensor, Tensor]:
     caption_R = torch.where(rows.dropped[chosen], -1, 2 * rows.sample[chosen] + rows.short[chosen].long())
     captions, number_R = caption_R.unique(return_inverse=True)
     return chosen.new_zeros(len(captions)).scatter_reduce(0, number_R, chosen, "amin", include_self=False), number_R
+
+
+def _adapted(adapter: Callable[[Tensor], Tensor], states_RTD: Tensor, window: int) -> Tensor:
+    if not window:
+        return adapter(states_RTD)
+    states_RWTD = states_RTD.unflatten(1, (-1, window))
+    return adapter(states_RWTD.flatten(0, 1)).unflatten(0, states_RWTD.shape[:2]).flatten(1, 2)
 
 
 def _states(features: Features, denoiser: Denoiser, rows: Draws, chosen: Tensor, length: int) -> Tensor:

@@ -287,8 +287,7 @@ def make_adapter(recipe: AdapterRecipe, frozen: FrozenModels, made_for: dict[str
     """A new adapter, or the one to go on from.
 
     Raises:
-        ValueError: sizes that do not fit, an adapter that was made for another encoder or tokenizer, or one with
-            attention for windows.
+        ValueError: sizes that do not fit, or an adapter that was made for another encoder or tokenizer.
     """
     section, encoder = recipe.adapter, frozen.text_encoder
     if section.start_from is None:
@@ -302,12 +301,6 @@ def make_adapter(recipe: AdapterRecipe, frozen: FrozenModels, made_for: dict[str
                 f"encoder of width {encoder.config.hidden_size}"
             )
         check_made_for(Path(builtin.resolve(section.start_from)), made_for)
-    if frozen.in_windows and adapter.config["kind"] == "attention":
-        where = f" (of adapter.start_from={section.start_from!r})" if section.start_from else ""
-        raise ValueError(
-            f"adapter.kind=attention{where} with model.long_prompt={frozen.long_prompt}: it would learn on all windows "
-            "at once, but the pipeline applies it to each by itself; use an mlp adapter, or model.long_prompt=windows"
-        )
     return adapter
 
 
@@ -357,6 +350,7 @@ def make_denoiser(frozen: FrozenModels, has_lora: bool) -> Denoiser:
         empty=empty,
         empty_teacher=empty_teacher,
         base_unet=without_lora if has_lora else nullcontext,
+        window=CLIP_CONTEXT_LENGTH if frozen.in_windows else 0,
     )
 
 

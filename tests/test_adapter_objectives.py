@@ -131,6 +131,38 @@ def test_losses_and_gradients_are_those_of_the_formulas(denoiser, kind, options)
         torch.testing.assert_close(ours, parameter.grad, rtol=1e-3, atol=1e-5)
 
 
+def test_the_adapter_runs_once_for_each_caption_whatever_the_number_of_draws(denoiser):
+    features, seen = make_features(), []
+
+    def count(states_RTD):
+        seen.append(len(states_RTD))
+        return states_RTD
+
+    adapter_losses(count, features, denoiser, section(noise_draws=64, caption_dropout=0.0))
+    assert sum(seen) == 2 * len(features), "the long and the short caption of every sample"
+    seen.clear()
+    adapter_losses(count, features, denoiser, section(noise_draws=64))
+    assert 2 * len(features) < sum(seen) <= 2 * len(features) + 2, "and the empty one at each length"
+
+
+def test_in_windows_the_adapter_sees_one_at_a_time(denoiser):
+    """The losses are those of an adapter that takes the windows apart itself, as the pipeline does."""
+    adapter, window = randomize(TextAdapter(WIDTH, "attention", hidden_width=8, num_heads=4, max_tokens=LONG)), 4
+    features = dataclasses.replace(
+        make_features(), long_length=torch.full((4,), LONG), short_length=torch.full((4,), 8)
+    )
+    denoiser = dataclasses.replace(denoiser, empty={window: torch.randn(1, window, WIDTH)})
+
+    def by_window(states_RTD):
+        return torch.cat([adapter(part) for part in states_RTD.split(window, dim=1)], dim=1)
+
+    losses = adapter_losses(adapter, features, dataclasses.replace(denoiser, window=window), section())
+    expected = adapter_losses(by_window, features, denoiser, section())
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-6)
+    at_once = adapter_losses(adapter, features, denoiser, section())
+    assert abs(at_once["loss"] - expected["loss"]) > 1e-4
+
+
 def test_parts_of_a_batch_add_up(denoiser):
     features, objectives = make_features(5), section()
     adapter = randomize(TextAdapter(WIDTH, hidden_width=8))

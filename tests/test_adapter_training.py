@@ -247,11 +247,13 @@ def test_a_trained_adapter_gives_the_same_picture_everywhere(recipe, sd1, encode
     assert np.array_equal(picture(stock), wanted)
 
 
-def test_an_adapter_for_windows_of_77_tokens(recipe, sd1, tmp_path):
+@pytest.mark.parametrize("kind", ["mlp", "attention"])
+def test_an_adapter_for_windows_of_77_tokens(recipe, sd1, tmp_path, kind):
     """Trained on scenes' captions of one to three windows; pipeline and evaluation apply it to each window."""
     chosen = recipe(
         "run",
         "model.long_prompt=windows_77",
+        f"adapter.kind={kind}",
         "data.source=scenes",
         "data.stop=8",
         "train.micro_batch_size=3",
@@ -356,17 +358,10 @@ def test_attention_written_out_is_the_fused_one(recipe):
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
 
 
-def test_windows_need_original_positions_and_an_adapter_without_attention(recipe, encoder_folder, tmp_path):
+def test_windows_need_original_positions(recipe, encoder_folder):
     windows = "model.long_prompt=windows_77"
     with pytest.raises(ValueError, match=r"model\.long_prompt=windows_77 needs .* 77 original positions, .* has none;"):
         train.prepare(recipe("run", windows, f"model.encoder={encoder_folder}"))
-    reset_accelerator()
-    with pytest.raises(ValueError, match=r"adapter\.kind=attention with model\.long_prompt=windows_77: "):
-        train.prepare(recipe("run", windows, "adapter.kind=attention"))
-    TextAdapter(32, kind="attention", hidden_width=16).save_pretrained(tmp_path / "attention")
-    reset_accelerator()
-    with pytest.raises(ValueError, match=r"attention \(of adapter.start_from=.*\) with model\.long_prompt=windows"):
-        train.prepare(recipe("run", windows, f"adapter.start_from={tmp_path / 'attention'}"))
 
 
 def test_a_run_is_not_resumed_with_another_encoder(recipe, encoder_folder):
