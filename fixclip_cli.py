@@ -388,9 +388,7 @@ def demo(
             own, reason = demonstration.own_prompt(text)
             prompts = [own]
             if unknown := ", ".join(demonstration.unknown_words(text)):
-                typer.echo(
-                    f"Warning: no caption of the scenes world has the words {unknown}; see docs/scenes.md", err=True
-                )
+                typer.echo(f"Warning: the scenes world has no such words: {unknown}; see docs/scenes.md", err=True)
         (file,) = output_files(output, ["demo"])
         shown = demonstration.draw(model, prompts, demonstration.Drawing(steps, guidance, seed=seed))
         demonstration.write_sheet(shown, file)
