@@ -15,6 +15,9 @@ from fixclip_diffusion import TokenReport
 from .jobs import Picture
 
 STYLE = """
+/* Whole pictures: Gradio's gallery cuts off as much at the bottom as its label takes at the top. */
+#gallery .grid-wrap, #sheet .grid-wrap { max-height: none; }
+#gallery .grid-container, #sheet .grid-container { height: auto; }
 .fc-text { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.9; max-height: 30em; overflow-y: auto;
   border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 8px 12px; }
 .fc-text span, .fc-key span { padding: 2px 0; border-radius: 3px; }
