@@ -14,7 +14,7 @@ from fixclip_diffusion.train import add_lora, save_lora
 
 
 def write_model(folder):
-    """base/, encoder/, adapter/ and lora/ in fp16: 9x9 latents of 16 channels, 72x72 pixels; each part changes them."""
+    """All parts in fp16: 9x9 latents of 16 channels, 72x72 pixels; each part changes the pictures."""
     captions = [long_caption(sample_scene(i), i).text for i in range(50)]
     pipe = tiny.stable_diffusion(tiny.train_tokenizer(captions, vocab_size=1400), "sd2")
     pipe.unet = tiny.unet(sample_size=9, in_channels=16, out_channels=16)
@@ -41,6 +41,12 @@ def write_model(folder):
     encoder = FixClipTextEncoder.from_pretrained(folder / "encoder", subfolder="text_encoder", dtype=torch.float32)
     tokenizer = FixClipTokenizer.from_pretrained(folder / "base", subfolder="tokenizer")
     (folder / "adapter" / MADE_FOR).write_text(json.dumps(fingerprint(encoder, tokenizer)))
+
+    randomize(TextAdapter(tiny.WIDTH, "attention", num_heads=4), std=0.2).half().save_pretrained(
+        folder / "windows_adapter"
+    )
+    base = FixClipTextEncoder.from_pretrained(folder / "base", subfolder="text_encoder", dtype=torch.float32)
+    (folder / "windows_adapter" / MADE_FOR).write_text(json.dumps(fingerprint(base, tokenizer)))
 
     unet = pipe.unet.float()
     state = {name: 0.1 * torch.randn_like(parameter).half() for name, parameter in add_lora(unet, 2).items()}

@@ -8,6 +8,7 @@ from typing import Annotated
 import torch
 import typer
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
 
 OUT = Path("outputs/scenes")
 BUILTIN = Path("fixclip_diffusion/builtin/scenes")
@@ -16,6 +17,7 @@ PARTS = {
     "encoder": OUT / "encoder_diffusers",
     "adapter": OUT / "adapter" / "adapter",
     "lora": OUT / "lora" / "lora",
+    "windows_adapter": OUT / "adapter_windows" / "adapter",
 }
 
 app = typer.Typer(add_completion=False)
@@ -48,6 +50,16 @@ def load_in_full_precision(folder: Path) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), "dtype": "float32"}, indent=2) + "\n")
 
 
+def halve(folder: Path) -> None:
+    """Write the folder's float32 weights in half precision; what loads them makes them float32 again."""
+    for file in folder.rglob("*.safetensors"):
+        state = load_file(file)
+        if any(tensor.dtype == torch.float32 for tensor in state.values()):
+            save_file(
+                {name: t.half() if t.is_floating_point() else t for name, t in state.items()}, file, {"format": "pt"}
+            )
+
+
 @app.command()
 def install(output: Path = BUILTIN) -> None:
     """Copy all parts into the package."""
@@ -56,6 +68,7 @@ def install(output: Path = BUILTIN) -> None:
         shutil.copytree(source, output / name, ignore=shutil.ignore_patterns("README.md", ".*"))
         if name == "encoder":
             load_in_full_precision(output / name)
+        halve(output / name)
         size = sum(file.stat().st_size for file in (output / name).rglob("*") if file.is_file())
         typer.echo(f"{output / name}: {size / 1e6:.1f} MB")
 

@@ -7,6 +7,7 @@ pipelines/scenes/results/, which is in the repository; without it the page is ma
 import json
 import math
 import statistics
+import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -45,12 +46,12 @@ COLOURS = {
 }
 METHODS = {
     "fixclip": "FIX-CLIP, an eighth of the patches masked",
-    "prompt_flow_replace": "- prompt flow (`replace`)",
-    "no_masking": "- masking",
+    "prompt_flow_replace": "without carried prompts (`prompt_flow: replace`)",
+    "no_masking": "without masking",
     "mask_ratio_25": "25 % of the patches masked",
     "mask_ratio_75": "75 % of the patches masked, as in the paper",
     "first_sentence": "short caption: the long one's first sentence",
-    "no_groups": "- hierarchical groups",
+    "no_groups": "without hierarchical groups",
     "longclip": "Long-CLIP recipe",
     "finetune": "plain fine-tuning",
 }
@@ -215,10 +216,10 @@ def plot_zones(path: Path) -> None:
         places = [index + offset for index in range(len(shown))]
         label = "sentence after token 77" if after else "sentence before token 77"
         axis.bar(places, [100 * m for m, _ in stats], 0.4, yerr=[100 * s for _, s in stats], color=colour, label=label)
-    axis.set_xticks(range(len(shown)), [SYSTEMS[s].replace(", ", ",\n").replace(" of 77", "\nof 77") for s in shown])
+    axis.set_xticks(range(len(shown)), [textwrap.fill(SYSTEMS[s], 18) for s in shown])
     axis.tick_params(axis="x", labelsize=7)
-    axis.set(ylabel="objects right, %", ylim=(0, 100), title="Nine objects a prompt: shape, colour and place right")
-    axis.legend()
+    axis.set(ylabel="objects right, %", ylim=(0, 110), title="Nine objects a prompt: shape, colour and place right")
+    axis.legend(loc="upper center", ncols=2)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
@@ -226,7 +227,7 @@ def plot_zones(path: Path) -> None:
 def plot_positions(path: Path) -> None:
     """The share right over where an object's sentence ends: what the reader of a long prompt feels."""
     width = 15
-    figure, axis = pyplot.subplots(figsize=(9, 3.6), layout="constrained")
+    figure, axis = pyplot.subplots(figsize=(9, 4.2), layout="constrained")
     drawn = False
     for system, label in SYSTEMS.items():
         bins = defaultdict(list)
@@ -240,7 +241,7 @@ def plot_positions(path: Path) -> None:
     axis.axvline(77, color="black", linewidth=0.8, linestyle=":")
     axis.set(xlabel="token at which an object's sentence ends", ylabel="objects right, %", ylim=(0, 100))
     if drawn:
-        axis.legend(fontsize=7, loc="lower left")
+        figure.legend(fontsize=7, loc="outside lower center", ncols=3)
         figure.savefig(path, dpi=130)
     pyplot.close(figure)
 

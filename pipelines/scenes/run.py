@@ -257,7 +257,10 @@ def main(
         list[str] | None, typer.Argument(help=f"Stages or groups ({', '.join(GROUPS)}); default: all.")
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Stages that run at the same time, with a thread each.")] = 2,
-    show: Annotated[bool, typer.Option("--list", help="Print the stages and their commands, and run none.")] = False,
+    show: Annotated[
+        bool,
+        typer.Option("--list", help="Print the stages, done or open (still to run), and their commands; run none."),
+    ] = False,
 ) -> None:
     """Make the scenes miniature: base, FIX-CLIP, adapter and LoRA, the controls and their evaluation."""
     if show:
