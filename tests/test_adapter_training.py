@@ -109,12 +109,6 @@ def metrics(folder):
 # -- a run and its resumption --------------------------------------------------------------------------------
 
 
-def assert_same_sheet(sheet, expected):
-    """Training writes the UNet's attention out, which rounds otherwise than the fused one of a pipeline."""
-    difference = np.asarray(sheet, dtype=int) - np.asarray(expected, dtype=int)
-    assert np.abs(difference).max() <= 1
-
-
 def test_a_run_trains_the_adapter_alone_and_writes_everything(recipe, sd1, tmp_path):
     chosen = recipe(
         "run",
@@ -162,9 +156,10 @@ def test_a_run_trains_the_adapter_alone_and_writes_everything(recipe, sd1, tmp_p
     assert run.references.keys() == {"stock", "untuned"}
     assert np.array_equal(run.references["stock"][0], picture(stock))
     assert np.array_equal(run.references["untuned"][0], picture(untuned))
+    train.write_attention_out(ours.unet, torch.device("cpu"))  # as training does; the fused one rounds otherwise
     columns = {**run.references, "current": [Image.fromarray(picture(ours))] * 2}
     expected = train.sample_sheet(columns, chosen.samples.prompts).crop((0, 0, 600, 200))
-    assert_same_sheet(Image.open(sheets[1]).crop((0, 0, 600, 200)), expected)
+    assert np.array_equal(np.asarray(Image.open(sheets[1]).crop((0, 0, 600, 200))), np.asarray(expected))
 
 
 def picture(pipe, prompt=PROMPT, seed=0):
@@ -287,7 +282,8 @@ def test_an_adapter_for_windows_of_77_tokens(recipe, sd1, tmp_path, kind):
     stock = picture(StableDiffusionPipeline.from_pretrained(sd1, safety_checker=None))
     columns = {"stock": stock, "untuned": plain, "current": wanted}
     expected = train.sample_sheet({k: [Image.fromarray(v)] for k, v in columns.items()}, [PROMPT])
-    assert_same_sheet(Image.open(tmp_path / "run" / "samples" / "step-00000004.png"), expected)
+    sheet = Image.open(tmp_path / "run" / "samples" / "step-00000004.png")
+    assert np.array_equal(np.asarray(sheet), np.asarray(expected))
 
 
 def test_stock_load_lora_weights_reads_the_lora(recipe, sd1, tmp_path):
