@@ -161,6 +161,12 @@ def pictures(drawn: Sequence[scenes.Scene]) -> Tensor:
     return scenes.render_batch(drawn).float() / 127.5 - 1
 
 
+def share_right(image_BCHW: Tensor, drawn: Sequence[scenes.Scene]) -> dict[str, float]:
+    """Shares of all objects that are right, and whose colour is, in pictures from 0 to 1."""
+    objects = [item for check in scenes.check_batch(image_BCHW, drawn) for item in check.objects]
+    return {name: sum(getattr(o, name) for o in objects) / len(objects) for name in ("right", "colour_right")}
+
+
 # -- stage clip ----------------------------------------------------------------------------------------------
 
 
@@ -342,8 +348,7 @@ class Vae(nn.Module):
         image = pictures(drawn)
         back = [self.vae.decode(self.vae.encode(part).latent_dist.mode()).sample for part in image.split(32)]
         decoded = torch.cat(back).float()
-        objects = [o for c in scenes.check_batch((decoded / 2 + 0.5).clamp(0, 1), drawn) for o in c.objects]
-        right = sum(o.right for o in objects) / len(objects)
+        right = share_right((decoded / 2 + 0.5).clamp(0, 1), drawn)["right"]
         return {"objects_right": right, "root_mean_square": float(F.mse_loss(decoded, image).sqrt())}
 
     def save(self, folder: Path) -> None:
@@ -433,8 +438,7 @@ class Robust(nn.Module):
             torch.manual_seed(0)
             parts = pictures(drawn).split(32)
             decoded = torch.cat([self.decode_noisy(part, torch.full((len(part),), std)) for part in parts])
-            objects = [o for c in scenes.check_batch((decoded / 2 + 0.5).clamp(0, 1), drawn) for o in c.objects]
-            found[f"objects_right_at_{std}"] = sum(o.right for o in objects) / len(objects)
+            found[f"objects_right_at_{std}"] = share_right((decoded / 2 + 0.5).clamp(0, 1), drawn)["right"]
         return found
 
     def save(self, folder: Path) -> None:
@@ -568,9 +572,7 @@ class Unet(nn.Module):
             noise = torch.Generator().manual_seed(start_at)
             options = {"guidance_scale": 2.0, "num_inference_steps": 20, "generator": noise, "output_type": "pt"}
             made.append(pipe(prompts[start_at : start_at + 32], **options).images.float())
-        objects = [o for c in scenes.check_batch(torch.cat(made), drawn) for o in c.objects]
-        share = {name: sum(getattr(o, name) for o in objects) / len(objects) for name in ("right", "colour_right")}
-        return {f"objects_{name}": value for name, value in share.items()}
+        return {f"objects_{name}": share for name, share in share_right(torch.cat(made), drawn).items()}
 
     def save(self, folder: Path) -> None:
         self.pipeline().save_pretrained(folder)
