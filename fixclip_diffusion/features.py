@@ -89,6 +89,11 @@ class FrozenModels:
         """Texts to the ids that the functions below read."""
         return WindowIds(self.tokenizer) if self.in_windows else TokenIds(self.tokenizer)
 
+    @property
+    def caption_ids_for_windows(self) -> "IdsAndWindowIds | WindowIds":
+        """The same with the ids that `encode_windows_for_teacher` reads."""
+        return WindowIds(self.tokenizer) if self.in_windows else IdsAndWindowIds(self.tokenizer)
+
 
 def write_attention_out(unet: UNet2DConditionModel, device: torch.device) -> None:
     """Attention without torch's fused kernel where that is slow: on CPUs, at small heads, backwards and in bfloat16.
@@ -138,6 +143,16 @@ class WindowIds:
         return pad_sequence(ids, batch_first=True, padding_value=NO_WINDOW)
 
 
+@dataclass(frozen=True)
+class IdsAndWindowIds:
+    """Texts -> (B, context_length + W * 77): the ids of `TokenIds`, and behind them those of `WindowIds`."""
+
+    tokenizer: FixClipTokenizer
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        return torch.cat([TokenIds(self.tokenizer)(texts), WindowIds(self.tokenizer)(texts)], dim=1)
+
+
 def _padded_ids(tokenizer: FixClipTokenizer, texts: Sequence[str], length: int) -> Tensor:
     options: dict[str, Any] = {"padding": "max_length", "truncation": True, "max_length": length}
     return tokenizer(list(texts), **options, return_tensors="pt").input_ids
@@ -171,6 +186,7 @@ def encode_captions(frozen: FrozenModels, ids_BT: Tensor) -> tuple[Tensor, Tenso
     ids_BT = ids_BT.to(encoder.device)
     if frozen.in_windows:
         return _encode_windows(encoder, ids_BT)
+    ids_BT = ids_BT[:, : encoder.context_length]
     fits_B = num_tokens(ids_BT, frozen.tokenizer) <= encoder.short_context_length
     length_B = torch.where(fits_B, encoder.short_context_length, encoder.context_length)
     states = torch.zeros((*ids_BT.shape, encoder.config.hidden_size), dtype=encoder.dtype, device=encoder.device)
@@ -204,12 +220,62 @@ def encode_for_teacher(frozen: FrozenModels, ids_BT: Tensor) -> tuple[Tensor, Te
     return teacher(ids_BT[:, :length]).last_hidden_state, fits_B
 
 
+@torch.no_grad()
+def encode_windows_for_teacher(frozen: FrozenModels, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """States (B, T, D) of the base's own encoder, which reads each caption in windows of 77, and which (B, T) to learn.
+
+    A token's state stands at the token's own place in one pass of T tokens: the start from the first window, the end
+    from the last. Padding behind it is 0, to which a UNet's attention pays the least heed: as the base was never
+    trained on so much padding, any other state there drowns the words. A caption of one window keeps the base's
+    padding. What follows a word that a window's end cut into other tokens is not to be learnt.
+    With `frozen.in_windows` the windows stand one behind the other, as the encoder reads them, padding included.
+
+    Args:
+        frozen: its teacher reads them.
+        ids_BT: of `frozen.caption_ids_for_windows`.
+    """
+    ids_BT = ids_BT.to(frozen.teacher.device)
+    if frozen.in_windows:
+        states, length_B = _encode_windows(frozen.teacher, ids_BT)
+        return states, torch.arange(states.shape[1], device=ids_BT.device) < length_B[:, None]
+    tokens = frozen.tokenizer.context_length
+    ids_BT, window_ids_BS = ids_BT[:, :tokens], ids_BT[:, tokens:]
+    window_states_BSD, _ = _encode_windows(frozen.teacher, window_ids_BS)
+    kept_BS = _text_of_windows(window_ids_BS, frozen.tokenizer)
+    one_window_B = num_windows(window_ids_BS) == 1
+    kept_BS[one_window_B, :CLIP_CONTEXT_LENGTH] = True
+    states_BTD = window_states_BSD.new_zeros(*ids_BT.shape, window_states_BSD.shape[2])
+    read_BT = torch.ones_like(ids_BT, dtype=torch.bool)
+    for caption, kept_S in enumerate(kept_BS):
+        places = kept_S.nonzero()[:tokens, 0]
+        same = ids_BT[caption, : len(places)] == window_ids_BS[caption, places]
+        states_BTD[caption, : len(places)] = window_states_BSD[caption, places]
+        first_other = len(same) if same.all() else int((~same).int().argmax())
+        read_BT[caption, first_other:] = bool(same.all())
+    return states_BTD, read_BT
+
+
+def _text_of_windows(ids_BS: Tensor, tokenizer: FixClipTokenizer) -> Tensor:
+    """(B, S) the places of a caption's tokens in its windows, with the first window's start and the last one's end."""
+    ids_BWT = ids_BS.unflatten(1, (-1, CLIP_CONTEXT_LENGTH))
+    place_T = torch.arange(CLIP_CONTEXT_LENGTH, device=ids_BS.device)
+    end_BW1 = (ids_BWT == tokenizer.eos_token_id).int().argmax(2, keepdim=True)
+    window_W1 = torch.arange(ids_BWT.shape[1], device=ids_BS.device)[:, None]
+    last_B11 = num_windows(ids_BS)[:, None, None] - 1
+    words = (place_T > 0) & (place_T < end_BW1)
+    start, end = (window_W1 == 0) & (place_T == 0), (window_W1 == last_B11) & (place_T == end_BW1)
+    return ((words | start | end) & (window_W1 <= last_B11)).flatten(1)
+
+
 def encode_batch(frozen: FrozenModels, batch: Batch, objectives: ObjectivesSection) -> Features:
     """A batch of pictures, or of cached latents (`CachedLatents`), and captions -> features.
 
-    Short captions and teacher states that the objectives do not read are not computed; other tensors stand there.
+    Latents, short captions and teacher states that the objectives do not read are not computed; other tensors stand
+    there, or None.
     """
-    if batch.image.shape[1] == 2 * cast(Any, frozen.vae.config).latent_channels:
+    if not objectives.reads_noise:
+        mean = logvar = batch.image.new_zeros(len(batch), cast(Any, frozen.vae.config).latent_channels, 1, 1)
+    elif batch.image.shape[1] == 2 * cast(Any, frozen.vae.config).latent_channels:
         mean, logvar = batch.image.chunk(2, dim=1)
     else:
         mean, logvar = encode_pictures(frozen.vae, batch.image)
@@ -219,9 +285,13 @@ def encode_batch(frozen: FrozenModels, batch: Batch, objectives: ObjectivesSecti
     teacher, fits = short, torch.zeros_like(short_length, dtype=torch.bool)
     if objectives.is_taught:
         teacher, fits = encode_for_teacher(frozen, batch.short_ids)
-    return Features(
-        mean, logvar, long, short, long_length, short_length, teacher, fits, batch.seeds, batch.keys, batch.skipped
-    )
+    windows, windows_read = None, None
+    if objectives.reads_windows:
+        windows, windows_read = (
+            part[:, : long.shape[1]] for part in encode_windows_for_teacher(frozen, batch.long_ids)
+        )
+    states = (long, short, long_length, short_length, teacher, fits)
+    return Features(mean, logvar, *states, batch.seeds, batch.keys, batch.skipped, windows, windows_read)
 
 
 def empty_states(frozen: FrozenModels) -> tuple[dict[int, Tensor], Tensor]:
@@ -307,8 +377,11 @@ def cache_key(recipe: AdapterRecipe, frozen: FrozenModels, resolution: int) -> d
             "tokenizer": tokenizer_digest(frozen.tokenizer),
             "captions": recipe.captions.model_dump(mode="json"),
         }
-        if frozen.in_windows:  # said only then, so that caches from before there was a choice stay good
+        # Said only then, so that caches from before there was a choice stay good.
+        if frozen.in_windows:
             key["long_prompt"] = frozen.long_prompt
+        if recipe.objectives.reads_windows:
+            key["window states"] = True
     return key
 
 
@@ -455,6 +528,9 @@ class FeatureCache:
             short, tensors["short_length"] = encode_captions(frozen, ids_BT[len(rows) :])
             teacher, tensors["teacher_fits"] = encode_for_teacher(frozen, ids_BT[len(rows) :])
             tensors |= {"long": long, "short": short, "teacher": teacher}
+            if self.key.get("window states"):
+                windows, read = encode_windows_for_teacher(frozen, ids_BT[: len(rows)])
+                tensors |= {"windows": windows[:, : long.shape[1]], "windows_read": read[:, : long.shape[1]]}
         dtype = DTYPES[self.section.dtype]
         return {name: (t.to(dtype) if t.is_floating_point() else t).cpu() for name, t in tensors.items()}
 

@@ -1,11 +1,13 @@
-"""What the adapter learns from: noise prediction on long captions, and staying with the base on short ones.
+"""What the adapter learns from: noise prediction and the base's windows on long captions, the base on short ones.
 
 Every draw is a latent, a noise, a timestep and one caption of a sample, all decided by the sample's seed:
 
 - long: |UNet(x_t, t, A(f(long))) - target|^2, the loss that Stable Diffusion was trained with (UNet frozen);
 - short: the same with the short caption;
 - prediction: |UNet(x_t, t, A(f(short))) - UNet(x_t, t, g(short))|^2, where g is the base's own encoder;
-- states: |A(f(short)) - g(short)|^2 over the base's 77 tokens.
+- states: |A(f(short)) - g(short)|^2, where g has 77 tokens, and 0 for what f has behind them;
+- windows: |A(f(long)) - w(long)|^2, where w is g's state of a token in its window of 77, which the UNet understands,
+  and 0 for padding. It needs no UNet, so a run of it alone is a cheap start for the others.
 
 A is the adapter and f the encoder to adapt. A draw drops its caption with probability `caption_dropout` and then
 reads the empty one, for teacher and student alike, because guidance needs the unconditional prediction too.
@@ -43,6 +45,9 @@ class Features:
         teacher: (B, S, D) states of the short captions by the base's own encoder.
         teacher_fits: (B,) whether the short caption fits into its 77 tokens.
         seeds: (B,) decide all draws.
+        windows: (B, T, D) states of the long captions' tokens by the base's own encoder, window by window, at the
+            places that the tokens have in `long`; None where the objectives do not read them.
+        windows_read: (B, T) the tokens that have one.
     """
 
     mean: Tensor
@@ -56,6 +61,8 @@ class Features:
     seeds: Tensor
     keys: list[str]
     skipped: list[Skipped]
+    windows: Tensor | None = None
+    windows_read: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.seeds)
@@ -160,8 +167,9 @@ def adapter_losses(
     its weight does not depend on the mix, and the parts of a split batch add up exactly.
 
     Returns:
-        "loss", "loss_long" and, with a short_share, "loss_short", "loss_prediction" and "loss_states" as far as
-        they have a weight; loss_short always, as it says how short captions fare.
+        "loss" and, as far as they have a weight, "loss_long", "loss_short", "loss_prediction", "loss_states" and
+        "loss_windows". Where the UNet runs at all, loss_long is there and, with a short_share, loss_short: they say
+        how long and short captions fare.
     """
     rows = draw(features, denoiser, objectives)
     noisy = denoiser.scheduler.add_noise(rows.latents, rows.noise, rows.timestep)
@@ -169,19 +177,23 @@ def adapter_losses(
     weight_R = snr_weight(denoiser.scheduler, rows.timestep, objectives.snr_gamma)
     length_R = torch.where(rows.short, features.short_length[rows.sample], features.long_length[rows.sample])
 
-    share = {"long": 1 - objectives.short_share, "short": objectives.short_share}
+    long_share, short_share = 1 - objectives.short_share, objectives.short_share
+    share = {"long": long_share, "windows": long_share * (1 - objectives.caption_dropout)}
     sums = {name: weight_R.new_zeros(()) for name in _names(objectives)}
     for length in sorted(set(length_R.tolist())):
         chosen = (length_R == length).nonzero()[:, 0]
         first, caption_R = _captions(rows, chosen)
         adapted_RTD = _adapted(adapter, _states(features, denoiser, rows, first, length), denoiser.window)[caption_R]
-        predicted = denoiser.predict(noisy[chosen], rows.timestep[chosen], adapted_RTD)
-        error_R = weight_R[chosen] * _mean_square(predicted - target[chosen])
         short_R = rows.short[chosen]
-        sums["long"] = sums["long"] + error_R[~short_R].sum()
-        if not objectives.reads_short:
-            continue
-        sums["short"] = sums["short"] + error_R[short_R].sum()
+        if "windows" in sums:
+            named = ~short_R & ~rows.dropped[chosen]
+            sums["windows"] = sums["windows"] + _from_windows(features, adapted_RTD[named], rows.sample[chosen[named]])
+        if objectives.reads_noise:
+            predicted = denoiser.predict(noisy[chosen], rows.timestep[chosen], adapted_RTD)
+            error_R = weight_R[chosen] * _mean_square(predicted - target[chosen])
+            sums["long"] = sums["long"] + error_R[~short_R].sum()
+            if "short" in sums:
+                sums["short"] = sums["short"] + error_R[short_R].sum()
         taught = short_R & (rows.dropped[chosen] | features.teacher_fits[rows.sample[chosen]])
         if not objectives.is_taught or not taught.any():
             continue
@@ -193,22 +205,21 @@ def adapter_losses(
             difference_R = weight_R[those] * _mean_square(predicted[taught] - wanted)
             sums["prediction"] = sums["prediction"] + difference_R.sum()
         if "states" in sums:
-            tokens = min(teacher_RSD.shape[1], adapted_RTD.shape[1])
-            difference = adapted_RTD[taught, :tokens].float() - teacher_RSD[:, :tokens].float()
-            sums["states"] = sums["states"] + _mean_square(difference).sum()
-    losses = {
-        name: total / (len(rows.sample) * share["long" if name == "long" else "short"]) for name, total in sums.items()
-    }
+            wanted_RTD = _wide(teacher_RSD[:, :length].float(), length)
+            sums["states"] = sums["states"] + _mean_square(adapted_RTD[taught].float() - wanted_RTD).sum()
+    losses = {name: total / (len(rows.sample) * share.get(name, short_share)) for name, total in sums.items()}
     weights = {name: getattr(objectives, f"weight_{name}") for name in losses}
     total = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
     return {"loss": total} | {f"loss_{name}": loss for name, loss in losses.items()}
 
 
 def _names(objectives: ObjectivesSection) -> list[str]:
-    if not objectives.reads_short:
-        return ["long"]
-    taught = [name for name in ("prediction", "states") if getattr(objectives, f"weight_{name}")]
-    return ["long", "short", *taught]
+    names = []
+    if objectives.reads_noise:
+        names = ["long", "short"] if objectives.reads_short else ["long"]
+    if objectives.reads_short:
+        names += [name for name in ("prediction", "states") if getattr(objectives, f"weight_{name}")]
+    return [*names, "windows"] if objectives.reads_windows else names
 
 
 def _captions(rows: Draws, chosen: Tensor) -> tuple[Tensor, Tensor]:
@@ -237,9 +248,19 @@ def _states(features: Features, denoiser: Denoiser, rows: Draws, chosen: Tensor,
 
 
 def _wide(states: Tensor, length: int) -> Tensor:
-    """States of at least `length` tokens; what is added is never read, as it belongs to shorter captions."""
+    """States of at least `length` tokens, 0 where there was none."""
     missing = length - states.shape[1]
     return torch.nn.functional.pad(states, (0, 0, 0, missing)) if missing > 0 else states
+
+
+def _from_windows(features: Features, adapted_RTD: Tensor, sample_R: Tensor) -> Tensor:
+    """Sum over draws of the mean square difference from the base's window states, over the tokens that have one."""
+    assert features.windows is not None
+    assert features.windows_read is not None
+    tokens = min(adapted_RTD.shape[1], features.windows.shape[1])
+    wanted_RTD, read_RT = features.windows[sample_R, :tokens], features.windows_read[sample_R, :tokens]
+    error_RT = (adapted_RTD[:, :tokens].float() - wanted_RTD.float()).square().mean(2)
+    return ((error_RT * read_RT).sum(1) / read_RT.sum(1).clamp(min=1)).sum()
 
 
 def _teacher_states(features: Features, denoiser: Denoiser, rows: Draws, chosen: Tensor) -> Tensor:

@@ -44,6 +44,9 @@ class ObjectivesSection(Section):
     weight_short: float = Field(default=0.0, ge=0, description="noise prediction with short captions")
     weight_prediction: float = Field(default=1.0, ge=0, description="short captions: the base's noise predictions")
     weight_states: float = Field(default=0.0, ge=0, description="short captions: the base encoder's text states")
+    weight_windows: float = Field(
+        default=0.0, ge=0, description="long captions: the base encoder's text states of their windows of 77 tokens"
+    )
     short_share: float = Field(default=0.25, ge=0, lt=1, description="draws that read the short caption")
     caption_dropout: float = Field(default=0.1, ge=0, lt=1, description="draws that read no caption, for guidance")
     snr_gamma: float | None = Field(default=None, gt=0, description="min-SNR weighting, usually 5; null: none")
@@ -58,8 +61,18 @@ class ObjectivesSection(Section):
         return self.short_share > 0
 
     @property
+    def reads_noise(self) -> bool:
+        """Whether the UNet is needed."""
+        return self.weight_long > 0 or (self.reads_short and self.weight_short + self.weight_prediction > 0)
+
+    @property
+    def reads_windows(self) -> bool:
+        """Whether the base's own encoder reads the long captions too, in windows."""
+        return self.weight_windows > 0
+
+    @property
     def is_taught(self) -> bool:
-        """Whether the base's own encoder is needed as a teacher."""
+        """Whether the base's own encoder is needed as a teacher of short captions."""
         return self.reads_short and self.weight_prediction + self.weight_states > 0
 
 
@@ -137,11 +150,16 @@ class AdapterRecipe(Section):
                 f"train.micro_batch_size={train.micro_batch_size}: it must be at most "
                 f"train.batch_size={train.batch_size}"
             )
-        weights = [objectives.weight_long]
+        weights = [objectives.weight_long, objectives.weight_windows]
         if objectives.short_share:
             weights += [objectives.weight_short, objectives.weight_prediction, objectives.weight_states]
         if not any(weights):
             raise ValueError("objectives: every weight that counts is 0, so there is nothing to learn")
+        if self.lora.rank and not objectives.reads_noise:
+            raise ValueError(
+                f"lora.rank={self.lora.rank}: a LoRA learns from noise predictions, and every objectives.weight_long, "
+                "weight_short and weight_prediction that counts is 0; set lora.rank=0"
+            )
         if self.features.folder is not None:
             self._check_cache()
         return self

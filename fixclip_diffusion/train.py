@@ -274,6 +274,12 @@ def check_frozen(frozen: FrozenModels, recipe: AdapterRecipe) -> None:
             f"base {recipe.model.base!r}: its text encoder has no original positions, so it cannot teach; give a stock "
             "base, or set objectives.weight_prediction and objectives.weight_states to 0"
         )
+    if recipe.objectives.reads_windows and frozen.teacher.short_context_length != CLIP_CONTEXT_LENGTH:
+        raise ValueError(
+            f"base {recipe.model.base!r}: its text encoder cannot read windows of {CLIP_CONTEXT_LENGTH} tokens, as it "
+            f"has {frozen.teacher.short_context_length or 'none'} of its original positions; give a stock base, or set "
+            "objectives.weight_windows to 0"
+        )
     positions = frozen.text_encoder.short_context_length
     if frozen.in_windows and positions != CLIP_CONTEXT_LENGTH:
         raise ValueError(
@@ -369,7 +375,8 @@ def make_loader(
     rank, world_size = accelerator.process_index, accelerator.num_processes
     transform = picture_transform(resolution, section.random_crop, section.flip)
     draft_size = 2 * resolution if config.draft else None
-    arguments = (source, config, transform, frozen.caption_ids, rank, world_size, draft_size)
+    ids = frozen.caption_ids_for_windows if recipe.objectives.reads_windows else frozen.caption_ids
+    arguments = (source, config, transform, ids, rank, world_size, draft_size)
     result = Batches(*arguments)
     if recipe.features.folder is not None:
         folder, key = Path(recipe.features.folder), cache_key(recipe, frozen, resolution)

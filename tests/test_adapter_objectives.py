@@ -40,6 +40,7 @@ def make_features(count=4, seed=0):
     for part, length in zip(states, (long_length, short_length), strict=True):
         for row, end in enumerate(length.tolist()):
             part[row, end:] = 0
+    places = torch.arange(LONG)
     return Features(
         mean=torch.randn(count, 4, 8, 8),
         logvar=torch.randn(count, 4, 8, 8) - 2,
@@ -52,11 +53,14 @@ def make_features(count=4, seed=0):
         seeds=torch.arange(100, 100 + count),
         keys=[str(i) for i in range(count)],
         skipped=[],
+        windows=torch.randn(count, LONG, WIDTH),
+        windows_read=(places < long_length[:, None] - 1) & (places != 3),
     )
 
 
 def section(**changes):
     values = {"weight_long": 1.3, "weight_short": 0.7, "weight_prediction": 0.9, "weight_states": 0.4}
+    values |= {"weight_windows": 0.6}
     values |= {"short_share": 0.5, "caption_dropout": 0.3, "noise_draws": 3, "snr_gamma": 5.0}
     return ObjectivesSection(**{**values, **changes})
 
@@ -64,7 +68,7 @@ def section(**changes):
 def plain_losses(adapter, features, denoiser, objectives):
     """One draw at a time, nothing batched, formulas written out."""
     scheduler, model = denoiser.scheduler, denoiser.unet
-    sums = dict.fromkeys(("long", "short", "prediction", "states"), torch.zeros(()))
+    sums = dict.fromkeys(("long", "short", "prediction", "states", "windows"), torch.zeros(()))
     total = 0
     for i, seed in enumerate(features.seeds.tolist()):
         generator = torch.Generator().manual_seed(seed)
@@ -94,12 +98,17 @@ def plain_losses(adapter, features, denoiser, objectives):
             predicted = model(noisy[None], t, adapted).sample[0]
             name = "short" if short else "long"
             sums[name] = sums[name] + weight * (predicted - target).pow(2).mean()
+            if not short and not dropped:
+                tokens = [t for t in range(length) if features.windows_read[i, t]]
+                errors = [(adapted[0, t] - features.windows[i, t]).pow(2).mean() for t in tokens]
+                sums["windows"] = sums["windows"] + sum(errors) / len(errors)
             if short and (dropped or features.teacher_fits[i]):
                 teacher = denoiser.empty_teacher if dropped else features.teacher[i : i + 1]
                 wanted = model(noisy[None], t, teacher).sample[0]
                 sums["prediction"] = sums["prediction"] + weight * (predicted - wanted).pow(2).mean()
-                sums["states"] = sums["states"] + (adapted[:, :SHORT] - teacher).pow(2).mean()
-    shares = {"long": 1 - objectives.short_share} | dict.fromkeys(("short", "prediction", "states"), 0.5)
+                wanted = torch.cat([teacher, torch.zeros(1, length - SHORT, WIDTH)], dim=1)
+                sums["states"] = sums["states"] + (adapted - wanted).pow(2).mean()
+    shares = {"long": 0.5, "windows": 0.5 * 0.7} | dict.fromkeys(("short", "prediction", "states"), 0.5)
     losses = {name: value / (total * shares[name]) for name, value in sums.items()}
     return losses, sum(getattr(objectives, f"weight_{name}") * value for name, value in losses.items())
 
@@ -190,9 +199,41 @@ def test_an_adapter_that_changes_nothing_keeps_the_base(denoiser):
 def test_only_losses_that_count_are_computed(denoiser):
     features = make_features()
     only_long = adapter_losses(nn.Identity(), features, denoiser, section(short_share=0.0))
-    assert set(only_long) == {"loss", "loss_long"}
-    without = adapter_losses(nn.Identity(), features, denoiser, section(weight_states=0.0, weight_prediction=0.0))
+    assert set(only_long) == {"loss", "loss_long", "loss_windows"}
+    no_teacher = {"weight_states": 0.0, "weight_prediction": 0.0, "weight_windows": 0.0}
+    without = adapter_losses(nn.Identity(), features, denoiser, section(**no_teacher))
     assert set(without) == {"loss", "loss_long", "loss_short"}
+
+
+def test_states_are_learnt_without_a_unet(denoiser):
+    """Nothing but text states is read, and the losses are those beside noise prediction."""
+    features = make_features()
+    adapter = randomize(TextAdapter(WIDTH, hidden_width=8))
+    every = adapter_losses(adapter, features, denoiser, section())
+    no_noise = {"weight_long": 0.0, "weight_short": 0.0, "weight_prediction": 0.0}
+    no_latents = torch.zeros(4, 4, 1, 1)
+    without = adapter_losses(
+        adapter,
+        dataclasses.replace(features, mean=no_latents, logvar=no_latents),
+        dataclasses.replace(denoiser, unet=None),
+        section(**no_noise, caption_dropout=0.0),
+    )
+    assert set(without) == {"loss", "loss_states", "loss_windows"}
+    torch.testing.assert_close(without["loss"], 0.4 * without["loss_states"] + 0.6 * without["loss_windows"])
+    wanted = dataclasses.replace(features, long=features.windows)
+    alike = adapter_losses(nn.Identity(), wanted, denoiser, section())
+    assert alike["loss_windows"] == 0 < every["loss_windows"]
+
+
+def test_tokens_that_no_window_has_do_not_count(denoiser):
+    features = make_features()
+    assert features.windows is not None
+    unread = features.windows.masked_fill(features.windows_read[:, :, None], 0)
+    changed = dataclasses.replace(features, windows=features.windows + 7 * unread)
+    one, other = (adapter_losses(nn.Identity(), f, denoiser, section()) for f in (features, changed))
+    assert torch.equal(one["loss_windows"], other["loss_windows"])
+    none = dataclasses.replace(features, windows_read=torch.zeros_like(features.windows_read))
+    assert adapter_losses(nn.Identity(), none, denoiser, section())["loss_windows"] == 0
 
 
 def test_teacher_predictions_are_computed_without_the_lora_and_without_gradient(tiny_unet):

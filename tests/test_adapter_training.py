@@ -154,10 +154,9 @@ def test_a_run_trains_the_adapter_alone_and_writes_everything(recipe, sd1, tmp_p
     ours = FixClipStableDiffusionPipeline.from_pretrained(sd1, adapter=folder / "adapter")
     untuned = FixClipStableDiffusionPipeline.from_pretrained(sd1)
     assert run.references.keys() == {"stock", "untuned"}
-    assert np.array_equal(run.references["stock"][0], picture(stock))
-    assert np.array_equal(run.references["untuned"][0], picture(untuned))
-    train.write_attention_out(ours.unet, torch.device("cpu"))  # as training does; the fused one rounds otherwise
-    columns = {**run.references, "current": [Image.fromarray(picture(ours))] * 2}
+    assert np.array_equal(run.references["stock"][0], picture_in_training(stock))
+    assert np.array_equal(run.references["untuned"][0], picture_in_training(untuned))
+    columns = {**run.references, "current": [Image.fromarray(picture_in_training(ours))] * 2}
     expected = train.sample_sheet(columns, chosen.samples.prompts).crop((0, 0, 600, 200))
     assert np.array_equal(np.asarray(Image.open(sheets[1]).crop((0, 0, 600, 200))), np.asarray(expected))
 
@@ -166,6 +165,12 @@ def picture(pipe, prompt=PROMPT, seed=0):
     pipe.set_progress_bar_config(disable=True)
     settings = {"num_inference_steps": 2, "guidance_scale": 7.5, "width": 16, "height": 16}
     return np.asarray(pipe(prompt, generator=torch.Generator().manual_seed(seed), **settings).images[0])
+
+
+def picture_in_training(pipe):
+    """With the UNet's attention as training and evaluation compute it; torch's fused one rounds otherwise."""
+    train.write_attention_out(pipe.unet, torch.device("cpu"))
+    return picture(pipe)
 
 
 @pytest.mark.parametrize(
@@ -230,6 +235,31 @@ def test_it_learns(recipe, tmp_path):
     assert rows[-1]["loss_states"] < 0.5 * rows[0]["loss_states"]
 
 
+def test_a_start_without_the_unet(recipe, encoder_folder, tmp_path, monkeypatch):
+    """The states alone are learnt, neither UNet nor VAE runs, and a run with them goes on from the adapter."""
+    encoder = f"model.encoder={encoder_folder}"
+    states = ["objectives.weight_long=0", "objectives.weight_short=0", "objectives.weight_prediction=0"]
+    states += ["objectives.weight_windows=1", "objectives.weight_states=1", "adapter.kind=attention"]
+    states += ["objectives.noise_draws=8", "optim.lr=1e-2"]  # every caption has its turn in every step
+    with monkeypatch.context() as patch:
+        for part in (UNet2DConditionModel, AutoencoderKL):
+            patch.setattr(part, "forward", lambda *args, **kwargs: pytest.fail("not needed"))
+            patch.setattr(part, "encode", lambda *args, **kwargs: pytest.fail("not needed"), raising=False)
+        start = train.train(recipe("start", encoder, *states, "train.steps=30"))
+    rows = metrics(tmp_path / "start")
+    assert rows[0].keys() >= {"loss_windows", "loss_states"}
+    assert not rows[0].keys() & {"loss_long", "loss_short", "loss_prediction"}
+    for name in ("loss_windows", "loss_states"):
+        assert np.mean([row[name] for row in rows[-3:]]) < 0.6 * np.mean([row[name] for row in rows[:3]])
+    reset_accelerator()
+    run = train.prepare(recipe("then", encoder, f"adapter.start_from={start}"))
+    assert_equal(run.trainable.adapter.state_dict(), load_file(start / "adapter.safetensors"))
+    reset_accelerator()
+    everything = recipe("both", encoder, *states[3:], "features.text=true", f"features.folder={tmp_path / 'cache'}")
+    train.train(everything)
+    assert metrics(tmp_path / "both")[0].keys() >= {"loss_windows", "loss_long", "loss_prediction"}
+
+
 # -- what comes out ------------------------------------------------------------------------------------------
 
 
@@ -271,7 +301,7 @@ def test_an_adapter_for_windows_of_77_tokens(recipe, sd1, tmp_path, kind):
 
     pipe = FixClipStableDiffusionPipeline.from_pretrained(sd1, adapter=adapter, long_prompt="windows_77")
     untuned = FixClipStableDiffusionPipeline.from_pretrained(sd1, long_prompt="windows_77")
-    wanted, plain = picture(pipe), picture(untuned)
+    wanted, plain = picture_in_training(pipe), picture_in_training(untuned)
     assert not np.array_equal(wanted, plain)
     drawing = evaluate.Drawing(steps=2, size=16)
     for options, expected in ((f"adapter={adapter},", wanted), ("", plain)):
@@ -279,7 +309,7 @@ def test_an_adapter_for_windows_of_77_tokens(recipe, sd1, tmp_path, kind):
         drawn = evaluate.Painter(str(sd1)).draw(system, [evaluate.Prompt(PROMPT)], drawing)[0][0]
         assert np.array_equal(np.asarray(drawn), expected)
     # A run's sheets are drawn in windows too.
-    stock = picture(StableDiffusionPipeline.from_pretrained(sd1, safety_checker=None))
+    stock = picture_in_training(StableDiffusionPipeline.from_pretrained(sd1, safety_checker=None))
     columns = {"stock": stock, "untuned": plain, "current": wanted}
     expected = train.sample_sheet({k: [Image.fromarray(v)] for k, v in columns.items()}, [PROMPT])
     sheet = Image.open(tmp_path / "run" / "samples" / "step-00000004.png")
@@ -397,6 +427,10 @@ def test_captions_that_end_before_the_77th_token(recipe, tmp_path, caplog):
         (["train.batch_size=13"], "12 samples do not fill one batch of 13"),
         (["model.base=TMP"], "is a folder without model_index.json"),
         (["objectives.weight_long=0", "objectives.short_share=0"], "every weight that counts is 0"),
+        (
+            ["lora.rank=2", "objectives.weight_long=0", "objectives.short_share=0", "objectives.weight_windows=1"],
+            r"lora\.rank=2: a LoRA learns from noise predictions",
+        ),
         (["train.micro_batch_size=9"], "micro_batch_size=9: it must be at most"),
         (["objectives.weight_shrt=1"], r"unknown key; did you mean objectives\.weight_short\?"),
     ],

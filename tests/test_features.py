@@ -17,6 +17,7 @@ from tiny_adapter import without_onednn  # noqa: F401
 
 from fixclip_diffusion import FixClipStableDiffusionPipeline, train
 from fixclip_diffusion.features import (
+    IdsAndWindowIds,
     TokenIds,
     WindowIds,
     empty_states,
@@ -24,12 +25,14 @@ from fixclip_diffusion.features import (
     encode_captions,
     encode_for_teacher,
     encode_pictures,
+    encode_windows_for_teacher,
     num_tokens,
     num_windows,
     picture_transform,
     tokenizer_digest,
     weights_digest,
 )
+from fixclip_diffusion.prompts import split_windows
 from fixclip_diffusion.recipe import ObjectivesSection
 
 ALL = ObjectivesSection()
@@ -127,6 +130,59 @@ def test_windows_are_those_of_the_pipeline(sd1, models):
     torch.testing.assert_close(empty_states(frozen)[1], teacher[3:4], rtol=1e-4, atol=1e-5)
 
 
+def test_window_states_stand_where_their_tokens_stand(sd1, models):
+    """Each piece read alone by the stock encoder, token by token, and 0 for padding.
+
+    What is cut at 248 or inside a word is not read; what fits into one window keeps the base's padding.
+    """
+    stock = StableDiffusionPipeline.from_pretrained(sd1, safety_checker=None)
+    tokenizer = models.tokenizer
+    uncut = "a" + "zebrahorse" * 40  # one word longer than a window
+    texts = [SHORT, LONG, "", tiny_adapter.caption(1, sentences=16), tiny_adapter.caption(2, sentences=30), uncut]
+    ids = pickle.loads(pickle.dumps(frozen_ids := IdsAndWindowIds(tokenizer)))(texts)
+    assert isinstance(models.caption_ids_for_windows, IdsAndWindowIds)
+    assert torch.equal(ids, frozen_ids(texts))
+    assert torch.equal(ids[:, :248], TokenIds(tokenizer)(texts))
+    torch.testing.assert_close(encode_captions(models, ids), encode_captions(models, ids[:, :248]), rtol=0, atol=0)
+    states, read = encode_windows_for_teacher(models, ids)
+    assert states.shape[:2] == read.shape == (len(texts), 248)
+    for row, text in enumerate(texts):
+        expected, pieces_ids = [], []
+        for piece in split_windows(tokenizer, tokenizer.clean(text), 77):
+            own = stock.tokenizer(piece, padding="max_length", max_length=77, return_tensors="pt").input_ids
+            with torch.no_grad():
+                found = stock.text_encoder(own).last_hidden_state[0]
+            fits = len(tokenizer(text).input_ids) <= 77
+            count = 77 if fits else len(tokenizer(piece).input_ids)
+            first = 1 if expected else 0
+            expected = expected[:-1]  # the end of the piece before
+            pieces_ids = pieces_ids[:-1]
+            expected += list(found[first:count])
+            pieces_ids += own[0, first:count].tolist()
+        whole = tokenizer(text).input_ids
+        whole += [tokenizer.pad_token_id] * (77 - len(whole))
+        same = [a == b for a, b in zip(whole[:248], pieces_ids, strict=False)]
+        count = same.index(False) if False in same else len(same)
+        count = min(count, 247) if len(whole) > 248 else count  # the last place is the end's
+        padded = count == len(whole)
+        assert read[row].tolist() == [True] * count + [padded] * (248 - count)
+        assert not states[row, len(whole) :].any()
+        torch.testing.assert_close(states[row, :count], torch.stack(expected)[:count], rtol=1e-4, atol=1e-5)
+        if text not in texts[-2:]:
+            assert count == len(whole), "every token has one, start and end too"
+    assert read[-2].sum() == 247
+    assert 0 < read[-1].sum() < len(tokenizer(uncut).input_ids)
+
+
+def test_window_states_in_windows_are_the_states_themselves(models):
+    frozen = dataclasses.replace(models, long_prompt="windows_77")
+    ids = frozen.caption_ids_for_windows([SHORT, LONG])
+    states, length = encode_captions(frozen, ids)
+    teacher, read = encode_windows_for_teacher(frozen, ids)
+    assert torch.equal(states, teacher)
+    assert read.sum(1).tolist() == length.tolist() == [77, 154]
+
+
 def test_pictures_become_the_latents_of_the_vae(models):
     transform = picture_transform(16)
     picture = Image.new("RGB", (40, 20), (255, 0, 127))
@@ -165,6 +221,14 @@ def test_only_what_the_objectives_read_is_encoded(setup, models):
     assert every.teacher_fits.all()
     assert not long.teacher_fits.any()
     assert long.short is long.long
+    assert every.windows is None
+    states = ObjectivesSection(weight_long=0, weight_prediction=0, weight_states=1, weight_windows=1)
+    batch = next(setup("objectives.weight_windows=1").epoch(0))
+    without_noise = encode_batch(models, batch, states)
+    assert without_noise.windows.shape == without_noise.long.shape
+    assert without_noise.windows_read.shape == without_noise.long.shape[:2]
+    assert not without_noise.mean.any()
+    assert torch.equal(without_noise.long, every.long)
     assert not torch.equal(every.short, long.short)
 
 
@@ -189,6 +253,18 @@ def test_cached_features_are_those_of_every_step(setup, models, tmp_path, text, 
                     torch.testing.assert_close(
                         getattr(stored, field.name), getattr(live, field.name), rtol=1e-4, atol=1e-5, msg=field.name
                     )
+
+
+def test_window_states_are_cached_too(setup, models, tmp_path):
+    section = ObjectivesSection(weight_windows=1.0)
+    windows = "objectives.weight_windows=1"
+    plain, loader = setup(windows), setup(*cached(tmp_path, "features.text=true"), windows)
+    for batch, stored in zip(plain.epoch(0), loader.epoch(0), strict=True):
+        live = encode_batch(models, batch, section)
+        assert torch.equal(stored.windows_read, live.windows_read)
+        torch.testing.assert_close(stored.windows, live.windows, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="this cache was made with another window states; delete it"):
+        setup(*cached(tmp_path, "features.text=true"))
 
 
 def test_windows_are_cached_too(setup, models, tmp_path):

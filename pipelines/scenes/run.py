@@ -47,9 +47,8 @@ def pretraining(name: str, kind: str, needs: Sequence[str] = (), processes: int 
     return Stage(name, command, tuple(needs), OUT / name / "model", processes)
 
 
-def adapter(name: str, needs: Sequence[str], *overrides: str, seed: int = 0) -> Stage:
-    fields = (f"output.folder={OUT / name}", f"seed={seed}", *overrides)
-    command = launched("train_adapter.py", f"{HERE}/adapter.yaml", *fields)
+def adapter(name: str, needs: Sequence[str], *overrides: str, recipe: str = "adapter") -> Stage:
+    command = launched("train_adapter.py", f"{HERE}/{recipe}.yaml", f"output.folder={OUT / name}", *overrides)
     return Stage(name, command, tuple(needs), OUT / name / "adapter" / "adapter.safetensors")
 
 
@@ -83,7 +82,8 @@ def chain() -> list[Stage]:
             ("encoder",),
             encoder / "text_encoder",
         ),
-        adapter("adapter", ["base", "encoder_diffusers"]),
+        adapter("adapter_start", ["base", "encoder_diffusers"], recipe="adapter_start"),
+        adapter("adapter", ["adapter_start"]),
         adapter(
             "lora",
             ["adapter"],
@@ -95,10 +95,16 @@ def chain() -> list[Stage]:
 
 
 def controls() -> list[Stage]:
-    """The same adapter, trained the same way, on what FIX-CLIP training is compared with."""
+    """The same adapter, trained the same way, on what FIX-CLIP training is compared with.
+
+    Windows of the base need no start: theirs are the states that it would teach.
+    """
+    stretched, windows = ("model.encoder=null",), ("model.encoder=null", "model.long_prompt=windows_77")
+    start = f"adapter.start_from={OUT}/adapter_stretched_start/adapter"
     return [
-        adapter("adapter_stretched", ["base"], "model.encoder=null"),
-        adapter("adapter_windows", ["base"], "model.encoder=null", "model.long_prompt=windows_77"),
+        adapter("adapter_stretched_start", ["base"], *stretched, recipe="adapter_start"),
+        adapter("adapter_stretched", ["adapter_stretched_start"], *stretched, start),
+        adapter("adapter_windows", ["base"], *windows, "adapter.start_from=null"),
     ]
 
 
