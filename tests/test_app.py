@@ -539,6 +539,7 @@ def test_the_embedded_model_opens_with_its_checker(tmp_path, monkeypatch):
     assert [system.label for system in model.systems.values()] == [
         "Stock, cut at 77 tokens",
         "Base encoder in windows of 77",
+        "Windows of 77 + adapter",
         "FIX-CLIP",
         "FIX-CLIP + adapter + LoRA",
     ]
@@ -547,6 +548,7 @@ def test_the_embedded_model_opens_with_its_checker(tmp_path, monkeypatch):
     wanted = [
         load(base, long_prompt="truncate_77"),
         load(base, long_prompt="windows_77"),
+        load(base, adapter="builtin:scenes/windows_adapter", long_prompt="windows_77"),
         load(base, encoder),
         load("builtin:scenes"),
     ]

@@ -16,7 +16,7 @@ from PIL import Image
 
 from fixclip_cli import default_size
 from fixclip_core.scenes import long_caption, sample_scene
-from fixclip_diffusion import FixClipStableDiffusionPipeline, FixClipTextEncoder, builtin
+from fixclip_diffusion import FixClipStableDiffusionPipeline, FixClipTextEncoder, TextAdapter, builtin
 from fixclip_diffusion.attention_maps import record_sentences
 from fixclip_diffusion.tiny import stable_diffusion, train_tokenizer
 
@@ -108,7 +108,11 @@ class DemoModel:
             base = builtin.base_of(choice.base)
             base_encoder = FixClipTextEncoder.from_pretrained(base, subfolder="text_encoder", dtype=dtype)
             reference = self._with_encoder(base_encoder.to(device))
-        self.systems = self._systems(reference)
+        whole = builtin.whole_model(choice.base)
+        windows_adapter = None
+        if whole is not None and whole.windows_adapter is not None:
+            windows_adapter = TextAdapter.from_pretrained(whole.windows_adapter).to(device, dtype).eval()
+        self.systems = self._systems(reference, windows_adapter)
 
     def _with_encoder(self, encoder: FixClipTextEncoder) -> FixClipStableDiffusionPipeline:
         parts = {**self.pipe.components, "text_encoder": encoder}
@@ -116,33 +120,40 @@ class DemoModel:
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    def _systems(self, reference: FixClipStableDiffusionPipeline) -> dict[str, System]:
+    def _systems(
+        self, reference: FixClipStableDiffusionPipeline, windows_adapter: TextAdapter | None
+    ) -> dict[str, System]:
         systems = {}
         if reference.text_encoder.short_context_length:
             for key, label in (
                 ("truncate_77", "Stock, cut at 77 tokens"),
                 ("windows_77", "Base encoder in windows of 77"),
             ):
-                systems[key] = System(label, reference, self._encoder_alone(reference, long_prompt=key))
-        systems["fixclip"] = System("FIX-CLIP", self.pipe, self._encoder_alone(self.pipe, long_prompt="windows"))
+                systems[key] = System(label, reference, self._with_adapter(reference, None, long_prompt=key))
+            if windows_adapter is not None:
+                draw = self._with_adapter(reference, windows_adapter, long_prompt="windows_77")
+                systems["windows_adapter"] = System("Windows of 77 + adapter", reference, draw)
+        systems["fixclip"] = System("FIX-CLIP", self.pipe, self._with_adapter(self.pipe, None, long_prompt="windows"))
         parts = ["adapter"] if self.pipe.text_encoder.adapter is not None else []
         parts += ["LoRA"] if self.has_lora else []
         if parts:
             systems["adapter"] = System(" + ".join(["FIX-CLIP", *parts]), self.pipe, self.pipe)
         return systems
 
-    def _encoder_alone(self, pipe: FixClipStableDiffusionPipeline, **fixed: Any) -> Callable[..., Any]:
-        """The pipeline with its encoder's adapter taken off and the LoRA switched off during each call."""
+    def _with_adapter(
+        self, pipe: FixClipStableDiffusionPipeline, adapter: TextAdapter | None, **fixed: Any
+    ) -> Callable[..., Any]:
+        """The pipeline with this adapter or none in its encoder, and the LoRA switched off, during each call."""
 
         def draw(**arguments: Any) -> Any:
             encoder = pipe.text_encoder
-            adapter, encoder.adapter = encoder.adapter, None
+            own, encoder.adapter = encoder.adapter, adapter
             if self.has_lora:
                 pipe.unet.disable_lora()
             try:
                 return pipe(**fixed, **arguments)
             finally:
-                encoder.adapter = adapter
+                encoder.adapter = own
                 if self.has_lora:
                     pipe.unet.enable_lora()
 
