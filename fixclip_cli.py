@@ -74,7 +74,7 @@ def output_files(output: Path, names: list[str]) -> list[Path]:
     """Where the pictures go: a name ending in .png is a file (numbered if there are several), else a folder.
 
     Raises:
-        ValueError: another file type, or the folder cannot be made.
+        ValueError: another file type, or the folder cannot be made or written to.
     """
     if output.suffix.lower() == ".png":
         files = [output] if len(names) == 1 else [output.with_stem(f"{output.stem}-{name}") for name in names]
@@ -84,6 +84,8 @@ def output_files(output: Path, names: list[str]) -> list[Path]:
         files = [_free(output, name) for name in names]
     try:
         files[0].parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=files[0].parent):
+            pass  # found out now, and not after drawing
     except OSError as error:
         raise ValueError(f"output {str(output)!r} cannot be written: {error}") from error
     return files

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from fixclip_core import scenes
 from fixclip_core.captions import split_sentences
+from fixclip_core.checkpoint import check_folder
 from fixclip_core.evaluate import Encoder, encode_images, encode_texts
 from fixclip_core.files import write_atomically
 
@@ -380,7 +381,8 @@ def evaluate_images(
         (shares); each prompt counts once in a mean, whatever it holds.
 
     Raises:
-        ValueError: nothing to draw or to draw with, names that recur, or a part that cannot be loaded.
+        ValueError: nothing to draw or to draw with, names that recur, a part that cannot be loaded, or a folder that
+            cannot be written to.
     """
     names = [system.name for system in systems]
     if not prompts or not systems or len(set(names)) < len(names):
@@ -389,6 +391,8 @@ def evaluate_images(
     for system in systems:  # what cannot be loaded is found out before hours of drawing
         with painter.pipeline(system) as pipe:
             tokenizer = pipe.tokenizer
+    if folder is not None:
+        check_folder(folder, 0)
     parts = [sentences(prompt.text, tokenizer) for prompt in prompts]
     rows: list[dict[str, Any]] = [
         {"prompt": prompt.text, "sentences": [asdict(s) for s in own], "systems": {}}

@@ -156,6 +156,7 @@ def test_a_long_negative_prompt_is_reported(sd1, tmp_path):
         (["a", "--base", "BASE", "--adapter", "/no/such/adapter"], "expected a folder or hub name"),
         (["a", "--base", "BASE", "-o", "picture.jpg"], "pictures are written as .png"),
         (["a", "--base", "BASE", "-o", "/proc/nowhere/a.png"], "cannot be written"),
+        (["a", "--base", "BASE", "-o", "/proc/a.png", "--steps", "999"], "cannot be written"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(sd1, arguments, message):

@@ -3,6 +3,7 @@
 import json
 import re
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -257,6 +258,8 @@ def test_what_cannot_be_drawn_is_named_first(sd1, parts, tmp_path):
         with pytest.raises(ValueError, match=message):
             evaluation.evaluate_images(str(sd1), prompts, systems, drawing, folder=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="/proc/out: the output folder cannot be written to"):
+        evaluation.evaluate_images(str(sd1), prompts, [System("a")], drawing, folder=Path("/proc/out"))
 
 
 # -- the command ---------------------------------------------------------------------------------------------
