@@ -160,7 +160,7 @@ def generate(
     size: Annotated[str | None, typer.Option(help="512 or 512x768 (width x height); default: the model's own.")] = None,
     num: Annotated[int, typer.Option(min=1, max=1000, help="Number of pictures.")] = 1,
     long_prompt: Annotated[
-        Literal["windows", "truncate", "windows_77", "truncate_77"],
+        Literal["windows", "truncate", "overlap_77", "windows_77", "truncate_77"],
         typer.Option(help="More than 248 tokens; the last two are chunking and stock, with the base's own encoder."),
     ] = "windows",
     device: Annotated[str | None, typer.Option(help="cuda, mps or cpu; default: the fastest there is.")] = None,

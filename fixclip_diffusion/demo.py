@@ -102,9 +102,10 @@ def systems_of(parts: builtin.ModelParts) -> list[System]:
     systems = [
         System("stock cut at 77", long_prompt="truncate_77"),
         System("windows of 77", long_prompt="windows_77"),
+        System("overlapping windows", long_prompt="overlap_77"),
     ]
-    if parts.windows_adapter is not None:
-        systems.append(System("windows + adapter", adapter=parts.windows_adapter, long_prompt="windows_77"))
+    if parts.overlap_adapter is not None:
+        systems.append(System("overlap + adapter", adapter=parts.overlap_adapter, long_prompt="overlap_77"))
     systems.append(System("stretched only"))
     if parts.encoder is not None:
         systems.append(System("FIX-CLIP trained", parts.encoder))

@@ -45,14 +45,21 @@ from fixclip_core.files import write_atomically
 from .objectives import Features
 from .prompts import split_windows
 from .recipe import AdapterRecipe, FeaturesSection, ObjectivesSection
-from .text_encoder import CLIP_CONTEXT_LENGTH, FixClipTextEncoder, FixClipTokenizer
+from .text_encoder import (
+    CLIP_CONTEXT_LENGTH,
+    NO_WINDOW,
+    WINDOW_STRIDE,
+    FixClipTextEncoder,
+    FixClipTokenizer,
+    join_overlapping,
+    overlapping_windows,
+)
 
 logger = logging.getLogger(__name__)
 
 KEY_FILE = "features.json"
 MADE_FOR = "made_for.json"
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
-NO_WINDOW = -1  # fills the ids behind a text's last window
 SHORT_CAPTIONS = {"short_caption", "max_short_sentences", "drop_short_from_long"}
 SMALL_LATENTS = 16  # side
 _OPEN_SHARDS = 16
@@ -82,17 +89,17 @@ class FrozenModels:
     @property
     def in_windows(self) -> bool:
         """Whether captions are read in windows of 77 tokens."""
-        return self.long_prompt == "windows_77"
+        return self.long_prompt in ("windows_77", "overlap_77")
+
+    @property
+    def overlap(self) -> bool:
+        """Whether these windows overlap."""
+        return self.long_prompt == "overlap_77"
 
     @property
     def caption_ids(self) -> "TokenIds | WindowIds":
         """Texts to the ids that the functions below read."""
-        return WindowIds(self.tokenizer) if self.in_windows else TokenIds(self.tokenizer)
-
-    @property
-    def caption_ids_for_windows(self) -> "IdsAndWindowIds | WindowIds":
-        """The same with the ids that `encode_windows_for_teacher` reads."""
-        return WindowIds(self.tokenizer) if self.in_windows else IdsAndWindowIds(self.tokenizer)
+        return WindowIds(self.tokenizer, self.overlap) if self.in_windows else TokenIds(self.tokenizer)
 
 
 def write_attention_out(unet: UNet2DConditionModel, device: torch.device) -> None:
@@ -130,27 +137,21 @@ class TokenIds:
 class WindowIds:
     """Texts -> (B, W * 77) ids of W windows of 77 tokens, as many as the longest text has; see `num_windows`.
 
-    Each window is cut and padded as the pipeline with long_prompt="windows_77" does it, the ids behind a text's
-    last one are NO_WINDOW.
+    Each window is cut and padded as the pipeline with long_prompt="windows_77" does it, or "overlap_77", which reads
+    248 tokens here at most. The ids behind a text's last window are NO_WINDOW.
     """
 
     tokenizer: FixClipTokenizer
+    overlap: bool = False
 
     def __call__(self, texts: list[str]) -> Tensor:
+        if self.overlap:
+            ids_BT = TokenIds(self.tokenizer)(texts)
+            return overlapping_windows(ids_BT, num_tokens(ids_BT, self.tokenizer)).flatten(1)
         clean = [self.tokenizer.clean(text) for text in texts]
         windows = [split_windows(self.tokenizer, text, CLIP_CONTEXT_LENGTH) for text in clean]
         ids = [_padded_ids(self.tokenizer, pieces, CLIP_CONTEXT_LENGTH).flatten() for pieces in windows]
         return pad_sequence(ids, batch_first=True, padding_value=NO_WINDOW)
-
-
-@dataclass(frozen=True)
-class IdsAndWindowIds:
-    """Texts -> (B, context_length + W * 77): the ids of `TokenIds`, and behind them those of `WindowIds`."""
-
-    tokenizer: FixClipTokenizer
-
-    def __call__(self, texts: list[str]) -> Tensor:
-        return torch.cat([TokenIds(self.tokenizer)(texts), WindowIds(self.tokenizer)(texts)], dim=1)
 
 
 def _padded_ids(tokenizer: FixClipTokenizer, texts: Sequence[str], length: int) -> Tensor:
@@ -161,6 +162,13 @@ def _padded_ids(tokenizer: FixClipTokenizer, texts: Sequence[str], length: int) 
 def num_windows(ids_BT: Tensor) -> Tensor:
     """(B,) windows of each text, from the ids of `WindowIds`."""
     return (ids_BT[:, ::CLIP_CONTEXT_LENGTH] != NO_WINDOW).sum(1)
+
+
+def num_tokens_in_windows(ids_BT: Tensor, tokenizer: FixClipTokenizer) -> Tensor:
+    """(B,) tokens of each text, start and end included, from the ids of overlapping `WindowIds`."""
+    last_B = num_windows(ids_BT) - 1
+    last_BT = ids_BT.unflatten(1, (-1, CLIP_CONTEXT_LENGTH))[torch.arange(len(ids_BT)), last_B]
+    return WINDOW_STRIDE * last_B + num_tokens(last_BT, tokenizer)
 
 
 def num_tokens(ids_BT: Tensor, tokenizer: FixClipTokenizer) -> Tensor:
@@ -186,7 +194,6 @@ def encode_captions(frozen: FrozenModels, ids_BT: Tensor) -> tuple[Tensor, Tenso
     ids_BT = ids_BT.to(encoder.device)
     if frozen.in_windows:
         return _encode_windows(encoder, ids_BT)
-    ids_BT = ids_BT[:, : encoder.context_length]
     fits_B = num_tokens(ids_BT, frozen.tokenizer) <= encoder.short_context_length
     length_B = torch.where(fits_B, encoder.short_context_length, encoder.context_length)
     states = torch.zeros((*ids_BT.shape, encoder.config.hidden_size), dtype=encoder.dtype, device=encoder.device)
@@ -221,50 +228,26 @@ def encode_for_teacher(frozen: FrozenModels, ids_BT: Tensor) -> tuple[Tensor, Te
 
 
 @torch.no_grad()
-def encode_windows_for_teacher(frozen: FrozenModels, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """States (B, T, D) of the base's own encoder, which reads each caption in windows of 77, and which (B, T) to learn.
+def encode_windows_for_teacher(frozen: FrozenModels, ids_BT: Tensor) -> Tensor:
+    """States (B, T, D) of the base's own encoder, which reads each caption in windows of 77, every token at its place.
 
-    A token's state stands at the token's own place in one pass of T tokens: the start from the first window, the end
-    from the last. Padding behind it is 0, to which a UNet's attention pays the least heed: as the base was never
-    trained on so much padding, any other state there drowns the words. A caption of one window keeps the base's
-    padding. What follows a word that a window's end cut into other tokens is not to be learnt.
-    With `frozen.in_windows` the windows stand one behind the other, as the encoder reads them, padding included.
+    The windows overlap, see `join_overlapping`, unless the encoder's own are read one behind the other.
 
     Args:
         frozen: its teacher reads them.
-        ids_BT: of `frozen.caption_ids_for_windows`.
+        ids_BT: of `frozen.caption_ids`.
     """
     ids_BT = ids_BT.to(frozen.teacher.device)
-    if frozen.in_windows:
-        states, length_B = _encode_windows(frozen.teacher, ids_BT)
-        return states, torch.arange(states.shape[1], device=ids_BT.device) < length_B[:, None]
-    tokens = frozen.tokenizer.context_length
-    ids_BT, window_ids_BS = ids_BT[:, :tokens], ids_BT[:, tokens:]
-    window_states_BSD, _ = _encode_windows(frozen.teacher, window_ids_BS)
-    kept_BS = _text_of_windows(window_ids_BS, frozen.tokenizer)
-    one_window_B = num_windows(window_ids_BS) == 1
-    kept_BS[one_window_B, :CLIP_CONTEXT_LENGTH] = True
-    states_BTD = window_states_BSD.new_zeros(*ids_BT.shape, window_states_BSD.shape[2])
-    read_BT = torch.ones_like(ids_BT, dtype=torch.bool)
-    for caption, kept_S in enumerate(kept_BS):
-        places = kept_S.nonzero()[:tokens, 0]
-        same = ids_BT[caption, : len(places)] == window_ids_BS[caption, places]
-        states_BTD[caption, : len(places)] = window_states_BSD[caption, places]
-        first_other = len(same) if same.all() else int((~same).int().argmax())
-        read_BT[caption, first_other:] = bool(same.all())
-    return states_BTD, read_BT
-
-
-def _text_of_windows(ids_BS: Tensor, tokenizer: FixClipTokenizer) -> Tensor:
-    """(B, S) the places of a caption's tokens in its windows, with the first window's start and the last one's end."""
-    ids_BWT = ids_BS.unflatten(1, (-1, CLIP_CONTEXT_LENGTH))
-    place_T = torch.arange(CLIP_CONTEXT_LENGTH, device=ids_BS.device)
-    end_BW1 = (ids_BWT == tokenizer.eos_token_id).int().argmax(2, keepdim=True)
-    window_W1 = torch.arange(ids_BWT.shape[1], device=ids_BS.device)[:, None]
-    last_B11 = num_windows(ids_BS)[:, None, None] - 1
-    words = (place_T > 0) & (place_T < end_BW1)
-    start, end = (window_W1 == 0) & (place_T == 0), (window_W1 == last_B11) & (place_T == end_BW1)
-    return ((words | start | end) & (window_W1 <= last_B11)).flatten(1)
+    if frozen.in_windows and not frozen.overlap:
+        return _encode_windows(frozen.teacher, ids_BT)[0]
+    if frozen.overlap:
+        tokens_B = num_tokens_in_windows(ids_BT, frozen.tokenizer)
+    else:
+        tokens_B = num_tokens(ids_BT, frozen.tokenizer)
+        ids_BT = overlapping_windows(ids_BT, tokens_B).flatten(1)
+    states_BSD, _ = _encode_windows(frozen.teacher, ids_BT)
+    states_BWTD = states_BSD.unflatten(1, (-1, CLIP_CONTEXT_LENGTH))
+    return join_overlapping(states_BWTD, tokens_B, frozen.tokenizer.context_length)
 
 
 def encode_batch(frozen: FrozenModels, batch: Batch, objectives: ObjectivesSection) -> Features:
@@ -285,13 +268,15 @@ def encode_batch(frozen: FrozenModels, batch: Batch, objectives: ObjectivesSecti
     teacher, fits = short, torch.zeros_like(short_length, dtype=torch.bool)
     if objectives.is_taught:
         teacher, fits = encode_for_teacher(frozen, batch.short_ids)
-    windows, windows_read = None, None
+    windows = None
     if objectives.reads_windows:
-        windows, windows_read = (
-            part[:, : long.shape[1]] for part in encode_windows_for_teacher(frozen, batch.long_ids)
-        )
+        windows = encode_windows_for_teacher(frozen, batch.long_ids)[:, : long.shape[1]]
+    tokens = {}
+    if frozen.overlap:
+        tokens["long_tokens"] = num_tokens_in_windows(batch.long_ids, frozen.tokenizer)
+        tokens["short_tokens"] = num_tokens_in_windows(batch.short_ids, frozen.tokenizer)
     states = (long, short, long_length, short_length, teacher, fits)
-    return Features(mean, logvar, *states, batch.seeds, batch.keys, batch.skipped, windows, windows_read)
+    return Features(mean, logvar, *states, batch.seeds, batch.keys, batch.skipped, windows, **tokens)
 
 
 def empty_states(frozen: FrozenModels) -> tuple[dict[int, Tensor], Tensor]:
@@ -528,9 +513,12 @@ class FeatureCache:
             short, tensors["short_length"] = encode_captions(frozen, ids_BT[len(rows) :])
             teacher, tensors["teacher_fits"] = encode_for_teacher(frozen, ids_BT[len(rows) :])
             tensors |= {"long": long, "short": short, "teacher": teacher}
+            if frozen.overlap:
+                tokens = num_tokens_in_windows(ids_BT, frozen.tokenizer)
+                tensors |= {"long_tokens": tokens[: len(rows)], "short_tokens": tokens[len(rows) :]}
             if self.key.get("window states"):
-                windows, read = encode_windows_for_teacher(frozen, ids_BT[: len(rows)])
-                tensors |= {"windows": windows[:, : long.shape[1]], "windows_read": read[:, : long.shape[1]]}
+                windows = encode_windows_for_teacher(frozen, ids_BT[: len(rows)])
+                tensors["windows"] = windows[:, : long.shape[1]]
         dtype = DTYPES[self.section.dtype]
         return {name: (t.to(dtype) if t.is_floating_point() else t).cpu() for name, t in tensors.items()}
 

@@ -28,6 +28,7 @@ from torch import Tensor
 from fixclip_core.data import Skipped
 
 from .recipe import ObjectivesSection
+from .text_encoder import join_overlapping
 
 HIGH_NOISE_FROM = 0.6
 PREDICTION_TYPES = ("epsilon", "v_prediction")
@@ -45,9 +46,9 @@ class Features:
         teacher: (B, S, D) states of the short captions by the base's own encoder.
         teacher_fits: (B,) whether the short caption fits into its 77 tokens.
         seeds: (B,) decide all draws.
-        windows: (B, T, D) states of the long captions' tokens by the base's own encoder, window by window, at the
-            places that the tokens have in `long`; None where the objectives do not read them.
-        windows_read: (B, T) the tokens that have one.
+        windows: (B, T, D) states of the long captions' tokens by the base's own encoder, in windows, at the places
+            that the tokens have in `long`; None where the objectives do not read them.
+        long_tokens, short_tokens: (B,) tokens of the captions; None but for overlapping windows, which are joined.
     """
 
     mean: Tensor
@@ -62,7 +63,8 @@ class Features:
     keys: list[str]
     skipped: list[Skipped]
     windows: Tensor | None = None
-    windows_read: Tensor | None = None
+    long_tokens: Tensor | None = None
+    short_tokens: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.seeds)
@@ -97,6 +99,7 @@ class Denoiser:
         empty_teacher: (1, S, D) the same by the base's own encoder.
         base_unet: what to compute the base's predictions in, e.g. a context that switches the LoRA off.
         window: states that the adapter sees at a time, as the pipeline encodes window by window; 0: all.
+        joined: states that overlapping windows of several become, see `join_overlapping`; 0: windows do not overlap.
     """
 
     unet: Any
@@ -107,6 +110,7 @@ class Denoiser:
     empty_teacher: Tensor
     base_unet: Callable[[], AbstractContextManager[Any]] = nullcontext
     window: int = 0
+    joined: int = 0
 
     def empty_caption(self, length: int) -> Tensor:
         """(1, length, D) states of the empty caption; those of several windows repeat one's, as in the pipeline."""
@@ -184,10 +188,14 @@ def adapter_losses(
         chosen = (length_R == length).nonzero()[:, 0]
         first, caption_R = _captions(rows, chosen)
         adapted_RTD = _adapted(adapter, _states(features, denoiser, rows, first, length), denoiser.window)[caption_R]
+        if denoiser.joined and length > denoiser.window:
+            adapted_RTD = _join(adapted_RTD, features, denoiser, rows, chosen)
         short_R = rows.short[chosen]
         if "windows" in sums:
             named = ~short_R & ~rows.dropped[chosen]
-            sums["windows"] = sums["windows"] + _from_windows(features, adapted_RTD[named], rows.sample[chosen[named]])
+            tokens = adapted_RTD.shape[1]
+            wanted_RTD = _wide(cast(Tensor, features.windows)[rows.sample[chosen[named]], :tokens].float(), tokens)
+            sums["windows"] = sums["windows"] + _mean_square(adapted_RTD[named].float() - wanted_RTD).sum()
         if objectives.reads_noise:
             predicted = denoiser.predict(noisy[chosen], rows.timestep[chosen], adapted_RTD)
             error_R = weight_R[chosen] * _mean_square(predicted - target[chosen])
@@ -205,7 +213,8 @@ def adapter_losses(
             difference_R = weight_R[those] * _mean_square(predicted[taught] - wanted)
             sums["prediction"] = sums["prediction"] + difference_R.sum()
         if "states" in sums:
-            wanted_RTD = _wide(teacher_RSD[:, :length].float(), length)
+            tokens = adapted_RTD.shape[1]
+            wanted_RTD = _wide(teacher_RSD[:, :tokens].float(), tokens)
             sums["states"] = sums["states"] + _mean_square(adapted_RTD[taught].float() - wanted_RTD).sum()
     losses = {name: total / (len(rows.sample) * share.get(name, short_share)) for name, total in sums.items()}
     weights = {name: getattr(objectives, f"weight_{name}") for name in losses}
@@ -239,6 +248,17 @@ def _adapted(adapter: Callable[[Tensor], Tensor], states_RTD: Tensor, window: in
     return adapter(states_RWTD.flatten(0, 1)).unflatten(0, states_RWTD.shape[:2]).flatten(1, 2)
 
 
+def _join(adapted_RSD: Tensor, features: Features, denoiser: Denoiser, rows: Draws, chosen: Tensor) -> Tensor:
+    """Overlapping windows one behind the other, (R, S, D), to what the UNet reads, (R, denoiser.joined, D)."""
+    sample, size, length = rows.sample[chosen], denoiser.window, denoiser.joined
+    long, short = cast(Tensor, features.long_tokens), cast(Tensor, features.short_tokens)
+    tokens_R = torch.where(rows.short[chosen], short[sample], long[sample])
+    joined = join_overlapping(adapted_RSD.unflatten(1, (-1, size)), tokens_R, length)
+    # The pipeline repeats the empty text's states where the prompt has more.
+    empty = adapted_RSD[:, :size].repeat(1, -(-length // size), 1)[:, :length]
+    return torch.where(rows.dropped[chosen, None, None], empty, joined)
+
+
 def _states(features: Features, denoiser: Denoiser, rows: Draws, chosen: Tensor, length: int) -> Tensor:
     """(R, length, D) states of the chosen draws' captions, without adapter."""
     sample = rows.sample[chosen]
@@ -251,16 +271,6 @@ def _wide(states: Tensor, length: int) -> Tensor:
     """States of at least `length` tokens, 0 where there was none."""
     missing = length - states.shape[1]
     return torch.nn.functional.pad(states, (0, 0, 0, missing)) if missing > 0 else states
-
-
-def _from_windows(features: Features, adapted_RTD: Tensor, sample_R: Tensor) -> Tensor:
-    """Sum over draws of the mean square difference from the base's window states, over the tokens that have one."""
-    assert features.windows is not None
-    assert features.windows_read is not None
-    tokens = min(adapted_RTD.shape[1], features.windows.shape[1])
-    wanted_RTD, read_RT = features.windows[sample_R, :tokens], features.windows_read[sample_R, :tokens]
-    error_RT = (adapted_RTD[:, :tokens].float() - wanted_RTD.float()).square().mean(2)
-    return ((error_RT * read_RT).sum(1) / read_RT.sum(1).clamp(min=1)).sum()
 
 
 def _teacher_states(features: Features, denoiser: Denoiser, rows: Draws, chosen: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import diffusers
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+from diffusers.utils import scale_lora_layers, unscale_lora_layers
 from safetensors import safe_open
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
@@ -19,15 +20,19 @@ from . import builtin
 from .adapter import TextAdapter
 from .prompts import TokenReport, split_windows, token_report
 from .text_encoder import (
+    CLIP_CONTEXT_LENGTH,
+    NO_WINDOW,
     CleanText,
     FixClipTextConfig,
     FixClipTextEncoder,
     FixClipTokenizer,
     check_folder_or_hub_name,
+    join_overlapping,
     load_clip_text_config,
+    overlapping_windows,
 )
 
-LongPrompt = Literal["windows", "truncate", "windows_77", "truncate_77"]
+LongPrompt = Literal["windows", "truncate", "overlap_77", "windows_77", "truncate_77"]
 LONG_PROMPT_MODES: tuple[str, ...] = get_args(LongPrompt)
 LORA_NAME = "fixclip"  # of a whole model's LoRA, for `set_adapters` and `delete_adapters`
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "proxies")
@@ -43,7 +48,8 @@ class FixClipStableDiffusionPipeline(StableDiffusionPipeline):
         text_encoder, tokenizer: the FixClip components, which belong together.
         long_prompt: `windows` cuts a text of more than 248 tokens at sentence, clause or word ends and joins the
             states; `truncate` drops the rest and says what was dropped. `windows_77` and `truncate_77` do the same
-            with the original 77 positions: what chunking tools and stock diffusers do, for comparison.
+            with the original 77 positions: what chunking tools and stock diffusers do, for comparison. `overlap_77`
+            reads a text of any length in windows of 77 that overlap, and joins one state for each token.
 
     Raises:
         ValueError: only one of text encoder and tokenizer is FixClip's, or they differ in length, or the
@@ -212,7 +218,8 @@ class FixClipStableDiffusionPipeline(StableDiffusionPipeline):
 
         Returns:
             Text states (B * num_images_per_prompt, T, D) of the prompts and, with guidance, of the negative prompts.
-            T is 77 if all texts fit and the encoder kept its original positions, else a multiple of 248.
+            T is 77 if all texts fit and the encoder kept its original positions, else a multiple of 248, or of 77
+            in the modes of that name; with `overlap_77` it is the longest text's tokens.
 
         Raises:
             ValueError: a prompt that is no text, another number of negative prompts, or a `_77` mode with an
@@ -240,6 +247,8 @@ class FixClipStableDiffusionPipeline(StableDiffusionPipeline):
                 device=device,
                 lora_scale=lora_scale,
             )
+            if self.long_prompt == "overlap_77" and windows > 1:
+                encode = functools.partial(self._encode_overlapping, device=device, lora_scale=lora_scale)
             if texts is not None:
                 prompt_embeds = encode(texts, clip_skip=clip_skip)
             if negative_texts is not None:
@@ -303,6 +312,40 @@ class FixClipStableDiffusionPipeline(StableDiffusionPipeline):
                 for column in passes
             ]
         return torch.cat(states, dim=1)
+
+    def _encode_overlapping(
+        self,
+        texts: list[CleanText],
+        device: torch.device | str,
+        lora_scale: float | None = None,
+        clip_skip: int | None = None,
+    ) -> Tensor:
+        """Texts to states (B, T, D) of overlapping windows; T is 77 if all of them fit, else a multiple of 248."""
+        encoder = self.text_encoder
+        num_tokens_B = torch.tensor([len(ids) for ids in self.tokenizer(texts).input_ids])
+        longest = int(num_tokens_B.max())
+        fits = longest <= CLIP_CONTEXT_LENGTH
+        length = CLIP_CONTEXT_LENGTH if fits else -(-longest // encoder.context_length) * encoder.context_length
+        ids_BT = self.tokenizer(texts, padding="max_length", max_length=length, return_tensors="pt").input_ids
+        ids_BWT = overlapping_windows(ids_BT.to(device), num_tokens_B)
+
+        def encode(ids_WT: Tensor) -> Tensor:
+            if clip_skip is None:
+                return encoder(ids_WT).last_hidden_state
+            hidden = encoder(ids_WT, output_hidden_states=True).hidden_states[-(clip_skip + 1)]
+            return encoder.text_model.final_layer_norm(hidden)
+
+        if lora_scale is not None:
+            self._lora_scale = lora_scale  # read by LoRA layers, as in the stock method
+            scale_lora_layers(encoder, lora_scale)
+        try:
+            states_WTD = encode(ids_BWT[ids_BWT[..., 0] != NO_WINDOW])
+        finally:
+            if lora_scale is not None:
+                unscale_lora_layers(encoder, lora_scale)
+        states_BWTD = states_WTD.new_zeros(*ids_BWT.shape, states_WTD.shape[-1])
+        states_BWTD[ids_BWT[..., 0] != NO_WINDOW] = states_WTD
+        return join_overlapping(states_BWTD, num_tokens_B, length)
 
     @contextmanager
     def _context_length(self, context_length: int) -> Iterator[None]:

@@ -14,10 +14,11 @@ class BaseSection(Section):
     encoder: str | None = Field(
         default=None, description="text encoder: folder, hub or built-in name; null: the base's"
     )
-    long_prompt: Literal["windows", "windows_77"] = Field(
+    long_prompt: Literal["windows", "overlap_77", "windows_77"] = Field(
         default="windows",
-        description="captions of more than 77 tokens: in one pass of 248, cut behind it; or, with windows_77, all of "
-        "them in windows of 77 on the encoder's original positions, as the pipeline of that long_prompt and compel do",
+        description="captions of more than 77 tokens: in one pass of 248, cut behind it; or in windows of 77 on the "
+        "encoder's original positions, as the pipeline of that long_prompt reads them: windows_77 one behind the other "
+        "as compel does, all of them; overlap_77 one state for each of 248 tokens",
     )
 
 

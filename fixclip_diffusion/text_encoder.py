@@ -44,6 +44,8 @@ __all__ = [
 
 CLIP_CONTEXT_LENGTH = 77
 CLIP_EOS_TOKEN_ID = 49407
+WINDOW_STRIDE = 35  # tokens between the beginnings of overlapping windows
+NO_WINDOW = -1  # fills the ids behind a text's last window
 # CLIP matches without regard to case, which makes the long ſ an s and loses the iota subscript U+0345, whose capital
 # is a letter while it is none itself.
 WORD_PATTERN = r"'[sſ]|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}\x{0345}]+"
@@ -441,6 +443,54 @@ def load_clip_text_config(name: str, **kwargs: Any) -> CLIPTextConfig | FixClipT
         f"text encoder {where}: model_type is {kind!r}; valid are {FixClipTextConfig.model_type}, "
         "clip_text_model and clip"
     )
+
+
+def overlapping_windows(ids_BT: Tensor, num_tokens_B: Tensor) -> Tensor:
+    """Ids (B, W, 77) of windows of 75 tokens that begin every 35 tokens, so that each overlaps the one before by 40.
+
+    A text that fits into 77 tokens is one window, with its padding. Windows behind a text's last are NO_WINDOW.
+
+    Args:
+        ids_BT: padded ids, T at least 77.
+        num_tokens_B: tokens of each text, start and end included, at most T.
+    """
+    size, room = CLIP_CONTEXT_LENGTH, CLIP_CONTEXT_LENGTH - 2
+    counts = num_overlapping(num_tokens_B).tolist()
+    ids_BWT = ids_BT.new_full((len(ids_BT), max(counts), size), NO_WINDOW)
+    for text, (ids_T, tokens, count) in enumerate(zip(ids_BT, num_tokens_B.tolist(), counts, strict=True)):
+        if count == 1:
+            ids_BWT[text, 0] = ids_T[:size]
+            continue
+        words_T, start, end = ids_T[1 : tokens - 1], ids_T[:1], ids_T[tokens - 1]
+        for window in range(count):
+            piece = torch.cat([start, words_T[WINDOW_STRIDE * window :][:room]])
+            # What pads the last window is never read: no token sees it, and `join_overlapping` leaves it out.
+            ids_BWT[text, window] = torch.cat([piece, end.repeat(size - len(piece))])
+    return ids_BWT
+
+
+def num_overlapping(num_tokens_B: Tensor) -> Tensor:
+    """(B,) windows of texts with so many tokens, start and end included."""
+    beyond_B = (num_tokens_B - CLIP_CONTEXT_LENGTH).clamp(min=0)
+    return 1 + -(-beyond_B // WINDOW_STRIDE)
+
+
+def join_overlapping(states_BWTD: Tensor, num_tokens_B: Tensor, length: int) -> Tensor:
+    """States (B, W, 77, D) of `overlapping_windows` to one state for each token: (B, length, D), 0 behind the text.
+
+    A token's state is that of the first window that holds it. There at least 40 tokens stand before it, or all there
+    are: so no sentence is cut, and what a state says of its place does not depend on where sentences end. The
+    start's state is the first window's, the end's the last one's. Zeros are what a UNet's attention, which was
+    trained on less padding, pays least heed to. A text that fits into 77 tokens keeps its padding.
+    """
+    place_T = torch.arange(length, device=states_BWTD.device)
+    window_T = -(-(place_T - CLIP_CONTEXT_LENGTH + 2).clamp(min=0) // WINDOW_STRIDE)
+    num_tokens_B = num_tokens_B.to(place_T.device)
+    window_BT = torch.minimum(window_T, num_overlapping(num_tokens_B)[:, None] - 1)
+    offset_BT = (place_T - WINDOW_STRIDE * window_BT).clamp(max=CLIP_CONTEXT_LENGTH - 1)
+    text_B1 = torch.arange(len(states_BWTD), device=place_T.device)[:, None]
+    read_BT = place_T < num_tokens_B.clamp(min=CLIP_CONTEXT_LENGTH)[:, None]
+    return states_BWTD[text_B1, window_BT, offset_BT] * read_BT[..., None]
 
 
 def check_folder_or_hub_name(what: str, name: str) -> None:

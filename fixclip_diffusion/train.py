@@ -357,6 +357,7 @@ def make_denoiser(frozen: FrozenModels, has_lora: bool) -> Denoiser:
         empty_teacher=empty_teacher,
         base_unet=without_lora if has_lora else nullcontext,
         window=CLIP_CONTEXT_LENGTH if frozen.in_windows else 0,
+        joined=frozen.tokenizer.context_length if frozen.overlap else 0,
     )
 
 
@@ -375,8 +376,7 @@ def make_loader(
     rank, world_size = accelerator.process_index, accelerator.num_processes
     transform = picture_transform(resolution, section.random_crop, section.flip)
     draft_size = 2 * resolution if config.draft else None
-    ids = frozen.caption_ids_for_windows if recipe.objectives.reads_windows else frozen.caption_ids
-    arguments = (source, config, transform, ids, rank, world_size, draft_size)
+    arguments = (source, config, transform, frozen.caption_ids, rank, world_size, draft_size)
     result = Batches(*arguments)
     if recipe.features.folder is not None:
         folder, key = Path(recipe.features.folder), cache_key(recipe, frozen, resolution)
@@ -606,6 +606,7 @@ def plan(run: Run) -> str:
     lines = {
         "base": f"{recipe.model.base}, {cast(Any, frozen.scheduler.config).prediction_type}",
         "encoder": f"{recipe.model.encoder or 'the base encoder'}, "
+        + ("overlapping " if frozen.overlap else "")
         + (f"windows of {CLIP_CONTEXT_LENGTH}" if frozen.in_windows else f"{frozen.text_encoder.context_length}")
         + " tokens",
         "trained": f"{trained / 1e6:.2f}M parameters: {recipe.adapter.kind} adapter"

@@ -40,7 +40,6 @@ def make_features(count=4, seed=0):
     for part, length in zip(states, (long_length, short_length), strict=True):
         for row, end in enumerate(length.tolist()):
             part[row, end:] = 0
-    places = torch.arange(LONG)
     return Features(
         mean=torch.randn(count, 4, 8, 8),
         logvar=torch.randn(count, 4, 8, 8) - 2,
@@ -54,7 +53,6 @@ def make_features(count=4, seed=0):
         keys=[str(i) for i in range(count)],
         skipped=[],
         windows=torch.randn(count, LONG, WIDTH),
-        windows_read=(places < long_length[:, None] - 1) & (places != 3),
     )
 
 
@@ -99,9 +97,7 @@ def plain_losses(adapter, features, denoiser, objectives):
             name = "short" if short else "long"
             sums[name] = sums[name] + weight * (predicted - target).pow(2).mean()
             if not short and not dropped:
-                tokens = [t for t in range(length) if features.windows_read[i, t]]
-                errors = [(adapted[0, t] - features.windows[i, t]).pow(2).mean() for t in tokens]
-                sums["windows"] = sums["windows"] + sum(errors) / len(errors)
+                sums["windows"] = sums["windows"] + (adapted[0] - features.windows[i, :length]).pow(2).mean()
             if short and (dropped or features.teacher_fits[i]):
                 teacher = denoiser.empty_teacher if dropped else features.teacher[i : i + 1]
                 wanted = model(noisy[None], t, teacher).sample[0]
@@ -223,17 +219,6 @@ def test_states_are_learnt_without_a_unet(denoiser):
     wanted = dataclasses.replace(features, long=features.windows)
     alike = adapter_losses(nn.Identity(), wanted, denoiser, section())
     assert alike["loss_windows"] == 0 < every["loss_windows"]
-
-
-def test_tokens_that_no_window_has_do_not_count(denoiser):
-    features = make_features()
-    assert features.windows is not None
-    unread = features.windows.masked_fill(features.windows_read[:, :, None], 0)
-    changed = dataclasses.replace(features, windows=features.windows + 7 * unread)
-    one, other = (adapter_losses(nn.Identity(), f, denoiser, section()) for f in (features, changed))
-    assert torch.equal(one["loss_windows"], other["loss_windows"])
-    none = dataclasses.replace(features, windows_read=torch.zeros_like(features.windows_read))
-    assert adapter_losses(nn.Identity(), none, denoiser, section())["loss_windows"] == 0
 
 
 def test_teacher_predictions_are_computed_without_the_lora_and_without_gradient(tiny_unet):

@@ -291,11 +291,12 @@ def test_temporary_files_of_a_job_are_gone(client, tmp_path, monkeypatch):
 def test_compare_runs_each_system(client, model):
     caption = long_caption(sample_scene(3, num_objects=9), 3).text
     gallery, info, table = client.predict(prompt=caption, seed=2, **FAST, api_name="/compare")
-    labels = ["Stock, cut at 77 tokens", "Base encoder in windows of 77", "FIX-CLIP", "FIX-CLIP + adapter"]
+    labels = ["Stock, cut at 77 tokens", "Base encoder in windows of 77", "Base encoder in overlapping windows"]
+    labels += ["FIX-CLIP", "FIX-CLIP + adapter"]
     assert [picture["system"] for picture in info["pictures"]] == labels
     assert [item["caption"].split(",")[0] for item in gallery] == [label.split(",")[0] for label in labels]
-    assert len({pixels(item).tobytes() for item in gallery}) == 4
-    assert np.array_equal(pixels(gallery[3]), python_picture(model.pipe, caption, 2))
+    assert len({pixels(item).tobytes() for item in gallery}) == 5
+    assert np.array_equal(pixels(gallery[4]), python_picture(model.pipe, caption, 2))
     assert len(info["verdicts"]) == 9
     assert table.count("<tr>") == 1 + 9 + 2
     assert "beyond 77 tokens" in table
@@ -306,7 +307,7 @@ def test_only_stock_is_blind_to_the_end(client):
     one, _, _ = client.predict(prompt=f"{base} A red kite flies.", **FAST, api_name="/compare")
     two, _, _ = client.predict(prompt=f"{base} Snow lies on a roof.", **FAST, api_name="/compare")
     same = [np.array_equal(pixels(a), pixels(b)) for a, b in zip(one, two, strict=True)]
-    assert same == [True, False, False, False]
+    assert same == [True, False, False, False, False]
 
 
 def test_stock_is_the_base_with_its_own_encoder(client, model):
@@ -539,7 +540,8 @@ def test_the_embedded_model_opens_with_its_checker(tmp_path, monkeypatch):
     assert [system.label for system in model.systems.values()] == [
         "Stock, cut at 77 tokens",
         "Base encoder in windows of 77",
-        "Windows of 77 + adapter",
+        "Base encoder in overlapping windows",
+        "Overlapping windows + adapter",
         "FIX-CLIP",
         "FIX-CLIP + adapter + LoRA",
     ]
@@ -548,7 +550,8 @@ def test_the_embedded_model_opens_with_its_checker(tmp_path, monkeypatch):
     wanted = [
         load(base, long_prompt="truncate_77"),
         load(base, long_prompt="windows_77"),
-        load(base, adapter="builtin:scenes/windows_adapter", long_prompt="windows_77"),
+        load(base, long_prompt="overlap_77"),
+        load(base, adapter="builtin:scenes/overlap_adapter", long_prompt="overlap_77"),
         load(base, encoder),
         load("builtin:scenes"),
     ]

@@ -244,11 +244,12 @@ def test_compare_shows_the_systems_and_the_verdicts(open_page):
     page.get_by_role("button", name="Compare", exact=True).click()
     done(page, "compare")
     pictures = page.locator("#sheet .thumbnail-item img")
-    expect(pictures).to_have_count(4)
-    alts = [pictures.nth(i).get_attribute("alt") for i in range(4)]
+    expect(pictures).to_have_count(5)
+    alts = [pictures.nth(i).get_attribute("alt") for i in range(5)]
     assert [alt.split(", seed")[0] for alt in alts] == [
         "Stock, cut at 77 tokens",
         "Base encoder in windows of 77",
+        "Base encoder in overlapping windows",
         "FIX-CLIP",
         "FIX-CLIP + adapter",
     ]

@@ -10,14 +10,17 @@ import pytest
 import tiny_adapter
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_adapter import without_onednn  # noqa: F401
+from torch import nn
 
 from fixclip_diffusion import FixClipStableDiffusionPipeline, train
 from fixclip_diffusion.features import (
-    IdsAndWindowIds,
     TokenIds,
     WindowIds,
     empty_states,
@@ -27,13 +30,15 @@ from fixclip_diffusion.features import (
     encode_pictures,
     encode_windows_for_teacher,
     num_tokens,
+    num_tokens_in_windows,
     num_windows,
     picture_transform,
     tokenizer_digest,
     weights_digest,
 )
-from fixclip_diffusion.prompts import split_windows
+from fixclip_diffusion.objectives import Features, adapter_losses
 from fixclip_diffusion.recipe import ObjectivesSection
+from fixclip_diffusion.text_encoder import NO_WINDOW, join_overlapping, num_overlapping, overlapping_windows
 
 ALL = ObjectivesSection()
 LONG, SHORT = tiny_adapter.caption(0), "A red horse."
@@ -130,57 +135,106 @@ def test_windows_are_those_of_the_pipeline(sd1, models):
     torch.testing.assert_close(empty_states(frozen)[1], teacher[3:4], rtol=1e-4, atol=1e-5)
 
 
+def overlapping_states(stock, text, tokenizer):
+    """One state a token, each from a pass of its own: 75 tokens at most, of which 40 before it if there are."""
+    ids = tokenizer(text).input_ids[:248]
+    if len(tokenizer(text).input_ids) > 248:
+        ids[-1] = tokenizer.eos_token_id
+    if len(ids) <= 77:
+        padded = stock.tokenizer(text, padding="max_length", max_length=77, return_tensors="pt").input_ids
+        return stock.text_encoder(padded).last_hidden_state[0]
+    words, found = ids[1:-1], []
+    for index in range(len(words)):
+        start = next(s for s in range(0, 1000, 35) if index < s + 75)
+        piece = [ids[0], *words[start : start + 75], ids[-1]]
+        states = stock.text_encoder(torch.tensor([piece])).last_hidden_state[0]
+        found += [states[0]] if not found else []
+        found.append(states[1 + index - start])
+    return torch.stack([*found, states[-1]])
+
+
+@torch.no_grad()
 def test_window_states_stand_where_their_tokens_stand(sd1, models):
-    """Each piece read alone by the stock encoder, token by token, and 0 for padding.
-
-    What is cut at 248 or inside a word is not read; what fits into one window keeps the base's padding.
-    """
+    """Against the stock encoder, token by token, and 0 for padding; a text that fits into 77 keeps its own."""
     stock = StableDiffusionPipeline.from_pretrained(sd1, safety_checker=None)
-    tokenizer = models.tokenizer
-    uncut = "a" + "zebrahorse" * 40  # one word longer than a window
-    texts = [SHORT, LONG, "", tiny_adapter.caption(1, sentences=16), tiny_adapter.caption(2, sentences=30), uncut]
-    ids = pickle.loads(pickle.dumps(frozen_ids := IdsAndWindowIds(tokenizer)))(texts)
-    assert isinstance(models.caption_ids_for_windows, IdsAndWindowIds)
-    assert torch.equal(ids, frozen_ids(texts))
-    assert torch.equal(ids[:, :248], TokenIds(tokenizer)(texts))
-    torch.testing.assert_close(encode_captions(models, ids), encode_captions(models, ids[:, :248]), rtol=0, atol=0)
-    states, read = encode_windows_for_teacher(models, ids)
-    assert states.shape[:2] == read.shape == (len(texts), 248)
+    texts = [SHORT, LONG, "", *(tiny_adapter.caption(i, sentences=n) for i, n in ((1, 16), (2, 21), (3, 30)))]
+    ids = models.caption_ids(texts)
+    states = encode_windows_for_teacher(models, ids)
+    assert states.shape[:2] == (len(texts), 248)
     for row, text in enumerate(texts):
-        expected, pieces_ids = [], []
-        for piece in split_windows(tokenizer, tokenizer.clean(text), 77):
-            own = stock.tokenizer(piece, padding="max_length", max_length=77, return_tensors="pt").input_ids
-            with torch.no_grad():
-                found = stock.text_encoder(own).last_hidden_state[0]
-            fits = len(tokenizer(text).input_ids) <= 77
-            count = 77 if fits else len(tokenizer(piece).input_ids)
-            first = 1 if expected else 0
-            expected = expected[:-1]  # the end of the piece before
-            pieces_ids = pieces_ids[:-1]
-            expected += list(found[first:count])
-            pieces_ids += own[0, first:count].tolist()
-        whole = tokenizer(text).input_ids
-        whole += [tokenizer.pad_token_id] * (77 - len(whole))
-        same = [a == b for a, b in zip(whole[:248], pieces_ids, strict=False)]
-        count = same.index(False) if False in same else len(same)
-        count = min(count, 247) if len(whole) > 248 else count  # the last place is the end's
-        padded = count == len(whole)
-        assert read[row].tolist() == [True] * count + [padded] * (248 - count)
-        assert not states[row, len(whole) :].any()
-        torch.testing.assert_close(states[row, :count], torch.stack(expected)[:count], rtol=1e-4, atol=1e-5)
-        if text not in texts[-2:]:
-            assert count == len(whole), "every token has one, start and end too"
-    assert read[-2].sum() == 247
-    assert 0 < read[-1].sum() < len(tokenizer(uncut).input_ids)
+        expected = overlapping_states(stock, text, models.tokenizer)
+        torch.testing.assert_close(states[row, : len(expected)], expected, rtol=1e-4, atol=1e-5)
+        assert not states[row, len(expected) :].any()
+    overlap = dataclasses.replace(models, long_prompt="overlap_77")
+    read = overlap.caption_ids(texts)
+    assert num_tokens_in_windows(read, models.tokenizer).tolist() == num_tokens(ids, models.tokenizer).tolist()
+    torch.testing.assert_close(encode_windows_for_teacher(overlap, read), states, rtol=1e-4, atol=1e-5)
+    behind = dataclasses.replace(models, long_prompt="windows_77")
+    read = behind.caption_ids(texts)
+    assert torch.equal(encode_windows_for_teacher(behind, read), encode_captions(behind, read)[0])
 
 
-def test_window_states_in_windows_are_the_states_themselves(models):
-    frozen = dataclasses.replace(models, long_prompt="windows_77")
-    ids = frozen.caption_ids_for_windows([SHORT, LONG])
-    states, length = encode_captions(frozen, ids)
-    teacher, read = encode_windows_for_teacher(frozen, ids)
-    assert torch.equal(states, teacher)
-    assert read.sum(1).tolist() == length.tolist() == [77, 154]
+@settings(deadline=None, max_examples=200)
+@given(tokens=st.lists(st.integers(2, 400), min_size=1, max_size=4))
+def test_overlapping_windows_hold_every_token_once_in_their_join(tokens):
+    """Whatever the lengths, joining the windows' ids gives the ids; every token but the first ones has 40 before it."""
+    length = max(77, *tokens)
+    ids = torch.full((len(tokens), length), 9999)
+    for row, count in enumerate(tokens):
+        ids[row, : count - 1] = torch.arange(count - 1)
+    counts = torch.tensor(tokens)
+    windows = overlapping_windows(ids, counts)
+    assert windows.shape[1:] == (int(num_overlapping(counts).max()), 77)
+    place = torch.arange(77).expand(windows.shape)
+    joined = join_overlapping(torch.stack([windows, place], -1).float(), counts, length).long()
+    for row, count in enumerate(tokens):
+        assert torch.equal(joined[row, :count, 0], ids[row, :count])
+        assert not joined[row, max(count, 77) :].any()
+        assert (joined[row, 41 : count - 1, 1] >= 41).all()
+        assert int((windows[row, :, 0] != NO_WINDOW).sum()) == num_overlapping(counts)[row]
+
+
+@torch.no_grad()
+def test_overlapping_windows_are_those_of_the_pipeline(sd1, models):
+    """Prompt and empty prompt, with an adapter that sees one window at a time."""
+    frozen = dataclasses.replace(models, long_prompt="overlap_77")
+    adapter = tiny_adapter.randomize(train.TextAdapter(models.text_encoder.config.hidden_size, "attention", 16, 1, 4))
+    pipe = FixClipStableDiffusionPipeline.from_pretrained(sd1, adapter=adapter, long_prompt="overlap_77")
+    denoiser = train.make_denoiser(frozen, has_lora=False)
+    for number in (4, 9, 14, 20):
+        text = tiny_adapter.caption(number, sentences=number)
+        ids = frozen.caption_ids([text])
+        states, length = encode_captions(frozen, ids)
+        assert int(length) == states.shape[1] == 77 * int(num_windows(ids))
+        features = Features(
+            *[torch.zeros(1, 4, 8, 8)] * 2,
+            *[states] * 2,
+            *[length] * 2,
+            teacher=states,
+            teacher_fits=torch.tensor([False]),
+            seeds=torch.zeros(1, dtype=torch.long),
+            keys=[],
+            skipped=[],
+            long_tokens=num_tokens_in_windows(ids, frozen.tokenizer),
+            short_tokens=num_tokens_in_windows(ids, frozen.tokenizer),
+        )
+        wanted, empty = pipe.encode_prompt(text, "cpu", 1, True)
+        unet = Recording()
+        recording = dataclasses.replace(denoiser, unet=unet)
+        for dropout, expected in ((0.0, wanted), (0.999, empty)):
+            section = ObjectivesSection(short_share=0.0, caption_dropout=dropout)
+            adapter_losses(adapter, features, recording, section)
+            torch.testing.assert_close(unet.read, expected, rtol=1e-4, atol=1e-4)
+
+
+class Recording(nn.Module):
+    """In place of a UNet: remembers the text states."""
+
+    dtype = torch.float32
+
+    def forward(self, noisy, timestep, states):
+        self.read = states
+        return UNet2DConditionOutput(noisy)
 
 
 def test_pictures_become_the_latents_of_the_vae(models):
@@ -223,10 +277,8 @@ def test_only_what_the_objectives_read_is_encoded(setup, models):
     assert long.short is long.long
     assert every.windows is None
     states = ObjectivesSection(weight_long=0, weight_prediction=0, weight_states=1, weight_windows=1)
-    batch = next(setup("objectives.weight_windows=1").epoch(0))
     without_noise = encode_batch(models, batch, states)
     assert without_noise.windows.shape == without_noise.long.shape
-    assert without_noise.windows_read.shape == without_noise.long.shape[:2]
     assert not without_noise.mean.any()
     assert torch.equal(without_noise.long, every.long)
     assert not torch.equal(every.short, long.short)
@@ -261,7 +313,6 @@ def test_window_states_are_cached_too(setup, models, tmp_path):
     plain, loader = setup(windows), setup(*cached(tmp_path, "features.text=true"), windows)
     for batch, stored in zip(plain.epoch(0), loader.epoch(0), strict=True):
         live = encode_batch(models, batch, section)
-        assert torch.equal(stored.windows_read, live.windows_read)
         torch.testing.assert_close(stored.windows, live.windows, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="this cache was made with another window states; delete it"):
         setup(*cached(tmp_path, "features.text=true"))

@@ -210,6 +210,50 @@ def test_chunks_of_77(ours):
     assert positive.shape == negative.shape == (1, 2 * 77, 32)
 
 
+def overlapping(ours, texts, **kwargs):
+    ours.long_prompt = "overlap_77"
+    try:
+        return states(ours, texts, **kwargs)
+    finally:
+        ours.long_prompt = "windows"
+
+
+@pytest.mark.parametrize("clip_skip", [None, 0, 1])
+@torch.no_grad()
+def test_overlapping_windows_of_77(ours, stock, clip_skip):
+    """Token by token, each in a pass of the stock encoder's own; texts that fit are stock's, empty ones follow them."""
+
+    def encode(ids):
+        if clip_skip is None:
+            return stock.text_encoder(ids)[0]
+        hidden = stock.text_encoder(ids, output_hidden_states=True).hidden_states[-(clip_skip + 1)]
+        return stock.text_encoder.text_model.final_layer_norm(hidden)
+
+    for text, length in ((LONG, 248), (VERY_LONG, 3 * 248)):
+        positive, negative = overlapping(ours, text, clip_skip=clip_skip)
+        ids = ours.tokenizer(text).input_ids
+        assert 77 < len(ids) <= length == positive.shape[1] == negative.shape[1]
+        for place in range(len(ids)):
+            start = next(s for s in range(0, 1000, 35) if place <= s + 75 or s + 77 >= len(ids))
+            piece = torch.tensor([[ids[0], *ids[1:-1][start : start + 75], ids[-1]]])
+            torch.testing.assert_close(positive[0, place], encode(piece)[0, place - start], rtol=1e-4, atol=1e-5)
+        assert not positive[0, len(ids) :].any()
+        empty = stock.encode_prompt("", "cpu", 1, False)[0]
+        torch.testing.assert_close(negative, empty.repeat(1, 10, 1)[:, :length], rtol=1e-4, atol=1e-5)
+    both, _ = overlapping(ours, [SHORT, LONG], clip_skip=clip_skip)
+    alone, _ = overlapping(ours, LONG, clip_skip=clip_skip)
+    torch.testing.assert_close(both[1:], alone, rtol=1e-4, atol=1e-5)
+    short, _ = overlapping(ours, SHORT, clip_skip=clip_skip)
+    assert torch.equal(short, stock.encode_prompt(SHORT, "cpu", 1, False, clip_skip=clip_skip)[0])
+    torch.testing.assert_close(both[:1, :77], short, rtol=1e-4, atol=1e-5)
+
+
+def test_overlapping_windows_draw(ours):
+    by_mode = {mode: picture(ours, LONG, long_prompt=mode) for mode in ("windows", "windows_77", "overlap_77")}
+    assert len({image.tobytes() for image in by_mode.values()}) == 3
+    assert np.array_equal(picture(ours, SHORT, long_prompt="overlap_77"), picture(ours, SHORT))
+
+
 def test_prompt_embeds(ours):
     positive, negative = states(ours, LONG, "bad")
     expected = picture(ours, LONG, negative_prompt="bad")

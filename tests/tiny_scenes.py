@@ -43,10 +43,10 @@ def write_model(folder):
     (folder / "adapter" / MADE_FOR).write_text(json.dumps(fingerprint(encoder, tokenizer)))
 
     randomize(TextAdapter(tiny.WIDTH, "attention", num_heads=4), std=0.2).half().save_pretrained(
-        folder / "windows_adapter"
+        folder / "overlap_adapter"
     )
     base = FixClipTextEncoder.from_pretrained(folder / "base", subfolder="text_encoder", dtype=torch.float32)
-    (folder / "windows_adapter" / MADE_FOR).write_text(json.dumps(fingerprint(base, tokenizer)))
+    (folder / "overlap_adapter" / MADE_FOR).write_text(json.dumps(fingerprint(base, tokenizer)))
 
     unet = pipe.unet.float()
     state = {name: 0.1 * torch.randn_like(parameter).half() for name, parameter in add_lora(unet, 2).items()}

@@ -109,10 +109,10 @@ class DemoModel:
             base_encoder = FixClipTextEncoder.from_pretrained(base, subfolder="text_encoder", dtype=dtype)
             reference = self._with_encoder(base_encoder.to(device))
         whole = builtin.whole_model(choice.base)
-        windows_adapter = None
-        if whole is not None and whole.windows_adapter is not None:
-            windows_adapter = TextAdapter.from_pretrained(whole.windows_adapter).to(device, dtype).eval()
-        self.systems = self._systems(reference, windows_adapter)
+        overlap_adapter = None
+        if whole is not None and whole.overlap_adapter is not None:
+            overlap_adapter = TextAdapter.from_pretrained(whole.overlap_adapter).to(device, dtype).eval()
+        self.systems = self._systems(reference, overlap_adapter)
 
     def _with_encoder(self, encoder: FixClipTextEncoder) -> FixClipStableDiffusionPipeline:
         parts = {**self.pipe.components, "text_encoder": encoder}
@@ -121,18 +121,19 @@ class DemoModel:
         return pipe
 
     def _systems(
-        self, reference: FixClipStableDiffusionPipeline, windows_adapter: TextAdapter | None
+        self, reference: FixClipStableDiffusionPipeline, overlap_adapter: TextAdapter | None
     ) -> dict[str, System]:
         systems = {}
         if reference.text_encoder.short_context_length:
             for key, label in (
                 ("truncate_77", "Stock, cut at 77 tokens"),
                 ("windows_77", "Base encoder in windows of 77"),
+                ("overlap_77", "Base encoder in overlapping windows"),
             ):
                 systems[key] = System(label, reference, self._with_adapter(reference, None, long_prompt=key))
-            if windows_adapter is not None:
-                draw = self._with_adapter(reference, windows_adapter, long_prompt="windows_77")
-                systems["windows_adapter"] = System("Windows of 77 + adapter", reference, draw)
+            if overlap_adapter is not None:
+                draw = self._with_adapter(reference, overlap_adapter, long_prompt="overlap_77")
+                systems["overlap_adapter"] = System("Overlapping windows + adapter", reference, draw)
         systems["fixclip"] = System("FIX-CLIP", self.pipe, self._with_adapter(self.pipe, None, long_prompt="windows"))
         parts = ["adapter"] if self.pipe.text_encoder.adapter is not None else []
         parts += ["LoRA"] if self.has_lora else []

@@ -1,7 +1,7 @@
 """Models that come with the package, and whole models in general: `builtin:scenes`, or a folder of the same layout.
 
 A whole model is a folder with base/ (Stable Diffusion) and, as far as there are any, encoder/ (what `fixclip export
---format diffusers` writes), adapter/ and lora/ for it, and windows_adapter/ for windows of the base's own encoder.
+--format diffusers` writes), adapter/ and lora/ for it, and overlap_adapter/ for windows of the base's own encoder.
 `builtin:scenes` is the folder scenes/ beside this file, and `builtin:scenes/base` one of its parts. No hub name has a
 colon, so these names clash with none, and nothing here asks the hub.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 PREFIX = "builtin:"
-PARTS = ("base", "encoder", "adapter", "lora", "windows_adapter")
+PARTS = ("base", "encoder", "adapter", "lora", "overlap_adapter")
 SCENES = f"{PREFIX}scenes"
 FOLDER = Path(__file__).parent
 
@@ -24,7 +24,7 @@ class ModelParts:
     encoder: str | None = None
     adapter: Any = None  # the pipeline takes one in memory, too
     lora: str | None = None
-    windows_adapter: str | None = None  # not used unless asked for
+    overlap_adapter: str | None = None  # not used unless asked for
 
 
 def whole_model(name: str | Path) -> ModelParts | None:

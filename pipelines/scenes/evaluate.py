@@ -28,12 +28,16 @@ BASE, ENCODER = str(OUT / "base"), str(OUT / "encoder_diffusers")
 SYSTEMS = {
     "stock": System("stock", long_prompt="truncate_77"),
     "windows": System("windows", long_prompt="windows_77"),
+    "overlap": System("overlap", long_prompt="overlap_77"),
     "stretched": System("stretched"),
     "trained": System("trained", ENCODER),
     "adapter": System("adapter", ENCODER, str(OUT / "adapter/adapter")),
     "lora": System("lora", ENCODER, str(OUT / "adapter/adapter"), str(OUT / "lora/lora")),
     "windows_adapter": System(
         "windows_adapter", adapter=str(OUT / "adapter_windows/adapter"), long_prompt="windows_77"
+    ),
+    "overlap_adapter": System(
+        "overlap_adapter", adapter=str(OUT / "adapter_overlap/adapter"), long_prompt="overlap_77"
     ),
     "stretched_adapter": System("stretched_adapter", adapter=str(OUT / "adapter_stretched/adapter")),
 }

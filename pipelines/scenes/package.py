@@ -17,7 +17,7 @@ PARTS = {
     "encoder": OUT / "encoder_diffusers",
     "adapter": OUT / "adapter" / "adapter",
     "lora": OUT / "lora" / "lora",
-    "windows_adapter": OUT / "adapter_windows" / "adapter",
+    "overlap_adapter": OUT / "adapter_overlap" / "adapter",
 }
 
 app = typer.Typer(add_completion=False)

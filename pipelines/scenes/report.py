@@ -27,20 +27,24 @@ IMAGES = Path("docs/images")
 SYSTEMS = {
     "stock": "stock, cut at 77 tokens",
     "windows": "base encoder in windows of 77 (as compel)",
+    "overlap": "base encoder in overlapping windows of 77",
     "stretched": "stretched to 248 tokens, untrained",
     "trained": "FIX-CLIP trained, no adapter",
     "adapter": "FIX-CLIP + adapter",
     "lora": "FIX-CLIP + adapter + LoRA",
+    "overlap_adapter": "control: adapter on overlapping windows",
     "windows_adapter": "control: adapter on windows of the base",
     "stretched_adapter": "control: adapter on stretched only",
 }
 COLOURS = {
     "stock": "#9a9a9a",
     "windows": "#c98f3a",
+    "overlap": "#b5533c",
     "stretched": "#8fb8de",
     "trained": "#4f86c6",
     "adapter": "#3f9b6b",
     "lora": "#1d6b45",
+    "overlap_adapter": "#dd9c8a",
     "windows_adapter": "#e0bd84",
     "stretched_adapter": "#b9a3d6",
 }

@@ -99,12 +99,15 @@ def controls() -> list[Stage]:
 
     Windows of the base need no start: theirs are the states that it would teach.
     """
-    stretched, windows = ("model.encoder=null",), ("model.encoder=null", "model.long_prompt=windows_77")
+    stretched = ("model.encoder=null",)
     start = f"adapter.start_from={OUT}/adapter_stretched_start/adapter"
     return [
         adapter("adapter_stretched_start", ["base"], *stretched, recipe="adapter_start"),
         adapter("adapter_stretched", ["adapter_stretched_start"], *stretched, start),
-        adapter("adapter_windows", ["base"], *windows, "adapter.start_from=null"),
+        *(
+            adapter(name, ["base"], *stretched, f"model.long_prompt={mode}", "adapter.start_from=null")
+            for name, mode in (("adapter_windows", "windows_77"), ("adapter_overlap", "overlap_77"))
+        ),
     ]
 
 
@@ -169,9 +172,10 @@ def evaluations() -> list[Stage]:
         "adapter": ("adapter",),
         "lora": ("lora",),
         "windows_adapter": ("adapter_windows",),
+        "overlap_adapter": ("adapter_overlap",),
         "stretched_adapter": ("adapter_stretched",),
     }
-    systems = ("stock", "windows", "stretched", *needs)
+    systems = ("stock", "windows", "overlap", "stretched", *needs)
     script, folder = f"{HERE}/evaluate.py", OUT / "evaluation"
     return [
         *(
