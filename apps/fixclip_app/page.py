@@ -213,7 +213,7 @@ def build(pool: DevicePool, limits: Limits | None = None, max_waiting: int = 32)
                         compare_button = gr.Button("Compare", variant="primary", elem_id="compare")
                         stop_compare = gr.Button("Stop", variant="stop", elem_id="stop-compare")
                     compare_status = gr.HTML("<p>Nothing compared yet.</p>", elem_id="compare-status")
-                    sheet = _gallery("Side by side", "sheet")
+                    sheet = _gallery("Side by side", "sheet", columns=3)
                     verdicts = gr.HTML(label="Verdicts", elem_id="verdicts")
                     with gr.Accordion("Settings of this comparison", open=False):
                         compare_info = gr.JSON(label="Settings", show_label=False)
@@ -275,10 +275,10 @@ def build(pool: DevicePool, limits: Limits | None = None, max_waiting: int = 32)
     return page
 
 
-def _gallery(label: str, elem_id: str) -> gr.Gallery:
+def _gallery(label: str, elem_id: str, columns: int = 2) -> gr.Gallery:
     return gr.Gallery(
         label=label,
-        columns=2,
+        columns=columns,
         height="auto",
         object_fit="contain",
         buttons=["download", "fullscreen"],

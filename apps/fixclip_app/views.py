@@ -29,9 +29,10 @@ STYLE = """
 .fc-text .fc-cut { background: #b91c1c; color: white; padding: 1px 6px; border-radius: 4px; font-size: .8em;
   white-space: nowrap; user-select: none; }
 .fc-table { overflow-x: auto; }
-.fc-table table { border-collapse: collapse; width: 100%; font-size: .92em; }
-.fc-table th, .fc-table td { text-align: left; vertical-align: top; padding: 6px 8px;
-  border-bottom: 1px solid var(--border-color-primary); }
+.fc-table table { border-collapse: collapse; width: 100%; min-width: 38em; table-layout: fixed; font-size: .78em; }
+.fc-table th:first-child { width: 24%; }
+.fc-table th, .fc-table td { text-align: left; vertical-align: top; padding: 5px 6px; overflow-wrap: anywhere;
+  hyphens: auto; border-bottom: 1px solid var(--border-color-primary); }
 .fc-right { background: rgba(34, 160, 70, .22); }
 .fc-wrong { background: rgba(220, 60, 50, .2); }
 .fc-missing { background: rgba(130, 130, 130, .22); }
@@ -50,7 +51,11 @@ STYLE = """
 #generate-status, #compare-status { min-height: 90px; }
 #generate-status .meta-text-center, #compare-status .meta-text-center { position: static; transform: none; }
 #generate-status:has(.progress-text) .prose, #compare-status:has(.progress-text) .prose { visibility: hidden; }
-.caption-label { white-space: normal !important; max-width: 100% !important; }
+#gallery .thumbnail-lg, #sheet .thumbnail-lg { display: flex; flex-direction: column; height: auto;
+  aspect-ratio: auto; }
+#gallery .thumbnail-lg img, #sheet .thumbnail-lg img { height: auto; }
+.caption-label { position: static !important; white-space: normal !important; max-width: 100% !important;
+  font-size: .8em; border: 0 !important; }
 @media (max-width: 640px) {
   .gradio-container { padding: 8px !important; }
   #left { display: contents; }
