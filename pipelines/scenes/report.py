@@ -214,13 +214,13 @@ def plot_zones(path: Path) -> None:
     shown = [system for system in SYSTEMS if load("nine", system)]
     if not shown:
         return
-    figure, axis = pyplot.subplots(figsize=(9, 3.6), layout="constrained")
+    figure, axis = pyplot.subplots(figsize=(11, 4), layout="constrained")
     for offset, after, colour in ((-0.2, False, "#8fb8de"), (0.2, True, "#1d6b45")):
         stats = [by_seed([j for j in load("nine", s) if j.after is after]) for s in shown]
         places = [index + offset for index in range(len(shown))]
         label = "sentence after token 77" if after else "sentence before token 77"
         axis.bar(places, [100 * m for m, _ in stats], 0.4, yerr=[100 * s for _, s in stats], color=colour, label=label)
-    axis.set_xticks(range(len(shown)), [textwrap.fill(SYSTEMS[s], 18) for s in shown])
+    axis.set_xticks(range(len(shown)), [textwrap.fill(SYSTEMS[s], 16) for s in shown])
     axis.tick_params(axis="x", labelsize=7)
     axis.set(ylabel="objects right, %", ylim=(0, 110), title="Nine objects a prompt: shape, colour and place right")
     axis.legend(loc="upper center", ncols=2)
