@@ -167,7 +167,7 @@ def num_windows(ids_BT: Tensor) -> Tensor:
 def num_tokens_in_windows(ids_BT: Tensor, tokenizer: FixClipTokenizer) -> Tensor:
     """(B,) tokens of each text, start and end included, from the ids of overlapping `WindowIds`."""
     last_B = num_windows(ids_BT) - 1
-    last_BT = ids_BT.unflatten(1, (-1, CLIP_CONTEXT_LENGTH))[torch.arange(len(ids_BT)), last_B]
+    last_BT = ids_BT.unflatten(1, (-1, CLIP_CONTEXT_LENGTH))[torch.arange(len(ids_BT), device=ids_BT.device), last_B]
     return WINDOW_STRIDE * last_B + num_tokens(last_BT, tokenizer)
 
 

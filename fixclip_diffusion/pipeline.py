@@ -219,7 +219,7 @@ class FixClipStableDiffusionPipeline(StableDiffusionPipeline):
         Returns:
             Text states (B * num_images_per_prompt, T, D) of the prompts and, with guidance, of the negative prompts.
             T is 77 if all texts fit and the encoder kept its original positions, else a multiple of 248, or of 77
-            in the modes of that name; with `overlap_77` it is the longest text's tokens.
+            with `windows_77`.
 
         Raises:
             ValueError: a prompt that is no text, another number of negative prompts, or a `_77` mode with an

@@ -480,8 +480,8 @@ def join_overlapping(states_BWTD: Tensor, num_tokens_B: Tensor, length: int) -> 
 
     A token's state is that of the first window that holds it. There at least 40 tokens stand before it, or all there
     are: so no sentence is cut, and what a state says of its place does not depend on where sentences end. The
-    start's state is the first window's, the end's the last one's. Zeros are what a UNet's attention, which was
-    trained on less padding, pays least heed to. A text that fits into 77 tokens keeps its padding.
+    start's state is the first window's, the end's the last one's. Zeros divert less of the attention of a UNet that was
+    trained on less padding than the encoder's padding does (docs/results.md). A text that fits into 77 tokens keeps it.
     """
     place_T = torch.arange(length, device=states_BWTD.device)
     window_T = -(-(place_T - CLIP_CONTEXT_LENGTH + 2).clamp(min=0) // WINDOW_STRIDE)
