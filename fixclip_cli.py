@@ -354,7 +354,10 @@ def tokens(
         base = builtin.resolve(builtin.base_of(base))
         check_folder_or_hub_name("base", base)
         if not Path(base).is_dir():  # one file first: the tokenizer alone would try a dozen before it gives up
-            hf_hub_download(base, "tokenizer/tokenizer_config.json")
+            try:
+                hf_hub_download(base, "tokenizer/tokenizer_config.json")
+            except Exception as error:
+                raise ValueError(f"base {base!r}: its tokenizer could not be read from the hub ({error})") from error
         typer.echo(token_report(FixClipTokenizer.from_pretrained(base, subfolder="tokenizer"), text))
 
 

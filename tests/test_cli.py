@@ -181,6 +181,7 @@ def test_tokens_of_a_base_without_a_tokenizer(sd1, base):
     result = run("tokens", LONG, "--base", sd1 / base if base == "vae" else base)
     assert result.exit_code == 2
     assert result.output.startswith("error: ")
+    assert base in result.output
 
 
 def test_version():
