@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from fixclip_core.recipe import load_recipe
-from fixclip_diffusion.recipe import AdapterRecipe
+from fixclip_core.training.recipe import load_recipe
+from fixclip_diffusion.adapter_training.recipe import AdapterRecipe
 
 
 def main(
@@ -23,7 +23,7 @@ def main(
         logging.getLogger(package).setLevel(logging.INFO)
     try:
         chosen = load_recipe(AdapterRecipe, recipe, overrides or [])
-        from fixclip_diffusion import train
+        from fixclip_diffusion.adapter_training import trainer as train
 
         if dry_run:
             print(train.plan(train.prepare(chosen)))

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fixclip_core.recipe import EncoderRecipe, load_recipe, recipe_diff
+from fixclip_core.training.recipe import EncoderRecipe, load_recipe, recipe_diff
 
 PAPER = Path(__file__).parent / "pipelines/vit_b16_sharegpt4v/encoder.yaml"
 
@@ -30,7 +30,7 @@ def main(
             return
         from accelerate import PartialState
 
-        from fixclip_core import train
+        from fixclip_core.training.encoder import trainer as train
 
         if dry_run:
             plan = train.plan(train.prepare(chosen))

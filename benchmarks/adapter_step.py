@@ -34,11 +34,12 @@ from diffusers import AutoencoderKL, DDPMScheduler
 from tqdm import tqdm
 from transformers import CLIPTextModel
 
-from fixclip_core.export import clip_tokenizer
-from fixclip_core.loop import optimizer_step
-from fixclip_diffusion import FixClipTextEncoder, FixClipTokenizer, train
-from fixclip_diffusion.features import FrozenModels
-from fixclip_diffusion.recipe import AdapterRecipe
+from fixclip_core.training.loop import optimizer_step
+from fixclip_core.weights.write import clip_tokenizer
+from fixclip_diffusion import FixClipTextEncoder, FixClipTokenizer
+from fixclip_diffusion.adapter_training import trainer as train
+from fixclip_diffusion.adapter_training.features import FrozenModels
+from fixclip_diffusion.adapter_training.recipe import AdapterRecipe
 from fixclip_diffusion.tiny import clip_text_config, unet
 
 LONG_ONLY = {"short_share": 0.0, "caption_dropout": 0.0}

@@ -31,7 +31,7 @@ from diffusers.utils import logging as diffusers_logging
 from tqdm import tqdm
 from transformers import CLIPTextModel
 
-from fixclip_core.export import clip_tokenizer
+from fixclip_core.weights.write import clip_tokenizer
 from fixclip_diffusion import FixClipStableDiffusionPipeline, FixClipTextEncoder, FixClipTokenizer
 from fixclip_diffusion.tiny import clip_text_config, unet, vae
 

@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from fixclip_core.evaluate import retrieval_metrics
+from fixclip_core.evaluation.retrieval import retrieval_metrics
 
 
 def main() -> None:

@@ -39,10 +39,15 @@ import typer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fixclip_core.config import FINE_TUNE, LONG_CLIP
-from fixclip_core.losses import cached_backward, contrastive_loss, hierarchical_loss, pca_reconstruction
-from fixclip_core.model import FixClip, FixClipOutput
-from fixclip_core.regional_prompts import reader_mask, region_of_patch
+from fixclip_core.model.config import FINE_TUNE, LONG_CLIP
+from fixclip_core.model.fixclip import FixClip, FixClipOutput
+from fixclip_core.model.image_tower import reader_mask, region_of_patch
+from fixclip_core.training.encoder.losses import (
+    cached_backward,
+    contrastive_loss,
+    hierarchical_loss,
+    pca_reconstruction,
+)
 
 CONTEXT_LENGTH = 248
 EOS = 49407

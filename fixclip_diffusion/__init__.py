@@ -3,10 +3,10 @@
 # diffusers looks PreTrainedModel and PreTrainedTokenizerFast up in the module that model_index.json names.
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from .adapter import TextAdapter
-from .pipeline import FixClipStableDiffusionPipeline
-from .prompts import TokenReport, token_report
-from .text_encoder import FixClipTextConfig, FixClipTextEncoder, FixClipTokenizer
+from fixclip_diffusion.adapter import TextAdapter
+from fixclip_diffusion.conditioning import TokenReport, token_report
+from fixclip_diffusion.pipeline import FixClipStableDiffusionPipeline
+from fixclip_diffusion.text_encoder import FixClipTextConfig, FixClipTextEncoder, FixClipTokenizer
 
 __all__ = [
     "FixClipStableDiffusionPipeline",

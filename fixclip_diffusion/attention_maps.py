@@ -12,10 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fixclip_core.captions import split_sentences
-
-from .prompts import token_report
-from .text_encoder import CleanText, FixClipTokenizer
+from fixclip_core.data.captions import split_sentences
+from fixclip_diffusion.conditioning import token_report
+from fixclip_diffusion.text_encoder import CleanText, FixClipTokenizer
 
 
 @dataclass(frozen=True)

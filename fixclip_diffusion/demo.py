@@ -11,13 +11,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fixclip_core import scenes
 from fixclip_core.files import write_atomically
-
-from . import builtin
-from .evaluate import Drawing, Painter, Prompt, System, scene_verdicts
-from .prompts import TokenReport, token_report
-from .text_encoder import FixClipTokenizer
+from fixclip_core.scenes import world as scenes
+from fixclip_diffusion import builtin
+from fixclip_diffusion.conditioning import TokenReport, token_report
+from fixclip_diffusion.evaluation.images import Drawing, Painter, Prompt, System, scene_verdicts
+from fixclip_diffusion.text_encoder import FixClipTokenizer
 
 TRUTH = "ground truth"
 DRAWING = Drawing(steps=20, guidance_scale=2.0)

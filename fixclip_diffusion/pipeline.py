@@ -16,10 +16,10 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from . import builtin
-from .adapter import TextAdapter
-from .prompts import TokenReport, split_windows, token_report
-from .text_encoder import (
+from fixclip_diffusion import builtin
+from fixclip_diffusion.adapter import TextAdapter
+from fixclip_diffusion.conditioning import TokenReport, split_windows, token_report
+from fixclip_diffusion.text_encoder import (
     CLIP_CONTEXT_LENGTH,
     NO_WINDOW,
     CleanText,

@@ -28,10 +28,9 @@ from transformers import (
 from transformers.models.clip.modeling_clip import CLIPPreTrainedModel, CLIPTextEmbeddings
 from transformers.utils import logging as transformers_logging
 
-from fixclip_core.positional import stretch_positions, stretched_length
-
-from . import builtin
-from .adapter import TextAdapter
+from fixclip_core.model.positional import stretch_positions, stretched_length
+from fixclip_diffusion import builtin
+from fixclip_diffusion.adapter import TextAdapter
 
 __all__ = [
     "CleanText",

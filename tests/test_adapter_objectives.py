@@ -10,8 +10,15 @@ from tiny_adapter import randomize, without_onednn  # noqa: F401
 from torch import nn
 
 from fixclip_diffusion import TextAdapter
-from fixclip_diffusion.objectives import Denoiser, Features, adapter_losses, draw, noise_target, snr_weight
-from fixclip_diffusion.recipe import ObjectivesSection
+from fixclip_diffusion.adapter_training.objectives import (
+    Denoiser,
+    Features,
+    adapter_losses,
+    draw,
+    noise_target,
+    snr_weight,
+)
+from fixclip_diffusion.adapter_training.recipe import ObjectivesSection
 from fixclip_diffusion.tiny import WIDTH, unet
 
 SHORT, LONG = 5, 12

@@ -25,10 +25,12 @@ from tiny_adapter import without_onednn  # noqa: F401
 from transformers import CLIPTextModel
 from typer.testing import CliRunner
 
-from fixclip_core.checkpoint import list_checkpoints
-from fixclip_core.recipe import load_recipe
-from fixclip_diffusion import FixClipStableDiffusionPipeline, TextAdapter, evaluate, train
-from fixclip_diffusion.recipe import AdapterRecipe
+from fixclip_core.training.checkpoint import list_checkpoints
+from fixclip_core.training.recipe import load_recipe
+from fixclip_diffusion import FixClipStableDiffusionPipeline, TextAdapter
+from fixclip_diffusion.adapter_training import trainer as train
+from fixclip_diffusion.adapter_training.recipe import AdapterRecipe
+from fixclip_diffusion.evaluation import images as evaluate
 from fixclip_diffusion.tiny import clip_text_config, unet
 
 ROOT = Path(__file__).parents[1]

@@ -90,6 +90,6 @@ def test_inference_imports_no_training_code():
 
 def test_help_of_the_command_is_quick_to_import():
     """`fixclip --help` must not wait for open_clip or torch."""
-    code = "import sys, fixclip_core.cli; print(*sys.modules)"
+    code = "import sys, fixclip_cli.main; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
     assert not {"torch", "open_clip", "webdataset"} & set(loaded.stdout.split())

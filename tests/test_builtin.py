@@ -16,8 +16,8 @@ from PIL import Image
 from tiny_scenes import write_model
 from typer.testing import CliRunner
 
-from fixclip_cli import app
-from fixclip_core import scenes
+from fixclip_cli.main import app
+from fixclip_core.scenes import world as scenes
 from fixclip_diffusion import (
     FixClipStableDiffusionPipeline,
     FixClipTextEncoder,
@@ -25,10 +25,10 @@ from fixclip_diffusion import (
     TextAdapter,
     builtin,
     demo,
-    train,
 )
-from fixclip_diffusion.evaluate import Drawing, System
-from fixclip_diffusion.features import write_attention_out
+from fixclip_diffusion.adapter_training import trainer as train
+from fixclip_diffusion.adapter_training.features import write_attention_out
+from fixclip_diffusion.evaluation.images import Drawing, System
 
 # What the embedded weights must reach: objects right, of the nine of the demo's second prompt.
 RIGHT_AT_LEAST = {"+ LoRA": 5, "overlap + adapter": 8}
@@ -176,10 +176,10 @@ def test_training_takes_the_parts(embedded):
 
 def test_a_wheel_holds_every_file(model, tmp_path):
     """Built from a copy with the stand-in in place, without network."""
-    for name in ("pyproject.toml", "README.md", "LICENSE", "fixclip_cli.py"):
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     skip = shutil.ignore_patterns("__pycache__", "scenes")
-    for package in ("fixclip_core", "fixclip_diffusion"):
+    for package in ("fixclip_core", "fixclip_diffusion", "fixclip_cli"):
         shutil.copytree(ROOT / package, tmp_path / package, ignore=skip)
     shutil.copytree(model, tmp_path / "fixclip_diffusion" / "builtin" / "scenes")
     (tmp_path / "fixclip_diffusion" / "builtin" / "scenes" / "README.md").write_text("The model card.\n")

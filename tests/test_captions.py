@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fixclip_core.captions import (
+from fixclip_core.data.captions import (
     SHORT_POLICIES,
     CaptionFilters,
     ShortCaptions,
@@ -125,7 +125,7 @@ def test_cleaning_twice_changes_nothing(text):
 
 
 def test_captions_import_without_torch():
-    code = "import fixclip_core.captions, sys; assert not {'torch', 'open_clip', 'PIL'} & set(sys.modules)"
+    code = "import fixclip_core.data.captions, sys; assert not {'torch', 'open_clip', 'PIL'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

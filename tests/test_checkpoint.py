@@ -13,7 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from fixclip_core.checkpoint import (
+from fixclip_core.training.checkpoint import (
     MANIFEST,
     check_folder,
     damage,
@@ -25,7 +25,7 @@ from fixclip_core.checkpoint import (
     save_checkpoint,
     training_state_bytes,
 )
-from fixclip_core.loop import TrainState
+from fixclip_core.training.loop import TrainState
 
 
 @pytest.fixture

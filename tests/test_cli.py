@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from fixclip_cli import app, label_row, output_files, parse_size
+from fixclip_cli.main import app, label_row, output_files, parse_size
 from fixclip_diffusion import FixClipStableDiffusionPipeline, FixClipTextEncoder, TextAdapter
 
 LONG = tiny.sentences(14)
@@ -192,7 +192,7 @@ def test_a_missing_extra_is_named(tmp_path):
     """With open_clip out of reach, as after `pip install fixclip` alone."""
     code = "import sys; sys.modules['webdataset'] = None; sys.argv[1:] = ['data', 'check', 'x.jsonl']; "
     done = subprocess.run(
-        [sys.executable, "-c", code + "from fixclip_cli import main; main()"], capture_output=True, text=True
+        [sys.executable, "-c", code + "from fixclip_cli.main import main; main()"], capture_output=True, text=True
     )
     assert done.returncode == 2
     assert done.stderr.strip() == "error: this command needs webdataset: pip install 'fixclip[train]'"
@@ -220,7 +220,7 @@ def test_interrupt_leaves_no_half_written_file(sd1, tmp_path):
 
 
 def test_help_is_free_of_heavy_imports():
-    code = "import sys, fixclip_cli; print([m for m in ('torch', 'diffusers', 'open_clip') if m in sys.modules])"
+    code = "import sys, fixclip_cli.main; print([m for m in ('torch', 'diffusers', 'open_clip') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fixclip_core.config import FINE_TUNE, LONG_CLIP, FixClipConfig
+from fixclip_core.model.config import FINE_TUNE, LONG_CLIP, FixClipConfig
 
 CLIP = {"embed_dim": 8, "vision_cfg": {"layers": 4}, "text_cfg": {"context_length": 77}}
 

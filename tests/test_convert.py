@@ -23,7 +23,8 @@ from tiny_clips import (
 from torch import nn
 from transformers import CLIPImageProcessor
 
-from fixclip_core.convert import (
+from fixclip_core.model.fixclip import FixClip
+from fixclip_core.weights.read import (
     build_clip,
     load_fixclip,
     load_weights,
@@ -32,7 +33,6 @@ from fixclip_core.convert import (
     to_open_clip_names,
     to_transformers_names,
 )
-from fixclip_core.model import FixClip
 
 # --- names -----------------------------------------------------------------------------------------------
 

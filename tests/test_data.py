@@ -23,7 +23,7 @@ from PIL import Image
 from pydantic import ValidationError
 from torchvision import transforms
 
-from fixclip_core.data import (
+from fixclip_core.data.samples import (
     BadSampleError,
     Batch,
     DataConfig,

@@ -12,10 +12,10 @@ from PIL import Image
 from tiny_clips import full_vocabulary_clip, tiny_transformers_clip
 from typer.testing import CliRunner
 
-from fixclip_core.cli import app
-from fixclip_core.convert import ClipCheckpoint
-from fixclip_core.data import DataConfig, open_source
-from fixclip_core.evaluate import (
+from fixclip_cli.core import app
+from fixclip_core.data.samples import DataConfig, open_source
+from fixclip_core.evaluation.benchmarks import Benchmark
+from fixclip_core.evaluation.retrieval import (
     BenchmarkItems,
     SourceItems,
     _class_folders,
@@ -30,10 +30,10 @@ from fixclip_core.evaluate import (
     retrieval_metrics,
     retrieval_report,
 )
-from fixclip_core.export import write_open_clip, write_transformers
-from fixclip_core.model import FixClip
-from fixclip_core.positional import stretch_positions
-from fixclip_core.suites import Benchmark
+from fixclip_core.model.fixclip import FixClip
+from fixclip_core.model.positional import stretch_positions
+from fixclip_core.weights.read import ClipCheckpoint
+from fixclip_core.weights.write import write_open_clip, write_transformers
 from fixclip_diffusion.tiny import train_tokenizer
 
 

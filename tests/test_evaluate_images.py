@@ -17,12 +17,13 @@ from safetensors.torch import save_file
 from tiny_adapter import without_onednn  # noqa: F401
 from typer.testing import CliRunner
 
-from fixclip_cli import app
-from fixclip_core import scenes
-from fixclip_core.evaluate import load_encoder
-from fixclip_diffusion import FixClipStableDiffusionPipeline, FixClipTokenizer, TextAdapter, train
-from fixclip_diffusion import evaluate as evaluation
-from fixclip_diffusion.evaluate import Drawing, Prompt, System
+from fixclip_cli.main import app
+from fixclip_core.evaluation.retrieval import load_encoder
+from fixclip_core.scenes import world as scenes
+from fixclip_diffusion import FixClipStableDiffusionPipeline, FixClipTokenizer, TextAdapter
+from fixclip_diffusion.adapter_training import trainer as train
+from fixclip_diffusion.evaluation import images as evaluation
+from fixclip_diffusion.evaluation.images import Drawing, Prompt, System
 
 LONG, SHORT = tiny_adapter.caption(3), "A red horse stands. A blue boat."
 

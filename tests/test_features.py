@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 from tiny_adapter import without_onednn  # noqa: F401
 from torch import nn
 
-from fixclip_diffusion import FixClipStableDiffusionPipeline, train
-from fixclip_diffusion.features import (
+from fixclip_diffusion import FixClipStableDiffusionPipeline
+from fixclip_diffusion.adapter_training import trainer as train
+from fixclip_diffusion.adapter_training.features import (
     TokenIds,
     WindowIds,
     empty_states,
@@ -36,8 +37,8 @@ from fixclip_diffusion.features import (
     tokenizer_digest,
     weights_digest,
 )
-from fixclip_diffusion.objectives import Features, adapter_losses
-from fixclip_diffusion.recipe import ObjectivesSection
+from fixclip_diffusion.adapter_training.objectives import Features, adapter_losses
+from fixclip_diffusion.adapter_training.recipe import ObjectivesSection
 from fixclip_diffusion.text_encoder import NO_WINDOW, join_overlapping, num_overlapping, overlapping_windows
 
 ALL = ObjectivesSection()

@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from fixclip_core.losses import (
+from fixclip_core.model.fixclip import FixClip, FixClipOutput
+from fixclip_core.training.encoder.losses import (
     cached_backward,
     contrastive_loss,
     gather,
     hierarchical_loss,
     pca_reconstruction,
 )
-from fixclip_core.model import FixClip, FixClipOutput
 
 CLIP_CFG = {
     "embed_dim": 16,

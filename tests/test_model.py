@@ -16,12 +16,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fixclip_core.config import FINE_TUNE, LONG_CLIP
 from fixclip_core.files import write_atomically
-from fixclip_core.model import FixClip, group_token_aggregation
-from fixclip_core.positional import stretch_positions
-from fixclip_core.regional_prompts import masked_patches
-from fixclip_core.text_tower import piece_bounds
+from fixclip_core.model.config import FINE_TUNE, LONG_CLIP
+from fixclip_core.model.fixclip import FixClip, group_token_aggregation
+from fixclip_core.model.image_tower import masked_patches
+from fixclip_core.model.positional import stretch_positions
+from fixclip_core.model.text_tower import piece_bounds
 
 CLIP_CFG = {
     "embed_dim": 12,

@@ -19,10 +19,10 @@ from PIL import Image
 from test_data import caption, loader, picture, write_bad_manifest, write_manifest
 from typer.testing import CliRunner
 
-from fixclip_core.captions import CaptionFilters
-from fixclip_core.cli import app
-from fixclip_core.data import DataConfig
-from fixclip_core.pack import PackOptions, check_source, pack
+from fixclip_cli.core import app
+from fixclip_core.data.captions import CaptionFilters
+from fixclip_core.data.pack import PackOptions, check_source, pack
+from fixclip_core.data.samples import DataConfig
 
 CLI = CliRunner()
 
@@ -187,7 +187,7 @@ def test_no_space_left_is_one_clear_error_and_no_shard(tmp_path, workers):
 def test_two_packs_into_one_folder_do_not_mix(tmp_path, monkeypatch):
     manifest = write_manifest(tmp_path / "in", 4)
     run_pack(manifest, tmp_path / "out")
-    monkeypatch.setattr("fixclip_core.pack._LOCK_SECONDS", 0)
+    monkeypatch.setattr("fixclip_core.data.pack._LOCK_SECONDS", 0)
     with (
         FileLock(tmp_path / "out" / ".pack" / "lock"),
         pytest.raises(ValueError, match="another process is packing into this folder"),

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fixclip_core.positional import stretch_positions, stretched_length
+from fixclip_core.model.positional import stretch_positions, stretched_length
 
 
 def plain_stretch(table: torch.Tensor, keep: int, ratio: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fixclip_diffusion import FixClipTokenizer, token_report
-from fixclip_diffusion.prompts import split_windows
+from fixclip_diffusion.conditioning import split_windows
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fixclip_core.recipe import (
+from fixclip_core.training.recipe import (
     EncoderRecipe,
     Section,
     flatten,

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fixclip_core.regional_prompts import (
+from fixclip_core.model.image_tower import (
     ImageTower,
     attend,
     check_image_tower,

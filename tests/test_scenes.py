@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms.functional import gaussian_blur
 
-from fixclip_core import scenes
-from fixclip_core.scenes import (
+from fixclip_core.scenes import world as scenes
+from fixclip_core.scenes.world import (
     PLACES,
     WORLD,
     Caption,

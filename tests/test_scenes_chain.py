@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 from scenes import evaluate as evaluation
 from scenes import pretrain, report, run
 
-from fixclip_core import loop, scenes
-from fixclip_core.model import FixClip
-from fixclip_core.recipe import EncoderRecipe, load_recipe
-from fixclip_diffusion.evaluate import Prompt
-from fixclip_diffusion.recipe import AdapterRecipe
+from fixclip_core.model.fixclip import FixClip
+from fixclip_core.scenes import world as scenes
+from fixclip_core.training import loop
+from fixclip_core.training.recipe import EncoderRecipe, load_recipe
+from fixclip_diffusion.adapter_training.recipe import AdapterRecipe
+from fixclip_diffusion.evaluation.images import Prompt
 from fixclip_diffusion.text_encoder import FixClipTokenizer
 
 HERE = run.ROOT / run.HERE

@@ -5,8 +5,8 @@ import json
 import pytest
 from PIL import Image
 
-from fixclip_core import suites
-from fixclip_core.suites import SUITES, load_benchmark
+from fixclip_core.evaluation import benchmarks as suites
+from fixclip_core.evaluation.benchmarks import SUITES, load_benchmark
 
 
 def picture(path):

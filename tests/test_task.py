@@ -4,12 +4,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from fixclip_core.config import FINE_TUNE, LONG_CLIP, FixClipConfig
-from fixclip_core.data import Batch
-from fixclip_core.losses import contrastive_loss, pca_reconstruction
-from fixclip_core.model import FixClip
-from fixclip_core.recipe import TrainSection
-from fixclip_core.task import ContrastiveTask, forward_backward, split_batch
+from fixclip_core.data.samples import Batch
+from fixclip_core.model.config import FINE_TUNE, LONG_CLIP, FixClipConfig
+from fixclip_core.model.fixclip import FixClip
+from fixclip_core.training.encoder.losses import contrastive_loss, pca_reconstruction
+from fixclip_core.training.encoder.task import ContrastiveTask, forward_backward, split_batch
+from fixclip_core.training.recipe import TrainSection
 
 CLIP = {
     "embed_dim": 16,

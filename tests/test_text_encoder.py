@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
 
-from fixclip_core.positional import stretch_positions
+from fixclip_core.model.positional import stretch_positions
 from fixclip_diffusion import FixClipTextConfig, FixClipTextEncoder, TextAdapter
 from fixclip_diffusion.tiny import clip_text_config
 

@@ -22,12 +22,13 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from fixclip_core import train
-from fixclip_core.checkpoint import damage, list_checkpoints
-from fixclip_core.config import FixClipConfig
-from fixclip_core.data import DataConfig
-from fixclip_core.evaluate import retrieval_metrics
-from fixclip_core.loop import (
+from fixclip_core.data.samples import DataConfig
+from fixclip_core.evaluation.retrieval import retrieval_metrics
+from fixclip_core.model.config import FixClipConfig
+from fixclip_core.model.fixclip import FixClip
+from fixclip_core.training.checkpoint import damage, list_checkpoints
+from fixclip_core.training.encoder import trainer as train
+from fixclip_core.training.loop import (
     TrainState,
     activation_bytes,
     count_step,
@@ -36,8 +37,7 @@ from fixclip_core.loop import (
     parameter_groups,
     plot_losses,
 )
-from fixclip_core.model import FixClip
-from fixclip_core.recipe import EncoderRecipe, OptimSection, load_recipe
+from fixclip_core.training.recipe import EncoderRecipe, OptimSection, load_recipe
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}

@@ -1,6 +1,6 @@
 """Texts to feed tiny models, and CLIP's own tokenizer for them."""
 
-from fixclip_core.export import clip_tokenizer
+from fixclip_core.weights.write import clip_tokenizer
 
 __all__ = ["clip_tokenizer", "sentences"]
 

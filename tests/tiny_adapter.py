@@ -7,8 +7,8 @@ import tiny
 import torch
 from PIL import Image
 
-from fixclip_core.recipe import load_recipe
-from fixclip_diffusion.recipe import AdapterRecipe
+from fixclip_core.training.recipe import load_recipe
+from fixclip_diffusion.adapter_training.recipe import AdapterRecipe
 
 COLOURS = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0))
 RECIPE = """\

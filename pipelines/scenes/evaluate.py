@@ -15,12 +15,12 @@ import torch
 import typer
 from tqdm import tqdm
 
-from fixclip_core import scenes
-from fixclip_core.config import FINE_TUNE
-from fixclip_core.evaluate import retrieval_metrics
+from fixclip_core.evaluation.retrieval import retrieval_metrics
 from fixclip_core.files import write_atomically
-from fixclip_core.model import FixClip
-from fixclip_diffusion.evaluate import Drawing, Painter, Prompt, System, scene_verdicts
+from fixclip_core.model.config import FINE_TUNE
+from fixclip_core.model.fixclip import FixClip
+from fixclip_core.scenes import world as scenes
+from fixclip_diffusion.evaluation.images import Drawing, Painter, Prompt, System, scene_verdicts
 from fixclip_diffusion.text_encoder import FixClipTokenizer
 
 OUT = Path("outputs/scenes")

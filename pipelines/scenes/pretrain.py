@@ -41,11 +41,12 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTextModel, CLIPTokenizer
 
-from fixclip_core import scenes
-from fixclip_core.checkpoint import check_folder
-from fixclip_core.evaluate import retrieval_metrics
+from fixclip_core.evaluation.retrieval import retrieval_metrics
 from fixclip_core.files import write_atomically
-from fixclip_core.loop import (
+from fixclip_core.scenes import world as scenes
+from fixclip_core.training.checkpoint import check_folder
+from fixclip_core.training.encoder.losses import contrastive_loss
+from fixclip_core.training.loop import (
     MetricsLog,
     TrainState,
     make_accelerator,
@@ -56,10 +57,9 @@ from fixclip_core.loop import (
     start,
     take_steps,
 )
-from fixclip_core.losses import contrastive_loss
-from fixclip_core.recipe import OptimSection, OutputSection, RunSection, Section, load_recipe
+from fixclip_core.training.recipe import OptimSection, OutputSection, RunSection, Section, load_recipe
 from fixclip_diffusion import tiny
-from fixclip_diffusion.objectives import HIGH_NOISE_FROM, noise_target
+from fixclip_diffusion.adapter_training.objectives import HIGH_NOISE_FROM, noise_target
 
 logger = logging.getLogger(__name__)
 

@@ -70,7 +70,8 @@ def chain() -> list[Stage]:
         Stage(
             "encoder_diffusers",
             (
-                "fixclip_cli.py",
+                "-m",
+                "fixclip_cli",
                 "export",
                 str(OUT / "encoder"),
                 str(encoder),

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from fixclip_core.positional import stretched_length
+from fixclip_core.model.positional import stretched_length
 
 PromptFlow = Literal["carry", "replace"]
 Masking = Literal["replace", "drop", "none"]

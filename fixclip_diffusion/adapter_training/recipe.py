@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from fixclip_core.recipe import CaptionsSection, DataSection, OptimSection, OutputSection, RunSection, Section
+from fixclip_core.training.recipe import CaptionsSection, DataSection, OptimSection, OutputSection, RunSection, Section
 
 
 class BaseSection(Section):

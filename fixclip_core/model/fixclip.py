@@ -22,10 +22,10 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fixclip_core.config import FixClipConfig
 from fixclip_core.files import write_atomically
-from fixclip_core.regional_prompts import ImageTower, check_image_tower, masked_patches
-from fixclip_core.text_tower import TextTower, check_text_tower
+from fixclip_core.model.config import FixClipConfig
+from fixclip_core.model.image_tower import ImageTower, check_image_tower, masked_patches
+from fixclip_core.model.text_tower import TextTower, check_text_tower
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -166,7 +166,7 @@ class FixClip(nn.Module):
             ValueError: see `convert.load_fixclip`.
         """
         # The readers of other formats build on this class, so they cannot be imported above.
-        from fixclip_core.convert import load_fixclip
+        from fixclip_core.weights.read import load_fixclip
 
         return load_fixclip(Path(source), **config_fields)
 

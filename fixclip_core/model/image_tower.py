@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fixclip_core.config import PromptFlow
+from fixclip_core.model.config import PromptFlow
 
 
 def region_of_patch(num_patches: int, num_prompts: int, device: torch.device | None = None) -> Tensor:

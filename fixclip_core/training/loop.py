@@ -22,8 +22,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from fixclip_core.checkpoint import find_resume, list_checkpoints, load_checkpoint, remove_unfinished, save_checkpoint
-from fixclip_core.recipe import (
+from fixclip_core.training.checkpoint import (
+    find_resume,
+    list_checkpoints,
+    load_checkpoint,
+    remove_unfinished,
+    save_checkpoint,
+)
+from fixclip_core.training.recipe import (
     OptimSection,
     OutputSection,
     RunSection,

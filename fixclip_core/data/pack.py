@@ -25,8 +25,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from webdataset.writer import TarWriter
 
-from fixclip_core.captions import CaptionFilters, rejection
-from fixclip_core.data import (
+from fixclip_core.data.captions import CaptionFilters, rejection
+from fixclip_core.data.samples import (
     BadSampleError,
     DataConfig,
     Sample,

@@ -14,8 +14,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from fixclip_core.captions import CaptionFilters, ShortPolicy
-from fixclip_core.config import HierarchyBranch, Masking, PromptFlow, ShortBranch
+from fixclip_core.data.captions import CaptionFilters, ShortPolicy
+from fixclip_core.model.config import HierarchyBranch, Masking, PromptFlow, ShortBranch
 
 RecipeT = TypeVar("RecipeT", bound=BaseModel)
 Location = tuple[str | int, ...]

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from fixclip_core.data import (
+from fixclip_core.data.samples import (
     BadSampleError,
     Batch,
     Batches,
@@ -41,11 +41,10 @@ from fixclip_core.data import (
     sample_seeds,
 )
 from fixclip_core.files import write_atomically
-
-from .objectives import Features
-from .prompts import split_windows
-from .recipe import AdapterRecipe, FeaturesSection, ObjectivesSection
-from .text_encoder import (
+from fixclip_diffusion.adapter_training.objectives import Features
+from fixclip_diffusion.adapter_training.recipe import AdapterRecipe, FeaturesSection, ObjectivesSection
+from fixclip_diffusion.conditioning import split_windows
+from fixclip_diffusion.text_encoder import (
     CLIP_CONTEXT_LENGTH,
     NO_WINDOW,
     WINDOW_STRIDE,

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from fixclip_core.data import BadSampleError, Sample, Skipped, Source, check_captions, decode_image
-from fixclip_core.suites import Benchmark
+from fixclip_core.data.samples import BadSampleError, Sample, Skipped, Source, check_captions, decode_image
+from fixclip_core.evaluation.benchmarks import Benchmark
 
 # Cosines closer than this are one score: float32 matrix products of other block sizes differ by less.
 TIE_TOLERANCE = 1e-6
@@ -166,8 +166,8 @@ def load_encoder(
     """
     import open_clip
 
-    from fixclip_core.convert import build_clip, find_fixclip, read_clip
-    from fixclip_core.model import FixClip
+    from fixclip_core.model.fixclip import FixClip
+    from fixclip_core.weights.read import build_clip, find_fixclip, read_clip
 
     name, device = str(source), torch.device(device)
     preprocess: dict[str, Any]

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 if TYPE_CHECKING:
-    from fixclip_core.captions import CaptionFilters
-    from fixclip_core.data import Skipped
+    from fixclip_core.data.captions import CaptionFilters
+    from fixclip_core.data.samples import Skipped
 
 app = typer.Typer(no_args_is_help=True)
 data_app = typer.Typer(no_args_is_help=True, help="Prepare captioned images.")
@@ -43,7 +43,7 @@ MinPerClause = Annotated[float, typer.Option(help="Fewest words between punctuat
 
 
 def _filters(words: int, repeated: float, run: int, letters: float, per_clause: float) -> "CaptionFilters":
-    from fixclip_core.captions import CaptionFilters
+    from fixclip_core.data.captions import CaptionFilters
 
     return CaptionFilters(words or None, repeated, run or None, letters, per_clause or None)
 
@@ -80,8 +80,8 @@ def pack_command(
     min_words_per_clause: MinPerClause = 2.5,
 ) -> None:
     """Pack captioned images into WebDataset shards; run it again after an interruption and it goes on."""
-    from fixclip_core.data import DataConfig
-    from fixclip_core.pack import PackOptions, pack
+    from fixclip_core.data.pack import PackOptions, pack
+    from fixclip_core.data.samples import DataConfig
 
     with user_errors():
         limits = _filters(min_words, max_repeated_share, max_word_run, min_letter_share, min_words_per_clause)
@@ -110,8 +110,8 @@ def check_command(
     min_words_per_clause: MinPerClause = 2.5,
 ) -> None:
     """Count samples, damage and caption lengths, and what the filters would leave out."""
-    from fixclip_core.data import DataConfig
-    from fixclip_core.pack import check_source
+    from fixclip_core.data.pack import check_source
+    from fixclip_core.data.samples import DataConfig
 
     with user_errors():
         limits = _filters(min_words, max_repeated_share, max_word_run, min_letter_share, min_words_per_clause)
@@ -137,7 +137,7 @@ def index_command(folder: Annotated[Path, typer.Argument(help="Folder of .tar sh
     """Write index.json, which spares every training run the counting of somebody else's shards."""
     from tqdm import tqdm
 
-    from fixclip_core.data import index_tar, write_index
+    from fixclip_core.data.samples import index_tar, write_index
 
     with user_errors():
         shards = sorted(folder.glob("*.tar"))
@@ -166,7 +166,7 @@ def convert(
 ) -> None:
     """Make a FixClip folder of any CLIP; one of 77 tokens is stretched to 248."""
     with user_errors():
-        from fixclip_core.convert import load_fixclip
+        from fixclip_core.weights.read import load_fixclip
 
         fields = parse_fields(field or [])
         if output.exists() and any(output.iterdir()):
@@ -184,7 +184,7 @@ def parse_fields(pairs: list[str]) -> dict[str, Any]:
     """
     from dataclasses import fields
 
-    from fixclip_core.config import FixClipConfig
+    from fixclip_core.model.config import FixClipConfig
 
     known = sorted({field.name for field in fields(FixClipConfig)} - {"clip", "preprocess", "context_length"})
     parsed: dict[str, Any] = {}
@@ -213,9 +213,9 @@ def export(
     with user_errors():
         import torch
 
-        from fixclip_core.convert import find_fixclip, load_fixclip
-        from fixclip_core.export import FORMATS
-        from fixclip_core.export import export as write
+        from fixclip_core.weights.read import find_fixclip, load_fixclip
+        from fixclip_core.weights.write import FORMATS
+        from fixclip_core.weights.write import export as write
 
         if find_fixclip(run) is None:
             best = f"; the best so far is in {run / 'best'}" if find_fixclip(run / "best") else ""
@@ -256,9 +256,9 @@ def evaluate(
             raise ValueError(f"--benchmark {benchmark} needs its folder: --data FOLDER")
         import torch
 
-        from fixclip_core import evaluate as evaluation
-        from fixclip_core.data import DataConfig, open_source
-        from fixclip_core.suites import load_benchmark
+        from fixclip_core.data.samples import DataConfig, open_source
+        from fixclip_core.evaluation import retrieval as evaluation
+        from fixclip_core.evaluation.benchmarks import load_benchmark
 
         best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "precision": precision}

@@ -22,12 +22,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from fixclip_core.checkpoint import check_folder, list_checkpoints, training_state_bytes
-from fixclip_core.config import FINE_TUNE, LONG_CLIP
-from fixclip_core.convert import find_fixclip
-from fixclip_core.data import Batch, DataConfig, Loader, build_loader, describe_skipped
-from fixclip_core.evaluate import retrieval_metrics
-from fixclip_core.loop import (
+from fixclip_core.data.samples import Batch, DataConfig, Loader, build_loader, describe_skipped
+from fixclip_core.evaluation.retrieval import retrieval_metrics
+from fixclip_core.model.config import FINE_TUNE, LONG_CLIP
+from fixclip_core.model.fixclip import MAX_LOG_SCALE, FixClip
+from fixclip_core.training.checkpoint import check_folder, list_checkpoints, training_state_bytes
+from fixclip_core.training.encoder.task import ContrastiveTask, forward_backward, split_batch
+from fixclip_core.training.loop import (
     CHECKPOINTS,
     MetricsLog,
     TrainState,
@@ -43,9 +44,8 @@ from fixclip_core.loop import (
     start,
     take_steps,
 )
-from fixclip_core.model import MAX_LOG_SCALE, FixClip
-from fixclip_core.recipe import EncoderRecipe
-from fixclip_core.task import ContrastiveTask, forward_backward, split_batch
+from fixclip_core.training.recipe import EncoderRecipe
+from fixclip_core.weights.read import find_fixclip
 
 logger = logging.getLogger(__name__)
 

@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass
 
-from fixclip_core.captions import split_clauses, split_sentences
-
-from .text_encoder import CLIP_CONTEXT_LENGTH, CleanText, FixClipTokenizer
+from fixclip_core.data.captions import split_clauses, split_sentences
+from fixclip_diffusion.text_encoder import CLIP_CONTEXT_LENGTH, CleanText, FixClipTokenizer
 
 SPECIAL_TOKENS = 2  # start and end
 

@@ -11,8 +11,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fixclip_core.positional import stretch_positions
-from fixclip_core.regional_prompts import Block, as_transformer, attend, run_block, unsupported_block
+from fixclip_core.model.image_tower import Block, as_transformer, attend, run_block, unsupported_block
+from fixclip_core.model.positional import stretch_positions
 
 
 class TextBlock(Block):

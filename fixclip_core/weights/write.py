@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fixclip_core.convert import ClipCheckpoint, preprocess_config, to_transformers_names
-from fixclip_core.model import FixClip
+from fixclip_core.model.fixclip import FixClip
+from fixclip_core.weights.read import ClipCheckpoint, preprocess_config, to_transformers_names
 
 SINGLE_FILE = "clip_l_long.safetensors"
 FORMATS = ("fixclip", "transformers", "diffusers", "open_clip", "clip_l")

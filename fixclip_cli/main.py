@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from fixclip_core.cli import app
+from fixclip_cli.core import app
 
 DEFAULT_OUTPUT = Path("outputs")
 
@@ -309,9 +309,9 @@ def evaluate_images(
     with user_errors():
         import torch
 
-        from fixclip_core.evaluate import load_encoder
+        from fixclip_core.evaluation.retrieval import load_encoder
         from fixclip_diffusion import builtin
-        from fixclip_diffusion import evaluate as evaluation
+        from fixclip_diffusion.evaluation import images as evaluation
 
         # Prompts and systems first: a wrong one should not cost loading a model.
         read = evaluation.read_prompts(prompts, check_scenes)
@@ -348,7 +348,7 @@ def tokens(
         from huggingface_hub import hf_hub_download
 
         from fixclip_diffusion import builtin
-        from fixclip_diffusion.prompts import token_report
+        from fixclip_diffusion.conditioning import token_report
         from fixclip_diffusion.text_encoder import FixClipTokenizer, check_folder_or_hub_name
 
         base = builtin.resolve(builtin.base_of(base))

@@ -30,18 +30,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from fixclip_core.checkpoint import check_folder, list_checkpoints, training_state_bytes
-from fixclip_core.data import (
-    BadSampleError,
-    Batch,
-    Batches,
-    DataConfig,
-    Loader,
-    describe_skipped,
-    open_source,
-)
+from fixclip_core.data.samples import BadSampleError, Batch, Batches, DataConfig, Loader, describe_skipped, open_source
 from fixclip_core.files import write_atomically
-from fixclip_core.loop import (
+from fixclip_core.scenes.world import sheet
+from fixclip_core.training.checkpoint import check_folder, list_checkpoints, training_state_bytes
+from fixclip_core.training.encoder.task import split_batch
+from fixclip_core.training.loop import (
     CHECKPOINTS,
     TrainState,
     activation_bytes,
@@ -55,12 +49,9 @@ from fixclip_core.loop import (
     start,
     take_steps,
 )
-from fixclip_core.scenes import sheet
-from fixclip_core.task import split_batch
-
-from . import builtin, tiny
-from .adapter import TextAdapter
-from .features import (
+from fixclip_diffusion import builtin, tiny
+from fixclip_diffusion.adapter import TextAdapter
+from fixclip_diffusion.adapter_training.features import (
     MADE_FOR,
     CachedFeatures,
     CachedLatents,
@@ -76,10 +67,10 @@ from .features import (
     picture_transform,
     write_attention_out,
 )
-from .objectives import Denoiser, Features, adapter_losses, noise_target
-from .pipeline import FixClipStableDiffusionPipeline
-from .recipe import AdapterRecipe, BaseSection, ObjectivesSection
-from .text_encoder import CLIP_CONTEXT_LENGTH, FixClipTextEncoder, FixClipTokenizer
+from fixclip_diffusion.adapter_training.objectives import Denoiser, Features, adapter_losses, noise_target
+from fixclip_diffusion.adapter_training.recipe import AdapterRecipe, BaseSection, ObjectivesSection
+from fixclip_diffusion.pipeline import FixClipStableDiffusionPipeline
+from fixclip_diffusion.text_encoder import CLIP_CONTEXT_LENGTH, FixClipTextEncoder, FixClipTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -428,7 +419,7 @@ def begin(run: Run, resume: str) -> None:
     """Load the checkpoint to go on from, if any, and write recipe and fingerprint beside the results.
 
     Raises:
-        ValueError: see `fixclip_core.loop.start`; the run was begun with another encoder or tokenizer.
+        ValueError: see `fixclip_core.training.loop.start`; the run was begun with another encoder or tokenizer.
     """
     if list_checkpoints(run.folder / CHECKPOINTS):
         check_made_for(run.folder, run.made_for)
@@ -678,7 +669,7 @@ def smoke_recipe(recipe: AdapterRecipe, folder: str | Path) -> AdapterRecipe:
 
 def random_stable_diffusion(dtype: torch.dtype = torch.float32, seed: int = 0) -> FrozenModels:
     """Models of Stable Diffusion 1.5's sizes with random weights: 1.07 billion of them."""
-    from fixclip_core.export import clip_tokenizer
+    from fixclip_core.weights.write import clip_tokenizer
 
     default = torch.get_default_dtype()
     torch.manual_seed(seed)

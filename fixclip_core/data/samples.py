@@ -41,7 +41,7 @@ from webdataset.gopen import gopen
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext
 
-from fixclip_core.captions import (
+from fixclip_core.data.captions import (
     CaptionFilters,
     ShortCaptions,
     ShortPolicy,
@@ -646,7 +646,7 @@ class SceneSource:
         self.seed, self.sizes = 0, [config.stop]
 
     def read(self, index: int) -> Sample:
-        from fixclip_core import scenes
+        from fixclip_core.scenes import world as scenes
 
         scene = scenes.scene_at(self.seed, index)
         long, short = scenes.long_caption(scene, index), scenes.short_caption(scene, index)

@@ -21,17 +21,16 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from fixclip_core import scenes
-from fixclip_core.captions import split_sentences
-from fixclip_core.checkpoint import check_folder
-from fixclip_core.evaluate import Encoder, encode_images, encode_texts
+from fixclip_core.data.captions import split_sentences
+from fixclip_core.evaluation.retrieval import Encoder, encode_images, encode_texts
 from fixclip_core.files import write_atomically
-
-from . import builtin
-from .adapter import TextAdapter
-from .features import check_made_for, fingerprint, write_attention_out
-from .pipeline import LONG_PROMPT_MODES, FixClipStableDiffusionPipeline
-from .text_encoder import FixClipTokenizer
+from fixclip_core.scenes import world as scenes
+from fixclip_core.training.checkpoint import check_folder
+from fixclip_diffusion import builtin
+from fixclip_diffusion.adapter import TextAdapter
+from fixclip_diffusion.adapter_training.features import check_made_for, fingerprint, write_attention_out
+from fixclip_diffusion.pipeline import LONG_PROMPT_MODES, FixClipStableDiffusionPipeline
+from fixclip_diffusion.text_encoder import FixClipTokenizer
 
 ZONES: tuple[str, ...] = get_args(scenes.Zone)
 SCENES_PREFIX = "scenes:"

@@ -25,10 +25,9 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from fixclip_core.data import Skipped
-
-from .recipe import ObjectivesSection
-from .text_encoder import join_overlapping
+from fixclip_core.data.samples import Skipped
+from fixclip_diffusion.adapter_training.recipe import ObjectivesSection
+from fixclip_diffusion.text_encoder import join_overlapping
 
 HIGH_NOISE_FROM = 0.6
 PREDICTION_TYPES = ("epsilon", "v_prediction")

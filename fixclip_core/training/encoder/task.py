@@ -15,10 +15,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from fixclip_core.config import FixClipConfig
-from fixclip_core.losses import cached_backward, contrastive_loss, pca_reconstruction
-from fixclip_core.model import FixClipOutput
-from fixclip_core.recipe import TrainSection
+from fixclip_core.model.config import FixClipConfig
+from fixclip_core.model.fixclip import FixClipOutput
+from fixclip_core.training.encoder.losses import cached_backward, contrastive_loss, pca_reconstruction
+from fixclip_core.training.recipe import TrainSection
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Captioned images: captions, sources, order of samples, batches, and packing into shards."""

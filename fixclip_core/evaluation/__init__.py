@@ -1,0 +1,1 @@
+"""Retrieval and zero-shot classification, and the benchmarks that are commonly reported."""

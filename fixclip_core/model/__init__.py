@@ -1,0 +1,1 @@
+"""The model: open_clip's towers with long text positions, regional prompts, two branches and group features."""

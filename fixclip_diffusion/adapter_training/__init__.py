@@ -1,0 +1,1 @@
+"""Training of the adapter between the text encoder and the UNet."""

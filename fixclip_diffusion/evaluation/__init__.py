@@ -1,0 +1,1 @@
+"""Whether pictures follow their prompts."""
