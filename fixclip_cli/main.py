@@ -311,28 +311,29 @@ def evaluate_images(
 
         from fixclip_core.evaluation.retrieval import load_encoder
         from fixclip_diffusion import builtin
-        from fixclip_diffusion.evaluation import images as evaluation
+        from fixclip_diffusion.evaluation import generate, report, run
+        from fixclip_diffusion.evaluation.prompts import read_prompts
 
         # Prompts and systems first: a wrong one should not cost loading a model.
-        read = evaluation.read_prompts(prompts, check_scenes)
-        systems = [evaluation.parse_system(text) for text in system or ()]
+        read = read_prompts(prompts, check_scenes)
+        systems = [generate.parse_system(text) for text in system or ()]
         if not systems:
             parts = builtin.complete(base, encoder, adapter, lora)
-            systems = evaluation.default_systems(parts.encoder, parts.adapter, parts.lora)
+            systems = generate.default_systems(parts.encoder, parts.adapter, parts.lora)
         if scorer is None and read[0].scene is None:
             typer.echo("No --scorer and no captions of scenes: pictures will be drawn and nothing scored.", err=True)
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        report = evaluation.evaluate_images(
+        found = run.evaluate_images(
             base,
             read,
             systems,
-            evaluation.Drawing(steps, guidance, width_height and width_height[0], seed, num, batch_size=batch_size),
+            generate.Drawing(steps, guidance, width_height and width_height[0], seed, num, batch_size=batch_size),
             scorer=load_encoder(scorer, device=device) if scorer else None,
             device=device,
             dtype=torch.float16 if device == "cuda" else torch.float32,
             folder=output,
         )
-        typer.echo(evaluation.format_table(report))
+        typer.echo(report.format_table(found))
         typer.echo(f"{output / 'report.json'}, {output / 'sheet.png'}, {output / 'images'}")
 
 

@@ -15,7 +15,9 @@ from fixclip_core.files import write_atomically
 from fixclip_core.scenes import world as scenes
 from fixclip_diffusion import builtin
 from fixclip_diffusion.conditioning import TokenReport, token_report
-from fixclip_diffusion.evaluation.images import Drawing, Painter, Prompt, System, scene_verdicts
+from fixclip_diffusion.evaluation.generate import Drawing, Painter, System
+from fixclip_diffusion.evaluation.judges import scene_verdicts
+from fixclip_diffusion.evaluation.prompts import Prompt
 from fixclip_diffusion.text_encoder import FixClipTokenizer
 
 TRUTH = "ground truth"

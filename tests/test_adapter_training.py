@@ -30,7 +30,8 @@ from fixclip_core.training.recipe import load_recipe
 from fixclip_diffusion import FixClipStableDiffusionPipeline, TextAdapter
 from fixclip_diffusion.adapter_training import trainer as train
 from fixclip_diffusion.adapter_training.recipe import AdapterRecipe
-from fixclip_diffusion.evaluation import images as evaluate
+from fixclip_diffusion.evaluation import generate
+from fixclip_diffusion.evaluation.prompts import Prompt
 from fixclip_diffusion.tiny import clip_text_config, unet
 
 ROOT = Path(__file__).parents[1]
@@ -307,10 +308,10 @@ def test_an_adapter_for_windows_of_77_tokens(recipe, sd1, tmp_path, kind, mode):
     untuned = FixClipStableDiffusionPipeline.from_pretrained(sd1, long_prompt=mode)
     wanted, plain = picture_in_training(pipe), picture_in_training(untuned)
     assert not np.array_equal(wanted, plain)
-    drawing = evaluate.Drawing(steps=2, size=16)
+    drawing = generate.Drawing(steps=2, size=16)
     for options, expected in ((f"adapter={adapter},", wanted), ("", plain)):
-        system = evaluate.parse_system(f"windows:{options}long_prompt={mode}")
-        drawn = evaluate.Painter(str(sd1)).draw(system, [evaluate.Prompt(PROMPT)], drawing)[0][0]
+        system = generate.parse_system(f"windows:{options}long_prompt={mode}")
+        drawn = generate.Painter(str(sd1)).draw(system, [Prompt(PROMPT)], drawing)[0][0]
         assert np.array_equal(np.asarray(drawn), expected)
     # A run's sheets are drawn in windows too.
     stock = picture_in_training(StableDiffusionPipeline.from_pretrained(sd1, safety_checker=None))

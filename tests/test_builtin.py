@@ -28,7 +28,7 @@ from fixclip_diffusion import (
 )
 from fixclip_diffusion.adapter_training import trainer as train
 from fixclip_diffusion.adapter_training.features import write_attention_out
-from fixclip_diffusion.evaluation.images import Drawing, System
+from fixclip_diffusion.evaluation.generate import Drawing, System
 
 # What the embedded weights must reach: objects right, of the nine of the demo's second prompt.
 RIGHT_AT_LEAST = {"+ LoRA": 5, "overlap + adapter": 8}

@@ -22,8 +22,9 @@ from fixclip_core.evaluation.retrieval import load_encoder
 from fixclip_core.scenes import world as scenes
 from fixclip_diffusion import FixClipStableDiffusionPipeline, FixClipTokenizer, TextAdapter
 from fixclip_diffusion.adapter_training import trainer as train
-from fixclip_diffusion.evaluation import images as evaluation
-from fixclip_diffusion.evaluation.images import Drawing, Prompt, System
+from fixclip_diffusion.evaluation import generate, judges, report, run, scores
+from fixclip_diffusion.evaluation.generate import Drawing, System
+from fixclip_diffusion.evaluation.prompts import Prompt, read_prompts, sentences
 
 LONG, SHORT = tiny_adapter.caption(3), "A red horse stands. A blue boat."
 
@@ -61,7 +62,7 @@ def scorer(tmp_path_factory):
 
 def test_sentences_are_placed_by_what_a_stock_encoder_reads(tokenizer):
     text = tiny.sentences(28)
-    found = evaluation.sentences(text, tokenizer)
+    found = sentences(text, tokenizer)
     assert " ".join(s.text for s in found) == text
     assert [s.zone for s in found] == sorted((s.zone for s in found), key=["before", "across", "after", "past"].index)
     end = 1
@@ -74,18 +75,18 @@ def test_sentences_are_placed_by_what_a_stock_encoder_reads(tokenizer):
 
 def test_prompt_files(tmp_path):
     (tmp_path / "plain.txt").write_text("A horse.\n\n  A boat. \n")
-    assert [p.text for p in evaluation.read_prompts(str(tmp_path / "plain.txt"))] == ["A horse.", "A boat."]
+    assert [p.text for p in read_prompts(str(tmp_path / "plain.txt"))] == ["A horse.", "A boat."]
     (tmp_path / "rows.jsonl").write_text('{"prompt": "A horse.\\nA boat."}\n')
-    assert evaluation.read_prompts(str(tmp_path / "rows.jsonl")) == [Prompt("A horse.\nA boat.")]
-    drawn = evaluation.read_prompts("scenes:3")
+    assert read_prompts(str(tmp_path / "rows.jsonl")) == [Prompt("A horse.\nA boat.")]
+    drawn = read_prompts("scenes:3")
     assert len({p.text for p in drawn}) == 3
     assert all(len(p.scene.objects) == 9 for p in drawn)
     (tmp_path / "scenes.txt").write_text("\n".join(p.text for p in drawn))
-    again = evaluation.read_prompts(str(tmp_path / "scenes.txt"))
+    again = read_prompts(str(tmp_path / "scenes.txt"))
     assert [{(o.place, o.shape, o.colour) for o in p.scene.objects} for p in again] == [
         {(o.place, o.shape, o.colour) for o in p.scene.objects} for p in drawn
     ]
-    assert evaluation.read_prompts(str(tmp_path / "scenes.txt"), check_scenes=False)[0].scene is None
+    assert read_prompts(str(tmp_path / "scenes.txt"), check_scenes=False)[0].scene is None
 
 
 @pytest.mark.parametrize(
@@ -107,32 +108,32 @@ def test_bad_prompt_files_are_named(tmp_path, name, content, check, message):
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
-        evaluation.read_prompts(str(tmp_path / name), check)
+        read_prompts(str(tmp_path / name), check)
 
 
 def test_systems_of_the_command_line():
-    assert evaluation.parse_system("a+b:adapter=X/y,long_prompt=truncate") == System(
+    assert generate.parse_system("a+b:adapter=X/y,long_prompt=truncate") == System(
         "a+b", adapter="X/y", long_prompt="truncate"
     )
-    names = [s.name for s in evaluation.default_systems("E", "A", "L")]
+    names = [s.name for s in generate.default_systems("E", "A", "L")]
     assert names == ["stock", "windows", "untuned", "adapted", "adapted+lora"]
-    assert evaluation.default_systems(None, None, None)[0] == System("stock", long_prompt="truncate_77")
+    assert generate.default_systems(None, None, None)[0] == System("stock", long_prompt="truncate_77")
     for text, message in (
         ("a:adaptor=b", "'adaptor=b' is not KEY=VALUE with one of encoder, adapter, lora, long_prompt"),
         ("a/b", "a name has letters"),
         ("a:long_prompt=cut", "valid are windows, truncate"),
     ):
         with pytest.raises(ValueError, match=message):
-            evaluation.parse_system(text)
+            generate.parse_system(text)
 
 
 # -- pictures and scores -------------------------------------------------------------------------------------
 
 
 def test_every_system_draws_what_its_pipeline_draws(sd1, parts, tmp_path):
-    systems = evaluation.default_systems(None, str(parts / "adapter"), str(parts / "lora"))
+    systems = generate.default_systems(None, str(parts / "adapter"), str(parts / "lora"))
     drawing = Drawing(steps=2, guidance_scale=5.0, size=16, seed=3, num_seeds=2)
-    report = evaluation.evaluate_images(str(sd1), [Prompt(LONG)], systems, drawing, folder=tmp_path)
+    result = run.evaluate_images(str(sd1), [Prompt(LONG)], systems, drawing, folder=tmp_path)
     stock = StableDiffusionPipeline.from_pretrained(sd1, safety_checker=None)
     ours = FixClipStableDiffusionPipeline.from_pretrained(sd1)
     adapted = FixClipStableDiffusionPipeline.from_pretrained(sd1, adapter=parts / "adapter")
@@ -154,8 +155,8 @@ def test_every_system_draws_what_its_pipeline_draws(sd1, parts, tmp_path):
             pictures.append(found.tobytes())
     assert len(set(pictures)) == len(pictures)
     assert Image.open(tmp_path / "sheet.png").width > 5 * 192
-    assert json.loads((tmp_path / "report.json").read_text()) == report
-    assert evaluation.format_table(report).startswith("nothing was scored")
+    assert json.loads((tmp_path / "report.json").read_text()) == result
+    assert report.format_table(result).startswith("nothing was scored")
 
 
 def test_batches_draw_what_single_pictures_are(sd1):
@@ -163,7 +164,7 @@ def test_batches_draw_what_single_pictures_are(sd1):
     prompts = [Prompt(text) for text in ("A cat.", LONG, "A dog.", LONG[::-1][:300], LONG + LONG, "A hat.")]
     system = System("windows", long_prompt="windows_77")
     one, several = (
-        evaluation.Painter(str(sd1)).draw(
+        generate.Painter(str(sd1)).draw(
             system, prompts, Drawing(steps=2, guidance_scale=3.0, size=16, num_seeds=2, batch_size=batch_size)
         )
         for batch_size in (1, 4)
@@ -178,10 +179,10 @@ def test_scores_are_cosines_by_sentence_and_zone(sd1, scorer, tokenizer):
     encoder = load_encoder(scorer)
     prompts = [Prompt(LONG), Prompt(SHORT)]
     drawing = Drawing(steps=1, size=16, num_seeds=2)
-    report = evaluation.evaluate_images(
+    result = run.evaluate_images(
         str(sd1), prompts, [System("stock", long_prompt="truncate_77"), System("untuned")], drawing, scorer=encoder
     )
-    pictures = evaluation.Painter(str(sd1)).draw(System("untuned"), prompts, drawing)
+    pictures = generate.Painter(str(sd1)).draw(System("untuned"), prompts, drawing)
     images = torch.stack([encoder.preprocess(picture) for picture in pictures[0]])
     with torch.no_grad():
         image = encoder.model.encode_image(images, normalize=True)
@@ -189,20 +190,20 @@ def test_scores_are_cosines_by_sentence_and_zone(sd1, scorer, tokenizer):
         def score(text):
             return (image @ encoder.model.encode_text(encoder.tokenizer([text]), normalize=True)[0]).mean().item()
 
-        own = evaluation.sentences(LONG, tokenizer)
-        result = report["prompts"][0]["systems"]["untuned"]
-        assert result["whole"] == pytest.approx(score(LONG), abs=1e-5)
-        assert result["per_sentence"] == pytest.approx([score(s.text) for s in own], abs=1e-5)
-    metrics = report["systems"]["untuned"]
-    after = [v for s, v in zip(own, result["per_sentence"], strict=True) if s.zone == "after"]
+        own = sentences(LONG, tokenizer)
+        row = result["prompts"][0]["systems"]["untuned"]
+        assert row["whole"] == pytest.approx(score(LONG), abs=1e-5)
+        assert row["per_sentence"] == pytest.approx([score(s.text) for s in own], abs=1e-5)
+    metrics = result["systems"]["untuned"]
+    after = [v for s, v in zip(own, row["per_sentence"], strict=True) if s.zone == "after"]
     assert metrics["sentence_after"] == {
         "mean": pytest.approx(sum(after) / len(after)),
         "standard_error": 0.0,
         "count": 1,
     }
     assert metrics["whole"]["count"] == metrics["sentence_before"]["count"] == 2
-    assert report["systems"]["stock"] != metrics
-    table = evaluation.format_table(report)
+    assert result["systems"]["stock"] != metrics
+    table = report.format_table(result)
     assert "sentence_after" in table
     assert f"{metrics['whole']['mean']:.4f}" in table
 
@@ -210,14 +211,14 @@ def test_scores_are_cosines_by_sentence_and_zone(sd1, scorer, tokenizer):
 def test_a_background_alone_makes_no_scene(tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("A red bicycle leaning against a white wall.\nA cat sits in front of a black wall.\n")
-    assert [prompt.scene for prompt in evaluation.read_prompts(str(file))] == [None, None]
+    assert [prompt.scene for prompt in read_prompts(str(file))] == [None, None]
     with pytest.raises(ValueError, match=r"prompts\.txt:1: no scene's caption: it names no object"):
-        evaluation.read_prompts(str(file), check_scenes=True)
+        read_prompts(str(file), check_scenes=True)
 
 
 def test_the_exact_checker_judges_scenes_by_zone(tokenizer):
     """Right pictures are right everywhere; where one object is painted over, only its zone suffers."""
-    prompt = evaluation.read_prompts("scenes:1")[0]
+    prompt = read_prompts("scenes:1")[0]
     right = scenes.render(prompt.scene)
     zones = scenes.object_zones(
         scenes.annotate_caption(prompt.text),
@@ -228,20 +229,20 @@ def test_the_exact_checker_judges_scenes_by_zone(tokenizer):
         scenes.Scene(prompt.scene.background, tuple(o for o in prompt.scene.objects if o is not spoilt))
     )
     pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in (right, wrong)]
-    verdicts = evaluation.scene_verdicts(pictures, prompt, tokenizer)
-    metrics = evaluation._metrics([([], verdicts)])
+    verdicts = judges.scene_verdicts(pictures, prompt, tokenizer)
+    metrics = scores.metrics([([], verdicts)])
     number = sum(zone == "after" for zone in zones.values())
     assert metrics["objects_right_before"]["mean"] == metrics["background_right"]["mean"] == 1
     assert metrics["objects_right_after"]["mean"] == pytest.approx(1 - 1 / (2 * number))
 
 
 def test_means_and_standard_errors():
-    assert evaluation.summarize([1.0, 2.0, 6.0]) == {
+    assert scores.summarize([1.0, 2.0, 6.0]) == {
         "mean": 3.0,
         "standard_error": pytest.approx(np.std([1, 2, 6], ddof=1) / np.sqrt(3)),
         "count": 3,
     }
-    assert evaluation.summarize([2.0])["standard_error"] == 0
+    assert scores.summarize([2.0])["standard_error"] == 0
 
 
 def test_what_cannot_be_drawn_is_named_first(sd1, parts, tmp_path):
@@ -257,22 +258,22 @@ def test_what_cannot_be_drawn_is_named_first(sd1, parts, tmp_path):
         ([System("a"), System("b", encoder=str(tmp_path))], "no config.json"),
     ):
         with pytest.raises(ValueError, match=message):
-            evaluation.evaluate_images(str(sd1), prompts, systems, drawing, folder=tmp_path / "out")
+            run.evaluate_images(str(sd1), prompts, systems, drawing, folder=tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="/proc/out: the output folder cannot be written to"):
-        evaluation.evaluate_images(str(sd1), prompts, [System("a")], drawing, folder=Path("/proc/out"))
+        run.evaluate_images(str(sd1), prompts, [System("a")], drawing, folder=Path("/proc/out"))
 
 
 # -- the command ---------------------------------------------------------------------------------------------
 
 
-def run(*arguments):
+def invoke(*arguments):
     result = CliRunner().invoke(app, ["evaluate-images", *map(str, arguments)])
     return types.SimpleNamespace(code=result.exit_code, text=" ".join(re.sub(r"[│╭╮╰╯─]", " ", result.output).split()))
 
 
 def test_command(sd1, parts, scorer, tmp_path):
-    found = run(
+    found = invoke(
         "scenes:1", "--base", sd1, "--adapter", parts / "adapter", "--scorer", scorer, "--steps", 1, "--size", 32,
         "--guidance", 3, "-o", tmp_path / "out",
     )  # fmt: skip
@@ -288,7 +289,7 @@ def test_command(sd1, parts, scorer, tmp_path):
 
 
 def test_command_names_what_is_wrong(sd1, tmp_path):
-    assert "not a readable text file" in run(tmp_path / "none.txt", "--base", sd1).text
-    assert run(tmp_path / "none.txt", "--base", sd1).code == 2
-    assert "give one number" in run("scenes:1", "--size", "16x24").text
-    assert "is not KEY=VALUE" in run("scenes:1", "--base", sd1, "--system", "a:b").text
+    assert "not a readable text file" in invoke(tmp_path / "none.txt", "--base", sd1).text
+    assert invoke(tmp_path / "none.txt", "--base", sd1).code == 2
+    assert "give one number" in invoke("scenes:1", "--size", "16x24").text
+    assert "is not KEY=VALUE" in invoke("scenes:1", "--base", sd1, "--system", "a:b").text

@@ -18,7 +18,7 @@ from fixclip_core.scenes import world as scenes
 from fixclip_core.training import loop
 from fixclip_core.training.recipe import EncoderRecipe, load_recipe
 from fixclip_diffusion.adapter_training.recipe import AdapterRecipe
-from fixclip_diffusion.evaluation.images import Prompt
+from fixclip_diffusion.evaluation.prompts import Prompt
 from fixclip_diffusion.text_encoder import FixClipTokenizer
 
 HERE = run.ROOT / run.HERE

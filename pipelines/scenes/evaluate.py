@@ -20,7 +20,9 @@ from fixclip_core.files import write_atomically
 from fixclip_core.model.config import FINE_TUNE
 from fixclip_core.model.fixclip import FixClip
 from fixclip_core.scenes import world as scenes
-from fixclip_diffusion.evaluation.images import Drawing, Painter, Prompt, System, scene_verdicts
+from fixclip_diffusion.evaluation.generate import Drawing, Painter, System
+from fixclip_diffusion.evaluation.judges import scene_verdicts
+from fixclip_diffusion.evaluation.prompts import Prompt
 from fixclip_diffusion.text_encoder import FixClipTokenizer
 
 OUT = Path("outputs/scenes")
