@@ -80,8 +80,8 @@ def pack_command(
     min_words_per_clause: MinPerClause = 2.5,
 ) -> None:
     """Pack captioned images into WebDataset shards; run it again after an interruption and it goes on."""
+    from fixclip_core.data.config import DataConfig
     from fixclip_core.data.pack import PackOptions, pack
-    from fixclip_core.data.samples import DataConfig
 
     with user_errors():
         limits = _filters(min_words, max_repeated_share, max_word_run, min_letter_share, min_words_per_clause)
@@ -110,8 +110,8 @@ def check_command(
     min_words_per_clause: MinPerClause = 2.5,
 ) -> None:
     """Count samples, damage and caption lengths, and what the filters would leave out."""
+    from fixclip_core.data.config import DataConfig
     from fixclip_core.data.pack import check_source
-    from fixclip_core.data.samples import DataConfig
 
     with user_errors():
         limits = _filters(min_words, max_repeated_share, max_word_run, min_letter_share, min_words_per_clause)
@@ -137,7 +137,7 @@ def index_command(folder: Annotated[Path, typer.Argument(help="Folder of .tar sh
     """Write index.json, which spares every training run the counting of somebody else's shards."""
     from tqdm import tqdm
 
-    from fixclip_core.data.samples import index_tar, write_index
+    from fixclip_core.data.sources.shards import index_tar, write_index
 
     with user_errors():
         shards = sorted(folder.glob("*.tar"))
@@ -256,7 +256,8 @@ def evaluate(
             raise ValueError(f"--benchmark {benchmark} needs its folder: --data FOLDER")
         import torch
 
-        from fixclip_core.data.samples import DataConfig, open_source
+        from fixclip_core.data.config import DataConfig
+        from fixclip_core.data.sources import open_source
         from fixclip_core.evaluation import retrieval as evaluation
         from fixclip_core.evaluation.benchmarks import load_benchmark
 

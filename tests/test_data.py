@@ -23,24 +23,13 @@ from PIL import Image
 from pydantic import ValidationError
 from torchvision import transforms
 
-from fixclip_core.data.samples import (
-    BadSampleError,
-    Batch,
-    DataConfig,
-    EpochOrder,
-    Loader,
-    Sample,
-    Source,
-    build_loader,
-    check_captions,
-    decode_image,
-    index_tar,
-    open_source,
-    read_manifest,
-    sample_seeds,
-    seeded,
-    write_index,
-)
+from fixclip_core.data.config import DataConfig
+from fixclip_core.data.loader import Batch, Loader, build_loader, seeded
+from fixclip_core.data.order import EpochOrder, sample_seeds
+from fixclip_core.data.samples import BadSampleError, Sample, check_captions, decode_image
+from fixclip_core.data.sources import Source, open_source
+from fixclip_core.data.sources.manifest import read_manifest
+from fixclip_core.data.sources.shards import index_tar, write_index
 
 TOKENIZER = open_clip.tokenizer.SimpleTokenizer(context_length=32)
 

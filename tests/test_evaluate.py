@@ -13,7 +13,8 @@ from tiny_clips import full_vocabulary_clip, tiny_transformers_clip
 from typer.testing import CliRunner
 
 from fixclip_cli.core import app
-from fixclip_core.data.samples import DataConfig, open_source
+from fixclip_core.data.config import DataConfig
+from fixclip_core.data.sources import open_source
 from fixclip_core.evaluation.benchmarks import Benchmark
 from fixclip_core.evaluation.retrieval import (
     BenchmarkItems,

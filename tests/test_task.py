@@ -4,7 +4,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from fixclip_core.data.samples import Batch
+from fixclip_core.data.loader import Batch
 from fixclip_core.model.config import FINE_TUNE, LONG_CLIP, FixClipConfig
 from fixclip_core.model.fixclip import FixClip
 from fixclip_core.training.encoder.losses import contrastive_loss, pca_reconstruction

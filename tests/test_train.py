@@ -22,7 +22,7 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from fixclip_core.data.samples import DataConfig
+from fixclip_core.data.config import DataConfig
 from fixclip_core.evaluation.retrieval import retrieval_metrics
 from fixclip_core.model.config import FixClipConfig
 from fixclip_core.model.fixclip import FixClip

@@ -26,18 +26,11 @@ from tqdm import tqdm
 from webdataset.writer import TarWriter
 
 from fixclip_core.data.captions import CaptionFilters, rejection
-from fixclip_core.data.samples import (
-    BadSampleError,
-    DataConfig,
-    Sample,
-    Skipped,
-    Source,
-    check_captions,
-    decode_image,
-    open_source,
-    sample_range,
-    write_index,
-)
+from fixclip_core.data.config import DataConfig
+from fixclip_core.data.order import sample_range
+from fixclip_core.data.samples import BadSampleError, Sample, Skipped, check_captions, decode_image
+from fixclip_core.data.sources import Source, open_source
+from fixclip_core.data.sources.shards import write_index
 from fixclip_core.files import write_atomically
 
 # Stored as they are; anything else becomes a PNG.

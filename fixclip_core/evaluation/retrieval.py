@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from fixclip_core.data.samples import BadSampleError, Sample, Skipped, Source, check_captions, decode_image
+from fixclip_core.data.samples import BadSampleError, Sample, Skipped, check_captions, decode_image
+from fixclip_core.data.sources import Source
 from fixclip_core.evaluation.benchmarks import Benchmark
 
 # Cosines closer than this are one score: float32 matrix products of other block sizes differ by less.

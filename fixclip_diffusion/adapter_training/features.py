@@ -29,17 +29,11 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from fixclip_core.data.samples import (
-    BadSampleError,
-    Batch,
-    Batches,
-    DataConfig,
-    LoadedSample,
-    Skipped,
-    Source,
-    sample_range,
-    sample_seeds,
-)
+from fixclip_core.data.config import DataConfig
+from fixclip_core.data.loader import Batch, Batches, LoadedSample
+from fixclip_core.data.order import sample_range, sample_seeds
+from fixclip_core.data.samples import BadSampleError, Skipped
+from fixclip_core.data.sources import Source
 from fixclip_core.files import write_atomically
 from fixclip_diffusion.adapter_training.objectives import Features
 from fixclip_diffusion.adapter_training.recipe import AdapterRecipe, FeaturesSection, ObjectivesSection

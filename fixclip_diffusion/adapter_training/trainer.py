@@ -30,7 +30,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from fixclip_core.data.samples import BadSampleError, Batch, Batches, DataConfig, Loader, describe_skipped, open_source
+from fixclip_core.data.config import DataConfig
+from fixclip_core.data.loader import Batch, Batches, Loader
+from fixclip_core.data.samples import BadSampleError, describe_skipped
+from fixclip_core.data.sources import open_source
 from fixclip_core.files import write_atomically
 from fixclip_core.scenes.world import sheet
 from fixclip_core.training.checkpoint import check_folder, list_checkpoints, training_state_bytes

@@ -22,7 +22,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from fixclip_core.data.samples import Batch, DataConfig, Loader, build_loader, describe_skipped
+from fixclip_core.data.config import DataConfig
+from fixclip_core.data.loader import Batch, Loader, build_loader
+from fixclip_core.data.samples import describe_skipped
 from fixclip_core.evaluation.retrieval import retrieval_metrics
 from fixclip_core.model.config import FINE_TUNE, LONG_CLIP
 from fixclip_core.model.fixclip import MAX_LOG_SCALE, FixClip

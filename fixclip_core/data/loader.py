@@ -1,0 +1,281 @@
+"""Captioned images -> batches, the same ones for every number of workers, and from any point of an epoch.
+
+Every source can read any sample by its number, so order, ranks, workers and resuming are arithmetic on numbers:
+batch `n` of epoch `e` is a function of (config, e, n) alone. Shards stay cheap to read because only a few of them
+are shuffled together; remote ones are fetched whole, once, into a cache.
+
+Shape letters: B samples of this rank, C channels, H height, W width, T tokens.
+"""
+
+import logging
+import os
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from fixclip_core.data.captions import caption_pair
+from fixclip_core.data.config import DataConfig
+from fixclip_core.data.order import EpochOrder, sample_seeds
+from fixclip_core.data.samples import (
+    FILTER_REASONS,
+    BadSampleError,
+    Sample,
+    Skipped,
+    check_captions,
+    decode_image,
+    describe_skipped,
+)
+from fixclip_core.data.sources import Source, open_source
+
+logger = logging.getLogger(__name__)
+
+_MAX_REPLACEMENTS = 64
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's part of a global batch.
+
+    Attributes:
+        image: (B, C, H, W) float, as the transform gives it.
+        long_ids, short_ids: (B, T) int64.
+        seeds: (B,) int64, one per sample, for the model's masks.
+        keys: B names for reports.
+        skipped: samples that were to stand here and could not; others were taken in their place.
+    """
+
+    image: Tensor
+    long_ids: Tensor
+    short_ids: Tensor
+    seeds: Tensor
+    keys: list[str]
+    skipped: list[Skipped] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Batch":
+        """Called by torch's DataLoader."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        image, long_ids, short_ids = function(self.image), function(self.long_ids), function(self.short_ids)
+        return Batch(image, long_ids, short_ids, function(self.seeds), self.keys, self.skipped)
+
+
+# image, long caption, short caption, mask seed, key
+LoadedSample = tuple[Tensor, str, str, int, str]
+
+
+class Batches(Dataset):
+    """Item (epoch, number) is a batch; nothing else decides what it holds."""
+
+    def __init__(
+        self,
+        source: Source,
+        config: DataConfig,
+        transform: Callable[[Image.Image], Tensor],
+        tokenizer: Callable[[list[str]], Tensor],
+        rank: int,
+        world_size: int,
+        draft_size: int | None,
+    ) -> None:
+        self.source, self.config, self.transform, self.tokenizer = source, config, transform, tokenizer
+        self.rank, self.world_size, self.draft_size = rank, world_size, draft_size
+        self.order = EpochOrder(source.sizes, config)
+        self.short_captions, self.filters = config.short_captions(), config.caption_filters()
+        if config.last_batch == "keep" and world_size > 1:
+            raise ValueError("last_batch='keep' needs a single rank, as ranks must agree in size: drop or wrap")
+        if not len(self):
+            raise ValueError(
+                f"{len(self.order)} samples do not fill one batch of {config.batch_size} on {world_size} rank(s): "
+                "use a smaller batch size (in a recipe train.batch_size), or more samples"
+            )
+
+    def __len__(self) -> int:
+        """Batches in an epoch, the same for every rank."""
+        whole, rest = divmod(len(self.order), self.config.batch_size * self.world_size)
+        return whole if self.config.last_batch == "drop" else whole + bool(rest)
+
+    def positions(self, number: int) -> tuple[list[int], range]:
+        """The epoch's positions that form a batch, and the range of positions that no replacement may come from.
+
+        Ranks share each global batch, so that what is trained on does not depend on their number. Where shards
+        are remote, each rank has its own part of the epoch instead, so that each node fetches its own shards.
+        """
+        size = self.config.batch_size
+        if self.source.remote:
+            begin = (self.rank * len(self) + number) * size
+            taken = range(begin, begin + size)
+        else:
+            begin = (number * self.world_size + self.rank) * size
+            taken = range(begin - self.rank * size, begin + (self.world_size - self.rank) * size)
+        positions = range(begin, begin + size)
+        if self.config.last_batch == "keep":
+            return list(positions)[: len(self.order) - begin], taken
+        return [position % len(self.order) for position in positions], taken
+
+    def __getitem__(self, item: tuple[int, int]) -> Batch | list[Skipped]:
+        """The batch, or what was tried in vain to fill it: an error raised here would reach the user garbled."""
+        epoch, number = item
+        skipped: list[Skipped] = []
+        positions, taken = self.positions(number)
+        loaded = [self._usable_sample(epoch, position, taken, skipped) for position in positions]
+        samples = [sample for sample in loaded if sample is not None]
+        if len(samples) < len(loaded):
+            return skipped
+        images, longs, shorts, seeds, keys = map(list, zip(*samples, strict=True))
+        ids_BT = self.tokenizer(longs + shorts)
+        return Batch(
+            image=torch.stack(images),
+            long_ids=ids_BT[: len(longs)],
+            short_ids=ids_BT[len(longs) :],
+            seeds=torch.tensor(seeds, dtype=torch.int64),
+            keys=keys,
+            skipped=skipped,
+        )
+
+    def _usable_sample(self, epoch: int, position: int, taken: range, skipped: list[Skipped]) -> LoadedSample | None:
+        """The sample at a position, or another in its place: a batch keeps its size whatever happens."""
+        for attempt in range(_MAX_REPLACEMENTS):
+            index = self.order.index(epoch, position)
+            if attempt:
+                index = self.order.index(epoch, self.order.replacement(epoch, position, attempt, taken))
+            try:
+                return self.load(epoch, index)
+            except BadSampleError as error:
+                skipped.append(replace(error.skipped, index=index))
+        return None
+
+    def load(self, epoch: int, index: int) -> LoadedSample:
+        """Sample number `index` as it is in an epoch; raises BadSampleError if it cannot be used."""
+        sample, long, short = self.captions(epoch, index)
+        picture = decode_image(sample, self.draft_size)
+        _, augmentation_seed, mask_seed = sample_seeds(self.config.seed, epoch, index)
+        with seeded(augmentation_seed):
+            return self.transform(picture), long, short, mask_seed, sample.key
+
+    def captions(self, epoch: int, index: int) -> tuple[Sample, str, str]:
+        """The sample, its picture not yet decoded, and its long and short captions; raises BadSampleError."""
+        sample = self.source.read(index)
+        long, short = check_captions(sample, self.filters)
+        if self.short_captions.policy == "given" and not short:
+            raise BadSampleError("no_short_caption", sample.file, sample.key)
+        caption_seed, _, _ = sample_seeds(self.config.seed, epoch, index)
+        return sample, *caption_pair(long, short, self.short_captions, random.Random(caption_seed))
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the global CPU generators that image transforms draw from, and put them back afterwards."""
+    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs too
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
+        torch.set_rng_state(torch_state)
+
+
+class Loader:
+    """Epochs of batches for one rank; see `build_loader`.
+
+    Attributes:
+        skipped: every sample that could not be used so far, by its number.
+    """
+
+    def __init__(self, batches: Batches, pin_memory: bool) -> None:
+        self.batches, self.config, self.pin_memory = batches, batches.config, pin_memory
+        self.skipped: dict[int, Skipped] = {}
+        self.seen = 0
+
+    def __len__(self) -> int:
+        """Batches in an epoch, the same for every rank."""
+        return len(self.batches)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Batches `start`.. of an epoch; starting late costs nothing and gives the batches it would have given.
+
+        Raises:
+            ValueError: `start` is beyond the epoch, or more than `max_bad_share` of the samples are bad.
+        """
+        if not 0 <= start <= len(self):
+            raise ValueError(f"start={start}: an epoch has {len(self)} batches")
+        # More workers than cores only get in each other's way; batches do not depend on their number.
+        workers = min(self.config.workers, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 64)
+        loader = DataLoader(
+            self.batches,
+            batch_size=None,
+            sampler=[(epoch, number) for number in range(start, len(self))],
+            num_workers=workers,
+            pin_memory=self.pin_memory,
+            generator=torch.Generator().manual_seed(self.config.seed),  # leaves the global one alone
+        )
+        for batch in loader:
+            self._account(batch)
+            yield batch
+
+    def _account(self, batch: Batch | list[Skipped]) -> None:
+        skipped = batch if isinstance(batch, list) else batch.skipped
+        for sample in skipped:
+            if sample.index not in self.skipped and sample.reason not in self.counts():
+                logger.warning("first %s: %s: %s %s", sample.reason, sample.file, sample.key, sample.detail)
+            self.skipped[sample.index] = sample
+        self.seen += len(batch) if isinstance(batch, Batch) else 0
+        bad = [sample for sample in self.skipped.values() if sample.reason not in FILTER_REASONS]
+        looked_at = min(max(self.seen, 1000), len(self.batches.order))
+        if len(bad) > self.config.max_bad_share * looked_at:
+            raise ValueError(
+                f"{len(bad)} samples of {self.config.source} cannot be used, more than max_bad_share="
+                f"{self.config.max_bad_share:g} of {looked_at}: {describe_skipped(bad)}"
+            )
+        if isinstance(batch, list):
+            raise ValueError(f"no usable sample among {len(batch)} of {self.config.source}: {describe_skipped(batch)}")
+
+    def counts(self) -> dict[str, int]:
+        """How many samples were skipped, by reason."""
+        return dict(Counter(sample.reason for sample in self.skipped.values()))
+
+
+def build_loader(
+    config: DataConfig,
+    *,
+    transform: Callable[[Image.Image], Tensor],
+    tokenizer: Callable[[list[str]], Tensor],
+    rank: int = 0,
+    world_size: int = 1,
+    image_size: int | None = None,
+    pin_memory: bool = False,
+) -> Loader:
+    """A deterministic, resumable loader of one rank's batches.
+
+    Args:
+        config: what to load.
+        transform: RGB picture -> float (C, H, W), e.g. `FixClip.preprocess(train=True)`. Its randomness is seeded
+            per sample.
+        tokenizer: list of B texts -> (B, T) ids, e.g. `FixClip.tokenizer()`.
+        rank, world_size: this process among those that train together.
+        image_size: the model's; lets large JPEGs be decoded at a fraction of their size (`DataConfig.draft`).
+        pin_memory: copy batches to page-locked memory, for a GPU.
+
+    Raises:
+        ValueError: the source cannot be opened, or does not fill one batch.
+    """
+    draft_size = 2 * image_size if config.draft and image_size else None
+    source = open_source(config)
+    batches = Batches(source, config, transform, tokenizer, rank, world_size, draft_size)
+    return Loader(batches, pin_memory)
