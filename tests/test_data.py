@@ -531,7 +531,7 @@ def test_empty_folder_and_bounds(tmp_path, manifest):
         ({"batch_size": 0}, "batch_size"),
         ({"start": 5, "stop": 5}, "stop=5: it must be larger than start=5"),
         ({"short_caption": "last"}, "random_sentences"),
-        ({"min_letter_share": 2.0}, "min_letter_share=2"),
+        ({"min_letter_share": 2.0}, "min_letter_share"),
         ({"max_bad_share": float("nan")}, "max_bad_share"),
     ],
 )

@@ -1,72 +1,81 @@
-"""What to train on and in which order."""
+"""What to train on and in which order: the sections `data` and `captions` of a recipe, and what a loader needs."""
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from fixclip_core.data.captions import CaptionFilters, ShortCaptions, ShortPolicy
+from fixclip_core.section import Section
 
 
-class DataConfig(BaseModel):
-    """What to train on and in which order.
+class SourceSection(Section):
+    """Captioned images and the part of them to use; paths are relative to the working directory.
 
-    Attributes:
-        source: shards (`data/shard-{000..099}.tar`, a folder of them, http(s)://, s3://, any `pipe:`; several
-            joined by `::`), a manifest (.jsonl, .csv, .tsv), ShareGPT4V's .json, a folder of image + txt, or
-            `scenes`.
-        image_root: what a manifest's image paths are relative to; its own folder by default.
-        start, stop: use samples start..stop-1 only; `stop` is the size of `scenes`.
-        batch_size: samples per rank.
-        workers: loading processes per rank, 0 for none. Batches do not depend on it.
-        seed: of order, short captions, augmentation and image masks.
-        shuffle: draw a new order for every epoch.
-        shuffle_shards: how many shards are shuffled together; more mix better and read less locally.
-        last_batch: `drop` the samples that do not fill a batch on every rank (others in every epoch), `wrap` to
-            fill it up from the start of the epoch, or `keep` it smaller (one rank only).
-        max_bad_share: training stops once more than this share of the samples could not be used.
-        cache_dir, cache_gb: where remote shards are kept and how much of them.
-        draft: let JPEGs be decoded at a fraction of their size where that is still twice the model's.
-        short_caption, max_short_sentences, drop_short_from_long: see `captions.ShortCaptions`.
-        filter_captions and the limits after it: see `captions.CaptionFilters`.
+    `source` is shards (`data/shard-{000..099}.tar`, a folder of them, http(s)://, s3://, any `pipe:`; several joined
+    by `::`), a manifest (.jsonl, .csv, .tsv), ShareGPT4V's .json, a folder of image + txt, or `scenes`.
     """
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True, allow_inf_nan=False)
+    source: str = Field(min_length=1, description="shards, manifest, ShareGPT4V's JSON, a folder, or scenes")
+    image_root: str | None = Field(default=None, description="what a manifest's image paths are relative to")
+    start: int = Field(default=0, ge=0, description="first sample")
+    stop: int | None = Field(default=None, ge=1, description="sample after the last; the number of `scenes`")
 
-    source: str
-    image_root: str | None = None
-    start: int = Field(default=0, ge=0)
-    stop: int | None = Field(default=None, ge=1)
-    batch_size: int = Field(default=256, ge=1)
-    workers: int = Field(default=4, ge=0)
-    seed: int = Field(default=0, ge=0)
-    shuffle: bool = True
-    shuffle_shards: int = Field(default=16, ge=1)
-    last_batch: Literal["drop", "wrap", "keep"] = "drop"
-    max_bad_share: float = Field(default=0.01, ge=0, le=1)
-    cache_dir: str = "~/.cache/fixclip/shards"
-    cache_gb: float = Field(default=200.0, gt=0)
-    draft: bool = True
-    short_caption: ShortPolicy = "first_sentence"
+    @model_validator(mode="after")
+    def _check_part(self) -> "SourceSection":
+        if self.stop is not None and self.stop <= self.start:
+            raise ValueError(f"stop={self.stop}: it must be larger than start={self.start}")
+        return self
+
+
+class DataSection(SourceSection):
+    """Captioned images and how they are read."""
+
+    workers: int = Field(
+        default=4, ge=0, description="loading processes of each training process; batches do not depend on it"
+    )
+    shuffle_shards: int = Field(
+        default=16, ge=1, description="shards that are shuffled together; more mix better and read less locally"
+    )
+    max_bad_share: float = Field(default=0.01, ge=0, le=1, description="stop once more of the samples are unusable")
+    cache_dir: str = Field(default="~/.cache/fixclip/shards", description="where remote shards are kept")
+    cache_gb: float = Field(default=200.0, gt=0, description="how much of remote shards is kept")
+    draft: bool = Field(
+        default=True, description="decode JPEGs at a fraction of their size where that is still twice the model's"
+    )
+
+
+class CaptionsSection(Section):
+    """Where the short caption comes from, and which long ones are not worth learning from.
+
+    See `captions.ShortCaptions` and `captions.CaptionFilters` for what each field does.
+    """
+
+    short_caption: ShortPolicy = "random_sentences"
     max_short_sentences: int = Field(default=3, ge=1)
     drop_short_from_long: bool = False
     filter_captions: bool = False
-    min_words: int | None = CaptionFilters.min_words
-    max_repeated_share: float | None = CaptionFilters.max_repeated_share
-    max_word_run: int | None = CaptionFilters.max_word_run
-    min_letter_share: float | None = CaptionFilters.min_letter_share
-    min_words_per_clause: float | None = CaptionFilters.min_words_per_clause
-
-    @model_validator(mode="after")
-    def _check(self) -> "DataConfig":
-        if self.stop is not None and self.stop <= self.start:
-            raise ValueError(f"stop={self.stop}: it must be larger than start={self.start}")
-        self.caption_filters()
-        return self
+    min_words: int | None = Field(default=CaptionFilters.min_words, ge=1)
+    max_repeated_share: float | None = Field(default=CaptionFilters.max_repeated_share, ge=0, le=1)
+    max_word_run: int | None = Field(default=CaptionFilters.max_word_run, ge=1)
+    min_letter_share: float | None = Field(default=CaptionFilters.min_letter_share, ge=0, le=1)
+    min_words_per_clause: float | None = Field(default=CaptionFilters.min_words_per_clause, gt=0)
 
     def short_captions(self) -> ShortCaptions:
         return ShortCaptions(self.short_caption, self.max_short_sentences, self.drop_short_from_long)
 
     def caption_filters(self) -> CaptionFilters | None:
         limits = {name: getattr(self, name) for name in CaptionFilters.__dataclass_fields__}
-        filters = CaptionFilters(**limits)
-        return filters if self.filter_captions else None
+        return CaptionFilters(**limits) if self.filter_captions else None
+
+
+class DataConfig(DataSection, CaptionsSection):
+    """Everything a loader needs: both sections of a recipe, and the order of samples.
+
+    `last_batch` says what becomes of the samples that do not fill a batch on every rank: `drop` them (others in every
+    epoch), `wrap`: fill the batch up from the start of the epoch, or `keep` it smaller (one rank only).
+    """
+
+    batch_size: int = Field(default=256, ge=1, description="samples per rank")
+    seed: int = Field(default=0, ge=0, description="of order, short captions, augmentation and image masks")
+    shuffle: bool = Field(default=True, description="draw a new order for every epoch")
+    last_batch: Literal["drop", "wrap", "keep"] = "drop"

@@ -11,20 +11,15 @@ from typing import Any, Literal, TypeVar, get_args
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from fixclip_core.data.captions import CaptionFilters, ShortPolicy
+from fixclip_core.data.config import CaptionsSection, DataSection, SourceSection
 from fixclip_core.model.config import HierarchyBranch, Masking, PromptFlow, ShortBranch
+from fixclip_core.section import Section
 
 RecipeT = TypeVar("RecipeT", bound=BaseModel)
 Location = tuple[str | int, ...]
-
-
-class Section(BaseModel):
-    """A part of a recipe: unknown keys, wrong types and NaN are errors, and it cannot change once read."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 # -- the loader: any pydantic model -------------------------------------------------------------------------
@@ -258,42 +253,12 @@ class TrainSection(RunSection):
     )
 
 
-class DataSection(Section):
-    """Captioned images; paths are relative to the working directory. See `data.DataConfig`."""
-
-    source: str = Field(min_length=1, description="shards, manifest, ShareGPT4V's JSON, a folder, or scenes")
-    image_root: str | None = Field(default=None, description="what a manifest's image paths are relative to")
-    start: int = Field(default=0, ge=0, description="first sample")
-    stop: int | None = Field(default=None, ge=1, description="sample after the last")
-    workers: int = Field(default=4, ge=0, description="loading processes of each training process")
-    shuffle_shards: int = Field(default=16, ge=1, description="shards that are shuffled together")
-    max_bad_share: float = Field(default=0.01, ge=0, le=1, description="stop once more of the samples are unusable")
-    cache_dir: str = Field(default="~/.cache/fixclip/shards", description="where remote shards are kept")
-    cache_gb: float = Field(default=200.0, gt=0)
-    draft: bool = Field(default=True, description="decode large JPEGs at a fraction of their size")
-
-
-class CaptionsSection(Section):
-    """Where the short caption comes from, and which long ones are not worth learning from. See `captions`."""
-
-    short_caption: ShortPolicy = "random_sentences"
-    max_short_sentences: int = Field(default=3, ge=1)
-    drop_short_from_long: bool = False
-    filter_captions: bool = False
-    min_words: int | None = Field(default=CaptionFilters.min_words, ge=1)
-    max_repeated_share: float | None = Field(default=CaptionFilters.max_repeated_share, ge=0, le=1)
-    max_word_run: int | None = Field(default=CaptionFilters.max_word_run, ge=1)
-    min_letter_share: float | None = Field(default=CaptionFilters.min_letter_share, ge=0, le=1)
-    min_words_per_clause: float | None = Field(default=CaptionFilters.min_words_per_clause, gt=0)
-
-
-class EvalSection(Section):
+class EvalSection(SourceSection):
     """Retrieval on held-out pairs during training; the mean of both R@1 chooses the best model."""
 
-    source: str | None = Field(default=None, min_length=1, description="as data.source; null: no evaluation")
-    image_root: str | None = None
-    start: int = Field(default=0, ge=0)
-    stop: int | None = Field(default=None, ge=1)
+    source: str | None = Field(  # type: ignore[assignment]
+        default=None, min_length=1, description="as data.source; null: no evaluation"
+    )
     every: int = Field(default=1000, ge=1, description="steps between two evaluations; the last step always has one")
     batch_size: int = Field(default=64, ge=1, description="samples a pass in each process")
 

@@ -4,7 +4,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from fixclip_core.training.recipe import CaptionsSection, DataSection, OptimSection, OutputSection, RunSection, Section
+from fixclip_core.data.config import CaptionsSection, DataSection
+from fixclip_core.section import Section
+from fixclip_core.training.recipe import OptimSection, OutputSection, RunSection
 
 
 class BaseSection(Section):
