@@ -15,7 +15,9 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from fixclip_cli.main import app, label_row, output_files, parse_size
+from fixclip_cli.app import parse_size
+from fixclip_cli.main import app
+from fixclip_cli.pictures import label_row, output_files
 from fixclip_diffusion import FixClipStableDiffusionPipeline, FixClipTextEncoder, TextAdapter
 
 LONG = tiny.sentences(14)

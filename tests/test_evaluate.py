@@ -12,7 +12,7 @@ from PIL import Image
 from tiny_clips import full_vocabulary_clip, tiny_transformers_clip
 from typer.testing import CliRunner
 
-from fixclip_cli.core import app
+from fixclip_cli.main import app
 from fixclip_core.data.config import DataConfig
 from fixclip_core.data.sources import open_source
 from fixclip_core.evaluation.benchmarks import Benchmark

@@ -19,7 +19,7 @@ from PIL import Image
 from test_data import caption, loader, picture, write_bad_manifest, write_manifest
 from typer.testing import CliRunner
 
-from fixclip_cli.core import app
+from fixclip_cli.main import app
 from fixclip_core.data.captions import CaptionFilters
 from fixclip_core.data.config import DataConfig
 from fixclip_core.data.pack import PackOptions, check_source, pack
@@ -81,7 +81,7 @@ def test_every_bad_sample_is_reported_and_the_rest_packed(tmp_path):
     assert sum(len(batch) for batch in part.epoch(0)) == 20
 
 
-PACK = "import sys; from fixclip_cli.core import app; app(sys.argv[1:])"
+PACK = "import sys; from fixclip_cli.main import app; app(sys.argv[1:])"
 
 
 @pytest.mark.parametrize(("workers", "blows"), [(1, (4,)), (2, (2, 7))])

@@ -14,7 +14,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from fixclip_cli.main import default_size
+from fixclip_cli.generate import default_size
 from fixclip_core.scenes.world import long_caption, sample_scene
 from fixclip_diffusion import FixClipStableDiffusionPipeline, FixClipTextEncoder, TextAdapter, builtin
 from fixclip_diffusion.attention_maps import record_sentences

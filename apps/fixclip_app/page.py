@@ -11,7 +11,7 @@ from typing import Any
 
 import gradio as gr
 
-from fixclip_cli.main import save_png
+from fixclip_cli.pictures import save_png
 
 from .jobs import Event, Limits, Picture, Progress, Settings, check_settings, compare, generate, run, settings_from_link
 from .model import DevicePool

@@ -1,0 +1,129 @@
+"""`fixclip data`: pack, check and index captioned images."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from fixclip_cli.app import Commands, ImageRoot, Start, Stop, app
+
+if TYPE_CHECKING:
+    from fixclip_core.data.captions import CaptionFilters
+    from fixclip_core.data.samples import Skipped
+
+data_app = typer.Typer(cls=Commands, help="Prepare captioned images.")
+app.add_typer(data_app, name="data")
+
+SourceArgument = Annotated[
+    str, typer.Argument(help="Manifest (.jsonl, .csv, .tsv), ShareGPT4V .json, folder of image + txt, or shards.")
+]
+MinWords = Annotated[int, typer.Option(help="Fewest words of a caption; 0 switches the filter off.")]
+MaxRepeated = Annotated[float, typer.Option(help="Largest share of repeated word triples; 1 is off.")]
+MaxRun = Annotated[int, typer.Option(help="Most times in a row that a word may occur; 0 is off.")]
+MinLetters = Annotated[float, typer.Option(help="Smallest share of letters in a caption; 0 is off.")]
+MinPerClause = Annotated[float, typer.Option(help="Fewest words between punctuation marks on average; 0 is off.")]
+
+
+def _filters(words: int, repeated: float, run: int, letters: float, per_clause: float) -> "CaptionFilters":
+    from fixclip_core.data.captions import CaptionFilters
+
+    return CaptionFilters(words or None, repeated, run or None, letters, per_clause or None)
+
+
+def _print_skipped(counts: dict[str, int], skipped: "Iterable[Skipped]") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    examples = {sample.reason: sample for sample in reversed(list(skipped))}
+    table = Table("reason", "samples", "for example: file", "key")
+    for reason, count in counts.items():
+        table.add_row(reason, f"{count:,}", examples[reason].file, examples[reason].key)
+    Console().print(table if counts else "nothing skipped")
+
+
+@data_app.command("pack")
+def pack_command(
+    source: SourceArgument,
+    out: Annotated[Path, typer.Argument(help="Folder for the shards.")],
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+    shard_size: Annotated[int, typer.Option(min=1, help="Samples per shard.")] = 1000,
+    resize: Annotated[int | None, typer.Option(min=1, help="Reduce larger images to this many pixels.")] = None,
+    side: Annotated[
+        Literal["shortest", "longest"], typer.Option(help="The side that --resize speaks of.")
+    ] = "shortest",
+    image_root: ImageRoot = None,
+    start: Start = 0,
+    stop: Stop = None,
+    filter: Annotated[bool, typer.Option(help="Leave out captions past the limits below.")] = True,
+    min_words: MinWords = 8,
+    max_repeated_share: MaxRepeated = 0.4,
+    max_word_run: MaxRun = 3,
+    min_letter_share: MinLetters = 0.6,
+    min_words_per_clause: MinPerClause = 2.5,
+) -> None:
+    """Pack captioned images into WebDataset shards; run it again after an interruption and it goes on."""
+    from fixclip_core.data.config import DataConfig
+    from fixclip_core.data.pack import PackOptions, pack
+
+    limits = _filters(min_words, max_repeated_share, max_word_run, min_letter_share, min_words_per_clause)
+    options = PackOptions(shard_size, resize, side, limits if filter else None)
+    config = DataConfig(source=source, image_root=image_root, start=start, stop=stop)
+    report = pack(config, out, options, workers)
+    _print_skipped(report.counts(), report.skipped)
+    typer.echo(f"{report.written:,} of {report.samples:,} samples packed; {out / 'report.json'} lists the others")
+    if not report.written:
+        raise ValueError(f"{source}: not a single sample could be packed")
+
+
+@data_app.command("check")
+def check_command(
+    source: SourceArgument,
+    limit: Annotated[int, typer.Option(min=0, help="Look at this many samples, evenly spread; 0 for all.")] = 10_000,
+    decode: Annotated[bool, typer.Option(help="Decode the images, to find damaged ones.")] = True,
+    examples: Annotated[int, typer.Option(min=0, help="Captions to print.")] = 3,
+    image_root: ImageRoot = None,
+    start: Start = 0,
+    stop: Stop = None,
+    min_words: MinWords = 8,
+    max_repeated_share: MaxRepeated = 0.4,
+    max_word_run: MaxRun = 3,
+    min_letter_share: MinLetters = 0.6,
+    min_words_per_clause: MinPerClause = 2.5,
+) -> None:
+    """Count samples, damage and caption lengths, and what the filters would leave out."""
+    from fixclip_core.data.config import DataConfig
+    from fixclip_core.data.pack import check_source
+
+    limits = _filters(min_words, max_repeated_share, max_word_run, min_letter_share, min_words_per_clause)
+    config = DataConfig(source=source, image_root=image_root, start=start, stop=stop)
+    report = check_source(config, limits, limit=limit or None, decode=decode, examples=examples)
+    typer.echo(f"{report.samples:,} samples, {report.checked:,} looked at")
+    _print_skipped(report.counts(), report.skipped)
+    usable = len(report.tokens)
+    typer.echo(f"{usable:,} usable, {report.short_captions:,} with a short caption of their own")
+    if usable:
+        over = {limit: (report.tokens > limit).mean() for limit in (77, 248)}
+        typer.echo(
+            f"CLIP tokens per long caption: mean {report.tokens.mean():.1f}, largest {report.tokens.max()}, "
+            f"over 77: {over[77]:.1%}, over 248 (cut): {over[248]:.1%}"
+        )
+        typer.echo(f"the filters would leave out: {json.dumps(report.filtered)}")
+    for key, caption in report.examples:
+        typer.echo(f"  {key}: {caption}")
+
+
+@data_app.command("index")
+def index_command(folder: Annotated[Path, typer.Argument(help="Folder of .tar shards.")]) -> None:
+    """Write index.json, which spares every training run the counting of somebody else's shards."""
+    from tqdm import tqdm
+
+    from fixclip_core.data.sources.shards import index_tar, write_index
+
+    shards = sorted(folder.glob("*.tar"))
+    if not shards:
+        raise ValueError(f"{folder}: there are no .tar shards in this folder")
+    sizes = {shard.name: len(index_tar(shard)) for shard in tqdm(shards, "counting", unit="shard")}
+    write_index(folder, sizes)
+    typer.echo(f"{sum(sizes.values()):,} samples in {len(sizes):,} shards; wrote {folder / 'index.json'}")

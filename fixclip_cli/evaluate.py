@@ -1,0 +1,68 @@
+"""`fixclip evaluate`."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from fixclip_cli.app import ImageRoot, ModelNameOption, Start, Stop, app
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="FixClip, CLIP or Long-CLIP folder or file, or open_clip model name.")],
+    data: Annotated[
+        str | None,
+        typer.Option(help="Shards, manifest, ShareGPT4V's JSON, folder of image + txt, scenes; a benchmark's folder."),
+    ] = None,
+    benchmark: Annotated[str | None, typer.Option(help="A published benchmark, whose folder --data names.")] = None,
+    classify: Annotated[Path | None, typer.Option(help="Zero-shot classification: FOLDER/CLASS/IMAGE.")] = None,
+    classnames: Annotated[Path | None, typer.Option(help="JSON object: class folder to class name.")] = None,
+    templates: Annotated[Literal["openai", "simple"], typer.Option(help="Prompts of a class.")] = "openai",
+    caption: Annotated[Literal["long", "short"], typer.Option(help="Which captions of --data to retrieve.")] = "long",
+    image_root: ImageRoot = None,
+    start: Start = 0,
+    stop: Stop = None,
+    partial: Annotated[bool, typer.Option("--partial", help="Evaluate an incomplete benchmark, labelled so.")] = False,
+    model_name: ModelNameOption = None,
+    pretrained: Annotated[str | None, typer.Option(help="Weights of an open_clip model name.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the report as JSON.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images or texts a step.")] = 64,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 2,
+    precision: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="Of the encoder's passes.")] = "fp32",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; default: the fastest there is.")] = None,
+) -> None:
+    """Retrieval (R@1, 5, 10 both ways) on your data or a benchmark, or zero-shot classification."""
+    if (data is None) == (classify is None):
+        raise ValueError("give --data (retrieval) or --classify (classification), one of the two")
+    if benchmark is not None and data is None:
+        raise ValueError(f"--benchmark {benchmark} needs its folder: --data FOLDER")
+    import torch
+
+    from fixclip_core.data.config import DataConfig
+    from fixclip_core.data.sources import open_source
+    from fixclip_core.evaluation import retrieval as evaluation
+    from fixclip_core.evaluation.benchmarks import load_benchmark
+
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "precision": precision}
+    # Data first: a wrong folder should not cost loading a model.
+    chosen = load_benchmark(benchmark, data or "", partial) if benchmark else None
+    config = DataConfig(source=data or "", image_root=image_root, start=start, stop=stop)
+    source = open_source(config) if data and not benchmark else None
+    names = evaluation.read_classnames(classnames) if classnames else None
+    encoder = evaluation.load_encoder(model, model_name=model_name, pretrained=pretrained, device=device or best)
+    if chosen is not None:
+        items: Any = evaluation.BenchmarkItems(chosen, encoder.preprocess)
+        report = evaluation.retrieval_report(encoder, items, chosen.name, chosen.protocol, **options)
+    elif source is not None:
+        items = evaluation.SourceItems(source, encoder.preprocess, caption, start, stop)
+        protocol = f"{caption} captions; rows with the same picture are one image"
+        report = evaluation.retrieval_report(encoder, items, str(data), protocol, **options)
+    else:
+        report = evaluation.classification_report(
+            encoder, str(classify), templates=templates, classnames=names, **options
+        )
+    if output is not None:
+        evaluation.write_json(report, output)
+    typer.echo(evaluation.format_table(report))

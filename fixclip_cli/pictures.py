@@ -1,0 +1,85 @@
+"""Pictures on disk: where they go, what is written into them, several of them in a row."""
+
+import itertools
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+
+def output_files(output: Path, names: list[str]) -> list[Path]:
+    """Where the pictures go: a name ending in .png is a file (numbered if there are several), else a folder.
+
+    Raises:
+        ValueError: another file type, or the folder cannot be made or written to.
+    """
+    if output.suffix.lower() == ".png":
+        files = [output] if len(names) == 1 else [output.with_stem(f"{output.stem}-{name}") for name in names]
+    elif output.suffix.lower() in (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"):
+        raise ValueError(f"output {str(output)!r}: pictures are written as .png, which carries prompt and settings")
+    else:
+        files = [_free(output, name) for name in names]
+    try:
+        files[0].parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=files[0].parent):
+            pass  # found out now, and not after drawing
+    except OSError as error:
+        raise ValueError(f"output {str(output)!r} cannot be written: {error}") from error
+    return files
+
+
+def _free(folder: Path, name: str) -> Path:
+    """NAME.png, or NAME-2.png and so on: pictures of an earlier run are not overwritten."""
+    tries = (folder / (f"{name}-{count}.png" if count > 1 else f"{name}.png") for count in itertools.count(1))
+    return next(file for file in tries if not file.exists())
+
+
+def save_png(image: Any, path: Path, settings: dict[str, Any]) -> None:
+    """Write a PNG with its prompt and settings as text chunks, in one step: never half a file."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_itxt("prompt", settings["prompt"])
+    info.add_itxt("parameters", parameters_text(settings))
+    info.add_itxt("fixclip", json.dumps(settings, ensure_ascii=False))
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".partial", delete=False) as file:
+        partial = Path(file.name)
+        try:
+            image.save(file, format="png", pnginfo=info)
+            file.close()
+            partial.chmod(0o644)
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def parameters_text(settings: dict[str, Any]) -> str:
+    """The settings in the layout that common Stable Diffusion front ends read from a PNG."""
+    lines = [settings["prompt"]]
+    if settings.get("negative_prompt"):
+        lines.append(f"Negative prompt: {settings['negative_prompt']}")
+    width, height = settings["size"]
+    lines.append(
+        f"Steps: {settings['steps']}, CFG scale: {settings['guidance_scale']}, Seed: {settings['seed']}, "
+        f"Size: {width}x{height}, Model: {settings['base']}"
+    )
+    return "\n".join(lines)
+
+
+def label_row(images: list[Any], labels: list[str], smallest: int = 256) -> Any:
+    """Pictures side by side, each under its label; tiny ones are enlarged without smoothing."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    scale = max(1, -(-smallest // images[0].width))
+    width, height = images[0].width * scale, images[0].height * scale
+    font_size = max(14, width // 20)
+    font = ImageFont.load_default(size=font_size)
+    bar, gap = 2 * font_size, 8
+    sheet = Image.new("RGB", (len(images) * (width + gap) - gap, height + bar), "white")
+    draw = ImageDraw.Draw(sheet)
+    for index, (image, label) in enumerate(zip(images, labels, strict=True)):
+        left = index * (width + gap)
+        draw.text((left + width // 2, bar // 2), label, fill="black", font=font, anchor="mm")
+        sheet.paste(image.resize((width, height), Image.Resampling.NEAREST), (left, bar))
+    return sheet

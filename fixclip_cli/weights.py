@@ -1,0 +1,77 @@
+"""`fixclip convert` and `fixclip export`: weights from and to other formats."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from fixclip_cli.app import ModelNameOption, app
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A CLIP: OpenAI, open_clip, transformers or Long-CLIP.")],
+    output: Annotated[Path, typer.Argument(help="FixClip folder to write.")],
+    model_name: ModelNameOption = None,
+    field: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="A field of FixClipConfig, e.g. num_prompts=0."),
+    ] = None,
+) -> None:
+    """Make a FixClip folder of any CLIP; one of 77 tokens is stretched to 248."""
+    from fixclip_core.weights.read import load_fixclip
+
+    fields = parse_fields(field or [])
+    if output.exists() and any(output.iterdir()):
+        raise ValueError(f"{output} exists and is not empty; nothing was written")
+    model = load_fixclip(source, model_name, **fields)
+    model.save_pretrained(output)
+    typer.echo(f"{output}: {model.config.context_length} tokens, {model.config.num_prompts} regional prompts")
+
+
+def parse_fields(pairs: list[str]) -> dict[str, Any]:
+    """NAME=VALUE strings to fields of FixClipConfig; a value is JSON where it can be, else text.
+
+    Raises:
+        ValueError: no `=`, or an unknown name.
+    """
+    from dataclasses import fields
+
+    from fixclip_core.model.config import FixClipConfig
+
+    known = sorted({field.name for field in fields(FixClipConfig)} - {"clip", "preprocess", "context_length"})
+    parsed: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or name not in known:
+            raise ValueError(f"--set {pair}: expected NAME=VALUE with a name of {', '.join(known)}")
+        try:
+            parsed[name] = json.loads(value)
+        except json.JSONDecodeError:
+            parsed[name] = value
+    return parsed
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A training run's folder, or a FixClip folder.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write; must be new or empty.")],
+    formats: Annotated[
+        list[str] | None,
+        typer.Option("--format", help="fixclip, transformers, diffusers, open_clip or clip_l; repeatable."),
+    ] = None,
+    dtype: Annotated[Literal["float32", "float16", "bfloat16"], typer.Option(help="Of the weights.")] = "float32",
+) -> None:
+    """Write an encoder in the formats of transformers, diffusers, open_clip and ComfyUI (all by default)."""
+    import torch
+
+    from fixclip_core.weights.read import find_fixclip, load_fixclip
+    from fixclip_core.weights.write import FORMATS
+    from fixclip_core.weights.write import export as write
+
+    if find_fixclip(run) is None:
+        best = f"; the best so far is in {run / 'best'}" if find_fixclip(run / "best") else ""
+        raise ValueError(f"{run}: no FixClip there; expected model/ or config.json and model.safetensors{best}")
+    for line in write(load_fixclip(run), output, formats or FORMATS, getattr(torch, dtype)):
+        typer.echo(line)
