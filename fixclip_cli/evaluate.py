@@ -41,28 +41,31 @@ def evaluate(
 
     from fixclip_core.data.config import DataConfig
     from fixclip_core.data.sources import open_source
-    from fixclip_core.evaluation import retrieval as evaluation
     from fixclip_core.evaluation.benchmarks import load_benchmark
+    from fixclip_core.evaluation.classification import classification_report, read_classnames
+    from fixclip_core.evaluation.encoders import load_encoder
+    from fixclip_core.evaluation.items import BenchmarkItems, SourceItems
+    from fixclip_core.evaluation.report import format_table, write_json
+    from fixclip_core.evaluation.retrieval import retrieval_report
 
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "precision": precision}
     # Data first: a wrong folder should not cost loading a model.
     chosen = load_benchmark(benchmark, data or "", partial) if benchmark else None
-    config = DataConfig(source=data or "", image_root=image_root, start=start, stop=stop)
-    source = open_source(config) if data and not benchmark else None
-    names = evaluation.read_classnames(classnames) if classnames else None
-    encoder = evaluation.load_encoder(model, model_name=model_name, pretrained=pretrained, device=device or best)
+    source = None
+    if data and not benchmark:
+        source = open_source(DataConfig(source=data, image_root=image_root, start=start, stop=stop))
+    names = read_classnames(classnames) if classnames else None
+    encoder = load_encoder(model, model_name=model_name, pretrained=pretrained, device=device or best)
     if chosen is not None:
-        items: Any = evaluation.BenchmarkItems(chosen, encoder.preprocess)
-        report = evaluation.retrieval_report(encoder, items, chosen.name, chosen.protocol, **options)
+        items: Any = BenchmarkItems(chosen, encoder.preprocess)
+        report = retrieval_report(encoder, items, chosen.name, chosen.protocol, **options)
     elif source is not None:
-        items = evaluation.SourceItems(source, encoder.preprocess, caption, start, stop)
+        items = SourceItems(source, encoder.preprocess, caption, start, stop)
         protocol = f"{caption} captions; rows with the same picture are one image"
-        report = evaluation.retrieval_report(encoder, items, str(data), protocol, **options)
+        report = retrieval_report(encoder, items, str(data), protocol, **options)
     else:
-        report = evaluation.classification_report(
-            encoder, str(classify), templates=templates, classnames=names, **options
-        )
+        report = classification_report(encoder, str(classify), templates=templates, classnames=names, **options)
     if output is not None:
-        evaluation.write_json(report, output)
-    typer.echo(evaluation.format_table(report))
+        write_json(report, output)
+    typer.echo(format_table(report))

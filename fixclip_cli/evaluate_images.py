@@ -39,7 +39,7 @@ def evaluate_images(
         raise ValueError(f"size {size}: pictures to compare are square, give one number")
     import torch
 
-    from fixclip_core.evaluation.retrieval import load_encoder
+    from fixclip_core.evaluation.encoders import load_encoder
     from fixclip_diffusion import builtin
     from fixclip_diffusion.evaluation import generate, report, run
     from fixclip_diffusion.evaluation.prompts import read_prompts

@@ -24,15 +24,9 @@ from torch import nn
 from transformers import CLIPImageProcessor
 
 from fixclip_core.model.fixclip import FixClip
-from fixclip_core.weights.read import (
-    build_clip,
-    load_fixclip,
-    load_weights,
-    merge_long_clip_positions,
-    read_clip,
-    to_open_clip_names,
-    to_transformers_names,
-)
+from fixclip_core.weights.files import load_weights
+from fixclip_core.weights.names import merge_long_clip_positions, to_open_clip_names, to_transformers_names
+from fixclip_core.weights.read import build_clip, load_fixclip, read_clip
 
 # --- names -----------------------------------------------------------------------------------------------
 
@@ -395,7 +389,7 @@ def test_other_models_are_named(tmp_path):
 def test_a_clip_of_77_tokens_is_stretched(tmp_path):
     clip = tiny_clip()
     torch.save(Archive(clip).state_dict(), tmp_path / "clip.pt")
-    model = FixClip.from_pretrained(tmp_path / "clip.pt", num_groups=0, num_prompts=2).eval()
+    model = load_fixclip(tmp_path / "clip.pt", num_groups=0, num_prompts=2).eval()
     assert (model.config.context_length, model.config.num_prompts) == (248, 2)
     _, ids = batch()
     ids[:, 20], ids[:, 21:] = VOCAB_SIZE - 1, 0  # short texts lie in the rows that are kept

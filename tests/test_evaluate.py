@@ -16,21 +16,17 @@ from fixclip_cli.main import app
 from fixclip_core.data.config import DataConfig
 from fixclip_core.data.sources import open_source
 from fixclip_core.evaluation.benchmarks import Benchmark
-from fixclip_core.evaluation.retrieval import (
-    BenchmarkItems,
-    SourceItems,
+from fixclip_core.evaluation.classification import (
     _class_folders,
     _class_names,
     classification_report,
-    encode_dataset,
-    encode_texts,
-    format_table,
-    load_encoder,
     rank_of_label,
     read_classnames,
-    retrieval_metrics,
-    retrieval_report,
 )
+from fixclip_core.evaluation.encoders import encode_texts, load_encoder
+from fixclip_core.evaluation.items import BenchmarkItems, SourceItems
+from fixclip_core.evaluation.report import format_table
+from fixclip_core.evaluation.retrieval import encode_dataset, retrieval_metrics, retrieval_report
 from fixclip_core.model.fixclip import FixClip
 from fixclip_core.model.positional import stretch_positions
 from fixclip_core.weights.read import ClipCheckpoint

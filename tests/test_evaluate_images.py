@@ -18,7 +18,7 @@ from tiny_adapter import without_onednn  # noqa: F401
 from typer.testing import CliRunner
 
 from fixclip_cli.main import app
-from fixclip_core.evaluation.retrieval import load_encoder
+from fixclip_core.evaluation.encoders import load_encoder
 from fixclip_core.scenes import world as scenes
 from fixclip_diffusion import FixClipStableDiffusionPipeline, FixClipTokenizer, TextAdapter
 from fixclip_diffusion.adapter_training import trainer as train

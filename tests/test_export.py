@@ -18,7 +18,8 @@ from tiny_clips import (
 from transformers import CLIPModel, CLIPProcessor, CLIPTextModel, CLIPTokenizer
 
 from fixclip_core.model.fixclip import FixClip
-from fixclip_core.weights.read import ClipCheckpoint, build_clip, load_fixclip, load_weights
+from fixclip_core.weights.files import load_weights
+from fixclip_core.weights.read import ClipCheckpoint, build_clip, load_fixclip
 from fixclip_core.weights.write import export, plain_clip, write_single_file
 from fixclip_diffusion import FixClipTextEncoder, FixClipTokenizer
 from fixclip_diffusion.tiny import train_tokenizer

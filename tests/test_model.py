@@ -22,6 +22,7 @@ from fixclip_core.model.fixclip import FixClip, group_token_aggregation
 from fixclip_core.model.image_tower import masked_patches
 from fixclip_core.model.positional import stretch_positions
 from fixclip_core.model.text_tower import piece_bounds
+from fixclip_core.weights.read import load_fixclip
 
 CLIP_CFG = {
     "embed_dim": 12,
@@ -393,9 +394,9 @@ def test_round_trip_is_bit_equal(dtype, tmp_path):
 
 def test_folder_errors_name_what_is_wrong(tmp_path):
     with pytest.raises(ValueError, match=r"no FixClip folder: it has no config\.json"):
-        FixClip.from_folder(tmp_path)
-    with pytest.raises(ValueError, match=r"holds config\.json .* or open_clip_config\.json .*; this one holds neither"):
         FixClip.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"holds config\.json .* or open_clip_config\.json .*; this one holds neither"):
+        load_fixclip(tmp_path)
     fix_clip(base_clip()).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_prompts": 5}))

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from scenes import evaluate as evaluation
 from scenes import pretrain, report, run
 
-from fixclip_core.model.fixclip import FixClip
 from fixclip_core.scenes import world as scenes
 from fixclip_core.training import loop
 from fixclip_core.training.recipe import EncoderRecipe, load_recipe
+from fixclip_core.weights.read import load_fixclip
 from fixclip_diffusion.adapter_training.recipe import AdapterRecipe
 from fixclip_diffusion.evaluation.prompts import Prompt
 from fixclip_diffusion.text_encoder import FixClipTokenizer
@@ -131,7 +131,7 @@ def test_sentence_ends_and_labels_are_those_of_the_scene():
 
 
 def test_the_parts_are_standard_folders(parts):
-    clip = FixClip.from_pretrained(parts["clip"], num_groups=2, first_group=2)
+    clip = load_fixclip(parts["clip"], num_groups=2, first_group=2)
     assert clip.config.context_length == 248
     ids = clip.tokenizer()(["a red star in the very centre."])
     assert clip.encode_text(ids).shape == (1, 32)

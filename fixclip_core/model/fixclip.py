@@ -57,8 +57,8 @@ class FixClipOutput:
 class FixClip(nn.Module):
     """A CLIP that reads long captions.
 
-    Build it with `from_open_clip`, `from_clip` or `from_pretrained`. Weights of the base keep open_clip's names
-    under `visual.` and `text.`; `new_parameters` lists what FIX-CLIP adds.
+    Build it with `weights.read.load_fixclip` (any CLIP), `from_clip` or `from_pretrained`. Weights of the base keep
+    open_clip's names under `visual.` and `text.`; `new_parameters` lists what FIX-CLIP adds.
 
     Args:
         config: the model's configuration.
@@ -153,26 +153,8 @@ class FixClip(nn.Module):
         return cls(config, open_clip.CLIP(**copy.deepcopy(config.clip)))
 
     @classmethod
-    def from_pretrained(cls, source: str | os.PathLike[str], **config_fields: Any) -> "FixClip":
-        """Load a FixClip, or make one of any CLIP file or folder that `fixclip convert` knows.
-
-        Args:
-            source: a folder of `save_pretrained`, the folder of a training run, or weights of OpenAI, open_clip,
-                transformers or Long-CLIP, recognised by what is in them.
-            config_fields: fields of `FixClipConfig` for weights that become a FixClip, and `model_name` where they
-                do not say their architecture.
-
-        Raises:
-            ValueError: see `convert.load_fixclip`.
-        """
-        # The readers of other formats build on this class, so they cannot be imported above.
-        from fixclip_core.weights.read import load_fixclip
-
-        return load_fixclip(Path(source), **config_fields)
-
-    @classmethod
-    def from_folder(cls, folder: str | os.PathLike[str]) -> "FixClip":
-        """Load what `save_pretrained` wrote, bit for bit.
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> "FixClip":
+        """Load what `save_pretrained` wrote, bit for bit. Any other CLIP: `fixclip_core.weights.read.load_fixclip`.
 
         Raises:
             ValueError: a file is missing, or the weights do not fit the configuration.
@@ -180,7 +162,7 @@ class FixClip(nn.Module):
         folder = Path(folder)
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             if not (folder / name).is_file():
-                raise ValueError(f"{folder} is no FixClip folder: it has no {name}")
+                raise ValueError(f"{folder} is no FixClip folder: it has no {name} (load_fixclip reads other CLIPs)")
         config = FixClipConfig.from_json((folder / CONFIG_NAME).read_text())
         # Weights are about to be assigned, so random ones are not worth drawing.
         with torch.device("meta"):

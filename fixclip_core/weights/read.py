@@ -5,7 +5,6 @@ All formats meet in open_clip's layout (`ClipCheckpoint`): its state dict, model
 
 import json
 import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
@@ -13,45 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
-import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from fixclip_core.model.fixclip import FixClip
+from fixclip_core.weights.files import load_weights
+from fixclip_core.weights.names import LONG_CLIP_KEEP, merge_long_clip_positions, to_open_clip_names
 
 CLIP_CONTEXT_LENGTH = 77
 CLIP_VOCAB_SIZE = 49408
-LONG_CLIP_KEEP = 20
 OPENAI_METADATA = ("input_resolution", "context_length", "vocab_size")
-
-# open_clip's names and transformers' names; "|" marks a matrix that is stored transposed.
-TOP_LEVEL_NAMES = {
-    "logit_scale": "logit_scale",
-    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
-    "positional_embedding": "text_model.embeddings.position_embedding.weight",
-    "ln_final.weight": "text_model.final_layer_norm.weight",
-    "ln_final.bias": "text_model.final_layer_norm.bias",
-    "text_projection": "text_projection.weight|",
-    "visual.class_embedding": "vision_model.embeddings.class_embedding",
-    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
-    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-    "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight",
-    "visual.ln_pre.bias": "vision_model.pre_layrnorm.bias",
-    "visual.ln_post.weight": "vision_model.post_layernorm.weight",
-    "visual.ln_post.bias": "vision_model.post_layernorm.bias",
-    "visual.proj": "visual_projection.weight|",
-}
-TOWER_NAMES = {
-    "transformer.resblocks": "text_model.encoder.layers",
-    "visual.transformer.resblocks": "vision_model.encoder.layers",
-}
-BLOCK_NAMES = {
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-    "attn.out_proj": "self_attn.out_proj",
-}
 
 
 @dataclass(frozen=True)
@@ -73,80 +42,6 @@ class ClipCheckpoint:
     @property
     def context_length(self) -> int:
         return self.model_config["text_cfg"]["context_length"]
-
-
-# --- names -----------------------------------------------------------------------------------------------
-
-
-def to_transformers_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename open_clip's state dict to that of transformers' `CLIPModel`.
-
-    Raises:
-        ValueError: a name that a plain CLIP does not have.
-    """
-    renamed: dict[str, Tensor] = {}
-    for name, tensor in state_dict.items():
-        tower, block, rest = _split_block(name, TOWER_NAMES)
-        if name in TOP_LEVEL_NAMES:
-            target = TOP_LEVEL_NAMES[name]
-            renamed[target.rstrip("|")] = tensor.T.contiguous() if target.endswith("|") else tensor
-        elif tower and rest.startswith("attn.in_proj_"):
-            kind = rest.removeprefix("attn.in_proj_")
-            for part, chunk in zip("qkv", tensor.chunk(3), strict=True):
-                renamed[f"{tower}.{block}.self_attn.{part}_proj.{kind}"] = chunk.contiguous()
-        elif tower and rest.rpartition(".")[0] in BLOCK_NAMES:
-            module, _, kind = rest.rpartition(".")
-            renamed[f"{tower}.{block}.{BLOCK_NAMES[module]}.{kind}"] = tensor
-        else:
-            raise ValueError(f"{name!r} has no place in a transformers CLIPModel")
-    return renamed
-
-
-def to_open_clip_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the state dict of transformers' `CLIPModel` to open_clip's.
-
-    Raises:
-        ValueError: a name that a plain CLIP does not have, or a part of an attention that is missing.
-    """
-    top_level = {target.rstrip("|"): (name, target.endswith("|")) for name, target in TOP_LEVEL_NAMES.items()}
-    modules = {target: name for name, target in BLOCK_NAMES.items()}
-    towers = {target: name for name, target in TOWER_NAMES.items()}
-    renamed: dict[str, Tensor] = {}
-    for name, tensor in state_dict.items():
-        tower, block, rest = _split_block(name, towers)
-        match = re.fullmatch(r"self_attn\.([qkv])_proj\.(weight|bias)", rest)
-        if name in top_level:
-            target, transposed = top_level[name]
-            renamed[target] = tensor.T.contiguous() if transposed else tensor
-        elif tower and match and match[1] == "q":
-            parts = [name.replace(".q_proj.", f".{part}_proj.") for part in "qkv"]
-            if missing := [part for part in parts if part not in state_dict]:
-                raise ValueError(f"{missing[0]} is missing")
-            renamed[f"{tower}.{block}.attn.in_proj_{match[2]}"] = torch.cat([state_dict[part] for part in parts])
-        elif tower and rest.rpartition(".")[0] in modules:
-            module, _, kind = rest.rpartition(".")
-            renamed[f"{tower}.{block}.{modules[module]}.{kind}"] = tensor
-        elif not (tower and match) and not name.endswith(".position_ids"):
-            raise ValueError(f"{name!r} has no place in a CLIP")
-    return renamed
-
-
-def _split_block(name: str, towers: Mapping[str, str]) -> tuple[str, str, str]:
-    """Split 'transformer.resblocks.3.ln_1.weight' into (new name of the tower, '3', 'ln_1.weight')."""
-    for tower, new_tower in towers.items():
-        if match := re.fullmatch(rf"{re.escape(tower)}\.(\d+)\.(.+)", name):
-            return new_tower, match[1], match[2]
-    return "", "", ""
-
-
-def merge_long_clip_positions(first_TD: Tensor, rest_TD: Tensor, keep: int = LONG_CLIP_KEEP) -> Tensor:
-    """Make one table of Long-CLIP's two: rows before `keep` of the first one, the others of the second."""
-    if first_TD.shape != rest_TD.shape:
-        raise ValueError(
-            "Long-CLIP's two tables of positions must have one shape, got "
-            f"{tuple(first_TD.shape)} and {tuple(rest_TD.shape)}"
-        )
-    return torch.cat([first_TD[:keep], rest_TD[keep:]])
 
 
 # --- reading ---------------------------------------------------------------------------------------------
@@ -416,103 +311,6 @@ def _transformers_preprocess(folder: Path, model_config: dict[str, Any]) -> dict
     return preprocess_config(model_config, **overrides)
 
 
-# --- weight files ----------------------------------------------------------------------------------------
-
-
-def load_weights(path: Path) -> tuple[dict[str, Tensor], bool]:
-    """Load the tensors of a safetensors file, a pickle or a TorchScript archive as float32.
-
-    Returns:
-        The state dict (without wrappers such as "state_dict" and "module."), and whether it came from
-        TorchScript.
-
-    Raises:
-        ValueError: the file is missing or damaged, holds no state dict, or is a pickle that wants to run code.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    with path.open("rb") as file:
-        start = file.read(16)
-    is_torchscript = False
-    state_dict: Any
-    if start[8:9] == b"{":
-        state_dict = _load_safetensors(path)
-    elif start[:2] == b"PK" and _is_torchscript(path):
-        state_dict, is_torchscript = _load_torchscript(path), True
-    else:
-        state_dict = _load_pickle(path)
-    for wrapper in ("state_dict", "model", "module"):
-        if isinstance(state_dict, Mapping) and isinstance(state_dict.get(wrapper), Mapping):
-            state_dict = state_dict[wrapper]
-    if not isinstance(state_dict, Mapping):
-        raise ValueError(f"{path} holds a {type(state_dict).__name__}, not a state dict")
-    tensors = {_plain_name(name): tensor for name, tensor in state_dict.items() if isinstance(tensor, Tensor)}
-    if not tensors:
-        raise ValueError(f"{path} holds no tensors")
-    return {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}, is_torchscript
-
-
-def _plain_name(name: str) -> str:
-    """Drop what wrappers put in front: 'module.' (data parallel), 'text.' (open_clip's CustomTextCLIP)."""
-    name = name.removeprefix("_orig_mod.").removeprefix("module.").removeprefix("_orig_mod.")
-    return name.removeprefix("text.")
-
-
-def _load_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is a damaged safetensors file: {error}") from None
-
-
-def _is_torchscript(path: Path) -> bool:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any(name.endswith("/constants.pkl") or "/code/" in name for name in archive.namelist())
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{path} is a damaged archive: {error}") from None
-
-
-def _load_torchscript(path: Path) -> dict[str, Tensor]:
-    try:
-        return torch.jit.load(path, map_location="cpu").state_dict()
-    except RuntimeError as error:
-        raise ValueError(f"{path} is a damaged TorchScript archive: {str(error).splitlines()[0]}") from None
-
-
-def _load_pickle(path: Path) -> Any:
-    from pickle import UnpicklingError
-
-    try:
-        with path.open("rb") as file:  # given a path, torch.load would go by the file's name
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, IndexError) as error:
-        # torch's own messages advise switching the protection off.
-        wanted = re.search(r"(?i)(?:unsupported global:?|unrecognized function|unsupported class)\s+\S.*", str(error))
-        if wanted:
-            detail = re.split(r" whose | was not |\. ", wanted[0])[0]
-            raise ValueError(
-                f"{path} is a pickle that wants to run code ({detail}), so it was not loaded. Only tensors are "
-                "read: ask its author for a state dict or a safetensors file"
-            ) from None
-        if _calls_something(path):
-            raise ValueError(f"{path} is a pickle that wants to run code, so it was not loaded") from None
-        raise ValueError(f"{path} is neither a pickle of tensors, TorchScript nor safetensors") from None
-
-
-def _calls_something(path: Path) -> bool:
-    """Whether a bare pickle, whose protocol torch does not read, holds a call."""
-    import pickletools
-
-    try:
-        with path.open("rb") as file:
-            return any(opcode.name in ("REDUCE", "INST", "OBJ", "NEWOBJ") for opcode, _, _ in pickletools.genops(file))
-    except ValueError:
-        return False
-
-
 # --- building --------------------------------------------------------------------------------------------
 
 
@@ -558,7 +356,7 @@ def load_fixclip(source: str | Path, model_name: str | None = None, **config_fie
     if folder := find_fixclip(source):
         if config_fields:
             raise ValueError(f"{source} is a FixClip already: {', '.join(config_fields)} cannot be changed")
-        return FixClip.from_folder(folder)
+        return FixClip.from_pretrained(folder)
     checkpoint = read_clip(source, model_name)
     if checkpoint.context_length > CLIP_CONTEXT_LENGTH:
         config_fields["ratio"] = 1

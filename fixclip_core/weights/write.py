@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fixclip_core.model.fixclip import FixClip
-from fixclip_core.weights.read import ClipCheckpoint, preprocess_config, to_transformers_names
+from fixclip_core.weights.names import to_transformers_names
+from fixclip_core.weights.read import ClipCheckpoint, preprocess_config
 
 SINGLE_FILE = "clip_l_long.safetensors"
 FORMATS = ("fixclip", "transformers", "diffusers", "open_clip", "clip_l")

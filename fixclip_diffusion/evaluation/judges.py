@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fixclip_core.evaluation.retrieval import Encoder, encode_images, encode_texts
+from fixclip_core.evaluation.encoders import Encoder, encode_images, encode_texts
 from fixclip_core.scenes import world as scenes
 from fixclip_diffusion.evaluation.prompts import Prompt
 from fixclip_diffusion.text_encoder import FixClipTokenizer

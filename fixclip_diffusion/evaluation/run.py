@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from fixclip_core.evaluation.retrieval import Encoder
+from fixclip_core.evaluation.encoders import Encoder
 from fixclip_core.files import write_atomically
 from fixclip_core.training.checkpoint import check_folder
 from fixclip_diffusion.evaluation.generate import Drawing, Painter, System, save_pictures

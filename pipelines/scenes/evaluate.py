@@ -20,6 +20,7 @@ from fixclip_core.files import write_atomically
 from fixclip_core.model.config import FINE_TUNE
 from fixclip_core.model.fixclip import FixClip
 from fixclip_core.scenes import world as scenes
+from fixclip_core.weights.read import load_fixclip
 from fixclip_diffusion.evaluation.generate import Drawing, Painter, System
 from fixclip_diffusion.evaluation.judges import scene_verdicts
 from fixclip_diffusion.evaluation.prompts import Prompt
@@ -132,9 +133,9 @@ def judged(prompt: Prompt, pictures: list[Any], tokenizer: FixClipTokenizer) -> 
 def retrieval_models() -> Iterator[tuple[str, Callable[[], FixClip]]]:
     base = OUT / "clip/model"
     # keep=76 and ratio 1 leave the 77 positions as they are.
-    yield "base", lambda: FixClip.from_pretrained(base, keep=76, ratio=1, **FINE_TUNE)
-    yield "stretched", lambda: FixClip.from_pretrained(base, **FINE_TUNE)
-    yield "trained", lambda: FixClip.from_pretrained(OUT / "encoder")
+    yield "base", lambda: load_fixclip(base, keep=76, ratio=1, **FINE_TUNE)
+    yield "stretched", lambda: load_fixclip(base, **FINE_TUNE)
+    yield "trained", lambda: load_fixclip(OUT / "encoder")
 
 
 CAPTIONS: dict[str, Callable[[scenes.Scene, int], scenes.Caption]] = {

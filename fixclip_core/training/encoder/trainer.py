@@ -47,7 +47,7 @@ from fixclip_core.training.loop import (
     take_steps,
 )
 from fixclip_core.training.recipe import EncoderRecipe
-from fixclip_core.weights.read import find_fixclip
+from fixclip_core.weights.read import find_fixclip, load_fixclip
 
 logger = logging.getLogger(__name__)
 
@@ -169,8 +169,8 @@ def load_local(name: str, fields: dict[str, Any]) -> FixClip:
     """
     folder = find_fixclip(name)
     if folder is None:
-        return FixClip.from_pretrained(name, **fields)
-    clip = FixClip.from_folder(folder)
+        return load_fixclip(name, **fields)
+    clip = FixClip.from_pretrained(folder)
     others = [
         f"{key}={getattr(clip.config, key)!r}, not {value!r}"
         for key, value in fields.items()

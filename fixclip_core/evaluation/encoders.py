@@ -1,0 +1,144 @@
+"""A CLIP of any kind, ready to encode images and texts.
+
+Shape letters: B batch, T texts, E embedding width.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A CLIP of any kind, ready to encode.
+
+    Attributes:
+        model: has `encode_image` and `encode_text` with `normalize=True`, in evaluation mode.
+        tokenizer: list of strings to ids, (T, context_length).
+        preprocess: PIL image to (C, H, W).
+        source, format: where it came from and what it was recognised as.
+        context_length: tokens it reads.
+        resolution: pixels of its images' sides.
+        device: where it runs.
+    """
+
+    model: Any
+    tokenizer: Callable[[list[str]], Tensor]
+    preprocess: Callable[[Any], Tensor]
+    source: str
+    format: str
+    context_length: int
+    resolution: int | tuple[int, int]
+    device: torch.device
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "source": self.source,
+            "format": self.format,
+            "context_length": self.context_length,
+            "resolution": self.resolution,
+        }
+
+
+def load_encoder(
+    source: str | Path,
+    *,
+    model_name: str | None = None,
+    pretrained: str | None = None,
+    device: torch.device | str = "cpu",
+) -> Encoder:
+    """Load a CLIP to evaluate, as it is: nothing is stretched or added.
+
+    Args:
+        source: a FixClip folder, anything that `weights.read.read_clip` knows, or an open_clip model name or
+            "hf-hub:" address, which may be downloaded.
+        model_name: see `weights.read.read_clip`.
+        pretrained: open_clip's weight tag, for an open_clip model name.
+        device: where to run.
+
+    Raises:
+        ValueError: nothing of that name, or see `weights.read.read_clip`.
+    """
+    import open_clip
+
+    from fixclip_core.model.fixclip import FixClip
+    from fixclip_core.weights.read import build_clip, find_fixclip, read_clip
+
+    name, device = str(source), torch.device(device)
+    preprocess: dict[str, Any]
+    if folder := find_fixclip(source):
+        fixclip = FixClip.from_pretrained(folder).to(device).eval()
+        tokenizer, transform = fixclip.tokenizer(), fixclip.preprocess(train=False)
+        length, preprocess = int(fixclip.config.context_length or 0), fixclip.config.preprocess
+        size = preprocess.get("size", fixclip.config.clip["vision_cfg"].get("image_size", 224))
+        return _checked(Encoder(fixclip, tokenizer, transform, name, "FixClip", length, size, device))
+    if name.startswith("hf-hub:") or (not Path(source).exists() and name in open_clip.list_models()):
+        if pretrained is None and not name.startswith("hf-hub:"):
+            tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+            raise ValueError(f"{name} is an open_clip model name: choose its weights with --pretrained ({tags})")
+        try:
+            clip, transform = open_clip.create_model_from_pretrained(name, pretrained=pretrained)
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"open_clip model {name!r}, {pretrained!r}: {error}") from error
+        size = open_clip.get_model_preprocess_cfg(clip)["size"]
+        tokenizer, length = open_clip.get_tokenizer(name), int(clip.context_length)
+        return _checked(Encoder(clip.to(device).eval(), tokenizer, transform, name, "open_clip", length, size, device))
+    checkpoint = read_clip(source, model_name)
+    preprocess = checkpoint.preprocess
+    transform = open_clip.transform.image_transform_v2(open_clip.transform.PreprocessCfg(**preprocess), is_train=False)
+    length = checkpoint.context_length
+    tokenizer_name = checkpoint.model_config["text_cfg"].get("hf_tokenizer_name")
+    tokenizer = (
+        open_clip.tokenizer.HFTokenizer(tokenizer_name, context_length=length)
+        if tokenizer_name
+        else open_clip.SimpleTokenizer(context_length=length)
+    )
+    clip = build_clip(checkpoint).to(device)
+    return _checked(Encoder(clip, tokenizer, transform, name, checkpoint.format, length, preprocess["size"], device))
+
+
+def _checked(encoder: Encoder) -> Encoder:
+    """Refuse a tokenizer whose ids the model has no embeddings for, instead of an index error later."""
+    sizes = [m.num_embeddings for name, m in encoder.model.named_modules() if name.endswith("token_embedding")]
+    highest = int(encoder.tokenizer([""]).max())
+    if sizes and highest >= sizes[0]:
+        raise ValueError(
+            f"{encoder.source}: the model has embeddings for {sizes[0]} tokens, but CLIP's tokenizer gives ids up to "
+            f"{highest}; put the model's own tokenizer files into its folder"
+        )
+    return encoder
+
+
+@torch.no_grad()
+def encode_images(encoder: Encoder, image_BCHW: Tensor, precision: Precision = "fp32") -> Tensor:
+    """Normalised float32 features, (B, E), on the encoder's device."""
+    with autocast(encoder.device, precision):
+        return encoder.model.encode_image(image_BCHW.to(encoder.device), normalize=True).float()
+
+
+@torch.no_grad()
+def encode_texts(
+    encoder: Encoder, texts: Sequence[str], batch_size: int = 64, precision: Precision = "fp32"
+) -> tuple[Tensor, int]:
+    """Normalised float32 features, (T, E), and how many texts fill the whole context."""
+    features, cut = [], 0
+    for start in tqdm(range(0, len(texts), batch_size), desc="texts", unit="batch"):
+        ids_BT = encoder.tokenizer(list(texts[start : start + batch_size]))
+        # The end token has the highest id; where it is the last one, the text was cut or just fits.
+        cut += int((ids_BT.argmax(dim=-1) == ids_BT.shape[1] - 1).sum())
+        with autocast(encoder.device, precision):
+            features.append(encoder.model.encode_text(ids_BT.to(encoder.device), normalize=True).float())
+    return torch.cat(features), cut
+
+
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    return torch.autocast(device.type, dtype=PRECISIONS[precision], enabled=precision != "fp32")
