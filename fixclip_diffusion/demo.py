@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from fixclip_core import scenes
 from fixclip_core.files import write_atomically
-from fixclip_core.scenes import world as scenes
 from fixclip_diffusion import builtin
 from fixclip_diffusion.conditioning import TokenReport, token_report
 from fixclip_diffusion.evaluation.generate import Drawing, Painter, System

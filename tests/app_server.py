@@ -32,7 +32,7 @@ def make_model(folder, scenes):
 
 
 def captions():
-    from fixclip_core.scenes.world import long_caption, sample_scene
+    from fixclip_core.scenes import long_caption, sample_scene
 
     return [long_caption(sample_scene(i), i).text for i in range(20)]
 

@@ -17,7 +17,7 @@ from app_server import make_model, serve
 from PIL import Image
 from playwright import sync_api as playwright
 
-from fixclip_core.scenes.world import long_caption, sample_scene
+from fixclip_core.scenes import long_caption, sample_scene
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = [

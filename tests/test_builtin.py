@@ -17,7 +17,7 @@ from tiny_scenes import write_model
 from typer.testing import CliRunner
 
 from fixclip_cli.main import app
-from fixclip_core.scenes import world as scenes
+from fixclip_core import scenes
 from fixclip_diffusion import (
     FixClipStableDiffusionPipeline,
     FixClipTextEncoder,

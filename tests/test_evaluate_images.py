@@ -18,8 +18,8 @@ from tiny_adapter import without_onednn  # noqa: F401
 from typer.testing import CliRunner
 
 from fixclip_cli.main import app
+from fixclip_core import scenes
 from fixclip_core.evaluation.encoders import load_encoder
-from fixclip_core.scenes import world as scenes
 from fixclip_diffusion import FixClipStableDiffusionPipeline, FixClipTokenizer, TextAdapter
 from fixclip_diffusion.adapter_training import trainer as train
 from fixclip_diffusion.evaluation import generate, judges, report, run, scores

@@ -2,6 +2,8 @@
 
 import re
 from dataclasses import replace
+from hashlib import sha256
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms.functional import gaussian_blur
 
-from fixclip_core.scenes import world as scenes
-from fixclip_core.scenes.world import (
+from fixclip_core.scenes import (
     PLACES,
     WORLD,
     Caption,
@@ -38,6 +39,7 @@ from fixclip_core.scenes.world import (
     token_ranges,
     vocabulary,
 )
+from fixclip_core.scenes.grammar import grammar_of, word_pools
 
 CIRCLE = Shape("circle", lambda x, y: torch.hypot(x, y) <= 0.95, ("circle", "disc"), ("orb",))
 SPLITS = ("train", "heldout", "all")
@@ -78,6 +80,22 @@ def test_scene_0_of_data_set_0_stays_what_it_is():
     assert scene == Scene.from_dict(GOLDEN_SCENE)
     assert long_caption(scene, 0).text == GOLDEN_LONG
     assert short_caption(scene, 0).text == GOLDEN_SHORT
+
+
+def test_pictures_and_captions_of_200_scenes_stay_what_they_are():
+    """The embedded weights and the published results were made with these, to the bit."""
+    drawn = [scene_at(7, i) for i in range(200)]
+    words = sha256()
+    for i, scene in enumerate(drawn):
+        for split, synonyms in product(SPLITS, (None, "train", "heldout")):
+            for word in (long_caption, short_caption):
+                caption = word(scene, i, split=split, synonyms=synonyms)
+                words.update(repr((caption.text, [(s.start, s.end, s.place) for s in caption.spans])).encode())
+    assert words.hexdigest() == "4a7ccfd027f4dea4dd2bec6c976ace4cc2af385ce545e0bea92d93bc9c548fbc"
+    assert (
+        sha256(render_batch(drawn).numpy().tobytes()).hexdigest()
+        == "ed24ba1ae29c60b8ec311fff8cd299268111e74ae9395da9f89a6ce7f09b5c12"
+    )
 
 
 @given(seed=seeds, least=st.integers(1, 9), more=st.integers(0, 8))
@@ -222,7 +240,7 @@ def test_spans_cover_the_text_and_name_every_place_once(seed, split):
 
 
 def test_held_out_templates_and_words_are_not_trained_on():
-    train, heldout = scenes._grammar("train"), scenes._grammar("heldout")
+    train, heldout = grammar_of("train"), grammar_of("heldout")
     for field in ("objects", "openings", "closings", "short_complete", "short_partial"):
         assert not set(getattr(train, field)) & set(getattr(heldout, field))
     phrases = [phrase for grammar in (train, heldout) for pool in grammar.places.values() for phrase in pool]
@@ -243,7 +261,7 @@ def test_templates_of_one_split_with_words_of_the_other():
 @pytest.mark.parametrize("split", SPLITS)
 def test_nine_objects_make_130_to_240_tokens(count_tokens, split):
     """Proven for every caption at once: the tokens of words add up, so the extremes of the parts bound the whole."""
-    grammar, pools = scenes._grammar(split), scenes._pools(WORLD, split)
+    grammar, pools = grammar_of(split), word_pools(WORLD, split)
     pools = {**pools, "count": {"": ("nine",)}, "shapes": {"": ("shapes",)}, "figures": {"": ("figures",)}}
     pools["are"] = {"": ("are",)}
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from scenes import evaluate as evaluation
 from scenes import pretrain, report, run
 
-from fixclip_core.scenes import world as scenes
+from fixclip_core import scenes
 from fixclip_core.training import loop
 from fixclip_core.training.recipe import EncoderRecipe, load_recipe
 from fixclip_core.weights.read import load_fixclip

@@ -15,7 +15,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from fixclip_cli.generate import default_size
-from fixclip_core.scenes.world import long_caption, sample_scene
+from fixclip_core.scenes import long_caption, sample_scene
 from fixclip_diffusion import FixClipStableDiffusionPipeline, FixClipTextEncoder, TextAdapter, builtin
 from fixclip_diffusion.attention_maps import record_sentences
 from fixclip_diffusion.tiny import stable_diffusion, train_tokenizer

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fixclip_core.scenes.world import Check, annotate_caption, check, read_caption
+from fixclip_core.scenes import Check, annotate_caption, check, read_caption
 from fixclip_diffusion import TokenReport
 
 from .jobs import Picture

@@ -35,7 +35,7 @@ from fixclip_core.data.loader import Batch, Batches, Loader
 from fixclip_core.data.samples import BadSampleError, describe_skipped
 from fixclip_core.data.sources import open_source
 from fixclip_core.files import write_atomically
-from fixclip_core.scenes.world import sheet
+from fixclip_core.scenes import sheet
 from fixclip_core.training.checkpoint import check_folder, list_checkpoints, training_state_bytes
 from fixclip_core.training.encoder.task import split_batch
 from fixclip_core.training.loop import (

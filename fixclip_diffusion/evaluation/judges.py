@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fixclip_core import scenes
 from fixclip_core.evaluation.encoders import Encoder, encode_images, encode_texts
-from fixclip_core.scenes import world as scenes
 from fixclip_diffusion.evaluation.prompts import Prompt
 from fixclip_diffusion.text_encoder import FixClipTokenizer
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
+from fixclip_core import scenes
 from fixclip_core.data.captions import split_sentences
-from fixclip_core.scenes import world as scenes
 from fixclip_diffusion.text_encoder import FixClipTokenizer
 
 ZONES: tuple[str, ...] = get_args(scenes.Zone)

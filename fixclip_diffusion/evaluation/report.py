@@ -6,8 +6,8 @@ from typing import Any
 
 from PIL import Image
 
+from fixclip_core import scenes
 from fixclip_core.files import write_atomically
-from fixclip_core.scenes import world as scenes
 from fixclip_diffusion.evaluation.judges import as_tensor
 from fixclip_diffusion.evaluation.prompts import Prompt
 

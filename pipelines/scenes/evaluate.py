@@ -15,11 +15,11 @@ import torch
 import typer
 from tqdm import tqdm
 
+from fixclip_core import scenes
 from fixclip_core.evaluation.retrieval import retrieval_metrics
 from fixclip_core.files import write_atomically
 from fixclip_core.model.config import FINE_TUNE
 from fixclip_core.model.fixclip import FixClip
-from fixclip_core.scenes import world as scenes
 from fixclip_core.weights.read import load_fixclip
 from fixclip_diffusion.evaluation.generate import Drawing, Painter, System
 from fixclip_diffusion.evaluation.judges import scene_verdicts

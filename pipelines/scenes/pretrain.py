@@ -41,9 +41,9 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTextModel, CLIPTokenizer
 
+from fixclip_core import scenes
 from fixclip_core.evaluation.retrieval import retrieval_metrics
 from fixclip_core.files import write_atomically
-from fixclip_core.scenes import world as scenes
 from fixclip_core.training.checkpoint import check_folder
 from fixclip_core.training.encoder.losses import contrastive_loss
 from fixclip_core.training.loop import (

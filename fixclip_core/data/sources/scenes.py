@@ -15,7 +15,7 @@ class SceneSource:
         self.seed, self.sizes = 0, [config.stop]
 
     def read(self, index: int) -> Sample:
-        from fixclip_core.scenes import world as scenes
+        from fixclip_core import scenes
 
         scene = scenes.scene_at(self.seed, index)
         long, short = scenes.long_caption(scene, index), scenes.short_caption(scene, index)
