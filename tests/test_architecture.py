@@ -1,95 +1,151 @@
-"""Imports point one way, and inference stays free of everything that training needs."""
+"""Imports point one way, and inference stays free of everything that training needs.
+
+A room is a folder of a package, or a file directly in it. A room of a later line may import those of earlier lines and
+of its own; rooms of one line do not import each other. A new room needs a place here, and nothing else does.
+"""
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# Each module may import those of earlier lines only; what stands on one line does not know its neighbours.
-LAYERS = (
-    ("files", "positional", "captions", "losses", "scenes", "checkpoint"),
-    ("config", "data"),
-    ("recipe", "regional_prompts", "pack", "suites"),
-    ("loop", "text_tower"),
-    ("model",),
-    ("task", "convert"),
-    ("evaluate", "export"),
-    ("train",),
-    ("cli",),
-)
+PACKAGES = ("fixclip_core", "fixclip_diffusion", "fixclip_cli", ("apps", "pipelines", "comfyui"))
+
+ROOMS = {
+    "fixclip_core": (
+        ("files", "section", "scenes"),
+        ("data", "model"),
+        ("synthesis", "weights"),
+        ("evaluation",),
+        ("training",),
+    ),
+    "fixclip_diffusion": (
+        ("builtin", "preview", "tiny"),
+        ("adapter", "tokenizer"),
+        ("text_encoder",),
+        ("conditioning",),
+        ("families",),
+        ("prompt_encoder",),
+        ("attention_maps", "pipeline"),
+        ("adapter_training",),
+        ("evaluation",),
+        ("demo",),
+    ),
+    "fixclip_cli": (
+        ("app", "pictures"),
+        ("data", "demo", "evaluate", "evaluate_images", "generate", "weights"),
+        ("main",),
+        ("__main__",),
+    ),
+}
+
+# What no module of a package imports, not even inside a function.
+FORBIDDEN = {
+    "fixclip_core": {"diffusers", "peft", "gradio", "typer"},
+    "fixclip_core.model": {"accelerate", "pydantic", "omegaconf", "webdataset", "tqdm"},
+    "fixclip_core.scenes": {"open_clip", "transformers"},
+    "fixclip_diffusion": {"gradio", "typer"},
+    "comfyui": {"diffusers", "open_clip", "webdataset"},
+}
+
+# What a process that draws never loads, directly or through others.
+TRAINING_ONLY = {"open_clip", "webdataset", "ray", "omegaconf", "pydantic", "tensorboard"}
 
 
-def imported(file):
-    """Modules that a file imports anywhere, in functions too, as dotted names."""
+def module_name(file: Path) -> str:
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def source_files() -> Iterator[Path]:
+    for package in ("fixclip_core", "fixclip_diffusion", "fixclip_cli", "apps", "pipelines", "comfyui"):
+        yield from sorted((ROOT / package).rglob("*.py"))
+
+
+MODULES = {module_name(file): file for file in source_files()}
+
+
+def imported(name: str) -> set[str]:
+    """What a module imports anywhere, in functions too: our own modules, and the names of foreign ones."""
+    file, found = MODULES[name], set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             parents = file.relative_to(ROOT).parts[: -node.level] if node.level else ()
             base = ".".join([*parents, *([node.module] if node.module else [])])
-            yield base
-            yield from (f"{base}.{alias.name}" for alias in node.names)
+            names = {f"{base}.{alias.name}" for alias in node.names}
+            found |= {other if other in MODULES else base for other in names}
+    return found - {name}
 
 
-def modules(package):
-    return sorted((ROOT / package).rglob("*.py"))
+def room(module: str) -> tuple[str, str]:
+    """`fixclip_core.data.sources.folder` is in the room ("fixclip_core", "data")."""
+    package, _, rest = module.partition(".")
+    return package, rest.partition(".")[0]
 
 
-def test_every_module_of_the_core_has_its_layer():
-    names = {file.stem for file in modules("fixclip_core")} - {"__init__"}
-    assert names == {name for layer in LAYERS for name in layer}
+def rank(package: str) -> int:
+    return next(place for place, names in enumerate(PACKAGES) if package == names or package in names)
 
 
-@pytest.mark.parametrize("layer", range(len(LAYERS)))
-def test_modules_of_the_core_import_lower_layers_only(layer):
-    allowed = {f"fixclip_core.{name}" for lower in LAYERS[:layer] for name in lower}
-    every = {f"fixclip_core.{name}" for names in LAYERS for name in names}
-    for name in LAYERS[layer]:
-        found = set(imported(ROOT / "fixclip_core" / f"{name}.py")) & every
-        if name == "model":  # `FixClip.from_pretrained` reads other formats through what builds on it
-            found -= {"fixclip_core.convert"}
-        assert found <= allowed, f"{name} imports {found - allowed}"
+def places(package: str) -> dict[str, int]:
+    return {name: place for place, names in enumerate(ROOMS[package]) for name in names}
 
 
-@pytest.mark.parametrize(
-    ("package", "forbidden"),
-    [
-        ("fixclip_core", ("fixclip_diffusion", "apps", "pipelines", "diffusers")),
-        ("fixclip_diffusion", ("apps", "pipelines")),
-    ],
-)
-def test_packages_import_one_way(package, forbidden):
-    for file in modules(package):
-        found = {name for name in imported(file) if name.split(".")[0] in forbidden}
-        assert not found, f"{file.relative_to(ROOT)} imports {found}"
+def test_no_module_imports_itself_through_others():
+    try:
+        TopologicalSorter({name: imported(name) for name in MODULES}).prepare()
+    except CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
 
 
-def test_the_model_knows_no_loss_and_no_loop():
-    for name in ("model", "regional_prompts", "text_tower"):
-        found = {name.split(".")[0] for name in imported(ROOT / "fixclip_core" / f"{name}.py")}
-        assert not found & {"accelerate", "webdataset", "pydantic", "omegaconf", "tqdm"}
+@pytest.mark.parametrize("package", ROOMS)
+def test_every_room_has_its_place(package):
+    assert {room(name)[1] for name in MODULES if name.startswith(f"{package}.")} <= set(places(package))
 
 
-def test_inference_imports_no_training_code():
-    """In a fresh interpreter, because this one has imported everything."""
-    code = (
-        "import sys, fixclip_diffusion.text_encoder, fixclip_diffusion.pipeline; "
-        "print(*{name.split('.')[0] for name in sys.modules}, *(n for n in sys.modules if n.startswith('fixclip')))"
-    )
-    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
-    found = set(loaded.stdout.split())
-    assert "fixclip_diffusion.text_encoder" in found
-    assert not found & {"open_clip", "webdataset"}
-    training = ("train", "task", "losses", "model", "data", "recipe", "loop", "checkpoint")
-    assert not found & {f"fixclip_core.{name}" for name in training}
+@pytest.mark.parametrize("name", MODULES)
+def test_higher_rooms_import_lower_ones(name):
+    package, own = room(name)
+    for other in imported(name) & MODULES.keys():
+        other_package, other_room = room(other)
+        assert rank(other_package) <= rank(package), f"{name} imports {other}"
+        if package in ROOMS and other_package == package and own and other_room not in ("", own):
+            assert places(package)[other_room] < places(package)[own], f"{name} imports {other}"
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_what_no_module_of_a_package_imports(package):
+    for name in MODULES:
+        if name == package or name.startswith(f"{package}."):
+            found = {other.partition(".")[0] for other in imported(name)} & FORBIDDEN[package]
+            assert not found, f"{name} imports {', '.join(found)}"
+
+
+def loaded_by(statement: str) -> set[str]:
+    """All modules that a fresh interpreter holds afterwards, because this one has imported everything."""
+    code = f"import sys; {statement}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    return set(done.stdout.split())
+
+
+def test_inference_loads_no_training_code():
+    loaded = loaded_by("import fixclip_diffusion, fixclip_diffusion.attention_maps")
+    assert "fixclip_diffusion.pipeline" in loaded
+    assert not {name.partition(".")[0] for name in loaded} & TRAINING_ONLY
+    rooms = {room(name) for name in loaded if name in MODULES}
+    assert not rooms & {("fixclip_core", "training"), ("fixclip_core", "evaluation"), ("fixclip_core", "synthesis")}
+    assert not rooms & {("fixclip_diffusion", "adapter_training"), ("fixclip_diffusion", "evaluation")}
 
 
 def test_help_of_the_command_is_quick_to_import():
-    """`fixclip --help` must not wait for open_clip or torch."""
-    code = "import sys, fixclip_cli.main; print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
-    assert not {"torch", "open_clip", "webdataset"} & set(loaded.stdout.split())
+    """`fixclip --help` must not wait for torch or what needs it."""
+    loaded = {name.partition(".")[0] for name in loaded_by("import fixclip_cli.main")}
+    assert not loaded & (TRAINING_ONLY | {"torch", "diffusers", "transformers", "numpy"})
