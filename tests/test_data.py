@@ -300,7 +300,7 @@ def write_bad_manifest(folder: Path, good: int = 40) -> tuple[Path, dict[str, st
         ("a\0b.png", "unreadable_file", caption(0)),
         ("0.png", "empty_caption", " \n "),
         ("1.png", "empty_caption", "..."),
-        ("2.png", "wrong_type", None),
+        ("2.png", "no_caption", None),
         ("3.png", "wrong_type", ["a", "list"]),
         ("4.png", "wrong_type", 7),
     ):
@@ -642,7 +642,7 @@ def test_damaged_shards_lose_only_what_is_damaged(tmp_path):
     ("members", "reason"),
     [
         ({"txt": b"A b c."}, "missing_file"),
-        ({"png": picture(0)}, "wrong_type"),
+        ({"png": picture(0)}, "no_caption"),
         ({"png": picture(0), "txt": b"\xff\xfe\xfa"}, "wrong_type"),
         ({"png": picture(0), "txt": b"A.", "json": b"{"}, "wrong_type"),
         ({"png": picture(0), "txt": b"A.", "json": b"[]"}, "wrong_type"),
@@ -661,3 +661,26 @@ def test_bad_members_of_a_shard(tmp_path, members, reason):
         check_captions(source.read(0))
     assert caught.value.skipped.reason == reason
     assert caught.value.skipped.key == "key"
+
+
+def test_images_without_captions_are_a_source_for_captioning_only(tmp_path):
+    (tmp_path / "a.png").write_bytes(picture(0))
+    manifest = tmp_path / "images.jsonl"
+    manifest.write_text('{"image": "a.png", "licence": "CC0"}\n')
+    for source in (tmp_path, manifest):
+        sample = open_source(DataConfig(source=str(source)), captioned=False).read(0)
+        assert (sample.image, sample.long, sample.short) == (picture(0), None, None)
+        with pytest.raises(BadSampleError, match="no_caption"):
+            check_captions(sample)
+    assert sample.extra == {"licence": "CC0"}
+    with pytest.raises(ValueError, match=r"images.jsonl:1: expected `image`, `long`"):
+        open_source(DataConfig(source=str(manifest)))
+
+
+def test_scenes_by_number():
+    source = open_source(DataConfig(source="scenes:3"))
+    assert source.sizes == [3]
+    assert source.read(2).long == open_source(DataConfig(source="scenes", stop=3)).read(2).long
+    for wrong in ("scenes:", "scenes:0", "scenes:x"):
+        with pytest.raises(ValueError, match=r"scenes:200|endless"):
+            open_source(DataConfig(source=wrong))

@@ -228,7 +228,7 @@ class ShardPacker(Dataset):
             except BadSampleError as error:
                 skipped.append(Skipped(**{**asdict(error.skipped), "index": index}))
                 continue
-            extra = {"image": sample.key} | ({"short": short} if short else {})
+            extra = {"image": sample.key} | dict(sample.extra) | ({"short": short} if short else {})
             yield {
                 "__key__": f"{index:09d}",
                 extension: image,

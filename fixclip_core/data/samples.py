@@ -3,8 +3,8 @@
 import io
 import warnings
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -21,13 +21,18 @@ FILTER_REASONS = frozenset(["too_short", "repetition", "not_sentences"])
 
 @dataclass(frozen=True)
 class Sample:
-    """A sample as its source holds it: nothing is decoded or checked yet."""
+    """A sample as its source holds it: nothing is decoded or checked yet.
+
+    `extra` are further fields of a manifest's row or a shard's .json (where a caption came from, say); packing keeps
+    them.
+    """
 
     file: str
     key: str
     image: bytes | Tensor
     long: Any
     short: Any
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -53,10 +58,12 @@ def check_captions(sample: Sample, filters: CaptionFilters | None = None) -> tup
     """The cleaned (long, short) captions of a sample; short is None where there is none.
 
     Raises:
-        BadSampleError: "wrong_type", "empty_caption" or one of the filters' reasons.
+        BadSampleError: "no_caption", "wrong_type", "empty_caption" or one of the filters' reasons.
     """
+    if sample.long is None:
+        raise BadSampleError("no_caption", sample.file, sample.key, "no long caption comes with it")
     for name, caption in (("long", sample.long), ("short", sample.short)):
-        if not isinstance(caption, str) and (name == "long" or caption is not None):
+        if caption is not None and not isinstance(caption, str):
             raise BadSampleError("wrong_type", sample.file, sample.key, f"{name} is {caption!r}"[:200])
     long = clean_caption(sample.long)
     if not any(character.isalnum() for character in long):

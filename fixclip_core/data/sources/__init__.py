@@ -34,22 +34,26 @@ class Source(Protocol):
         """Changes when the sample does; cheap, so files are judged by size and time."""
 
 
-def open_source(config: DataConfig) -> Source:
+def open_source(config: DataConfig, captioned: bool = True) -> Source:
     """Recognise and open what `config.source` names.
+
+    Args:
+        config: its source, image_root, start and stop; `scenes:200` are the first 200 scenes.
+        captioned: whether a manifest must have long captions; images alone are enough to write captions for.
 
     Raises:
         ValueError: it does not exist, is of no known kind, or is malformed (names file and line).
     """
     name = config.source
     path = Path(name).expanduser()
-    if name == "scenes":
+    if name == "scenes" or name.startswith("scenes:"):
         return SceneSource(config)
     if path.is_dir():
         shards = shards_in(path)
         return ShardSource(shards, config) if shards else RowSource(folder_rows(path), path, path)
     if path.suffix.lower() in MANIFEST_EXTENSIONS and "://" not in name:
         root = Path(config.image_root).expanduser() if config.image_root else path.parent
-        return RowSource(pack_rows(read_manifest(path)), root, path)
+        return RowSource(pack_rows(read_manifest(path, captioned)), root, path)
     urls = [match for url in expand_urls(name) for match in matches(url)]
     if all(url.startswith("pipe:") or url.split("?")[0].endswith(".tar") for url in urls):
         return ShardSource(urls, config)

@@ -9,8 +9,12 @@ from typing import Any
 MANIFEST_EXTENSIONS = (".jsonl", ".ndjson", ".csv", ".tsv", ".json")
 
 
-def read_manifest(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows {"image", "long", "short", "line"} of a manifest or of ShareGPT4V's JSON; values are unchecked.
+def read_manifest(path: Path, captioned: bool = True) -> Iterator[dict[str, Any]]:
+    """Rows {"image", "long", "short", "line", "extra"} of a manifest or of ShareGPT4V's JSON; values are unchecked.
+
+    Args:
+        path: the manifest.
+        captioned: whether it must have long captions; images alone are enough to write captions for.
 
     Raises:
         ValueError: what cannot be parsed, or the wrong columns, with file and line.
@@ -21,11 +25,14 @@ def read_manifest(path: Path) -> Iterator[dict[str, Any]]:
         for line, item in readers.get(path.suffix.lower(), _jsonl_items)(path):
             if not isinstance(item, dict):
                 raise ValueError(f"{path}:{line}: expected an object with `image` and `long`, got {item!r}"[:300])
-            if empty and not ("image" in item and ("long" in item or "conversations" in item)):
+            if empty and not ("image" in item and ("long" in item or "conversations" in item or not captioned)):
                 found = ", ".join(map(str, item))
-                raise ValueError(f"{path}:{line}: expected `image`, `long` and optionally `short`, found {found}")
+                columns = "`image`, `long` and optionally `short`" if captioned else "`image`"
+                raise ValueError(f"{path}:{line}: expected {columns}, found {found}")
             empty = False
-            yield {"image": item.get("image"), "long": _long(item), "short": item.get("short"), "line": line}
+            row = {"image": item.get("image"), "long": _long(item), "short": item.get("short"), "line": line}
+            extra = {name: value for name, value in item.items() if name not in {*row, "conversations", "id"}}
+            yield row | ({"extra": extra} if extra else {})
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
     if empty:

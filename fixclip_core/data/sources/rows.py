@@ -48,10 +48,11 @@ class RowSource:
         if not isinstance(row["image"], str) or not row["image"]:
             raise BadSampleError("wrong_type", file, key, f"image is {row['image']!r}"[:200])
         if "text" in row:
-            long, short = self._text(row["text"], file, key), self._short_text(row["text"], file, key)
+            short_text = str(Path(row["text"]).with_suffix(".short.txt"))
+            long, short = (self._text(name, file, key) for name in (row["text"], short_text))
         else:
             long, short = row["long"], row["short"]
-        return Sample(file, key, self._bytes(row["image"], file, key), long, short)
+        return Sample(file, key, self._bytes(row["image"], file, key), long, short, row.get("extra", {}))
 
     def _bytes(self, name: str, file: str, key: str) -> bytes:
         path = self.root / name
@@ -62,15 +63,13 @@ class RowSource:
         except (OSError, ValueError) as error:  # ValueError: a null byte in the name
             raise BadSampleError("unreadable_file", file, key, error) from None
 
-    def _text(self, name: str, file: str, key: str) -> str:
+    def _text(self, name: str, file: str, key: str) -> str | None:
+        if not (self.root / name).exists():
+            return None
         try:
             return self._bytes(name, file, key).decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise BadSampleError("wrong_type", file, key, f"{name}: {error}") from None
-
-    def _short_text(self, name: str, file: str, key: str) -> str | None:
-        short = str(Path(name).with_suffix(".short.txt"))
-        return self._text(short, file, key) if (self.root / short).exists() else None
 
     def fingerprint(self, index: int) -> str:
         row = self.rows[index]

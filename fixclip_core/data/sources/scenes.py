@@ -10,9 +10,13 @@ class SceneSource:
     remote = False
 
     def __init__(self, config: DataConfig) -> None:
-        if config.stop is None:
-            raise ValueError("source 'scenes' is endless: set `stop` to the number of scenes to use")
-        self.seed, self.sizes = 0, [config.stop]
+        number = config.source.removeprefix("scenes").removeprefix(":")
+        if number and not (number.isdecimal() and int(number)):
+            raise ValueError(f"source {config.source!r}: give the number of scenes, like scenes:200")
+        stop = int(number) if number else config.stop
+        if stop is None:
+            raise ValueError("source 'scenes' is endless: name their number, like scenes:200, or set `stop`")
+        self.seed, self.sizes = 0, [stop]
 
     def read(self, index: int) -> Sample:
         from fixclip_core import scenes

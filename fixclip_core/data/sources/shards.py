@@ -171,7 +171,8 @@ class ShardSource:
             short = member("short.txt").decode() if "short.txt" in members else extra.get("short")
         except ValueError as error:
             raise BadSampleError("wrong_type", url, key, error) from None
-        return Sample(url, key, member(extension), long, short)
+        extra = {name: value for name, value in extra.items() if name not in ("long", "short")}
+        return Sample(url, key, member(extension), long, short, extra)
 
     def fingerprint(self, index: int) -> str:
         number, local = self._locate(index)
