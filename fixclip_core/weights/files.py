@@ -1,47 +1,85 @@
-"""Weight files: safetensors, pickles and TorchScript archives to state dicts, without ever running what is in them."""
+"""Weight files: safetensors, pickles and TorchScript archives, without ever running what is in them.
+
+`open_weights` reads names and shapes (of a safetensors file the header alone), tensors follow when they are asked for;
+`load_weights` reads a whole file.
+"""
 
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
+
+from fixclip_core.weights.check import LoadError, loading
+
+# Keys under which checkpoints keep the state dict proper.
+WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net")
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """The tensors of a file, not read yet where the format allows.
+
+    Attributes:
+        path: the file.
+        shapes: the shape of each tensor, in the file's order and under its names.
+        metadata: of a safetensors header; empty for other formats.
+        is_torchscript: whether it is a TorchScript archive, as OpenAI's are.
+    """
+
+    path: Path
+    shapes: dict[str, tuple[int, ...]]
+    metadata: dict[str, str]
+    read: Callable[[Iterable[str]], dict[str, Tensor]] = field(repr=False)
+    is_torchscript: bool = False
+
+    def load(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The tensors of these names in the file's own dtype, on the CPU.
+
+        Raises:
+            LoadError: the file is damaged.
+        """
+        with loading(str(self.path)):
+            return self.read(names)
+
+
+def open_weights(path: str | Path) -> WeightFile:
+    """Open a safetensors file, a pickle or a TorchScript archive; the content decides, not the name.
+
+    Raises:
+        LoadError: the file is missing or damaged, holds no state dict, or is a pickle that wants to run code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise LoadError(f"{path}: no such file")
+    with loading(str(path)):
+        with path.open("rb") as file:
+            start = file.read(16)
+        if start[8:9] == b"{":
+            return _open_safetensors(path)
+        if start[:2] == b"PK" and _is_torchscript(path):
+            return _in_memory(path, _load_torchscript(path), is_torchscript=True)
+        return _in_memory(path, _load_pickle(path))
 
 
 def load_weights(path: Path) -> tuple[dict[str, Tensor], bool]:
-    """Load the tensors of a safetensors file, a pickle or a TorchScript archive as float32.
+    """Load the tensors of a file as float32.
 
     Returns:
         The state dict (without wrappers such as "state_dict" and "module."), and whether it came from
         TorchScript.
 
     Raises:
-        ValueError: the file is missing or damaged, holds no state dict, or is a pickle that wants to run code.
+        LoadError: see `open_weights`.
     """
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    with path.open("rb") as file:
-        start = file.read(16)
-    is_torchscript = False
-    state_dict: Any
-    if start[8:9] == b"{":
-        state_dict = _load_safetensors(path)
-    elif start[:2] == b"PK" and _is_torchscript(path):
-        state_dict, is_torchscript = _load_torchscript(path), True
-    else:
-        state_dict = _load_pickle(path)
-    for wrapper in ("state_dict", "model", "module"):
-        if isinstance(state_dict, Mapping) and isinstance(state_dict.get(wrapper), Mapping):
-            state_dict = state_dict[wrapper]
-    if not isinstance(state_dict, Mapping):
-        raise ValueError(f"{path} holds a {type(state_dict).__name__}, not a state dict")
-    tensors = {_plain_name(name): tensor for name, tensor in state_dict.items() if isinstance(tensor, Tensor)}
-    if not tensors:
-        raise ValueError(f"{path} holds no tensors")
-    return {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}, is_torchscript
+    file = open_weights(path)
+    tensors = {_plain_name(name): tensor for name, tensor in file.load(file.shapes).items()}
+    return {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}, file.is_torchscript
 
 
 def _plain_name(name: str) -> str:
@@ -50,13 +88,33 @@ def _plain_name(name: str) -> str:
     return name.removeprefix("text.")
 
 
-def _load_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
+def _open_safetensors(path: Path) -> WeightFile:
+    def read(names: Iterable[str]) -> dict[str, Tensor]:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in names}
 
     try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is a damaged safetensors file: {error}") from None
+        with safe_open(path, framework="pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 -- no dict
+            metadata = dict(file.metadata() or {})
+    except Exception as error:
+        raise LoadError(f"{path} is a damaged safetensors file: {error}") from error
+    if not shapes:
+        raise LoadError(f"{path} holds no tensors")
+    return WeightFile(path, shapes, metadata, read)
+
+
+def _in_memory(path: Path, content: Any, is_torchscript: bool = False) -> WeightFile:
+    for wrapper in WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    if not isinstance(content, Mapping):
+        raise LoadError(f"{path} holds a {type(content).__name__}, not a state dict")
+    tensors = {str(name): tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
+    if not tensors:
+        raise LoadError(f"{path} holds no tensors")
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return WeightFile(path, shapes, {}, lambda names: {name: tensors[name] for name in names}, is_torchscript)
 
 
 def _is_torchscript(path: Path) -> bool:
@@ -64,34 +122,34 @@ def _is_torchscript(path: Path) -> bool:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("/constants.pkl") or "/code/" in name for name in archive.namelist())
     except zipfile.BadZipFile as error:
-        raise ValueError(f"{path} is a damaged archive: {error}") from None
+        raise LoadError(f"{path} is a damaged archive: {error}") from None
 
 
 def _load_torchscript(path: Path) -> dict[str, Tensor]:
     try:
         return torch.jit.load(path, map_location="cpu").state_dict()
     except RuntimeError as error:
-        raise ValueError(f"{path} is a damaged TorchScript archive: {str(error).splitlines()[0]}") from None
+        raise LoadError(f"{path} is a damaged TorchScript archive: {str(error).splitlines()[0]}") from None
 
 
 def _load_pickle(path: Path) -> Any:
-    from pickle import UnpicklingError
-
     try:
         with path.open("rb") as file:  # given a path, torch.load would go by the file's name
             return torch.load(file, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, IndexError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:
         # torch's own messages advise switching the protection off.
         wanted = re.search(r"(?i)(?:unsupported global:?|unrecognized function|unsupported class)\s+\S.*", str(error))
         if wanted:
             detail = re.split(r" whose | was not |\. ", wanted[0])[0]
-            raise ValueError(
+            raise LoadError(
                 f"{path} is a pickle that wants to run code ({detail}), so it was not loaded. Only tensors are "
                 "read: ask its author for a state dict or a safetensors file"
             ) from None
         if _calls_something(path):
-            raise ValueError(f"{path} is a pickle that wants to run code, so it was not loaded") from None
-        raise ValueError(f"{path} is neither a pickle of tensors, TorchScript nor safetensors") from None
+            raise LoadError(f"{path} is a pickle that wants to run code, so it was not loaded") from None
+        raise LoadError(f"{path} is neither a pickle of tensors, TorchScript nor safetensors") from None
 
 
 def _calls_something(path: Path) -> bool:

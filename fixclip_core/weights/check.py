@@ -1,0 +1,156 @@
+"""What is loaded is looked at: one error for everything that cannot be used, and one set of checks for all loaders.
+
+Every loader of weights (encoder, whole CLIP, adapter, LoRA) opens its files inside `loading`, compares the sizes that a
+configuration gives with those of the file's own tensors before anything is built, and checks the values afterwards.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Shapes = Mapping[str, Sequence[int]]
+
+CLIP_END_ID = 49407
+LEGACY_END_ID = 2  # in configurations of CLIP from before transformers 4.31, whatever the vocabulary
+
+
+class LoadError(ValueError, OSError):
+    """A file or folder cannot be loaded.
+
+    A ValueError, as for all bad input of this project, and an OSError, which is what callers of transformers' and
+    diffusers' `from_pretrained` catch.
+    """
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Turn every exception into a LoadError of one line that begins with `what`, such as "adapter 'runs/a'".
+
+    Damaged and hostile files end in a dozen kinds of exceptions of the libraries that read them: KeyError, TypeError,
+    ZeroDivisionError, errors of strict dataclasses. Out of memory stays what it is, and so does a LoadError.
+    """
+    try:
+        yield
+    except (LoadError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise LoadError(f"{what}: {one_line(error)}") from error
+
+
+def one_line(error: BaseException) -> str:
+    """The error's message on one line; with the exception's name where the message alone would say nothing."""
+    text = " ".join(str(error).split())
+    if isinstance(error, (ValueError, OSError, RuntimeError)) and text:
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def check_finite(weights: nn.Module | Mapping[str, Tensor], what: str) -> None:
+    """Refuse weights that hold NaN or infinity: every picture made with them would be black.
+
+    Args:
+        weights: a module, whose parameters and buffers are looked at, or a state dict.
+        what: begins the message.
+
+    Raises:
+        LoadError: names the first such tensor.
+    """
+    named = weights.state_dict() if isinstance(weights, nn.Module) else weights
+    for name, tensor in named.items():
+        if not is_finite(tensor):
+            raise LoadError(f"{what}: {name} holds NaN or infinite values")
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all values are finite; true for whole numbers, empty tensors and tensors without values (meta)."""
+    if not tensor.is_floating_point() or not tensor.numel() or tensor.is_meta:
+        return True
+    if tensor.element_size() == 1:  # float8 has no minimum and maximum
+        tensor = tensor.float()
+    low, high = tensor.detach().aminmax()  # NaN wins both; no copy of the tensor is made
+    return bool(low.isfinite() & high.isfinite())
+
+
+def check_shapes(expected: Shapes, found: Shapes, what: str) -> None:
+    """Compare the shapes that a configuration makes with those of a file's tensors.
+
+    Raises:
+        LoadError: says how many tensors are missing or of another shape, and names the first.
+    """
+    missing = [name for name in expected if name not in found]
+    other = [name for name in expected if name in found and tuple(expected[name]) != tuple(found[name])]
+    if missing:
+        raise LoadError(f"{what}: {len(missing)} of {len(expected)} weights are missing, the first is {missing[0]}")
+    if other:
+        name = other[0]
+        raise LoadError(
+            f"{what}: {len(other)} of {len(expected)} weights are missing or of another shape, the first is {name}: "
+            f"{tuple(found[name])}, where the configuration makes {tuple(expected[name])}"
+        )
+
+
+def module_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor in a module's state dict; the module may be on the meta device."""
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def count_layers(names: Iterable[str], tower: str) -> int:
+    """How many layers a tower's tensors belong to: 2 of "a.layers.0.x", "a.layers.1.x" for the tower "a.layers"."""
+    pattern = re.compile(rf"{re.escape(tower)}\.(\d+)\.")
+    return len({match[1] for name in names if (match := pattern.match(name))})
+
+
+def check_layers(configured: Any, names: Iterable[str], tower: str, what: str) -> None:
+    """Compare a configuration's number of layers with the file's, before a module of a million layers is built.
+
+    Raises:
+        LoadError: they differ.
+    """
+    found = count_layers(names, tower)
+    if configured != found:
+        raise LoadError(f"{what}: the configuration says {configured} layers, the weights have {found} ({tower})")
+
+
+def check_vocabulary(highest_id: int, vocab_size: int, what: str) -> None:
+    """Refuse a tokenizer whose ids have no embedding, instead of "index out of range" later (on a GPU: a dead process).
+
+    Args:
+        highest_id: the largest id that the tokenizer gives.
+        vocab_size: rows of the encoder's token embedding.
+        what: begins the message.
+
+    Raises:
+        LoadError: ids are out of range.
+    """
+    if highest_id >= vocab_size:
+        raise LoadError(
+            f"{what}: the text encoder has embeddings for {vocab_size} tokens, but its tokenizer gives ids up to "
+            f"{highest_id}; the two belong to different models"
+        )
+
+
+def check_tokenizer(tokenizer: Any, config: Any, what: str) -> None:
+    """Compare a transformers tokenizer with the configuration of a CLIP text encoder: vocabulary, start and end.
+
+    Args:
+        tokenizer: a `CLIPTokenizer`; added tokens (textual inversions) count.
+        config: has `vocab_size` and `eos_token_id`; the latter may have the legacy value 2, which means the largest id.
+        what: begins the message.
+
+    Raises:
+        LoadError: ids without embedding, or another end token than the one whose state is pooled.
+    """
+    ids = tokenizer.get_vocab().values()
+    check_vocabulary(max(ids), config.vocab_size, what)
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if start is None or end is None or start == end:
+        raise LoadError(f"{what}: the tokenizer's start and end tokens have the ids {start} and {end}, two are needed")
+    if config.eos_token_id not in (LEGACY_END_ID, end):
+        raise LoadError(
+            f"{what}: the tokenizer ends texts with id {end}, but the text encoder was trained with "
+            f"{config.eos_token_id}; the two belong to different models"
+        )
