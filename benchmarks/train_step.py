@@ -42,12 +42,10 @@ from tqdm import tqdm
 from fixclip_core.model.config import FINE_TUNE, LONG_CLIP
 from fixclip_core.model.fixclip import FixClip, FixClipOutput
 from fixclip_core.model.image_tower import reader_mask, region_of_patch
-from fixclip_core.training.encoder.losses import (
-    cached_backward,
-    contrastive_loss,
-    hierarchical_loss,
-    pca_reconstruction,
-)
+from fixclip_core.training.encoder.losses.contrastive import contrastive_loss
+from fixclip_core.training.encoder.losses.gradcache import cached_backward
+from fixclip_core.training.encoder.losses.hierarchical import hierarchical_losses
+from fixclip_core.training.encoder.losses.pca import pca_reconstruction
 
 CONTEXT_LENGTH = 248
 EOS = 49407
@@ -128,7 +126,7 @@ def losses_of(output: FixClipOutput) -> dict[str, Tensor]:
             image_BE = pca_reconstruction(output.image_long_BE, PCA_RANK)
         total = total + contrastive_loss(image_BE, output.text_short_BE, scale)
     if output.image_mid_GBE is not None and output.text_mid_GBE is not None:
-        total = total + hierarchical_loss(output.image_mid_GBE, output.text_mid_GBE, scale)
+        total = total + hierarchical_losses(output.image_mid_GBE, output.text_mid_GBE, scale).sum()
     return {"loss": total}
 
 

@@ -12,6 +12,9 @@ PromptFlow = Literal["carry", "replace"]
 Masking = Literal["replace", "drop", "none"]
 ShortBranch = Literal["masked", "pca", "off"]
 HierarchyBranch = Literal["long", "short"]
+# Which hidden states an image generator reads: Stable Diffusion 1 and 2 those behind the final LayerNorm, SDXL those
+# before the last layer (`hidden_states[-2]`), without LayerNorm.
+HiddenState = Literal["last", "penultimate"]
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fixclip_core.files import write_atomically
-from fixclip_core.model.config import FixClipConfig
+from fixclip_core.model.config import FixClipConfig, HiddenState
 from fixclip_core.model.image_tower import ImageTower, check_image_tower, masked_patches
+from fixclip_core.model.positional import copied_rows
 from fixclip_core.model.text_tower import TextTower, check_text_tower
+from fixclip_core.model.windows import WINDOW_LENGTH
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -43,7 +45,11 @@ class CaptionedImages(Protocol):
 
 @dataclass
 class FixClipOutput:
-    """Normalised features of a batch; None where a branch is off."""
+    """Normalised features of a batch; None where a branch is off.
+
+    `text_states` holds the hidden states of every caption's tokens, a matrix (tokens, D) each, all long captions
+    before all short ones; empty unless `FixClip.forward` is asked for them.
+    """
 
     image_long_BE: Tensor | None
     text_long_BE: Tensor | None
@@ -52,6 +58,7 @@ class FixClipOutput:
     image_mid_GBE: Tensor | None
     text_mid_GBE: Tensor | None
     logit_scale: Tensor  # scalar, at most 100
+    text_states: tuple[Tensor, ...] = ()
 
 
 class FixClip(nn.Module):
@@ -227,18 +234,20 @@ class FixClip(nn.Module):
         """
         return (self.encode_image(image_BCHW) * self.encode_image(image_BCHW, prompts=False)).sum(dim=-1)
 
-    def forward(self, batch: CaptionedImages) -> FixClipOutput:
+    def forward(self, batch: CaptionedImages, state: HiddenState | None = None) -> FixClipOutput:
         """Features of both branches for training.
 
         Args:
             batch: images, token ids of both captions, and one seed a sample for the masks.
+            state: return these hidden states of the captions' tokens, from the pass that makes the features. Short
+                captions are then read even where the short branch is off.
 
         Returns:
             Normalised features; `image_short_BE` is None in the PCA branch, whose features are made of the
             whole global batch (`losses.pca_reconstruction`).
         """
         image_long_BE, image_short_BE, image_tokens = self._encode_images(batch)
-        text_long_BE, text_short_BE, text_tokens = self._encode_texts(batch)
+        text_long_BE, text_short_BE, text_tokens, text_states = self._encode_texts(batch, state)
         # CLIP clamps after each step; here no training loop can forget it.
         with torch.no_grad():
             self.logit_scale.clamp_(max=MAX_LOG_SCALE)
@@ -251,6 +260,7 @@ class FixClip(nn.Module):
             image_mid_GBE=self._mid_features(image_tokens, self.image_groups) if aligned else None,
             text_mid_GBE=self._mid_features(text_tokens, self.text_groups) if aligned else None,
             logit_scale=self.logit_scale.exp(),
+            text_states=text_states,
         )
 
     def _encode_images(self, batch: CaptionedImages) -> tuple[Tensor, Tensor | None, list[Tensor]]:
@@ -276,22 +286,47 @@ class FixClip(nn.Module):
         )
         return long_BE, short_BE, long_tokens if align_long else short_tokens
 
-    def _encode_texts(self, batch: CaptionedImages) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-        """Features of long and short captions from one pass, and end-of-text tokens of the aligned ones."""
+    def _encode_texts(
+        self, batch: CaptionedImages, state: HiddenState | None
+    ) -> tuple[Tensor, Tensor | None, list[Tensor], tuple[Tensor, ...]]:
+        """Features of long and short captions from one pass, end-of-text tokens of the aligned ones, hidden states."""
         collect = self.text_first_layer if self.config.num_groups else None
-        if self.config.short_branch == "off":
+        off = self.config.short_branch == "off"
+        if off and state is None:
             feature_BE, tokens = self.text.encode(batch.long_ids, first_layer=collect)
-            return feature_BE, None, tokens
-        features, tokens = self.text.encode(torch.cat([batch.long_ids, batch.short_ids]), first_layer=collect)
+            return feature_BE, None, tokens, ()
+        ids_BT = torch.cat([batch.long_ids, batch.short_ids])
+        features, tokens, states = self.text.encode_states(ids_BT, state, first_layer=collect)
         long_BE, short_BE = features.chunk(2)
         branch = 0 if self.config.hierarchy_branch == "long" else 1
-        return long_BE, short_BE, [token.chunk(2)[branch] for token in tokens]
+        return long_BE, None if off else short_BE, [token.chunk(2)[branch] for token in tokens], states
 
     def _mid_features(self, tokens: list[Tensor], heads: nn.ModuleList) -> Tensor:
         """Normalised middle feature of each aligned group, (G, B, E), from its layers' tokens."""
         groups_GBD = group_token_aggregation(torch.stack(tokens), len(heads))
         features = [F.normalize(head(group), dim=-1) for head, group in zip(heads, groups_GBD, strict=True)]
         return torch.stack(features)
+
+    def base_text_tower(self) -> TextTower:
+        """A copy of the text tower that reads 77 tokens at the base's own positions, as before stretching.
+
+        For a model that was just made of its base: the positions are read back from the rows that stretching copied,
+        and every other weight is the model's own.
+
+        Raises:
+            ValueError: the base has not 77 positions (Long-CLIP has 248).
+        """
+        config = self.config
+        if config.base_context_length != WINDOW_LENGTH:
+            raise ValueError(
+                f"a base of {config.base_context_length} text positions: the states of a CLIP of {WINDOW_LENGTH} are "
+                "needed; start from the CLIP that this one was made of"
+            )
+        tower = copy.deepcopy(self.text)
+        rows = torch.tensor(copied_rows(config.base_context_length, config.keep, config.ratio))
+        tower.kept_positions = self.text.positions()[rows.to(tower.kept_positions.device)].detach()
+        tower.stretched_positions = nn.Parameter(tower.kept_positions[:0])
+        return tower.requires_grad_(False).eval()
 
     # -- everything else -------------------------------------------------------------------------------------
 

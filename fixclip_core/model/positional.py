@@ -54,3 +54,9 @@ def stretch_positions(positions_PD: Tensor, keep: int = 20, ratio: int = 4) -> T
     weight_R1 = torch.arange(ratio, dtype=anchors_AD.dtype, device=anchors_AD.device)[:, None] / ratio
     rows_ARD = anchors_AD[:, None] + weight_R1 * (successors_AD - anchors_AD)[:, None]
     return torch.cat([kept_KD, rows_ARD.flatten(0, 1).to(positions_PD.dtype)])
+
+
+def copied_rows(length: int, keep: int = 20, ratio: int = 4) -> list[int]:
+    """Where `stretch_positions` leaves the rows of the table that it stretches: 0..19, 20, 24, 28 ... 244 for CLIP."""
+    stretched_length(length, keep, ratio)
+    return [*range(keep), *(keep + ratio * row for row in range(length - keep))]

@@ -6,11 +6,12 @@ to its longest text and split into pieces of similar length: exact, and captions
 Shapes: B texts, T tokens, D width, E embedding, P positions, L layers.
 """
 
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
+from fixclip_core.model.config import HiddenState
 from fixclip_core.model.image_tower import Block, as_transformer, attend, run_block, unsupported_block
 from fixclip_core.model.positional import stretch_positions
 
@@ -103,6 +104,28 @@ class TextTower(nn.Module):
         Raises:
             ValueError: there are no texts, they are longer than the context, or not a matrix of ids.
         """
+        feature_BE, tokens, _ = self.encode_states(ids_BT, None, first_layer)
+        return feature_BE, tokens
+
+    def encode_states(
+        self, ids_BT: Tensor, state: HiddenState | None, first_layer: int | None = None
+    ) -> tuple[Tensor, list[Tensor], tuple[Tensor, ...]]:
+        """As `encode`, and the hidden states of each text's tokens from the same pass.
+
+        Args:
+            ids_BT: token ids, (B, T).
+            state: which hidden states; None: none, and the last layer is computed at the end-of-text tokens alone.
+            first_layer: as in `encode`.
+
+        Returns:
+            Feature and collected tokens as `encode` gives them, and for each text a matrix (its tokens, D): start
+            token included, end-of-text token and padding left out. Empty without `state`.
+
+        Raises:
+            ValueError: see `encode`, or there is no such state.
+        """
+        if state not in (None, *get_args(HiddenState)):
+            raise ValueError(f"hidden state {state!r}: it must be one of {', '.join(get_args(HiddenState))}")
         if ids_BT.ndim != 2 or 0 in ids_BT.shape or ids_BT.shape[1] > self.context_length:
             raise ValueError(
                 f"token ids of shape {tuple(ids_BT.shape)}: the text tower reads (texts, tokens) with at most "
@@ -114,12 +137,16 @@ class TextTower(nn.Module):
         bounds = piece_bounds(lengths, self.pieces)
         pieces = [ids_BT[order_B[start:stop], : lengths[stop - 1]] for start, stop in bounds]
         outputs = [
-            self._encode_piece(x_BTD, last_B[order_B[start:stop]], first_layer)
+            self._encode_piece(x_BTD, last_B[order_B[start:stop]], first_layer, state)
             for x_BTD, (start, stop) in zip(self._embed(pieces), bounds, strict=True)
         ]
-        features, collected = zip(*outputs, strict=True)
+        features, collected, states = zip(*outputs, strict=True)
         restore_B = order_B.argsort()
-        return torch.cat(features)[restore_B], [torch.cat(tokens)[restore_B] for tokens in zip(*collected, strict=True)]
+        tokens = [torch.cat(pieces_BD)[restore_B] for pieces_BD in zip(*collected, strict=True)]
+        if state is None:
+            return torch.cat(features)[restore_B], tokens, ()
+        by_length = torch.cat(states).split([length - 1 for length in lengths])
+        return torch.cat(features)[restore_B], tokens, tuple(by_length[index] for index in restore_B.tolist())
 
     def _embed(self, pieces: list[Tensor]) -> list[Tensor]:
         """Embedded tokens with positions, (B, T, D) for each (B, T)."""
@@ -132,20 +159,35 @@ class TextTower(nn.Module):
             for token, ids_BT in zip(tokens, pieces, strict=True)
         ]
 
-    def _encode_piece(self, x_BTD: Tensor, last_B: Tensor, first_layer: int | None) -> tuple[Tensor, list[Tensor]]:
+    def _encode_piece(
+        self, x_BTD: Tensor, last_B: Tensor, first_layer: int | None, state: HiddenState | None
+    ) -> tuple[Tensor, list[Tensor], Tensor | None]:
         rows_B = torch.arange(len(last_B), device=last_B.device)
         collected = []
+        states_BTD = None
         for layer, block in enumerate(self.blocks):
             last = layer == len(self.blocks) - 1
-            x_BTD = run_block(block, self.grad_checkpointing, x_BTD, last_B if last else None)
+            if last and state == "penultimate":
+                states_BTD = x_BTD
+            only_end = last and state != "last"
+            x_BTD = run_block(block, self.grad_checkpointing, x_BTD, last_B if only_end else None)
             if first_layer is not None and layer >= first_layer:
-                collected.append(x_BTD[:, 0] if last else x_BTD[rows_B, last_B])
-        feature_BE = self.ln_final(x_BTD[:, 0])
+                collected.append(x_BTD[:, 0] if only_end else x_BTD[rows_B, last_B])
+        normed_BTD = self.ln_final(x_BTD)
+        if state == "last":
+            states_BTD = normed_BTD
+        feature_BE = self._project(normed_BTD[rows_B, last_B] if state == "last" else normed_BTD[:, 0])
+        return feature_BE, collected, None if states_BTD is None else before_end(states_BTD, last_B)
+
+    def _project(self, token_BD: Tensor) -> Tensor:
         if isinstance(self.text_projection, nn.Linear):
-            return self.text_projection(feature_BE), collected
-        if self.text_projection is not None:
-            feature_BE = feature_BE @ self.text_projection
-        return feature_BE, collected
+            return self.text_projection(token_BD)
+        return token_BD if self.text_projection is None else token_BD @ self.text_projection
+
+
+def before_end(states_BTD: Tensor, last_B: Tensor) -> Tensor:
+    """States (S, D) of the tokens before each text's end-of-text token, text after text; S is the sum of last_B."""
+    return states_BTD[torch.arange(states_BTD.shape[1], device=last_B.device) < last_B[:, None]]
 
 
 def piece_bounds(sorted_lengths: list[int], pieces: int, candidates: int = 64) -> list[tuple[int, int]]:

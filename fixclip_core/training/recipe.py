@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from fixclip_core.data.config import CaptionsSection, DataSection, SourceSection
-from fixclip_core.model.config import HierarchyBranch, Masking, PromptFlow, ShortBranch
+from fixclip_core.model.config import HiddenState, HierarchyBranch, Masking, PromptFlow, ShortBranch
 from fixclip_core.section import Section
 
 RecipeT = TypeVar("RecipeT", bound=BaseModel)
@@ -250,6 +250,12 @@ class TrainSection(RunSection):
     weight_short: float = Field(default=1.0, ge=0)
     weight_mid: list[float] = Field(
         default_factory=lambda: [1.0], min_length=1, description="one for all groups K..G, or one each"
+    )
+    weight_states: float = Field(
+        default=0.0, ge=0, description="of the hidden states' distance to the base's windows; 0: off"
+    )
+    align_state: HiddenState = Field(
+        default="last", description="the hidden states that are aligned; SDXL: penultimate"
     )
 
 

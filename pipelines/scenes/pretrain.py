@@ -45,7 +45,7 @@ from fixclip_core import scenes
 from fixclip_core.evaluation.retrieval import retrieval_metrics
 from fixclip_core.files import write_atomically
 from fixclip_core.training.checkpoint import check_folder
-from fixclip_core.training.encoder.losses import contrastive_loss
+from fixclip_core.training.encoder.losses.contrastive import contrastive_loss
 from fixclip_core.training.loop import (
     MetricsLog,
     TrainState,

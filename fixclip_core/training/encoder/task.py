@@ -1,12 +1,13 @@
 """Batch -> named losses, and the one place that weighs them.
 
 Loss = weight_long * long + weight_short * short + sum over the aligned groups g of weight_mid[g] * mid_g, each a
-symmetric InfoNCE over the batch of all processes.
+symmetric InfoNCE over the batch of all processes, + weight_states * states (`losses.state_alignment`).
 
 Shapes: B samples of this process, E embedding, G aligned groups.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -16,8 +17,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from fixclip_core.model.config import FixClipConfig
-from fixclip_core.model.fixclip import FixClipOutput
-from fixclip_core.training.encoder.losses import cached_backward, contrastive_loss, pca_reconstruction
+from fixclip_core.model.fixclip import FixClip, FixClipOutput
+from fixclip_core.training.encoder.losses.contrastive import contrastive_loss
+from fixclip_core.training.encoder.losses.gradcache import add_losses, cached_backward
+from fixclip_core.training.encoder.losses.hierarchical import hierarchical_losses
+from fixclip_core.training.encoder.losses.pca import pca_reconstruction
+from fixclip_core.training.encoder.losses.state_alignment import StateAlignment
 from fixclip_core.training.recipe import TrainSection
 
 
@@ -33,6 +38,7 @@ class ContrastiveTask:
         chunk_size: rows of the similarity matrix held at once; None: all of this process's.
         first_group: number of the first aligned group, for the names of the losses.
         pca_rank: components of Long-CLIP's short branch; None without it.
+        alignment: the hidden states that are aligned with the base's; None without.
     """
 
     weight_long: float = 1.0
@@ -42,9 +48,12 @@ class ContrastiveTask:
     chunk_size: int | None = None
     first_group: int = 1
     pca_rank: int | None = None
+    alignment: StateAlignment | None = None
 
     @classmethod
-    def from_recipe(cls, train: TrainSection, config: FixClipConfig) -> "ContrastiveTask":
+    def from_recipe(
+        cls, train: TrainSection, config: FixClipConfig, alignment: StateAlignment | None = None
+    ) -> "ContrastiveTask":
         return cls(
             weight_long=train.weight_long,
             weight_short=train.weight_short,
@@ -53,10 +62,11 @@ class ContrastiveTask:
             chunk_size=train.loss_chunk_size,
             first_group=config.first_group,
             pca_rank=config.pca_rank if config.short_branch == "pca" else None,
+            alignment=alignment,
         )
 
     def losses(self, output: FixClipOutput) -> dict[str, Tensor]:
-        """Named losses of this process's rows; "loss" is their weighted sum, the only one to minimise.
+        """Named contrastive losses of this process's rows; "loss" is their weighted sum, the one to minimise.
 
         Returns:
             "loss", "loss_long", and as far as the model has them "loss_short" and "loss_mid_K".."loss_mid_G".
@@ -64,33 +74,81 @@ class ContrastiveTask:
         Raises:
             ValueError: there are neither one weight_mid nor as many as aligned groups.
         """
-        loss_fn = partial(contrastive_loss, label_smoothing=self.label_smoothing, chunk_size=self.chunk_size)
-        parts = [
-            (f"loss_{name}", weight, loss_fn(image_BE, text_BE, output.logit_scale))
-            for name, weight, image_BE, text_BE in self._pairs(output)
-        ]
-        total = torch.stack([weight * loss for _, weight, loss in parts]).sum()
-        return {"loss": total} | {name: loss for name, _, loss in parts}
-
-    def _pairs(self, output: FixClipOutput) -> Iterator[tuple[str, float, Tensor, Tensor]]:
-        """(name, weight, image features, text features) of each loss."""
+        options: dict[str, Any] = {"label_smoothing": self.label_smoothing, "chunk_size": self.chunk_size}
+        scale = output.logit_scale
         assert output.image_long_BE is not None
         assert output.text_long_BE is not None
-        yield "long", self.weight_long, output.image_long_BE, output.text_long_BE
+        losses = {"long": contrastive_loss(output.image_long_BE, output.text_long_BE, scale, **options)}
+        weights = {"long": self.weight_long}
         if output.text_short_BE is not None:
-            image_BE = output.image_short_BE
-            if self.pca_rank is not None:
-                image_BE = pca_reconstruction(output.image_long_BE, self.pca_rank)
-            assert image_BE is not None
-            yield "short", self.weight_short, image_BE, output.text_short_BE
+            losses["short"] = contrastive_loss(self._short_image(output), output.text_short_BE, scale, **options)
+            weights["short"] = self.weight_short
         if output.image_mid_GBE is not None and output.text_mid_GBE is not None:
-            groups = len(output.image_mid_GBE)
-            weights = self.weight_mid * groups if len(self.weight_mid) == 1 else self.weight_mid
-            if len(weights) != groups:
-                raise ValueError(f"weight_mid={list(self.weight_mid)}: give 1 weight, or {groups}, one a group")
-            for group in range(groups):
-                name = f"mid_{self.first_group + group}"
-                yield name, weights[group], output.image_mid_GBE[group], output.text_mid_GBE[group]
+            mid_G = hierarchical_losses(output.image_mid_GBE, output.text_mid_GBE, scale, **options)
+            for group, (loss, weight) in enumerate(zip(mid_G, self._group_weights(len(mid_G)), strict=True)):
+                losses[f"mid_{self.first_group + group}"] = loss
+                weights[f"mid_{self.first_group + group}"] = weight
+        total = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
+        return {"loss": total} | {f"loss_{name}": loss for name, loss in losses.items()}
+
+    def _short_image(self, output: FixClipOutput) -> Tensor:
+        """The image features that short captions meet, (B, E)."""
+        if self.pca_rank is None:
+            assert output.image_short_BE is not None
+            return output.image_short_BE
+        assert output.image_long_BE is not None
+        return pca_reconstruction(output.image_long_BE, self.pca_rank)
+
+    def _group_weights(self, groups: int) -> tuple[float, ...]:
+        weights = self.weight_mid * groups if len(self.weight_mid) == 1 else self.weight_mid
+        if len(weights) != groups:
+            raise ValueError(f"weight_mid={list(self.weight_mid)}: give 1 weight, or {groups}, one a group")
+        return weights
+
+    def encode(self, model: nn.Module, batch: Any) -> FixClipOutput:
+        """The model's output, with the hidden states that the losses read."""
+        return model(batch) if self.alignment is None else model(batch, state=self.alignment.state)
+
+    def own_losses(
+        self, batch: Any, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+    ) -> Callable[[Any, FixClipOutput], dict[str, Tensor]] | None:
+        """The losses of which each sample has its own, as a function of a part of the batch and its output.
+
+        None if there are none. `autocast` is what the frozen base is run under. Every process must ask.
+        """
+        if self.alignment is None:
+            return None
+        num_tokens, alignment = self.alignment.num_tokens(batch), self.alignment
+
+        def losses(part: Any, output: FixClipOutput) -> dict[str, Tensor]:
+            with autocast():
+                return alignment.losses(part, output, num_tokens)
+
+        return losses
+
+    def batch_losses(
+        self, model: nn.Module, batch: Any, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+    ) -> dict[str, Tensor]:
+        """All losses of a batch in one pass, with their graph; "loss" is the one to minimise."""
+        output = self.encode(model, batch)
+        own_losses = self.own_losses(batch, autocast)
+        losses = self.losses(output)
+        return losses if own_losses is None else add_losses(losses, own_losses(batch, output))
+
+
+def make_alignment(train: TrainSection, clip: FixClip, device: torch.device | str) -> StateAlignment | None:
+    """The recipe's state alignment with the model's base, which `clip` must still equal; None where it is off.
+
+    Raises:
+        ValueError: the base has not 77 positions.
+    """
+    if not train.weight_states:
+        return None
+    try:
+        base = clip.base_text_tower().to(device)
+    except ValueError as error:
+        raise ValueError(f"train.weight_states={train.weight_states}: {error}") from None
+    return StateAlignment(base, train.align_state, train.weight_states)
 
 
 def forward_backward(
@@ -113,13 +171,14 @@ def forward_backward(
         micro_batch_size: samples a pass.
     """
     if micro_batch_size is None or micro_batch_size >= len(batch.image):
-        losses = task.losses(model(batch))
+        losses = task.batch_losses(model, batch, accelerator.autocast)
         accelerator.backward(losses["loss"])
         return {name: loss.detach() for name, loss in losses.items()}
     return cached_backward(
         split_batch(batch, micro_batch_size),
-        model,
+        partial(task.encode, model),
         task.losses,
+        own_losses=task.own_losses(batch, accelerator.autocast),
         backward=accelerator.backward,
         no_sync=partial(accelerator.no_sync, model),
     )

@@ -29,7 +29,7 @@ from fixclip_core.evaluation.retrieval import retrieval_metrics
 from fixclip_core.model.config import FINE_TUNE, LONG_CLIP
 from fixclip_core.model.fixclip import MAX_LOG_SCALE, FixClip
 from fixclip_core.training.checkpoint import check_folder, list_checkpoints, training_state_bytes
-from fixclip_core.training.encoder.task import ContrastiveTask, forward_backward, split_batch
+from fixclip_core.training.encoder.task import ContrastiveTask, forward_backward, make_alignment, split_batch
 from fixclip_core.training.loop import (
     CHECKPOINTS,
     MetricsLog,
@@ -121,6 +121,12 @@ def prepare(recipe: EncoderRecipe) -> Run:
     if accelerator.is_main_process:
         check_folder(Path(recipe.output.folder), needed_disk(recipe, clip))
     new = clip.new_parameters()
+    if recipe.train.weight_states and find_fixclip(recipe.model.name) is not None:
+        raise ValueError(
+            f"train.weight_states={recipe.train.weight_states}: {recipe.model.name} is a FixClip, whose text tower is "
+            "trained already; start from the CLIP whose hidden states the image generator reads"
+        )
+    alignment = make_alignment(recipe.train, clip, accelerator.device)
     if accelerator.state.deepspeed_plugin is not None:  # it cannot ask a loader that it does not prepare
         accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = batch_size
     if accelerator.distributed_type == DistributedType.FSDP:  # it cannot shard a scalar; `save_model` undoes this
@@ -138,7 +144,7 @@ def prepare(recipe: EncoderRecipe) -> Run:
     state = TrainState()
     accelerator.register_for_checkpointing(state, schedule)
     ema = make_ema(accelerator, model, recipe.train.ema_decay)
-    task = ContrastiveTask.from_recipe(recipe.train, clip.config)
+    task = ContrastiveTask.from_recipe(recipe.train, clip.config, alignment)
     return Run(
         recipe, accelerator, clip, model, optimizer, schedule, ema, task, loader, eval_loader, state, total_steps
     )
@@ -425,7 +431,7 @@ def memory_estimate(run: Run, batch: Batch, probe: int = 4) -> tuple[int, int]:
 def _activations(run: Run, batch: Batch) -> int:
     """DistributedDataParallel is left out, as it would wait for the backward pass; FSDP must gather the weights."""
     model = run.model if run.accelerator.distributed_type == DistributedType.FSDP else run.clip
-    return activation_bytes(lambda: run.task.losses(model(batch)), run.clip)
+    return activation_bytes(lambda: run.task.batch_losses(model, batch, run.accelerator.autocast), run.clip)
 
 
 def smoke(recipe: EncoderRecipe) -> None:

@@ -1,0 +1,336 @@
+"""State alignment against the formula written out: loops over captions and windows, open_clip's own base."""
+
+import copy
+import json
+
+import open_clip
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch.nn.parallel import DistributedDataParallel
+
+from fixclip_core.data.loader import Batch
+from fixclip_core.model.config import FINE_TUNE, LONG_CLIP
+from fixclip_core.model.fixclip import FixClip
+from fixclip_core.model.windows import NO_WINDOW, join_overlapping, num_overlapping, overlapping_windows
+from fixclip_core.training.encoder import trainer
+from fixclip_core.training.encoder.losses.state_alignment import state_alignment_loss, window_states
+from fixclip_core.training.encoder.task import ContrastiveTask, forward_backward, make_alignment
+from fixclip_core.training.recipe import EncoderRecipe, TrainSection, load_recipe
+
+START, END = 62, 63
+CLIP = {
+    "embed_dim": 16,
+    "vision_cfg": {"layers": 2, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 32},
+    "text_cfg": {"context_length": 77, "vocab_size": 64, "width": 16, "heads": 2, "layers": 3},
+}
+PREPROCESS = {"size": 32, "mean": [0.5] * 3, "std": [0.5] * 3}
+# Tokens of the long and short captions, start and end included: around 77, around the ends of windows, the most.
+LONG = [248, 77, 78, 113, 3, 112, 200, 150]
+SHORT = [9, 77, 20, 3, 40, 5, 90, 12]
+
+
+def base_clip():
+    torch.manual_seed(0)
+    clip = open_clip.CLIP(**CLIP).double()
+    with torch.no_grad():
+        for parameter in clip.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return clip
+
+
+def made_of(clip, **fields):
+    fields = {"num_prompts": 2, "num_groups": 0} | fields
+    return FixClip.from_clip(copy.deepcopy(clip), CLIP, PREPROCESS, **fields).double()
+
+
+def moved(model):
+    """The model after some training, so that its states are far from the base's."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def captions(lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, START, (len(lengths), 248), generator=generator)
+    ids[:, 0] = START
+    for row, length in zip(ids, lengths, strict=True):
+        row[length - 1] = END
+        row[length:] = 0
+    return ids
+
+
+def captioned_images():
+    generator, size = torch.Generator().manual_seed(2), len(LONG)
+    return Batch(
+        image=torch.randn(size, 3, 32, 32, generator=generator, dtype=torch.float64),
+        long_ids=captions(LONG, 3),
+        short_ids=captions(SHORT, 4),
+        seeds=torch.arange(size),
+        keys=[str(index) for index in range(size)],
+    )
+
+
+# -- the formula, written out --------------------------------------------------------------------------------------
+
+
+def plain_windows(ids):
+    """[(first word, ids of the window)] of a caption without padding."""
+    words = ids[1:-1]
+    windows = [(0, words[:75])]
+    while windows[-1][0] + 75 < len(words):
+        first = windows[-1][0] + 35
+        windows.append((first, words[first : first + 75]))
+    return [(first, torch.cat([ids[:1], piece, ids[-1:]])) for first, piece in windows]
+
+
+def plain_states(text, positions, ids, state):
+    """Every token's hidden state in one causal pass, by open_clip's own blocks."""
+    x = (text.token_embedding(ids) + positions[: len(ids)])[None]
+    mask = torch.full((len(ids), len(ids)), -torch.inf, dtype=x.dtype).triu(1)
+    blocks = list(text.transformer.resblocks)
+    for block in blocks if state == "last" else blocks[:-1]:
+        x = block(x, attn_mask=mask)
+    return (text.ln_final(x) if state == "last" else x)[0]
+
+
+def plain_targets(clip, ids, state):
+    """Each token's state before the end-of-text token, from the first window that holds it."""
+    targets = {}
+    for first, window in plain_windows(ids):
+        states = plain_states(clip, clip.positional_embedding, window, state)
+        targets.setdefault(0, states[0])
+        for place, token_state in enumerate(states[1:-1]):
+            targets.setdefault(1 + first + place, token_state)
+    return torch.stack([targets[token] for token in range(len(ids) - 1)]).detach()
+
+
+def plain_loss(clip, model, batch, state):
+    """The loss of `losses.state_alignment` in the tokens of the batch."""
+    text = open_clip.CLIP(**CLIP).double()  # open_clip's blocks with the trained tower's weights
+    text.token_embedding, text.ln_final = model.text.token_embedding, model.text.ln_final
+    errors = []
+    for ids in torch.cat([batch.long_ids, batch.short_ids]):
+        ids = ids[: ids.argmax() + 1]
+        x = (model.text.token_embedding(ids) + model.text.positions()[: len(ids)])[None]
+        blocks = list(model.text.blocks)
+        for block in blocks if state == "last" else blocks[:-1]:
+            x = block(x)
+        states = (model.text.ln_final(x) if state == "last" else x)[0, :-1]
+        errors += [(a - b).square().mean() for a, b in zip(states, plain_targets(clip, ids, state), strict=True)]
+    return torch.stack(errors).sum() / len(errors)
+
+
+# -- windows -------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=30)
+@given(lengths=st.lists(st.integers(2, 248), min_size=1, max_size=5))
+def test_windows_and_their_join_are_the_rule(lengths):
+    ids, num_tokens = captions(lengths), torch.tensor(lengths)
+    windows = overlapping_windows(ids, num_tokens)
+    assert windows.shape == (len(lengths), int(num_overlapping(num_tokens).max()), 77)
+    for row, length, found in zip(ids, lengths, windows, strict=True):
+        expected = plain_windows(row[:length])
+        assert num_overlapping(torch.tensor([length])).item() == len(expected)
+        for (_, window), got in zip(expected, found, strict=False):
+            assert torch.equal(got[: len(window)], window)
+            assert set(got[len(window) :].tolist()) <= ({0} if len(expected) == 1 else {END})
+        assert (found[len(expected) :] == NO_WINDOW).all()
+    # A state that says which token it is of: what is joined must be the ids of the text, zeros behind it.
+    joined = join_overlapping(windows[..., None].double(), num_tokens, 248)[..., 0]
+    assert torch.equal(joined, ids.double())
+
+
+def test_short_ids_are_refused():
+    with pytest.raises(ValueError, match=r"\(1, 40\): pad them to at least 77"):
+        overlapping_windows(torch.zeros(1, 40, dtype=torch.long), torch.tensor([40]))
+
+
+# -- values and gradients ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state", ["last", "penultimate"])
+def test_states_of_the_base_are_those_of_open_clip(state):
+    clip = base_clip()
+    model = made_of(clip)
+    ids = captions(LONG)
+    found = window_states(model.base_text_tower(), ids, state)
+    for row, length, states in zip(ids, LONG, found, strict=True):
+        torch.testing.assert_close(states, plain_targets(clip, row[:length], state))
+    # Nothing is lost at the beginning: a caption of 77 tokens, read by the base in one pass.
+    whole = plain_states(clip, clip.positional_embedding, ids[1, :77], state)[:-1]
+    torch.testing.assert_close(found[1], whole.detach())
+
+
+@pytest.mark.parametrize("state", ["last", "penultimate"])
+@pytest.mark.parametrize("fields", [{"num_groups": 1, "first_group": 1}, LONG_CLIP | {"pca_rank": 3}, FINE_TUNE])
+def test_values_and_gradients_are_those_of_the_formula(fields, state):
+    clip = base_clip()
+    model = made_of(clip, **fields)
+    train = TrainSection(weight_states=0.7, align_state=state)
+    alignment = make_alignment(train, model, "cpu")
+    moved(model)
+    batch = captioned_images()
+    task = ContrastiveTask.from_recipe(train, model.config, alignment)
+    without = ContrastiveTask.from_recipe(train, model.config)
+    plain = plain_loss(clip, model, batch, state)
+    total = without.losses(model(batch))["loss"] + 0.7 * plain
+    total.backward()
+    expected = gradients(model)
+    for micro_batch_size in (None, 3, 1):
+        model.zero_grad()
+        losses = forward_backward(Accelerator(cpu=True), model, batch, task, micro_batch_size)
+        torch.testing.assert_close(losses["loss_states"], plain.detach())
+        torch.testing.assert_close(losses["loss"], total.detach())
+        torch.testing.assert_close(gradients(model), expected)
+        assert not any(loss.requires_grad for loss in losses.values())
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_a_model_that_was_just_made_of_its_base_differs_only_in_what_windows_and_stretching_change():
+    """With positions that are not stretched, short captions are what the base makes of them: the loss is 0."""
+    model = made_of(base_clip(), ratio=1)
+    ids = captions([9, 77, 40])
+    _, _, states = model.text.encode_states(ids[:, :77], "last")
+    assert state_alignment_loss(states, window_states(model.base_text_tower(), ids, "last")) < 1e-20
+
+
+def test_without_alignment_nothing_is_computed_and_nothing_changes():
+    model, batch = made_of(base_clip()), captioned_images()
+    assert make_alignment(TrainSection(), model, "cpu") is None
+    task = ContrastiveTask.from_recipe(TrainSection(), model.config)
+    output = task.encode(model, batch)
+    assert output.text_states == ()
+    assert {name: loss.item() for name, loss in task.batch_losses(model, batch).items()} == {
+        name: loss.item() for name, loss in task.losses(model(batch)).items()
+    }
+
+
+def test_the_base_is_a_copy_that_no_one_trains():
+    model = made_of(base_clip())
+    base = model.base_text_tower()
+    assert not any(p.requires_grad for p in base.parameters())
+    assert base.context_length == 77
+    before = window_states(base, captions([100]), "last")
+    moved(model)
+    torch.testing.assert_close(window_states(base, captions([100]), "last"), before)
+
+
+def test_a_base_of_248_positions_is_refused():
+    long = {**CLIP, "text_cfg": {**CLIP["text_cfg"], "context_length": 248}}
+    model = FixClip.from_clip(open_clip.CLIP(**long), long, PREPROCESS, ratio=1, num_groups=0)
+    with pytest.raises(ValueError, match=r"weight_states=1\.0: a base of 248 text positions"):
+        make_alignment(TrainSection(weight_states=1.0), model, "cpu")
+
+
+def test_states_of_other_captions_are_refused():
+    with pytest.raises(ValueError, match="differ in shape"):
+        state_alignment_loss([torch.zeros(3, 2)], [torch.zeros(4, 2)])
+
+
+# -- several processes ---------------------------------------------------------------------------------------------
+
+
+def aligned(**fields):
+    model = made_of(base_clip(), num_groups=1, first_group=1, **fields)
+    train = TrainSection(weight_states=2.0)
+    alignment = make_alignment(train, model, "cpu")
+    return moved(model), ContrastiveTask.from_recipe(train, model.config, alignment)
+
+
+def part(batch, start, stop):
+    names = ("image", "long_ids", "short_ids", "seeds", "keys")
+    return Batch(**{name: getattr(batch, name)[start:stop] for name in names})
+
+
+def _two_processes(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    model, task = aligned()
+    wrapped = DistributedDataParallel(model)
+    mine = part(captioned_images(), 4 * rank, 4 * rank + 4)
+    losses = task.batch_losses(wrapped, mine)
+    losses["loss"].backward()
+    torch.save({"gradients": gradients(model), "loss_states": losses["loss_states"].detach()}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_equal_one_however_uneven_their_captions(tmp_path):
+    mp.spawn(_two_processes, args=(str(tmp_path),), nprocs=2)
+    model, task = aligned()
+    losses = task.batch_losses(model, captioned_images())
+    losses["loss"].backward()
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    torch.testing.assert_close(
+        (results[0]["loss_states"] + results[1]["loss_states"]) / 2, losses["loss_states"].detach()
+    )
+    for result in results:
+        torch.testing.assert_close(result["gradients"], gradients(model))
+
+
+# -- a run ---------------------------------------------------------------------------------------------------------
+
+RECIPE = """\
+seed: 3
+model: {{name: "local-dir:{clip}", num_prompts: 2, num_groups: 0}}
+data: {{source: scenes, stop: 20, workers: 0}}
+captions: {{short_caption: given}}
+optim: {{lr: 3.0e-3, warmup_steps: 2}}
+train: {{steps: 12, batch_size: 8, precision: fp32, weight_states: 1.0}}
+output: {{folder: "{folder}", log_every: 1, save_every: 6}}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    torch.manual_seed(0)
+    config = {**CLIP, "text_cfg": {**CLIP["text_cfg"], "vocab_size": 49408}}
+    folder = tmp_path / "clip"
+    folder.mkdir()
+    save_file(open_clip.CLIP(**config).state_dict(), folder / "open_clip_model.safetensors")
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": PREPROCESS}))
+
+    def recipe(name, *overrides):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(RECIPE.format(clip=folder, folder=tmp_path / name))
+        return load_recipe(EncoderRecipe, file, overrides)
+
+    yield recipe
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def test_a_run_learns_the_states_and_resumes_with_the_same_base(recipe, tmp_path):
+    states_alone = ["train.weight_long=0", "train.weight_short=0"]
+    trainer.train(recipe("whole", *states_alone))
+    rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["loss_states"] < 0.5 * rows[0]["loss_states"]
+    halves = trainer.prepare(recipe("halves", *states_alone))
+    trainer.start(halves, "auto")
+    halves.total_steps = 6
+    trainer.fit(halves)
+    assert not [name for name in halves.model.state_dict() if "base" in name]
+    trainer.train(recipe("halves", *states_alone))
+    whole, again = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "halves"))
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_a_trained_fixclip_is_no_base(recipe, tmp_path):
+    trainer.build_model(recipe("base")).save_pretrained(tmp_path / "fixclip")
+    with pytest.raises(ValueError, match=r"weight_states=1\.0: .*fixclip is a FixClip"):
+        trainer.prepare(recipe("run", f"model.name={tmp_path / 'fixclip'}"))
