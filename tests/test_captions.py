@@ -1,5 +1,7 @@
 """Captions: sentences, short captions and filters."""
 
+import html
+import itertools
 import random
 import subprocess
 import sys
@@ -8,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fixclip_core.data import captions
 from fixclip_core.data.captions import (
     SHORT_POLICIES,
     CaptionFilters,
@@ -110,6 +113,94 @@ def test_clauses_refine_sentences(text):
 def test_hostile_text_is_no_slower_than_long_text(text):
     """Would take minutes if a pattern backtracked."""
     assert "".join(sentences(clean_caption(text) or text))
+
+
+def operations(function, *arguments) -> int:
+    """Calls that Python makes, of generators each item too; a clock would measure the machine."""
+    count = 0
+
+    def observe(*_: object) -> None:
+        nonlocal count
+        count += 1
+
+    sys.setprofile(observe)
+    try:
+        function(*arguments)
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+UNITS = [". ", ", ", "; ", "? ", "\n- ", "\n1. ", " 1. ", "，", "— ", "\u00a0.", "a. ", "a, b ", "&amp; ", "猫。"]
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize(
+    "function",
+    [
+        clean_caption,
+        split_sentences,
+        split_clauses,
+        lambda text: rejection(text, CaptionFilters(min_words=None)),
+        lambda text: caption_pair(f"A. {text}", text + "a", ShortCaptions("given", drop_from_long=True), random),
+    ],
+    ids=["clean", "sentences", "clauses", "filters", "pair"],
+)
+def test_ten_times_the_text_is_ten_times_the_work(function, unit):
+    """ ". " * 5000 took seconds: until the first letter, every cut looked at everything before it again."""
+    function(unit * 10)  # compiles and caches what is needed once
+    assert operations(function, unit * 3000) <= 12 * operations(function, unit * 300) + 100
+
+
+def quadratic_spans(text: str, ends: list[int]) -> list[tuple[int, int]]:
+    """What `captions._spans` must give, with each span looked at as a whole."""
+    spans: list[tuple[int, int]] = []
+    start = 0
+    for end in [*ends, len(text)]:
+        if end <= start:
+            continue
+        has_content = any(character.isalnum() for character in text[start:end])
+        if spans and not has_content:
+            spans[-1] = (spans[-1][0], end)
+        elif end == len(text) or has_content:
+            spans.append((start, end))
+        else:
+            continue
+        start = end
+    return spans
+
+
+@given(text=texts, data=st.data())
+def test_spans_are_those_of_the_plain_reference(text, data):
+    ends = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=12)))
+    assert captions._spans(text, ends) == quadratic_spans(text, ends)
+
+
+@given(pieces=st.lists(st.sampled_from(["1", "23", "4567", "a", ".", " ", "\t", "\n", "\u00a0", "\r"]), max_size=9))
+def test_item_numbers_are_those_of_the_plain_reference(pieces):
+    for count, word in itertools.product(range(len(pieces) + 1), ["7", "12", "1234", "x"]):
+        text = "".join(pieces[:count])
+        plain = word.isdigit() and len(word) <= 3 and (not text.strip() or text.rstrip(" \t").endswith("\n"))
+        assert captions._is_item_number(f"{text}{word}. And", len(text + word), word) == plain
+
+
+@pytest.mark.parametrize(
+    ("text", "cleaned"),
+    [
+        ("a &#" + "9" * 5000 + "; b", "a \ufffd b"),
+        ("a &#" + "0" * 5000 + "65; b", "a A b"),
+        ("a &#0; b", "a \ufffd b"),
+        ("a &amp;#" + "9" * 5000 + "; b", "a \ufffd b"),
+    ],
+)
+def test_numbers_of_entities_may_be_long(text, cleaned):
+    assert clean_caption(text) == cleaned
+
+
+@given(number=st.integers(0, 10**12), zeros=st.integers(0, 12))
+def test_numbered_entities_mean_what_the_standard_library_says(number, zeros):
+    entity = f"&#{'0' * zeros}{number};"
+    assert captions._unescape(entity) == html.unescape(entity)
 
 
 def test_cleaning_mends_encoding_entities_and_white_space():

@@ -26,6 +26,7 @@ _SENTENCE_END = re.compile(
     rf"|(?P<block>{_BLOCK_END.pattern})"
 )
 _CLAUSE_END = re.compile(rf"[,;:]{_CLOSING}\s+|\s[–—-]\s+|[，、；：]\s*")
+_NUMBERED_ENTITY = re.compile(r"&#0*([0-9]{1,9})[0-9]*")
 _WORD_BEFORE_STOP = re.compile(r"[\w.]+$")
 _WORD = re.compile(r"[぀-ヿ㐀-鿿가-힯]|[^\W_]+(?:['’-][^\W_]+)*")
 
@@ -40,9 +41,14 @@ def clean_caption(text: str) -> str:
 
     Paragraphs and list items stay apart by a blank line, because they end a sentence that has no full stop.
     """
-    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    text = _unescape(_unescape(ftfy.fix_text(text)))
     blocks = (" ".join(block.split()) for block in _BLOCK_END.split(text))
     return "\n\n".join(block for block in blocks if block)
+
+
+def _unescape(text: str) -> str:
+    """`html.unescape`, which raises ValueError where "&#" is followed by more than 4,300 digits; 9 mean the same."""
+    return html.unescape(_NUMBERED_ENTITY.sub(r"&#\1", text))
 
 
 def split_sentences(text: str) -> list[Span]:
@@ -64,18 +70,23 @@ def split_clauses(text: str) -> list[Span]:
 
 
 def _spans(text: str, ends: list[int]) -> list[Span]:
-    """Spans between the cuts; a span with no letter or digit joins the one before it."""
+    """Spans between the cuts; a span with no letter or digit joins the one before it, at the beginning the one after.
+
+    Each character is looked at once: before the first span, only what follows the last cut can have content.
+    """
     spans: list[Span] = []
-    start = 0
+    start = looked_at = 0
     for end in [*ends, len(text)]:
-        if end <= start:
+        if end <= looked_at:
             continue
-        if spans and not _has_content(text[start:end]):
+        has_content = _has_content(text[looked_at:end])
+        looked_at = end
+        if spans and not has_content:
             spans[-1] = (spans[-1][0], end)
-        elif end == len(text) or _has_content(text[start:end]):
+        elif end == len(text) or has_content:
             spans.append((start, end))
         else:
-            continue  # nothing to say yet: the beginning belongs to the first sentence
+            continue
         start = end
     return spans
 
@@ -111,8 +122,14 @@ def _is_item_number(text: str, stop: int, word: str) -> bool:
     """Whether this is the "1." that opens a list item rather than a number that closes a sentence."""
     if not word.isdigit() or len(word) > 3:
         return False
-    before = text[: stop - len(word)]
-    return not before.strip() or before.rstrip(" \t").endswith("\n")
+    start = stop - len(word)
+    while start and text[start - 1] in " \t":
+        start -= 1
+    if start and text[start - 1] == "\n":
+        return True
+    while start and text[start - 1].isspace():
+        start -= 1
+    return start == 0
 
 
 @dataclass(frozen=True)
@@ -156,7 +173,8 @@ def caption_pair(long: str, given_short: str | None, options: ShortCaptions, rng
     short = given_short if options.policy == "given" else " ".join(sentences[i] for i in chosen)
     assert short is not None
     if options.drop_from_long and 0 < len(chosen) < len(sentences):
-        long = " ".join(text for i, text in enumerate(sentences) if i not in chosen)
+        dropped = set(chosen)
+        long = " ".join(text for i, text in enumerate(sentences) if i not in dropped)
     return long, short
 
 
