@@ -1,5 +1,6 @@
 """The demo page: `python apps/demo.py`, or with `--base ... --encoder ... --adapter ...` on a model of your choice."""
 
+import contextlib
 from typing import Annotated
 
 import typer
@@ -7,7 +8,9 @@ from diffusers.utils import logging as diffusers_logging
 from fixclip_app.model import DemoModel, DevicePool, ModelChoice, available_device, default_choice
 from fixclip_app.page import Limits, build, launch
 
-app = typer.Typer(add_completion=False)
+from fixclip_cli.app import Command
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 def load(choice: ModelChoice | None, devices: list[str] | None) -> DevicePool:
@@ -15,13 +18,14 @@ def load(choice: ModelChoice | None, devices: list[str] | None) -> DevicePool:
     # diffusers warns of every cut prompt; what visitors write does not belong in the server's log.
     diffusers_logging.set_verbosity_error()
     names = devices or [available_device()]
-    if choice is not None:
-        return DevicePool([DemoModel(choice, name) for name in names])
-    with default_choice() as default:
-        return DevicePool([DemoModel(default, name) for name in names])
+    with default_choice() if choice is None else contextlib.nullcontext(choice) as chosen:
+        try:
+            return DevicePool([DemoModel(chosen, name) for name in names])
+        except RuntimeError as error:  # a device that is not there
+            raise ValueError(str(error)) from error
 
 
-@app.command()
+@app.command(cls=Command)
 def main(
     base: Annotated[str | None, typer.Option(help="Stable Diffusion 1.x or 2.x: a folder or a hub name.")] = None,
     encoder: Annotated[str | None, typer.Option(help="FIX-CLIP text encoder: a folder or hub name.")] = None,
@@ -40,14 +44,9 @@ def main(
 ) -> None:
     """Open the demo page."""
     if base is None and (encoder is not None or adapter is not None):
-        raise typer.BadParameter("--encoder and --adapter need the --base that they belong to")
+        raise ValueError("--encoder and --adapter need the --base that they belong to")
     choice = None if base is None else ModelChoice(base, encoder, adapter, scenes)
-    try:
-        pool = load(choice, device)
-    except (ValueError, RuntimeError) as error:
-        typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
-        raise typer.Exit(2) from error
-    page = build(pool, Limits(side=max_side), max_waiting)
+    page = build(load(choice, device), Limits(side=max_side), max_waiting)
     launch(page, server_name=host, server_port=port, share=share)
 
 

@@ -1,59 +1,73 @@
-"""The command `fixclip`: the app that the commands join, the one way errors are shown, options that commands share."""
+"""The command `fixclip`: the app that the commands join, the one way errors are shown, options that commands share.
+
+An error is one line on stderr, `error: ...`, never wrapped and never in a box: it can be searched for, copied and read
+in a log. Exit codes: 0 done; 2 wrong usage or input; 1 work that ran for hours failed, or a check found nothing usable
+(`errors_exit_with`); 130 interrupted. A bug keeps its traceback, and `--traceback` shows that of an error too.
+"""
 
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 UsageError: Any = typer.BadParameter.__base__  # click's, wherever this version of typer keeps it
+USER_ERRORS = (UsageError, ValueError, OSError)
 TRAINING_LIBRARIES = ("matplotlib", "omegaconf", "open_clip", "psutil", "pydantic", "tensorboard", "webdataset")
 
 
-class Commands(TyperGroup):
-    """A group of commands whose errors are one line on stderr, `error: ...`, never wrapped and never in a box.
+class Command(TyperCommand):
+    """A command that is an app of its own, such as `python apps/demo.py`."""
 
-    Errors are usage errors (exit code 2), ValueError and OSError (exit code 2, or that of `errors_exit_with`) and a
-    missing extra (2). Any other exception is a bug and keeps its traceback. `--traceback` anywhere on the command
-    line shows the traceback of an error too. Without arguments the group shows its help.
-    """
+    def main(self, args: Any = None, standalone_mode: bool = True, **kwargs: Any) -> Any:  # type: ignore[override]
+        return _with_one_line_errors(super().main, args, standalone_mode, **kwargs)
+
+
+class Commands(TyperGroup):
+    """A group of commands; without arguments it shows its help."""
+
+    def main(self, args: Any = None, standalone_mode: bool = True, **kwargs: Any) -> Any:  # type: ignore[override]
+        return _with_one_line_errors(super().main, args, standalone_mode, **kwargs)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         return super().parse_args(ctx, args or ["--help"])
 
-    def main(self, args: Any = None, standalone_mode: bool = True, **kwargs: Any) -> Any:  # type: ignore[override]
-        args = list(sys.argv[1:] if args is None else args)
-        options = args[: args.index("--")] if "--" in args else args
-        with_traceback = "--traceback" in options
+
+def _with_one_line_errors(
+    main: Callable[..., Any], args: Sequence[str] | None, standalone_mode: bool, **kwargs: Any
+) -> Any:
+    """Run click's `main`, print an error and end the process with its code, or return the code."""
+    args = list(sys.argv[1:] if args is None else args)
+    options = args[: args.index("--")] if "--" in args else args
+    with_traceback = "--traceback" in options
+    if with_traceback:
+        args.remove("--traceback")
+    try:
+        code = main(args, standalone_mode=False, **kwargs)
+    except (*USER_ERRORS, ModuleNotFoundError) as error:
+        message = describe(error)
         if with_traceback:
-            args.remove("--traceback")
-        try:
-            code = super().main(args, standalone_mode=False, **kwargs)
-        except (UsageError, ValueError, OSError, ModuleNotFoundError) as error:
-            message = describe(error)
-            if with_traceback:
-                traceback.print_exc()
-            typer.echo(f"error: {message}", err=True)
-            code = getattr(error, "exit_code", 2)
-        except typer.Abort:
-            code = 130
-        if code == 130:
-            typer.echo("interrupted", err=True)
-        if standalone_mode:
-            sys.exit(code)
-        return code
+            traceback.print_exc()
+        typer.echo(f"error: {message}", err=True)
+        code = getattr(error, "exit_code", 2)
+    except typer.Abort:
+        code = 130
+    if code == 130:
+        typer.echo("interrupted", err=True)
+    if standalone_mode:
+        sys.exit(code)
+    return code
 
 
 def describe(error: Exception) -> str:
     """One line for a user.
 
     Raises:
-        ModuleNotFoundError: `error` is one, and not of an extra.
+        ModuleNotFoundError: `error` is one, and of no extra: the installation is broken.
     """
     if isinstance(error, ModuleNotFoundError):
         library = (error.name or "").split(".")[0]
@@ -64,12 +78,21 @@ def describe(error: Exception) -> str:
         ctx = getattr(error, "ctx", None)
         message = error.format_message()
         return f"{message.rstrip('.')}; see {ctx.command_path} --help" if ctx is not None else message
-    return " ".join(line.strip() for line in str(error).splitlines())
+    if hasattr(error, "errors"):  # pydantic's ValidationError, which is a ValueError
+        lines = [_describe_field(details) for details in error.errors()]
+    else:
+        lines = [line.strip() for line in str(error).splitlines()]
+    return " ".join(filter(None, lines)) or type(error).__name__
+
+
+def _describe_field(details: dict[str, Any]) -> str:
+    name, message = ".".join(map(str, details["loc"])), details["msg"].removeprefix("Value error, ")
+    return f"{name}={details['input']!r}: {message}" if name else message
 
 
 @contextmanager
 def errors_exit_with(code: int) -> Iterator[None]:
-    """Errors of the body end the command with this exit code instead of 2: 1 for work that ran for hours."""
+    """Errors of the body end the command with this exit code instead of 2."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -77,11 +100,38 @@ def errors_exit_with(code: int) -> Iterator[None]:
         raise
 
 
-app = typer.Typer(cls=Commands, pretty_exceptions_enable=False)
+def refuse(ctx: typer.Context, reason: str, *names: str) -> None:
+    """No option is ignored silently: refuse those that would not act beside the others.
+
+    Args:
+        ctx: of the command.
+        reason: words behind the option's name, e.g. "acts on --data only".
+        names: the options, as parameters of the command.
+
+    Raises:
+        ValueError: one of them is on the command line.
+    """
+    options = {parameter.name: parameter.opts[0] for parameter in ctx.command.params}
+    for name in names:
+        source = ctx.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise ValueError(f"{options[name]} {reason}")
+
+
+def format_columns(rows: Sequence[Sequence[str]]) -> str:
+    """Cells in aligned columns, a row a line, however long: nothing is wrapped or cut."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+app = typer.Typer(cls=Commands, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 def _print_version(wanted: bool) -> None:
     if wanted:
+        from importlib.metadata import version
+
         typer.echo(f"fixclip {version('fixclip')}")
         raise typer.Exit
 
@@ -100,7 +150,7 @@ def fixclip(
 
 # -- options that commands share -----------------------------------------------------------------------------
 
-DEFAULT_OUTPUT = Path("outputs")
+DEFAULT_OUTPUT = "outputs"
 
 BaseOption = Annotated[str, typer.Option(help="Stable Diffusion 1.x or 2.x: a folder, a hub name or builtin:scenes.")]
 EncoderOption = Annotated[str | None, typer.Option(help="FIX-CLIP or Long-CLIP text encoder: a folder or hub name.")]

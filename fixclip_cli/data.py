@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from fixclip_cli.app import Commands, ImageRoot, Start, Stop, app
+from fixclip_cli.app import Commands, ImageRoot, Start, Stop, app, format_columns
 
 if TYPE_CHECKING:
     from fixclip_core.data.captions import CaptionFilters
     from fixclip_core.data.samples import Skipped
 
-data_app = typer.Typer(cls=Commands, help="Prepare captioned images.")
+data_app = typer.Typer(cls=Commands, rich_markup_mode=None, help="Prepare captioned images.")
 app.add_typer(data_app, name="data")
 
 SourceArgument = Annotated[
@@ -33,14 +33,10 @@ def _filters(words: int, repeated: float, run: int, letters: float, per_clause: 
 
 
 def _print_skipped(counts: dict[str, int], skipped: "Iterable[Skipped]") -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     examples = {sample.reason: sample for sample in reversed(list(skipped))}
-    table = Table("reason", "samples", "for example: file", "key")
-    for reason, count in counts.items():
-        table.add_row(reason, f"{count:,}", examples[reason].file, examples[reason].key)
-    Console().print(table if counts else "nothing skipped")
+    rows = [(reason, f"{count:,}", examples[reason].file, examples[reason].key) for reason, count in counts.items()]
+    header = ("reason", "samples", "for example: file", "key")
+    typer.echo(format_columns([header, *rows]) if rows else "nothing skipped")
 
 
 @data_app.command("pack")

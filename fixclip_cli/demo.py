@@ -9,7 +9,7 @@ from fixclip_cli.app import DEFAULT_OUTPUT, app, read_prompt
 from fixclip_cli.pictures import output_files
 
 
-@app.command()
+@app.command(short_help="Long prompts on the embedded model, judged.")
 def demo(
     prompt: Annotated[
         str | None, typer.Argument(help="Your own prompt instead of three scenes; - reads standard input.")
@@ -21,12 +21,13 @@ def demo(
     steps: Annotated[int, typer.Option(min=1, max=999, help="Denoising steps.")] = 20,
     guidance: Annotated[float, typer.Option(min=0.0, max=100.0, help="Guidance scale.")] = 2.0,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the noise that every system starts from.")] = 0,
-    output: Annotated[Path, typer.Option("--output", "-o", help="A .png file or a folder.")] = (
-        DEFAULT_OUTPUT / "demo.png"
+    output: Annotated[str, typer.Option("--output", "-o", help="A .png file or a folder.")] = (
+        f"{DEFAULT_OUTPUT}/demo.png"
     ),
 ) -> None:
     """Long prompts on the embedded model: stock to FIX-CLIP side by side, each object checked. No download, no GPU."""
     text = read_prompt(prompt, prompt_file) if prompt is not None or prompt_file is not None else None
+    (file,) = output_files(output, ["demo"])
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -41,7 +42,6 @@ def demo(
         prompts = [own]
         if unknown := ", ".join(demonstration.unknown_words(text)):
             typer.echo(f"Warning: the scenes world has no such words: {unknown}; see docs/scenes.md", err=True)
-    (file,) = output_files(output, ["demo"])
     shown = demonstration.draw(model, prompts, demonstration.Drawing(steps, guidance, seed=seed))
     demonstration.write_sheet(shown, file)
     typer.echo(demonstration.format_prompts(shown))

@@ -5,11 +5,13 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from fixclip_cli.app import ImageRoot, ModelNameOption, Start, Stop, app
+from fixclip_cli.app import ImageRoot, ModelNameOption, Start, Stop, app, refuse
+from fixclip_core.files import prepare_output
 
 
-@app.command()
+@app.command(short_help="Retrieval or zero-shot classification.")
 def evaluate(
+    ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="FixClip, CLIP or Long-CLIP folder or file, or open_clip model name.")],
     data: Annotated[
         str | None,
@@ -35,8 +37,24 @@ def evaluate(
     """Retrieval (R@1, 5, 10 both ways) on your data or a benchmark, or zero-shot classification."""
     if (data is None) == (classify is None):
         raise ValueError("give --data (retrieval) or --classify (classification), one of the two")
-    if benchmark is not None and data is None:
-        raise ValueError(f"--benchmark {benchmark} needs its folder: --data FOLDER")
+    if classify is not None:
+        refuse(ctx, "needs its folder: --data FOLDER", "benchmark")
+        refuse(ctx, "acts on --data only", "caption", "image_root", "start", "stop")
+    else:
+        refuse(ctx, "acts on --classify only", "classnames", "templates")
+    if benchmark is None:
+        refuse(ctx, "acts on a --benchmark only", "partial")
+    else:
+        refuse(
+            ctx,
+            "does not act on a benchmark, which fixes its images and texts",
+            "caption",
+            "image_root",
+            "start",
+            "stop",
+        )
+    if output is not None:
+        prepare_output(output)
     import torch
 
     from fixclip_core.data.config import DataConfig

@@ -8,7 +8,7 @@ import typer
 from fixclip_cli.app import DEFAULT_OUTPUT, AdapterOption, BaseOption, EncoderOption, app, parse_size
 
 
-@app.command("evaluate-images")
+@app.command("evaluate-images", short_help="Do pictures follow their prompts? Systems side by side.")
 def evaluate_images(
     prompts: Annotated[str, typer.Argument(help="Text file with a prompt a line, .jsonl with `prompt`, or scenes:N.")],
     base: BaseOption = "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -29,9 +29,9 @@ def evaluate_images(
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="First seed, the same for every system.")] = 0,
     num: Annotated[int, typer.Option(min=1, max=1000, help="Pictures of each prompt and system.")] = 1,
     batch_size: Annotated[int, typer.Option(min=1, max=1024, help="Pictures drawn at a time.")] = 1,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for report.json, sheet.png and images.")] = (
-        DEFAULT_OUTPUT / "evaluation"
-    ),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for report.json, sheet.png and images.")
+    ] = Path(f"{DEFAULT_OUTPUT}/evaluation"),
 ) -> None:
     """Do pictures follow their prompts? Systems side by side, by sentence before and after the 77th token."""
     width_height = parse_size(size) if size else None

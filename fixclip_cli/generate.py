@@ -1,7 +1,6 @@
 """`fixclip generate` and `fixclip tokens`."""
 
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -51,11 +50,14 @@ def generate(
     compare: Annotated[
         bool, typer.Option("--compare", help="One sheet: stock (truncated) | chunked | FIX-CLIP, the same seed.")
     ] = False,
-    output: Annotated[Path, typer.Option("--output", "-o", help="A .png file or a folder.")] = DEFAULT_OUTPUT,
+    output: Annotated[str, typer.Option("--output", "-o", help="A .png file or a folder.")] = DEFAULT_OUTPUT,
 ) -> None:
     """Make pictures from a prompt of any length."""
     text = read_prompt(prompt, prompt_file)
     width_height = parse_size(size) if size else None
+    files = output_files(output, [f"seed{seed + index}" for index in range(num)])
+    from importlib.metadata import version
+
     from fixclip_diffusion import builtin
 
     pipe = load_pipeline(base, encoder, adapter, device, dtype)
@@ -80,7 +82,6 @@ def generate(
         "dtype": str(pipe.unet.dtype).removeprefix("torch."),
         "version": version("fixclip"),
     }
-    files = output_files(output, [f"seed{seed + index}" for index in range(num)])
     typer.echo(pipe.token_report(text).describe(long_prompt))
     if negative:
         typer.echo(f"negative prompt: {pipe.token_report(negative).describe(long_prompt)}")
@@ -139,7 +140,7 @@ def draw_and_save(systems: dict[str, Callable[..., Any]], settings: dict[str, An
     return images
 
 
-@app.command()
+@app.command(short_help="Count a prompt's tokens.")
 def tokens(
     prompt: Annotated[str | None, typer.Argument(help="The prompt; - reads standard input.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from a text file.")] = None,

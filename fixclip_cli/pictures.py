@@ -2,29 +2,35 @@
 
 import itertools
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from fixclip_core.files import prepare_output
 
-def output_files(output: Path, names: list[str]) -> list[Path]:
+
+def output_files(output: str, names: list[str]) -> list[Path]:
     """Where the pictures go: a name ending in .png is a file (numbered if there are several), else a folder.
 
+    Args:
+        output: as typed: `dir.png/`, with a slash at its end or as a folder that exists, is a folder.
+        names: of the pictures in a folder, without .png.
+
     Raises:
-        ValueError: another file type, or the folder cannot be made or written to.
+        ValueError: nothing is named, another file type, or the folder cannot be made or written to.
     """
-    if output.suffix.lower() == ".png":
-        files = [output] if len(names) == 1 else [output.with_stem(f"{output.stem}-{name}") for name in names]
-    elif output.suffix.lower() in (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"):
-        raise ValueError(f"output {str(output)!r}: pictures are written as .png, which carries prompt and settings")
+    if not output.strip():
+        raise ValueError(f"output {output!r}: name a .png file or a folder")
+    path = Path(output)
+    is_folder = output.endswith(("/", os.sep)) or path.is_dir()
+    if not is_folder and path.suffix.lower() == ".png":
+        files = [path] if len(names) == 1 else [path.with_stem(f"{path.stem}-{name}") for name in names]
+    elif not is_folder and path.suffix.lower() in (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"):
+        raise ValueError(f"output {output!r}: pictures are written as .png, which carries prompt and settings")
     else:
-        files = [_free(output, name) for name in names]
-    try:
-        files[0].parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=files[0].parent):
-            pass  # found out now, and not after drawing
-    except OSError as error:
-        raise ValueError(f"output {str(output)!r} cannot be written: {error}") from error
+        files = [_free(path, name) for name in names]
+    prepare_output(files[0])
     return files
 
 

@@ -9,7 +9,7 @@ import typer
 from fixclip_cli.app import ModelNameOption, app
 
 
-@app.command()
+@app.command(short_help="Make a FixClip folder of any CLIP.")
 def convert(
     source: Annotated[Path, typer.Argument(help="A CLIP: OpenAI, open_clip, transformers or Long-CLIP.")],
     output: Annotated[Path, typer.Argument(help="FixClip folder to write.")],
@@ -53,7 +53,7 @@ def parse_fields(pairs: list[str]) -> dict[str, Any]:
     return parsed
 
 
-@app.command()
+@app.command(short_help="Write an encoder in the formats of other libraries.")
 def export(
     run: Annotated[Path, typer.Argument(help="A training run's folder, or a FixClip folder.")],
     output: Annotated[Path, typer.Argument(help="Folder to write; must be new or empty.")],

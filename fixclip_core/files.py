@@ -1,6 +1,7 @@
-"""Writing files so that no reader meets half of one."""
+"""Writing files so that no reader meets half of one, and finding out in time that they cannot be written."""
 
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,3 +29,19 @@ def write_atomically(path: Path, content: bytes | Callable[[Path], Any]) -> None
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def prepare_output(path: Path) -> None:
+    """Make the folder that `path` is to be written into and try it out: before the work, not after it.
+
+    Raises:
+        ValueError: `path` is a folder, or its folder cannot be made or written to.
+    """
+    if path.is_dir():
+        raise ValueError(f"output {str(path)!r} is a folder; name a file in it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"output {str(path)!r} cannot be written: {error}") from error

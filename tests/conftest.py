@@ -5,6 +5,8 @@ import os
 # Before anything of Hugging Face is imported: no test may wait for the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Messages of the command line must come through unbroken in any terminal.
+os.environ.update(COLUMNS="40", NO_COLOR="1")
 
 import pytest
 import torch
@@ -17,6 +19,14 @@ settings.load_profile("default")
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def tmp_path(tmp_path):
+    """A folder whose path is longer than a terminal is wide: messages must not break in it either."""
+    folder = tmp_path / ("a-folder-with-a-long-name-" * 4)
+    folder.mkdir()
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -11,12 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_line import run
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from tiny_scenes import write_model
-from typer.testing import CliRunner
 
-from fixclip_cli.main import app
 from fixclip_core import scenes
 from fixclip_diffusion import (
     FixClipStableDiffusionPipeline,
@@ -54,10 +53,6 @@ def embedded(model, monkeypatch):
 def picture(pipe, **kwargs):
     pipe.set_progress_bar_config(disable=True)
     return np.asarray(pipe(PROMPT, generator=torch.Generator().manual_seed(1), **FAST, **kwargs).images[0])
-
-
-def run(*arguments, **kwargs):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], **kwargs)
 
 
 # -- names ---------------------------------------------------------------------------------------------------

@@ -12,25 +12,17 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import typer
+from command_line import error_of, run
 from PIL import Image
 from typer.testing import CliRunner
 
-from fixclip_cli.app import parse_size
-from fixclip_cli.main import app
+from fixclip_cli.app import Commands, errors_exit_with, parse_size
 from fixclip_cli.pictures import label_row, output_files
 from fixclip_diffusion import FixClipStableDiffusionPipeline, FixClipTextEncoder, TextAdapter
 
 LONG = tiny.sentences(14)
 FAST = ["--steps", "2", "--size", "16"]
-
-
-def run(*arguments, **kwargs):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], **kwargs)
-
-
-def flat(text):
-    """Typer draws errors in boxes and wraps lines."""
-    return " ".join(re.sub(r"[│╭╮╰╯─\x1b]|\[\d+m", " ", text).split())
 
 
 @pytest.fixture(scope="module")
@@ -158,15 +150,41 @@ def test_a_long_negative_prompt_is_reported(sd1, tmp_path):
         (["a", "--base", "BASE", "--adapter", "/no/such/adapter"], "expected a folder or hub name"),
         (["a", "--base", "BASE", "-o", "picture.jpg"], "pictures are written as .png"),
         (["a", "--base", "BASE", "-o", "/proc/nowhere/a.png"], "cannot be written"),
-        (["a", "--base", "BASE", "-o", "/proc/a.png", "--steps", "999"], "cannot be written"),
+        (["a", "--base", "/no/such/model", "-o", "/proc/a.png"], "cannot be written"),  # before the model is loaded
+        (["a", "-o", ""], "output '': name a .png file or a folder"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(sd1, arguments, message):
     arguments = [argument.replace("BASE", str(sd1)) for argument in arguments]
     result = run("generate", *arguments, "--steps", "1", *([] if "--size" in arguments else ["--size", "16"]))
+    assert message in error_of(result)
+
+
+def test_errors_of_usage_are_one_line_too_and_a_bug_keeps_its_traceback(monkeypatch):
+    assert "No such option: --stepz" in error_of(run("generate", "--stepz", 3))
+    assert error_of(run("data", "check")) == "Missing argument 'source'; see root data check --help"
+    assert "Did you mean 'generate'" in error_of(run("generat"))
+    result = run("generate", "a", "-o", "", "--traceback")
     assert result.exit_code == 2
-    assert message in flat(result.output)
-    assert "Traceback" not in result.output
+    assert "Traceback" in result.stderr
+    assert result.stderr.endswith("\nerror: output '': name a .png file or a folder\n")
+    # After `--` the word belongs to the command.
+    assert "(--traceback)" in error_of(run("generate", "a", "--", "--traceback"))
+    monkeypatch.setattr("fixclip_cli.generate.read_prompt", lambda *_: 1 / 0)
+    assert isinstance(run("generate", "a").exception, ZeroDivisionError)
+
+
+def test_an_error_may_have_an_exit_code_of_its_own():
+    app = typer.Typer(cls=Commands)
+
+    @app.command()
+    def work():
+        with errors_exit_with(1):
+            raise ValueError("the loss is not finite\n  at step 3")
+
+    app.callback()(lambda: None)
+    assert error_of(CliRunner().invoke(app, ["work"]), code=1) == "the loss is not finite at step 3"
+    assert CliRunner().invoke(app, ["work", "--stepz"]).exit_code == 2
 
 
 def test_tokens_needs_only_the_tokenizer(sd1, tmp_path):
@@ -181,9 +199,7 @@ def test_tokens_needs_only_the_tokenizer(sd1, tmp_path):
 @pytest.mark.parametrize("base", ["vae", "nowhere", "someone/nothing"])
 def test_tokens_of_a_base_without_a_tokenizer(sd1, base):
     result = run("tokens", LONG, "--base", sd1 / base if base == "vae" else base)
-    assert result.exit_code == 2
-    assert result.output.startswith("error: ")
-    assert base in result.output
+    assert base in error_of(result)
 
 
 def test_version():
@@ -233,6 +249,8 @@ def test_sizes(text, size):
 
 
 def test_output_files_and_sheet(tmp_path):
-    assert output_files(tmp_path / "x.PNG", ["s1"]) == [tmp_path / "x.PNG"]
+    assert output_files(str(tmp_path / "x.PNG"), ["s1"]) == [tmp_path / "x.PNG"]
+    assert output_files(f"{tmp_path}/dir.png/", ["s1"]) == [tmp_path / "dir.png" / "s1.png"]
+    assert output_files(f"{tmp_path}/dir.png", ["s1"]) == [tmp_path / "dir.png" / "s1.png"], "it is a folder by now"
     images = [Image.new("RGB", (300, 200), color) for color in ("red", "blue")]
     assert label_row(images, ["one", "two"]).size == (608, 230)

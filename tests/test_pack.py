@@ -14,17 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import error_of, run
 from filelock import FileLock
 from PIL import Image
 from test_data import caption, loader, picture, write_bad_manifest, write_manifest
-from typer.testing import CliRunner
 
-from fixclip_cli.main import app
 from fixclip_core.data.captions import CaptionFilters
 from fixclip_core.data.config import DataConfig
 from fixclip_core.data.pack import PackOptions, check_source, pack
-
-CLI = CliRunner()
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -275,19 +272,19 @@ def test_check_counts_what_is_there(tmp_path):
 def test_the_commands(tmp_path):
     manifest, _ = write_bad_manifest(tmp_path / "in", good=20)
     out = tmp_path / "out"
-    result = CLI.invoke(app, ["data", "pack", str(manifest), str(out), "--shard-size", "6"], env={"COLUMNS": "200"})
+    result = run("data", "pack", manifest, out, "--shard-size", 6)
     assert result.exit_code == 0, result.output
     assert "truncated_image" in result.output
     assert "truncated.jpg" in result.output
     assert f"{manifest}:21" in result.output
     assert "20 of 37 samples packed" in result.output
-    result = CLI.invoke(app, ["data", "check", str(manifest), "--limit", "0"], env={"COLUMNS": "200"})
+    result = run("data", "check", manifest, "--limit", 0)
     assert result.exit_code == 0, result.output
     assert "37 samples, 37 looked at" in result.output
     assert "over 77: 0.0%, over 248 (cut): 0.0%" in result.output
     assert "0.png: Picture number 0" in result.output
     (out / "index.json").unlink()
-    result = CLI.invoke(app, ["data", "index", str(out)])
+    result = run("data", "index", out)
     assert "20 samples in 7 shards" in result.output
     assert len(json.loads((out / "index.json").read_bytes())["shardlist"]) == 7
 
@@ -304,15 +301,10 @@ def test_the_commands(tmp_path):
 )
 def test_commands_show_one_clear_error(tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    result = CLI.invoke(app, ["data", *arguments], env={"COLUMNS": "300", "TERM": "dumb"})
-    assert result.exit_code == 2
-    assert message in result.output
-    assert "Traceback" not in result.output
+    assert message in error_of(run("data", *arguments))
 
 
 def test_nothing_packed_is_an_error(tmp_path):
     manifest = write_manifest(tmp_path / "in", 3)
-    arguments = ["data", "pack", str(manifest), str(tmp_path / "out"), "--image-root", str(tmp_path)]
-    result = CLI.invoke(app, arguments, env={"COLUMNS": "300"})
-    assert result.exit_code == 2
-    assert "not a single sample could be packed" in result.output
+    result = run("data", "pack", manifest, tmp_path / "out", "--image-root", tmp_path)
+    assert "not a single sample could be packed" in error_of(result)
