@@ -7,17 +7,28 @@ model makes of a long caption can be counted object by object. docs/scenes.md sh
 
 from fixclip_core.scenes.captions import (
     Caption,
+    Reference,
+    ReferenceKind,
     Span,
     Tokens,
     Zone,
     long_caption,
     object_zones,
+    reference_distances,
     short_caption,
     token_ranges,
 )
 from fixclip_core.scenes.checker import Check, Verdict, check, check_batch
 from fixclip_core.scenes.grammar import Split, vocabulary
 from fixclip_core.scenes.reader import annotate_caption, read_caption
+from fixclip_core.scenes.references import (
+    DISTANCES,
+    KINDS,
+    distance_bucket,
+    reference_at,
+    reference_caption,
+    reference_scene,
+)
 from fixclip_core.scenes.rendering import SpriteBank, render, render_batch, sheet, sprite_bank
 from fixclip_core.scenes.world import (
     BACKGROUNDS,
@@ -40,7 +51,9 @@ from fixclip_core.scenes.world import (
 __all__ = [
     "BACKGROUNDS",
     "COLOURS",
+    "DISTANCES",
     "GRID",
+    "KINDS",
     "PLACES",
     "SHAPES",
     "SIZES",
@@ -48,6 +61,8 @@ __all__ = [
     "Caption",
     "Check",
     "Colour",
+    "Reference",
+    "ReferenceKind",
     "Scene",
     "SceneObject",
     "Shape",
@@ -62,9 +77,14 @@ __all__ = [
     "annotate_caption",
     "check",
     "check_batch",
+    "distance_bucket",
     "long_caption",
     "object_zones",
     "read_caption",
+    "reference_at",
+    "reference_caption",
+    "reference_distances",
+    "reference_scene",
     "render",
     "render_batch",
     "sample_scene",

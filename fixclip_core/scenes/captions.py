@@ -23,12 +23,13 @@ from fixclip_core.scenes.grammar import (
 from fixclip_core.scenes.world import WORLD, Scene, World, check_known
 
 Zone = Literal["before", "across", "after", "past"]
+ReferenceKind = Literal["same", "again", "default", "remainder"]
 Tokens = Callable[[str], int] | Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True)
 class Span:
-    """Characters start..end (end excluded) of a caption; they describe `place`, or the background if None."""
+    """Characters start..end (end excluded) of a caption; they describe the object at `place`, or none if None."""
 
     start: int
     end: int
@@ -36,11 +37,35 @@ class Span:
 
 
 @dataclass(frozen=True)
+class Reference:
+    """Properties of an object that another sentence of the caption gives; references.py has the rules.
+
+    "The star in the centre is small and has the same colour as the heart." is
+    `Reference("same", "centre", ("colour",), antecedent=the span of the heart's sentence)`.
+
+    Attributes:
+        kind: "same" (colour), "again" (all but size or colour), "default" or "remainder".
+        place: where the object is whose properties are meant.
+        properties: which of "shape", "colour" and "size" the antecedent gives.
+        antecedent: the sentence that gives them: its `place` is None for a default and a remainder.
+    """
+
+    kind: ReferenceKind
+    place: str
+    properties: tuple[str, ...]
+    antecedent: Span
+
+
+@dataclass(frozen=True)
 class Caption:
-    """A caption and which of its characters describe what; spans come in the order of the text."""
+    """A caption and which of its characters describe what.
+
+    Spans come in the order of the text, references in the order of the objects that have them.
+    """
 
     text: str
     spans: tuple[Span, ...]
+    references: tuple[Reference, ...] = ()
 
 
 def long_caption(
@@ -70,14 +95,14 @@ def long_caption(
     rng = random.Random(f"long caption/{seed}")
     grammar, words = grammar_of(split), Words(word_pools(world, synonyms or split), rng)
     check_known(scene, world)
-    about = _about(scene, words)
+    about = scene_words(scene, words)
     sentences: list[tuple[str | None, str]] = [(None, fill(rng.choice(grammar.openings), about))]
     items = rng.sample(scene.objects, len(scene.objects))
     for item, template in zip(items, deal(grammar.objects, len(items), rng), strict=True):
         sentences.append((item.place, fill(template, words.of(item))))
     if len(items) > 4:
         sentences.append((None, fill(rng.choice(grammar.closings), about)))
-    return _join([(place, capitalised(text)) for place, text in sentences], " ")
+    return join([(place, capitalised(text)) for place, text in sentences], " ")
 
 
 def short_caption(
@@ -102,7 +127,7 @@ def short_caption(
     items = rng.sample(scene.objects, min(max_objects, len(scene.objects)))
     complete = len(items) == len(scene.objects)
     template = rng.choice(grammar.short_complete if complete else grammar.short_partial)
-    before, after = fill(template, {**_about(scene, words), "objects": "\n"}).split("\n")
+    before, after = fill(template, {**scene_words(scene, words), "objects": "\n"}).split("\n")
     phrases = [fill(NOUN_PHRASE, words.of(item)) for item in items]
     pieces: list[tuple[str | None, str]] = [(None, before)] if before else []
     for number, (item, phrase) in enumerate(zip(items, phrases, strict=True)):
@@ -111,10 +136,10 @@ def short_caption(
         pieces.append((item.place, phrase))
     pieces.append((None, after))
     first_place, first = pieces[0]
-    return _join([(first_place, capitalised(first)), *pieces[1:]], "")
+    return join([(first_place, capitalised(first)), *pieces[1:]], "")
 
 
-def _about(scene: Scene, words: Words) -> dict[str, str]:
+def scene_words(scene: Scene, words: Words) -> dict[str, str]:
     """What openings, closings and short captions need to know of a scene as a whole."""
     if not scene.objects:
         raise ValueError("a scene without objects has no caption")
@@ -128,7 +153,7 @@ def _about(scene: Scene, words: Words) -> dict[str, str]:
     }
 
 
-def _join(pieces: Sequence[tuple[str | None, str]], glue: str) -> Caption:
+def join(pieces: Sequence[tuple[str | None, str]], glue: str) -> Caption:
     text, spans = "", []
     for place, piece in pieces:
         text += glue if text else ""
@@ -149,13 +174,31 @@ def token_ranges(caption: Caption, tokens: Tokens) -> list[tuple[int, int]]:
     Returns:
         (first, last) per span, in the order of the spans.
     """
+    return [_token_range(caption.text, span, tokens) for span in caption.spans]
 
+
+def _token_range(text: str, span: Span, tokens: Tokens) -> tuple[int, int]:
     def before(character: int) -> int:
         if callable(tokens):
-            return tokens(caption.text[:character])
+            return tokens(text[:character])
         return sum(end <= character for _, end in tokens)
 
-    return [(before(span.start) + 1, before(span.end)) for span in caption.spans]
+    return before(span.start) + 1, before(span.end)
+
+
+def reference_distances(caption: Caption, tokens: Tokens) -> list[int]:
+    """Tokens from an object's sentence to the one that it refers to, for each reference of a caption.
+
+    Counted from the last token of the earlier sentence to the first of the later one: neighbours have distance 1,
+    and at a distance of 77 and more no window of 77 tokens holds a token of both. Arguments as in `token_ranges`.
+    """
+    spans = {span.place: span for span in caption.spans}
+    distances = []
+    for reference in caption.references:
+        pair = sorted((spans[reference.place], reference.antecedent), key=lambda span: span.start)
+        (_, last), (first, _) = (_token_range(caption.text, span, tokens) for span in pair)
+        distances.append(first - last)
+    return distances
 
 
 def object_zones(

@@ -3,10 +3,11 @@
 Training captions and held-out captions share no template and no word for a thing.
 """
 
+import itertools
 import random
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Literal
 
@@ -15,17 +16,37 @@ from fixclip_core.scenes.world import PLACES, WORLD, Colour, SceneObject, Shape,
 Split = Literal["train", "heldout", "all"]
 
 COUNTS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
 
 
 @dataclass(frozen=True)
 class Grammar:
-    """Sentences with gaps. `{place}` is a phrase that starts with a preposition and has no comma."""
+    """Sentences with gaps. `{place}` is a phrase that starts with a preposition and has no comma.
+
+    Attributes:
+        objects, openings, closings: of long captions.
+        short_complete, short_partial: short captions that name all objects, or some of them.
+        same: an object whose colour is that of `{antecedent}`; see references.py.
+        again: an object that is `{antecedent}` once more, but for its size or its colour (`{change}`).
+        colourless: an object whose colour another sentence gives, namely one of `defaults`, which sets the
+            colour of a shape, or of `remainders`, which sets the colour of all objects that have none yet.
+        fillers: sentences that are true of every scene and hold no word for a shape, colour, size or place.
+        counted: what objects are called where they are counted: "the second shape".
+        places: the phrases of each place.
+    """
 
     objects: tuple[str, ...]
     openings: tuple[str, ...]
     closings: tuple[str, ...]
     short_complete: tuple[str, ...]
     short_partial: tuple[str, ...]
+    same: tuple[str, ...]
+    again: tuple[str, ...]
+    colourless: tuple[str, ...]
+    defaults: tuple[str, ...]
+    remainders: tuple[str, ...]
+    fillers: tuple[str, ...]
+    counted: tuple[str, ...]
     places: Mapping[str, tuple[str, ...]]
 
 
@@ -70,6 +91,49 @@ TRAIN = Grammar(
         "a {background} picture of {count} shapes, among them {objects}.",
         "{objects} in a {background} picture with {count} shapes.",
     ),
+    same=(
+        "{place} there is a {size} {shape} of the same colour as {antecedent}.",
+        "the {shape} {place} is {size} and has the same colour as {antecedent}.",
+        "a {size} {shape} sits {place}. its colour is that of {antecedent}.",
+        "{place} a {size} {shape} is painted in the colour of {antecedent}.",
+    ),
+    again=(
+        "{place} you can see {antecedent} again, but {change}.",
+        "{antecedent} is drawn again {place}, only {change}.",
+        "{place} there is {antecedent} again, only that it is {change}.",
+    ),
+    colourless=(
+        "a {size} {shape} sits {place}.",
+        "{place} there is a {size} {shape}.",
+        "{place} you can see a {shape} that is {size}.",
+        "a {shape} appears {place}. it is {size}.",
+        "the picture shows a {size} {shape} {place}.",
+    ),
+    defaults=(
+        "every {shape} is {colour} unless its own sentence says otherwise.",
+        "unless something else is said, each {shape} is {colour}.",
+        "any {shape} without a colour of its own is {colour}.",
+    ),
+    remainders=(
+        "everything that is left is {colour}.",
+        "whatever has no colour yet is {colour}.",
+        "all that is left without a colour is {colour}.",
+    ),
+    fillers=(
+        "all of them are plain, with nothing else drawn on them.",
+        "no shape stands in front of the rest.",
+        "you can see that everything is very simple here.",
+        "the picture has three rows, with three shapes in each of them at the most.",
+        "nothing sits on the edge of the picture and nothing is drawn over it.",
+        "the shapes are set apart, and all around each of them something is left plain.",
+        "there is no one in the picture, and nothing lies around.",
+        "this is a very simple picture that someone has drawn and painted.",
+        "you can find nothing here that is only drawn and not painted.",
+        "everything that is shown here is painted all over.",
+        "someone has painted the shapes one after the other.",
+        "on the whole there is nothing but shapes to see in it.",
+    ),
+    counted=("shape",),
     places={
         "top left": ("in the top left corner", "at the top left", "on the left of the top row"),
         "top centre": ("in the middle of the top row", "at the top in the middle", "halfway along the top edge"),
@@ -131,6 +195,43 @@ HELDOUT = Grammar(
         "a {background} sheet with {count} figures, such as {objects}.",
         "on {background} paper one sees {count} figures, for instance {objects}.",
     ),
+    same=(
+        "{place} one notices a {size} {shape} whose colour matches that of {antecedent}.",
+        "as for the {shape} {place}, it is {size} and coloured just like {antecedent}.",
+        "a {size} {shape} has been put {place}. it wears the colour of {antecedent}.",
+    ),
+    again=(
+        "{place} one notices {antecedent} once more, this time {change}.",
+        "the artist has put {antecedent} a further time {place}, though {change}.",
+    ),
+    colourless=(
+        "{place} one notices a {size} {shape}.",
+        "as for the {shape} {place}, it is {size}.",
+        "resting {place} is a {shape} of {size} size.",
+        "a {size} {shape} has been put {place}.",
+    ),
+    defaults=(
+        "as a rule a {shape} is {colour} here, and exceptions are named.",
+        "take a {shape} to be {colour} if no other colour is mentioned for it.",
+    ),
+    remainders=(
+        "figures that were given no colour are entirely {colour}.",
+        "what remains uncoloured is to be {colour}.",
+    ),
+    fillers=(
+        "no figure is placed over the others, as one can see.",
+        "the artist has put nothing else on the paper.",
+        "around each figure some of the paper has been left empty.",
+        "as one notices, all of the figures are entirely plain.",
+        "the artist has painted them with care, and only once.",
+        "here no figure has been drawn over an edge of the sheet.",
+        "none of this is meant as a sign of anything.",
+        "the artist has been very exact along every edge.",
+        "such figures are just what the artist likes to put on paper.",
+        "one sees at once that all of it has been painted by the same artist.",
+        "one can see that the artist has left out nothing, and that nothing is in the way.",
+    ),
+    counted=("figure",),
     places={
         "top left": ("in the upper left corner", "on the left side of the upper row"),
         "top centre": ("in the centre of the upper row", "at the centre of the upper edge"),
@@ -152,14 +253,12 @@ def grammar_of(split: Split) -> Grammar:
         return HELDOUT
     if split != "all":
         raise ValueError(f"split={split!r}: it must be 'train', 'heldout' or 'all'")
-    return Grammar(
-        objects=TRAIN.objects + HELDOUT.objects,
-        openings=TRAIN.openings + HELDOUT.openings,
-        closings=TRAIN.closings + HELDOUT.closings,
-        short_complete=TRAIN.short_complete + HELDOUT.short_complete,
-        short_partial=TRAIN.short_partial + HELDOUT.short_partial,
-        places={place: TRAIN.places[place] + HELDOUT.places[place] for place in PLACES},
-    )
+    sentences = {
+        field.name: getattr(TRAIN, field.name) + getattr(HELDOUT, field.name)
+        for field in fields(Grammar)
+        if field.name != "places"
+    }
+    return Grammar(**sentences, places={place: TRAIN.places[place] + HELDOUT.places[place] for place in PLACES})
 
 
 @lru_cache(maxsize=32)
@@ -217,11 +316,11 @@ def vocabulary(world: World = WORLD, split: Split = "all") -> tuple[str, ...]:
     are all that captions need.
     """
     grammar = grammar_of(split)
-    templates = grammar.objects + grammar.openings + grammar.closings
-    templates += (*grammar.short_complete, *grammar.short_partial, NOUN_PHRASE, "an, and is are")
+    sentences = [getattr(grammar, field.name) for field in fields(Grammar) if field.name != "places"]
+    templates = [*itertools.chain(*sentences), NOUN_PHRASE, "an, and is are"]
     phrases = [re.sub(r"{\w+}", " ", template) for template in templates]
     for named in word_pools(world, split).values():
         phrases += [phrase for pool in named.values() for phrase in pool]
     counted = {"train": "shape shapes", "heldout": "figure figures", "all": "shape shapes figure figures"}
-    phrases += [*COUNTS, counted[split]]
+    phrases += [*COUNTS, *ORDINALS, counted[split]]
     return tuple(sorted(set(re.findall(r"[^\W\d_]+|[^\w\s]+", " ".join(phrases).lower()))))

@@ -1,0 +1,308 @@
+"""Captions in which a sentence gives an object's properties by pointing to another sentence, far away if need be.
+
+Four kinds, here as training captions word them:
+
+- same: "In the very centre there is a small ring of the same colour as the heart." The ring is as blue as it is.
+- again: "The second shape is drawn again at the top left, only small." All is as with the second shape but the
+  size, or the colour where that is what the sentence names.
+- default: "Every star is red unless its own sentence says otherwise." comes before the objects. A star whose
+  sentence names no colour is red; a star whose sentence names one is an exception.
+- remainder: "Everything that is left is blue." comes after the objects, and gives a colour to those that have none.
+
+What makes each of them unambiguous:
+
+- Objects are counted in the order in which they are described: "the second shape" is the second to be described.
+- "The heart" stands only for the one heart of the whole scene, whichever word it was described by.
+- Both point back, to an object described earlier whose own sentence names what is meant.
+- A colour in an object's own sentence, or that it shares, comes before a default, and a default before the remainder.
+- A shape has one default at most, a caption one remainder, and something is left for it.
+
+A caption has one kind of reference: one object for "same" and "again", one to nine for the other two.
+"""
+
+import itertools
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+from fixclip_core.scenes.captions import (
+    Caption,
+    Reference,
+    ReferenceKind,
+    join,
+    reference_distances,
+    scene_words,
+)
+from fixclip_core.scenes.grammar import (
+    ORDINALS,
+    Grammar,
+    Split,
+    Words,
+    capitalised,
+    deal,
+    fill,
+    grammar_of,
+    word_pools,
+)
+from fixclip_core.scenes.world import WORLD, Scene, SceneObject, World, check_known, sample_scene
+
+Distance = Literal["under 40", "40 to 77", "77 to 150", "over 150"]
+
+KINDS: tuple[ReferenceKind, ...] = get_args(ReferenceKind)
+DISTANCES: dict[Distance, range] = {
+    "under 40": range(1, 40),
+    "40 to 77": range(40, 77),
+    "77 to 150": range(77, 150),
+    "over 150": range(150, 248),
+}
+_MAX_TOKENS = 234  # leaves some of the 246 to tokenizers that cut a word into several pieces
+_TRIES = 20  # draws of an order of sentences, each likely to do
+
+
+def distance_bucket(tokens: int) -> Distance:
+    """The name of the bucket of a distance; what is longer than any caption counts as "over 150"."""
+    return next((name for name, bucket in DISTANCES.items() if tokens < bucket.stop), "over 150")
+
+
+def count_words(text: str) -> int:
+    """Words and punctuation marks: CLIP's tokens of a caption, but for the few words that it cuts in two."""
+    return len(re.findall(r"[^\W\d_]+|[^\w\s]+", text))
+
+
+def reference_caption(
+    scene: Scene,
+    seed: int | str,
+    *,
+    kinds: Sequence[ReferenceKind] = KINDS,
+    distances: Sequence[Distance] = tuple(DISTANCES),
+    tokens: Callable[[str], int] = count_words,
+    max_tokens: int = _MAX_TOKENS,
+    split: Split = "train",
+    synonyms: Split | None = None,
+    world: World = WORLD,
+) -> Caption:
+    """Describe everything that is in a scene, some of it by reference to another sentence.
+
+    Which kind and which distance is drawn from those asked for that the scene allows. Between an object and what
+    it refers to stand other objects and, where they do not suffice, sentences that are true of every scene. With
+    several objects that refer to the same sentence, one of them is at that distance and the others anywhere.
+
+    Args:
+        scene: what to describe; see `reference_scene` for scenes that have something to refer to.
+        seed: any integer or string; the same seed words the same scene alike.
+        kinds: see the top of this file.
+        distances: names of `DISTANCES`, in tokens as `reference_distances` counts them.
+        tokens: counts a text's tokens without special ones.
+        max_tokens: longest caption, without the two special tokens.
+        split, synonyms, world: as in `long_caption`.
+
+    Raises:
+        ValueError: an unknown kind or distance, a scene of another world, or one that has no such reference or too
+            few objects for the distance.
+    """
+    for name, given, valid in (("kinds", kinds, KINDS), ("distances", distances, tuple(DISTANCES))):
+        if not given or not set(given) <= set(valid):
+            raise ValueError(f"{name}={tuple(given)}: choose from {', '.join(valid)}")
+    check_known(scene, world)
+    rng = random.Random(f"reference caption/{seed}")
+    writer = _Writer(scene, grammar_of(split), Words(word_pools(world, synonyms or split), rng), tokens, max_tokens)
+    wanted = list(itertools.product(kinds, distances))
+    for kind, distance in rng.sample(wanted, len(wanted)):
+        for _ in range(_TRIES):
+            caption = writer.draw(kind, DISTANCES[distance])
+            if caption is not None:
+                return caption
+    raise ValueError(
+        f"a scene of {len(scene.objects)} object(s) has no reference of {', '.join(kinds)} at a distance of "
+        f"{', '.join(distances)} within {max_tokens} tokens: take a reference_scene, more objects or more distances"
+    )
+
+
+@dataclass(frozen=True)
+class _Sentence:
+    text: str
+    place: str | None = None
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """Words one scene; every draw takes new choices from the generator of `words`."""
+
+    scene: Scene
+    grammar: Grammar
+    words: Words
+    tokens: Callable[[str], int]
+    max_tokens: int
+
+    def draw(self, kind: ReferenceKind, distance: range) -> Caption | None:
+        """A caption with one kind of reference, or None where this draw finds none that fits."""
+        if kind in ("same", "again"):
+            return self._point_back(kind, distance)
+        return self._set_by_rule(kind, distance)
+
+    def _point_back(self, kind: ReferenceKind, distance: range) -> Caption | None:
+        fits = _same_colour if kind == "same" else _differ_once
+        pairs = [pair for pair in itertools.permutations(self.scene.objects, 2) if fits(*pair)]
+        if not pairs:
+            return None
+        antecedent, item = self.words.rng.choice(pairs)
+        template = self.words.rng.choice(self.grammar.same if kind == "same" else self.grammar.again)
+        others = self._describe([other for other in self.scene.objects if other != item], self.grammar.objects)
+        ends = others.pop(antecedent.place), _Sentence(template, item.place)
+        order = self._arrange(ends, list(others.values()), distance, before=True, after=True)
+        if order is None:
+            return None
+        number = [sentence.place for sentence in order if sentence.place].index(antecedent.place)
+        words = {**self.words.of(item), "antecedent": self._antecedent(kind, antecedent, number)}
+        properties: tuple[str, ...] = ("colour",)
+        if kind == "again":
+            properties = ("shape", "colour") if _same_colour(antecedent, item) else ("shape", "size")
+            words["change"] = words["size" if "colour" in properties else "colour"]
+        order[order.index(ends[1])] = _Sentence(fill(template, words), item.place)
+        return self._finish(order, kind, {item.place: properties}, ends[0], distance)
+
+    def _set_by_rule(self, kind: ReferenceKind, distance: range) -> Caption | None:
+        main = self.words.rng.choice(self.scene.objects)
+        meant = [item for item in self.scene.objects if _same_colour(item, main)]
+        rules = self.grammar.remainders
+        if kind == "default":
+            meant, rules = [item for item in meant if item.shape == main.shape], self.grammar.defaults
+        rule = _Sentence(fill(self.words.rng.choice(rules), self.words.of(main)))
+        coloured = [item for item in self.scene.objects if item not in meant]
+        others = self._describe(coloured, self.grammar.objects) | self._describe(meant, self.grammar.colourless)
+        about = others.pop(main.place)
+        first = kind == "default"
+        ends = (rule, about) if first else (about, rule)
+        order = self._arrange(ends, list(others.values()), distance, before=not first, after=first)
+        if order is None:
+            return None
+        places = {main.place: ("colour",)} | {item.place: ("colour",) for item in meant}
+        return self._finish(order, kind, places, rule, distance)
+
+    def _describe(self, items: Sequence[SceneObject], templates: Sequence[str]) -> dict[str, _Sentence]:
+        """A sentence for each object, by its place."""
+        dealt = zip(items, deal(templates, len(items), self.words.rng), strict=True)
+        return {item.place: _Sentence(fill(text, self.words.of(item)), item.place) for item, text in dealt}
+
+    def _antecedent(self, kind: ReferenceKind, item: SceneObject, number: int) -> str:
+        """ "the heart" or "the second shape": what points to object `number` (from 0) of the caption."""
+        alone = [other.shape for other in self.scene.objects].count(item.shape) == 1
+        if kind == "same" and alone and self.words.rng.random() < 0.5:
+            return f"the {self.words.choose('shape', item.shape)}"
+        return f"the {ORDINALS[number]} {self.words.rng.choice(self.grammar.counted)}"
+
+    def _arrange(
+        self,
+        ends: tuple[_Sentence, _Sentence],
+        others: list[_Sentence],
+        distance: range,
+        *,
+        before: bool,
+        after: bool,
+    ) -> list[_Sentence] | None:
+        """All sentences in an order that puts `distance` tokens between the two `ends`, others before or after them.
+
+        Objects come between them first, then fillers; what is too long for the gap is passed over. None where no
+        more than `distance.start` tokens are there to be put between, or the draw misses the range.
+        """
+        rng = self.words.rng
+        rng.shuffle(others)
+        fillers = [_Sentence(capitalised(text)) for text in rng.sample(self.grammar.fillers, len(self.grammar.fillers))]
+        lengths = {sentence: self.tokens(sentence.text) for sentence in (*others, *fillers)}
+        reach = min(distance.stop, 2 + sum(lengths.values()))
+        if reach <= distance.start:
+            return None
+        wanted, gap, between = rng.randrange(distance.start, reach), 1, []
+        for sentence in (*others, *fillers):
+            if gap < wanted and gap + lengths[sentence] < distance.stop:
+                between.append(sentence)
+                gap += lengths[sentence]
+        outside = [sentence for sentence in others if sentence not in between]
+        cut = rng.randint(0, len(outside)) if before and after else len(outside) * before
+        rng.shuffle(between)
+        return [*outside[:cut], ends[0], *between, ends[1], *outside[cut:]]
+
+    def _finish(
+        self,
+        order: Sequence[_Sentence],
+        kind: ReferenceKind,
+        properties: dict[str, tuple[str, ...]],
+        antecedent: _Sentence,
+        distance: range,
+    ) -> Caption | None:
+        """Opening, sentences, closing; None where that is too long, or the first of `properties` too near or far."""
+        about = scene_words(self.scene, self.words)
+        opening = _Sentence(fill(self.words.rng.choice(self.grammar.openings), about))
+        closing = _Sentence(fill(self.words.rng.choice(self.grammar.closings), about))
+        sentences = [opening, *order]
+        length = sum(self.tokens(sentence.text) for sentence in (*sentences, closing))
+        if len(self.scene.objects) > 4 and kind != "remainder" and length <= self.max_tokens:
+            sentences.append(closing)
+        caption = join([(sentence.place, capitalised(sentence.text)) for sentence in sentences], " ")
+        given_by = caption.spans[sentences.index(antecedent)]
+        found = {place: Reference(kind, place, properties[place], given_by) for place in properties}
+        main = replace(caption, references=(found[next(iter(found))],))
+        if self.tokens(caption.text) > self.max_tokens or reference_distances(main, self.tokens)[0] not in distance:
+            return None
+        ordered = tuple(found[span.place] for span in caption.spans if span.place in found)
+        return replace(caption, references=ordered)
+
+
+def _same_colour(one: SceneObject, other: SceneObject) -> bool:
+    return one.colour == other.colour
+
+
+def _differ_once(one: SceneObject, other: SceneObject) -> bool:
+    """Whether two objects share their shape and either colour or size, not both."""
+    return one.shape == other.shape and (one.colour == other.colour) != (one.size == other.size)
+
+
+def reference_scene(
+    seed: int | str, kind: ReferenceKind, *, num_objects: int | tuple[int, int] = (4, 9), world: World = WORLD
+) -> Scene:
+    """Draw a scene of at least two objects that has something to refer to in `kind`; the same seed, the same scene.
+
+    One to three objects of a scene of `sample_scene` are made like another one in what such a reference shares.
+
+    Raises:
+        ValueError: an unknown kind, less than two or more than nine objects, or "again" in a world of one size.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind={kind!r}: it must be one of {', '.join(KINDS)}")
+    if (num_objects if isinstance(num_objects, int) else num_objects[0]) < 2:
+        raise ValueError(f"num_objects={num_objects}: a reference takes at least 2 objects")
+    scene = sample_scene(f"references/{seed}", num_objects=num_objects, world=world)
+    rng = random.Random(f"reference scene/{seed}")
+    model, *others = rng.sample(scene.objects, len(scene.objects))
+    number = rng.randint(1, min(3, len(others))) if kind in ("default", "remainder") else 1
+    changed = {item.place: _made_like(item, model, kind, rng, world) for item in others[:number]}
+    return replace(scene, objects=tuple(changed.get(item.place, item) for item in scene.objects))
+
+
+def _made_like(
+    item: SceneObject, model: SceneObject, kind: ReferenceKind, rng: random.Random, world: World
+) -> SceneObject:
+    if kind in ("same", "remainder"):
+        return replace(item, colour=model.colour)
+    if kind == "default":
+        return replace(item, shape=model.shape, colour=model.colour)
+    field, entries = rng.choice((("size", world.sizes), ("colour", world.colours)))
+    names = [entry.name for entry in entries if entry.name != getattr(model, field)]
+    if not names:
+        raise ValueError(f"kind='again': this world has one {field} only")
+    return replace(model, place=item.place, jitter=item.jitter, **{field: rng.choice(names)})
+
+
+def reference_at(
+    seed: int, index: int, *, split: Split = "train", synonyms: Split | None = None, world: World = WORLD
+) -> tuple[Scene, Caption]:
+    """Number `index` of an endless data set of scenes of 4 to 9 objects with captions that refer.
+
+    Kinds and distances take turns: each combination comes once in 16 samples.
+    """
+    kind, distance = KINDS[index % 4], tuple(DISTANCES)[index // 4 % 4]
+    scene = reference_scene(f"{seed}/{index}", kind, world=world)
+    options = {"kinds": (kind,), "distances": (distance,), "split": split, "synonyms": synonyms, "world": world}
+    return scene, reference_caption(scene, f"{seed}/{index}", **options)
