@@ -23,6 +23,7 @@ from PIL import Image
 from pydantic import ValidationError
 from torchvision import transforms
 
+from fixclip_core import scenes
 from fixclip_core.data.config import DataConfig
 from fixclip_core.data.loader import Batch, Loader, build_loader, seeded
 from fixclip_core.data.order import EpochOrder, sample_seeds
@@ -684,3 +685,16 @@ def test_scenes_by_number():
     for wrong in ("scenes:", "scenes:0", "scenes:x"):
         with pytest.raises(ValueError, match=r"scenes:200|endless"):
             open_source(DataConfig(source=wrong))
+
+
+def test_scenes_with_references_are_a_source_of_their_own():
+    source = open_source(DataConfig(source="scenes-references:32"))
+    sample = source.read(5)
+    assert source.sizes == [32]
+    assert sample.long != open_source(DataConfig(source="scenes:32")).read(5).long
+    assert source.fingerprint(5) == "scenes-references/0/5"
+    assert scenes.annotate_caption(sample.long).references
+    verdicts = scenes.check(sample.image, scenes.read_caption(sample.long))
+    assert all(verdict.right for verdict in verdicts.objects)
+    with pytest.raises(ValueError, match="scenes-references:200"):
+        open_source(DataConfig(source="scenes-references"))

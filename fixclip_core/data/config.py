@@ -12,7 +12,8 @@ class SourceSection(Section):
     """Captioned images and the part of them to use; paths are relative to the working directory.
 
     `source` is shards (`data/shard-{000..099}.tar`, a folder of them, http(s)://, s3://, any `pipe:`; several joined
-    by `::`), a manifest (.jsonl, .csv, .tsv), ShareGPT4V's .json, a folder of image + txt, or `scenes`.
+    by `::`), a manifest (.jsonl, .csv, .tsv), ShareGPT4V's .json, a folder of image + txt, or the procedural world:
+    `scenes` and `scenes-references`.
     """
 
     source: str = Field(min_length=1, description="shards, manifest, ShareGPT4V's JSON, a folder, or scenes")

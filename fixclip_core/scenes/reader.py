@@ -108,10 +108,10 @@ def _resolve(
     for span, said in described:
         pointer = _pointer(said, world)
         if pointer is None:
-            item, rule = _read_object(str(span.place), said, colour_rules, world)
-            if rule is not None:
-                kind: ReferenceKind = "remainder" if rule.shape is None else "default"
-                references.append(Reference(kind, item.place, ("colour",), rule.span))
+            item, given_by = _read_object(str(span.place), said, colour_rules, world)
+            if given_by is not None:
+                kind: ReferenceKind = "remainder" if given_by.shape is None else "default"
+                references.append(Reference(kind, item.place, ("colour",), given_by.span))
         else:
             number = _pointed_at(pointer, objects)
             item, properties = _read_pointing(str(span.place), said, pointer, objects[number], world)
@@ -203,8 +203,9 @@ def _pointer_patterns(world: World) -> tuple[tuple[Literal["same", "again"], re.
     grammar = grammar_of("all")
     counted = rf"the (?P<ordinal>{'|'.join(ORDINALS)}) (?:{'|'.join(grammar.counted)})"
     antecedent = rf"(?:{counted}|the (?P<shape>{_any_of(world, 'shape')}))"
-    patterns: list[tuple[Literal["same", "again"], re.Pattern[str]]] = []
-    for kind, templates in (("same", grammar.same), ("again", grammar.again)):
+    kinds: dict[Literal["same", "again"], tuple[str, ...]] = {"same": grammar.same, "again": grammar.again}
+    patterns = []
+    for kind, templates in kinds.items():
         for template in templates:
             around = re.search(r"([^{}.,]*){antecedent}([^{}.,]*)", template)
             assert around is not None

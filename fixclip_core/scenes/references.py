@@ -21,9 +21,10 @@ A caption has one kind of reference: one object for "same" and "again", one to n
 """
 
 import itertools
+import math
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -165,10 +166,12 @@ class _Writer:
 
     def _set_by_rule(self, kind: ReferenceKind, distance: range) -> Caption | None:
         main = self.words.rng.choice(self.scene.objects)
-        meant = [item for item in self.scene.objects if _same_colour(item, main)]
+        alike = [item for item in self.scene.objects if _same_colour(item, main) and item != main]
         rules = self.grammar.remainders
         if kind == "default":
-            meant, rules = [item for item in meant if item.shape == main.shape], self.grammar.defaults
+            alike, rules = [item for item in alike if item.shape == main.shape], self.grammar.defaults
+        # Some of those alike name their colour all the same: were it named nowhere, it could be guessed by exclusion.
+        meant = [main, *self.words.rng.sample(alike, self.words.rng.randint(0, len(alike)))]
         rule = _Sentence(fill(self.words.rng.choice(rules), self.words.of(main)))
         coloured = [item for item in self.scene.objects if item not in meant]
         others = self._describe(coloured, self.grammar.objects) | self._describe(meant, self.grammar.colourless)
@@ -178,8 +181,7 @@ class _Writer:
         order = self._arrange(ends, list(others.values()), distance, before=not first, after=first)
         if order is None:
             return None
-        places = {main.place: ("colour",)} | {item.place: ("colour",) for item in meant}
-        return self._finish(order, kind, places, rule, distance)
+        return self._finish(order, kind, {item.place: ("colour",) for item in meant}, rule, distance)
 
     def _describe(self, items: Sequence[SceneObject], templates: Sequence[str]) -> dict[str, _Sentence]:
         """A sentence for each object, by its place."""
@@ -228,7 +230,7 @@ class _Writer:
         self,
         order: Sequence[_Sentence],
         kind: ReferenceKind,
-        properties: dict[str, tuple[str, ...]],
+        properties: Mapping[str, tuple[str, ...]],
         antecedent: _Sentence,
         distance: range,
     ) -> Caption | None:
@@ -304,5 +306,39 @@ def reference_at(
     """
     kind, distance = KINDS[index % 4], tuple(DISTANCES)[index // 4 % 4]
     scene = reference_scene(f"{seed}/{index}", kind, world=world)
-    options = {"kinds": (kind,), "distances": (distance,), "split": split, "synonyms": synonyms, "world": world}
-    return scene, reference_caption(scene, f"{seed}/{index}", **options)
+    caption = reference_caption(
+        scene,
+        f"{seed}/{index}",
+        kinds=(kind,),
+        distances=(distance,),
+        split=split,
+        synonyms=synonyms,
+        world=world,
+    )
+    return scene, caption
+
+
+def blind_guess(scene: Scene, caption: Caption, reference: Reference, world: World = WORLD) -> tuple[float, float]:
+    """How often a reader that cannot follow a reference has its properties right by luck.
+
+    Args:
+        scene: what `caption` describes.
+        caption: a caption of `reference_caption`, or of `annotate_caption`.
+        reference: one of the caption's.
+        world: the world of the scene.
+
+    Returns:
+        Two shares: of a draw from all values that the world has (1/8 for a colour, 1/48 for shape and colour, 1/12
+        for shape and size); and of taking the values of an object of this caption that names its own, drawn at
+        random, which is the better guess of one who has read all but the reference.
+    """
+    values = {"shape": len(world.shapes), "colour": len(world.colours), "size": len(world.sizes)}
+    uniform = 1 / math.prod(values[kind] for kind in reference.properties)
+    objects = {item.place: item for item in scene.objects}
+    refer = {other.place for other in caption.references}
+    named = [item for place, item in objects.items() if place not in refer]
+    if not named:
+        return uniform, uniform
+    meant = objects[reference.place]
+    alike = [all(getattr(item, kind) == getattr(meant, kind) for kind in reference.properties) for item in named]
+    return uniform, sum(alike) / len(alike)

@@ -11,6 +11,7 @@ from fixclip_core.data.samples import Sample
 from fixclip_core.data.sources.folder import folder_rows
 from fixclip_core.data.sources.manifest import MANIFEST_EXTENSIONS, read_manifest
 from fixclip_core.data.sources.rows import RowSource, pack_rows
+from fixclip_core.data.sources.scenes import NAMES as SCENES
 from fixclip_core.data.sources.scenes import SceneSource
 from fixclip_core.data.sources.shards import ShardSource, matches, shards_in
 
@@ -46,7 +47,7 @@ def open_source(config: DataConfig, captioned: bool = True) -> Source:
     """
     name = config.source
     path = Path(name).expanduser()
-    if name == "scenes" or name.startswith("scenes:"):
+    if name.partition(":")[0] in SCENES:
         return SceneSource(config)
     if path.is_dir():
         shards = shards_in(path)
@@ -60,5 +61,5 @@ def open_source(config: DataConfig, captioned: bool = True) -> Source:
     problem = "is of no known kind" if path.exists() or "://" in name else "does not exist"
     raise ValueError(
         f"source {name!r} {problem}: give .tar shards, a manifest ({', '.join(MANIFEST_EXTENSIONS)}), "
-        "a folder of shards or of image + txt, or 'scenes'"
+        f"a folder of shards or of image + txt, or {' or '.join(SCENES)}"
     )

@@ -3,27 +3,36 @@
 from fixclip_core.data.config import DataConfig
 from fixclip_core.data.samples import Sample
 
+NAMES = ("scenes", "scenes-references")
+
 
 class SceneSource:
-    """Procedural scenes, drawn when they are read; scene number i of a seed is always the same."""
+    """Procedural scenes, drawn when they are read; scene number i of a seed is always the same.
+
+    The long captions of `scenes` describe one object after the other; those of `scenes-references` also give an
+    object's properties by pointing to another sentence, see fixclip_core/scenes/references.py.
+    """
 
     remote = False
 
     def __init__(self, config: DataConfig) -> None:
-        number = config.source.removeprefix("scenes").removeprefix(":")
-        if number and not (number.isdecimal() and int(number)):
-            raise ValueError(f"source {config.source!r}: give the number of scenes, like scenes:200")
+        self.name, colon, number = config.source.partition(":")
+        if colon and not (number.isdecimal() and int(number)):
+            raise ValueError(f"source {config.source!r}: give the number of scenes, like {self.name}:200")
         stop = int(number) if number else config.stop
         if stop is None:
-            raise ValueError("source 'scenes' is endless: name their number, like scenes:200, or set `stop`")
+            raise ValueError(f"source {self.name!r} is endless: name their number, like {self.name}:200, or set `stop`")
         self.seed, self.sizes = 0, [stop]
 
     def read(self, index: int) -> Sample:
         from fixclip_core import scenes
 
-        scene = scenes.scene_at(self.seed, index)
-        long, short = scenes.long_caption(scene, index), scenes.short_caption(scene, index)
-        return Sample("scenes", str(index), scenes.render(scene), long.text, short.text)
+        if self.name == "scenes-references":
+            scene, long = scenes.reference_at(self.seed, index)
+        else:
+            scene = scenes.scene_at(self.seed, index)
+            long = scenes.long_caption(scene, index)
+        return Sample(self.name, str(index), scenes.render(scene), long.text, scenes.short_caption(scene, index).text)
 
     def fingerprint(self, index: int) -> str:
-        return f"scenes/{self.seed}/{index}"
+        return f"{self.name}/{self.seed}/{index}"
