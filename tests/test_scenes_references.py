@@ -74,7 +74,7 @@ def test_an_object_takes_the_colour_of_another():
 
 def test_the_example_of_the_page():
     page = (Path(__file__).parents[1] / "docs" / "scenes.md").read_text(encoding="utf-8")
-    example = re.search(r"An example, whose ring.*?\n\n((?:> .*\n)+)", page, flags=re.S)[1]
+    example = re.search(r"An example, whose ring.*?\n\n((?:> [^\n]*\n)+)", page, flags=re.S)[1]
     text = " ".join(line.removeprefix("> ") for line in example.splitlines())
     assert described(text)["top centre"] == SceneObject("top centre", "ring", "turquoise", "small")
     assert reference_distances(annotate_caption(text), count_words) == [88]
