@@ -14,6 +14,7 @@ CLIP = {"embed_dim": 8, "vision_cfg": {"layers": 4}, "text_cfg": {"context_lengt
 @given(
     keep=st.integers(0, 75),
     ratio=st.integers(1, 5),
+    positions=st.sampled_from(["stretched", "kept"]),
     num_prompts=st.integers(0, 9),
     prompt_flow=st.sampled_from(["carry", "replace"]),
     short_branch=st.sampled_from(["masked", "pca", "off"]),
@@ -21,12 +22,13 @@ CLIP = {"embed_dim": 8, "vision_cfg": {"layers": 4}, "text_cfg": {"context_lengt
     mask_ratio=st.floats(0.01, 0.99),
     groups=st.integers(1, 6).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))),
 )
-def test_json_round_trip(keep, ratio, num_prompts, prompt_flow, short_branch, masking, mask_ratio, groups):
+def test_json_round_trip(keep, ratio, positions, num_prompts, prompt_flow, short_branch, masking, mask_ratio, groups):
     config = FixClipConfig(
         clip=CLIP,
         preprocess={"size": (224, 224), "mean": (0.5, 0.5, 0.5)},
         keep=keep,
         ratio=ratio,
+        positions=positions,
         num_prompts=num_prompts,
         prompt_flow=prompt_flow,
         short_branch=short_branch,
@@ -38,6 +40,12 @@ def test_json_round_trip(keep, ratio, num_prompts, prompt_flow, short_branch, ma
     assert FixClipConfig.from_json(config.to_json()) == config
     assert FixClipConfig.from_dict(config.to_dict()) == config
     assert config.context_length == keep + (77 - keep) * ratio
+
+
+def test_configurations_from_before_an_option_load():
+    before = FixClipConfig(clip=CLIP).to_dict()
+    del before["positions"]
+    assert FixClipConfig.from_dict(before) == FixClipConfig(clip=CLIP, positions="stretched")
 
 
 def test_defaults_read_248_tokens():
@@ -67,6 +75,7 @@ def test_baselines_are_configurations():
         ({"context_length": 77}, "context_length=77.*make 248"),
         ({"keep": 78}, "keep=78"),
         ({"ratio": 0}, "ratio=0"),
+        ({"positions": "keep"}, "positions=keep.*stretched, kept"),
         ({"num_prompts": -1}, "num_prompts=-1"),
         ({"prompt_flow": "cary"}, "prompt_flow=cary.*carry, replace"),
         ({"short_branch": "on"}, "short_branch=on.*masked, pca, off"),

@@ -5,7 +5,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fixclip_core.model.positional import stretch_positions, stretched_length
+from fixclip_core.model.positional import (
+    continue_positions,
+    copied_rows,
+    start_positions,
+    stretch_positions,
+    stretched_length,
+)
 
 
 def plain_stretch(table: torch.Tensor, keep: int, ratio: int) -> torch.Tensor:
@@ -82,3 +88,32 @@ def test_bad_input_names_the_value(shape, keep, ratio, message):
 def test_integers_are_refused():
     with pytest.raises(ValueError, match=r"torch\.int64"):
         stretch_positions(torch.zeros(77, 4, dtype=torch.int64))
+
+
+def test_kept_positions_go_on_periodically():
+    table = torch.randn(77, 4)
+    long = continue_positions(table, 248)
+    assert long.shape == (248, 4)
+    assert torch.equal(long[:77], table)
+    for row in range(77, 248):
+        assert torch.equal(long[row], table[42 + (row - 77) % 35])
+
+
+@given(
+    length=st.integers(2, 90),
+    keep=st.integers(0, 90),
+    ratio=st.integers(1, 6),
+    start=st.sampled_from(["stretched", "kept"]),
+)
+def test_the_base_is_found_again_in_its_copy(length, keep, ratio, start):
+    keep = min(keep, length)
+    table = torch.randn(length, 3)
+    long = start_positions(table, start, keep, ratio)
+    assert len(long) == stretched_length(length, keep, ratio)
+    assert torch.equal(long[:keep], table[:keep])
+    assert torch.equal(long[copied_rows(length, start, keep, ratio)], table)
+
+
+def test_an_unknown_start_is_refused():
+    with pytest.raises(ValueError, match="positions=long: it must be one of stretched, kept"):
+        start_positions(torch.zeros(77, 4), "long")

@@ -200,6 +200,21 @@ def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+def test_kept_positions_leave_the_first_77_states_as_they_are(tmp_path):
+    clip = base_clip()
+    made_of(clip, positions="kept").float().save_pretrained(tmp_path)
+    model = FixClip.from_pretrained(tmp_path).double()
+    assert model.config.positions == "kept"
+    assert len(model.text.kept_positions) == 20
+    ids = captions([248, 100])
+    _, _, states = model.text.encode_states(ids, "last")
+    for row, found in zip(ids, states, strict=True):
+        whole = plain_states(clip, clip.positional_embedding, row[:77], "last")
+        torch.testing.assert_close(found[:77], whole, rtol=1e-5, atol=1e-5)
+    targets = window_states(model.base_text_tower(), ids, "last")
+    torch.testing.assert_close(targets[0], plain_targets(clip, ids[0], "last"), rtol=1e-5, atol=1e-5)
+
+
 def test_a_model_that_was_just_made_of_its_base_differs_only_in_what_windows_and_stretching_change():
     """With positions that are not stretched, short captions are what the base makes of them: the loss is 0."""
     model = made_of(base_clip(), ratio=1)

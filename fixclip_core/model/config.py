@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from fixclip_core.model.positional import stretched_length
+from fixclip_core.model.positional import PositionStart, stretched_length
 
 PromptFlow = Literal["carry", "replace"]
 Masking = Literal["replace", "drop", "none"]
@@ -24,8 +24,10 @@ class FixClipConfig:
     Args:
         clip: open_clip's model configuration of the base (embed_dim, vision_cfg, text_cfg, quick_gelu).
         preprocess: open_clip's preprocessing (size, mean, std, interpolation, resize_mode).
-        keep: text positions that are copied and stay frozen.
+        keep: text positions that are copied and stay frozen, whatever the others start as.
         ratio: rows made of each later position; the base's 77 become keep + (77 - keep) * ratio.
+        positions: what the text positions start as: "stretched" as in the paper, or "kept": the base's rows as they are
+            and copies of the last 35 behind them, as many rows as stretching makes.
         context_length: tokens the text tower reads; follows from keep and ratio, so it may be left out.
         num_prompts: regional prompts M in each image layer; 0 turns them off.
         prompt_flow: "carry" adds a layer's fresh prompts to what the layer before made of its own,
@@ -48,6 +50,7 @@ class FixClipConfig:
     preprocess: dict[str, Any] = field(default_factory=dict)
     keep: int = 20
     ratio: int = 4
+    positions: PositionStart = "stretched"
     context_length: int | None = None
     num_prompts: int = 4
     prompt_flow: PromptFlow = "carry"
@@ -73,6 +76,7 @@ class FixClipConfig:
                 f"keep={self.keep} and ratio={self.ratio} make {length}"
             )
         object.__setattr__(self, "context_length", length)
+        _check_choice("positions", self.positions, get_args(PositionStart))
         _check_choice("prompt_flow", self.prompt_flow, get_args(PromptFlow))
         _check_choice("short_branch", self.short_branch, get_args(ShortBranch))
         _check_choice("masking", self.masking, get_args(Masking))

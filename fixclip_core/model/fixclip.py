@@ -86,7 +86,7 @@ class FixClip(nn.Module):
         self.config = config
         masks = config.short_branch == "masked" and config.masking == "replace"
         self.visual = ImageTower(clip.visual, config.num_prompts, config.prompt_flow, mask_embedding=masks)
-        self.text = TextTower(text, config.keep, config.ratio)
+        self.text = TextTower(text, config.keep, config.ratio, config.positions)
         self.logit_scale = nn.Parameter(clip.logit_scale.detach().clone().reshape(()))
         if config.num_groups:
             embed_dim = config.clip["embed_dim"]
@@ -323,7 +323,7 @@ class FixClip(nn.Module):
                 "needed; start from the CLIP that this one was made of"
             )
         tower = copy.deepcopy(self.text)
-        rows = torch.tensor(copied_rows(config.base_context_length, config.keep, config.ratio))
+        rows = torch.tensor(copied_rows(config.base_context_length, config.positions, config.keep, config.ratio))
         tower.kept_positions = self.text.positions()[rows.to(tower.kept_positions.device)].detach()
         tower.stretched_positions = nn.Parameter(tower.kept_positions[:0])
         return tower.requires_grad_(False).eval()

@@ -1,7 +1,13 @@
-"""Stretching a table of absolute positions: keep the first rows, interpolate the rest (method section 2)."""
+"""A table of absolute positions for longer texts: stretched (method section 2), or kept and continued."""
+
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+
+# What the longer table starts from: "stretched" is `stretch_positions`, "kept" is `continue_positions`.
+PositionStart = Literal["stretched", "kept"]
+PERIOD = 35  # rows that "kept" repeats; overlapping windows begin every 35 tokens, too
 
 
 def stretched_length(length: int, keep: int = 20, ratio: int = 4) -> int:
@@ -56,7 +62,49 @@ def stretch_positions(positions_PD: Tensor, keep: int = 20, ratio: int = 4) -> T
     return torch.cat([kept_KD, rows_ARD.flatten(0, 1).to(positions_PD.dtype)])
 
 
-def copied_rows(length: int, keep: int = 20, ratio: int = 4) -> list[int]:
-    """Where `stretch_positions` leaves the rows of the table that it stretches: 0..19, 20, 24, 28 ... 244 for CLIP."""
-    stretched_length(length, keep, ratio)
+def continue_positions(positions_PD: Tensor, length: int) -> Tensor:
+    """Keep all P rows and continue them to `length` with periodic copies of the last 35.
+
+    Of CLIP's 77 rows, row 77 becomes a copy of row 42, row 111 of row 76, row 112 of row 42 again. Causal attention
+    then makes the first 77 hidden states exactly the base's; what follows must be learnt. A token at place 35 w + o of
+    a text has the position that it has at place o of the overlapping window w, save for one place in 35.
+
+    Args:
+        positions_PD: the table of positions, (P, D).
+        length: rows of the result, at least P.
+
+    Returns:
+        A new tensor, (length, D).
+    """
+    return positions_PD[continued_rows(len(positions_PD), length)]
+
+
+def continued_rows(length: int, new_length: int) -> list[int]:
+    """The row of the base's table that each row of `continue_positions` is a copy of."""
+    period = min(PERIOD, length)
+    return [row if row < length else length - period + (row - length) % period for row in range(new_length)]
+
+
+def start_positions(positions_PD: Tensor, start: PositionStart, keep: int = 20, ratio: int = 4) -> Tensor:
+    """The table of a model that begins to learn long texts, (keep + (P - keep) * ratio, D); CLIP's 77 rows become 248.
+
+    Args:
+        positions_PD: the base's table of positions, (P, D).
+        start: how the rows are made; there are equally many either way.
+        keep, ratio: see `stretch_positions`.
+
+    Raises:
+        ValueError: there is no such start, or see `stretch_positions`.
+    """
+    if start not in get_args(PositionStart):
+        raise ValueError(f"positions={start}: it must be one of {', '.join(get_args(PositionStart))}")
+    if start == "stretched":
+        return stretch_positions(positions_PD, keep, ratio)
+    return continue_positions(positions_PD, stretched_length(len(positions_PD), keep, ratio))
+
+
+def copied_rows(length: int, start: PositionStart, keep: int = 20, ratio: int = 4) -> list[int]:
+    """Where the base's rows stand in `start_positions`; in CLIP's, stretched, at 0, 1 ... 19, 20, 24, 28 ... 244."""
+    if start == "kept":
+        return list(range(length))
     return [*range(keep), *(keep + ratio * row for row in range(length - keep))]

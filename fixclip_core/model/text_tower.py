@@ -1,4 +1,4 @@
-"""The text tower: stretched positions whose first rows are frozen, and no work on padding.
+"""The text tower: more positions than the base's, whose first rows are frozen, and no work on padding.
 
 Causal text never reads what follows it, and nothing after the end-of-text token is read, so a batch may be cut
 to its longest text and split into pieces of similar length: exact, and captions of 120 tokens no longer cost 248.
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fixclip_core.model.config import HiddenState
 from fixclip_core.model.image_tower import Block, as_transformer, attend, run_block, unsupported_block
-from fixclip_core.model.positional import stretch_positions
+from fixclip_core.model.positional import PositionStart, start_positions
 
 
 class TextBlock(Block):
@@ -42,7 +42,7 @@ class TextBlock(Block):
 
 
 class TextTower(nn.Module):
-    """open_clip's causal text transformer with stretched positions.
+    """open_clip's causal text transformer with stretched (or continued) positions.
 
     Parameters of the base keep open_clip's names, except that `positional_embedding` becomes the buffer
     `kept_positions` (keep, D), which no optimiser can move, and the parameter `stretched_positions`.
@@ -51,6 +51,7 @@ class TextTower(nn.Module):
         text: an open_clip CLIP or TextTransformer; its modules are taken over, not copied.
         keep: positions that are copied and frozen.
         ratio: rows made of each later position.
+        start: what the positions begin as, see `positional.start_positions`.
         pieces: length-sorted pieces a batch is split into. A fixed number, because sharded training needs
             every process to call the layers equally often.
 
@@ -60,12 +61,12 @@ class TextTower(nn.Module):
 
     kept_positions: Tensor
 
-    def __init__(self, text: Any, keep: int, ratio: int, pieces: int = 8):
+    def __init__(self, text: Any, keep: int, ratio: int, start: PositionStart = "stretched", pieces: int = 8):
         super().__init__()
         self.token_embedding, self.ln_final = text.token_embedding, text.ln_final
         self.text_projection = text.text_projection
         self.transformer = as_transformer(TextBlock(block) for block in text.transformer.resblocks)
-        positions_PD = stretch_positions(text.positional_embedding.detach(), keep, ratio)
+        positions_PD = start_positions(text.positional_embedding.detach(), start, keep, ratio)
         self.register_buffer("kept_positions", positions_PD[:keep].clone())
         self.stretched_positions = nn.Parameter(positions_PD[keep:].clone())
         self.pool_type = getattr(text, "text_pool_type", None) or text.pool_type

@@ -16,6 +16,7 @@ from pydantic_core import ErrorDetails
 
 from fixclip_core.data.config import CaptionsSection, DataSection, SourceSection
 from fixclip_core.model.config import HiddenState, HierarchyBranch, Masking, PromptFlow, ShortBranch
+from fixclip_core.model.positional import PositionStart
 from fixclip_core.section import Section
 
 RecipeT = TypeVar("RecipeT", bound=BaseModel)
@@ -227,6 +228,7 @@ class ModelSection(Section):
     cache_dir: str | None = None
     keep: int = Field(default=20, ge=0)
     ratio: int = Field(default=4, ge=1)
+    positions: PositionStart = Field(default="stretched", description="what the text positions start as")
     num_prompts: int = Field(default=4, ge=0, description="regional prompts a layer; 0: off")
     prompt_flow: PromptFlow = "carry"
     short_branch: ShortBranch = Field(default="masked", description="what the short caption meets")
