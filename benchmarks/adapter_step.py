@@ -34,12 +34,13 @@ from diffusers import AutoencoderKL, DDPMScheduler
 from tqdm import tqdm
 from transformers import CLIPTextModel
 
-from fixclip_core.training.loop import optimizer_step
+from fixclip_core.training.optim import optimizer_step
 from fixclip_core.weights.write import clip_tokenizer
 from fixclip_diffusion import FixClipTextEncoder, FixClipTokenizer
 from fixclip_diffusion.adapter_training import trainer as train
 from fixclip_diffusion.adapter_training.features import FrozenModels
 from fixclip_diffusion.adapter_training.recipe import AdapterRecipe
+from fixclip_diffusion.adapter_training.trainer import AdapterTrainer
 from fixclip_diffusion.tiny import clip_text_config, unet
 
 LONG_ONLY = {"short_share": 0.0, "caption_dropout": 0.0}
@@ -97,7 +98,7 @@ def build_recipe(system: str, scale: Scale, batch_size: int, folder: Path) -> Ad
     return AdapterRecipe.model_validate(sections | changes)
 
 
-def endless(run: train.Run) -> Iterator[Any]:
+def endless(run: AdapterTrainer) -> Iterator[Any]:
     epoch = 0
     while True:
         yield from run.loader.epoch(epoch)
@@ -106,19 +107,19 @@ def endless(run: train.Run) -> Iterator[Any]:
 
 def build(system: str, scale: Scale, batch_size: int, models: FrozenModels, folder: Path) -> Callable[[], None]:
     """The function that takes one step."""
-    run = train.prepare(build_recipe(system, scale, batch_size, folder), models)
+    run = AdapterTrainer(build_recipe(system, scale, batch_size, folder), models).prepare()
     loader, device = endless(run), run.accelerator.device
     if system == "plain loop":
         return lambda: plain_step(run, next(loader).to(device))
 
     def step() -> None:
-        train.forward_backward(run, next(loader).to(device))
+        run.forward_backward(next(loader))
         optimizer_step(run.accelerator, run.model, run.optimizer, 1.0)
 
     return step
 
 
-def plain_step(run: train.Run, batch: Any) -> None:
+def plain_step(run: AdapterTrainer, batch: Any) -> None:
     frozen = run.frozen
     dtype = frozen.unet.dtype
     with torch.no_grad():
@@ -128,10 +129,10 @@ def plain_step(run: train.Run, batch: Any) -> None:
     timesteps = torch.randint(1000, (len(latents),), device=latents.device)
     noisy = frozen.scheduler.add_noise(latents, noise, timesteps)
     with run.accelerator.autocast():
-        predicted = frozen.unet(noisy, timesteps, run.trainable.adapter(states)).sample
+        predicted = frozen.unet(noisy, timesteps, run.module.adapter(states)).sample
         loss = torch.nn.functional.mse_loss(predicted.float(), noise.float())
     run.accelerator.backward(loss)
-    torch.nn.utils.clip_grad_norm_(run.trainable.parameters(), 1.0)
+    torch.nn.utils.clip_grad_norm_(run.module.parameters(), 1.0)
     run.optimizer.step()
     run.optimizer.zero_grad()
 

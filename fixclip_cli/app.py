@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 UsageError: Any = typer.BadParameter.__base__  # click's, wherever this version of typer keeps it
-USER_ERRORS = (UsageError, ValueError, OSError)
+USER_ERRORS = (UsageError, ValueError, OSError, FloatingPointError)
 TRAINING_LIBRARIES = ("matplotlib", "omegaconf", "open_clip", "psutil", "pydantic", "tensorboard", "webdataset")
 
 
@@ -46,6 +46,7 @@ def _with_one_line_errors(
     with_traceback = "--traceback" in options
     if with_traceback:
         args.remove("--traceback")
+    interrupted = "interrupted"
     try:
         code = main(args, standalone_mode=False, **kwargs)
     except (*USER_ERRORS, ModuleNotFoundError) as error:
@@ -54,10 +55,10 @@ def _with_one_line_errors(
             traceback.print_exc()
         typer.echo(f"error: {message}", err=True)
         code = getattr(error, "exit_code", 2)
-    except typer.Abort:
-        code = 130
+    except typer.Abort as error:
+        code, interrupted = 130, str(error) or interrupted
     if code == 130:
-        typer.echo("interrupted", err=True)
+        typer.echo(interrupted, err=True)
     if standalone_mode:
         sys.exit(code)
     return code
@@ -95,7 +96,7 @@ def errors_exit_with(code: int) -> Iterator[None]:
     """Errors of the body end the command with this exit code instead of 2."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         error.exit_code = code  # type: ignore[union-attr]
         raise
 

@@ -1,10 +1,22 @@
-"""Writing files so that no reader meets half of one, and finding out in time that they cannot be written."""
+"""Writing files so that no reader meets half of one, in folders that one process at a time writes to."""
 
+import json
 import os
+import platform
+import shlex
+import sys
 import tempfile
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
+
+LOCK = ".lock"
+HOLDER = ".lock.json"
+LOCK_PATIENCE = 6.0  # seconds; the loading processes of a killed training hold its lock for up to 5 more
 
 
 def write_atomically(path: Path, content: bytes | Callable[[Path], Any]) -> None:
@@ -45,3 +57,39 @@ def prepare_output(path: Path) -> None:
             pass
     except OSError as error:
         raise ValueError(f"output {str(path)!r} cannot be written: {error}") from error
+
+
+def lock_folder(folder: Path) -> "BaseFileLock":
+    """Hold a folder for this process until `release()`, or until the process ends, by kill -9 too.
+
+    Args:
+        folder: it exists; `.lock` in it is held through the operating system, `.lock.json` says by whom.
+
+    Raises:
+        ValueError: another process holds it; the message says which.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=LOCK_PATIENCE)
+    except Timeout:
+        raise ValueError(
+            f"{folder}: {_holder(folder)} is writing there; wait for it, end it, or choose another output folder"
+        ) from None
+    entry = {
+        "pid": os.getpid(),
+        "host": platform.node(),
+        "since": f"{datetime.now():%Y-%m-%d %H:%M}",
+        "command": shlex.join(sys.argv),
+    }
+    write_atomically(folder / HOLDER, json.dumps(entry).encode())
+    return lock
+
+
+def _holder(folder: Path) -> str:
+    try:
+        entry = json.loads((folder / HOLDER).read_text(encoding="utf-8"))
+        return f"process {entry['pid']} on {entry['host']} ({entry['command']}, since {entry['since']})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"

@@ -39,7 +39,7 @@ ROOMS = {
     ),
     "fixclip_cli": (
         ("app", "pictures"),
-        ("data", "demo", "evaluate", "evaluate_images", "generate", "weights"),
+        ("train", "data", "demo", "evaluate", "evaluate_images", "generate", "weights"),
         ("main",),
         ("__main__",),
     ),

@@ -25,7 +25,7 @@ from fixclip_core.training.checkpoint import (
     save_checkpoint,
     training_state_bytes,
 )
-from fixclip_core.training.loop import TrainState
+from fixclip_core.training.trainer import TrainState
 
 
 @pytest.fixture
@@ -139,7 +139,7 @@ def test_kill_9_while_saving_leaves_only_whole_checkpoints(tmp_path):
         import sys, torch
         from pathlib import Path
         from accelerate import Accelerator
-        from fixclip_core.checkpoint import save_checkpoint
+        from fixclip_core.training.checkpoint import save_checkpoint
         accelerator = Accelerator(cpu=True)
         accelerator.prepare(torch.nn.Linear(700, 700))
         print("ready", flush=True)

@@ -9,9 +9,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fixclip_core.training.encoder.recipe import EncoderRecipe
 from fixclip_core.training.recipe import (
-    EncoderRecipe,
     Section,
+    builtin_recipes,
     flatten,
     load_recipe,
     recipe_diff,
@@ -233,8 +234,15 @@ def test_the_documentation_lists_every_field():
     assert sum(map(len, rows.values())) == len(valid_keys(EncoderRecipe))
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("pipelines/*/encoder.yaml")), ids=lambda path: path.parent.name)
-def test_shipped_recipes_are_valid(path):
-    assert load(path, "output.folder=elsewhere").output.folder == "elsewhere"
-    text = path.read_text()
-    assert f"{path.relative_to(ROOT)}" in text.split("method:")[0]  # the command stands on top
+@pytest.mark.parametrize("name", builtin_recipes(EncoderRecipe))
+def test_shipped_recipes_are_valid(name):
+    assert load(name, "output.folder=elsewhere").output.folder == "elsewhere"
+    text = builtin_recipes(EncoderRecipe)[name].read_text()
+    assert name in text.split("method:")[0]  # the command stands on top
+
+
+def test_recipes_of_the_package_are_named():
+    with pytest.raises(ValueError, match=r"builtin:vit: there is no such recipe; there are .*builtin:vit_b16_share"):
+        load("builtin:vit")
+    with pytest.raises(ValueError, match=r"command line: model.keep='many': it should be a valid int"):
+        load("builtin:vit_b16_sharegpt4v", "model.keep=many", "seed=0")

@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from scenes import evaluate as evaluation
 from scenes import pretrain, report, run
+from typer.testing import CliRunner
 
 from fixclip_core import scenes
-from fixclip_core.training import loop
-from fixclip_core.training.recipe import EncoderRecipe, load_recipe
+from fixclip_core.training import trainer
+from fixclip_core.training.encoder.recipe import EncoderRecipe
+from fixclip_core.training.recipe import load_recipe
 from fixclip_core.weights.read import load_fixclip
 from fixclip_diffusion.adapter_training.recipe import AdapterRecipe
 from fixclip_diffusion.evaluation.prompts import Prompt
@@ -40,7 +42,7 @@ def recipe(name, folder, *overrides, steps=4):
 def train(name, *arguments, **options):
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    return pretrain.train(name, recipe(name, *arguments, **options))
+    return pretrain.StageTrainer(recipe(name, *arguments, **options)).train()
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +89,9 @@ def test_an_interrupted_stage_ends_with_the_same_weights(name, tmp_path):
     chosen = recipe(name, tmp_path / "cut")
     AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "seed_step", _stop_at(2))
+        patch.setattr(trainer, "seed_step", _stop_at(2))
         with pytest.raises(KeyboardInterrupt):
-            pretrain.train(name, chosen)
+            pretrain.StageTrainer(chosen).train()
     assert not (tmp_path / "cut" / "model").exists()
     resumed = train(name, tmp_path / "cut")
     files = [file.relative_to(whole) for file in whole.rglob("*.safetensors")]
@@ -100,7 +102,7 @@ def test_an_interrupted_stage_ends_with_the_same_weights(name, tmp_path):
 
 
 def _stop_at(step):
-    seed_step = loop.seed_step
+    seed_step = trainer.seed_step
 
     def seed_or_stop(seed, at, rank):
         if at == step:
@@ -143,7 +145,7 @@ def test_the_parts_are_standard_folders(parts):
 def test_no_encoder_evades_the_noise_by_the_scale_of_its_latents(parts):
     torch.manual_seed(0)
     stage = pretrain.Robust(recipe("robust", "unused", f"vae={parts['vae']}"))
-    image = pretrain.pictures(pretrain.draw_scenes(0, 0, 0, 8, (1, 9)))
+    image = pretrain.pictures(pretrain.sample_scenes(0, 0, 0, 8, (1, 9)))
 
     def decoded(std):
         torch.manual_seed(1)
@@ -170,14 +172,14 @@ def test_the_robust_stage_trains_all_of_the_vae(parts, tmp_path):
     assert "objects_right_at_1.0" in log
 
 
-def test_evening_out_latents_changes_no_picture():
+def test_whitening_latents_changes_no_picture():
     torch.manual_seed(0)
     stage = pretrain.Vae(recipe("vae", "unused"))
-    image = pretrain.pictures(pretrain.draw_scenes(0, 0, 0, 32, (1, 9)))
+    image = pretrain.pictures(pretrain.sample_scenes(0, 0, 0, 32, (1, 9)))
     with torch.no_grad():
         stage.vae.encoder.conv_out.weight[0] *= 30  # one channel drowns the others
         before = stage.vae.decode(stage.vae.encode(image).latent_dist.mode()).sample
-        pretrain.even_out(stage.vae, [stage.vae.encode(image).latent_dist], floor=1e-6)
+        pretrain.whiten(stage.vae, [stage.vae.encode(image).latent_dist], floor=1e-6)
         posterior = stage.vae.encode(image).latent_dist
         torch.testing.assert_close(stage.vae.decode(posterior.mode()).sample, before, rtol=1e-3, atol=1e-4)
     latents = (posterior.mode() * stage.vae.config.scaling_factor).transpose(0, 1).flatten(1)
@@ -185,13 +187,29 @@ def test_evening_out_latents_changes_no_picture():
     assert posterior.std.flatten(2).std(-1).max() < 1e-6
 
 
-def test_wrong_stages_and_recipes_are_named(capsys, monkeypatch, tmp_path):
-    with pytest.raises(SystemExit, match="stage 'gan': valid are clip, vae, robust, unet"):
-        pretrain.main("gan", HERE / "vae.yaml")
-    with pytest.raises(SystemExit, match=r"command line: channels=12: it should be a valid list"):
-        pretrain.main("vae", HERE / "vae.yaml", ["channels=12"])
-    with pytest.raises(SystemExit, match=r"train.steps: missing"):
-        pretrain.main("vae", HERE / "vae.yaml", ["train.steps=null", f"output.folder={tmp_path}"])
+def test_wrong_stages_and_recipes_are_named(tmp_path):
+    vae = str(HERE / "vae.yaml")
+    for arguments, code, message in (
+        (["gan", vae], 2, "No such command 'gan'"),
+        (["vae", vae, "channels=12"], 1, "command line: channels=12: it should be a valid list"),
+        (["vae", vae, "train.steps=null", f"output.folder={tmp_path}"], 1, "train.steps: missing"),
+    ):
+        result = CliRunner().invoke(pretrain.app, arguments)
+        assert result.exit_code == code
+        assert message in result.output
+        assert len(result.output.splitlines()) == 1
+
+
+def test_a_stage_has_a_plan_and_a_smoke_test(tmp_path):
+    """The same options as the trainings of the package, on the same trainer."""
+    options = [*SMALL["clip"], f"output.folder={tmp_path / 'clip'}"]
+    for flag, expected in (("--dry-run", "new scenes at every step"), ("--smoke", "Smoke test passed")):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        result = CliRunner().invoke(pretrain.app, ["clip", str(HERE / "clip.yaml"), *options, flag])
+        assert result.exit_code == 0, result.output
+        assert expected in result.output
+        assert not (tmp_path / "clip" / "checkpoints").exists()
 
 
 # -- the chain -----------------------------------------------------------------------------------------------

@@ -19,10 +19,11 @@ from fixclip_core.data.loader import Batch
 from fixclip_core.model.config import FINE_TUNE, LONG_CLIP
 from fixclip_core.model.fixclip import FixClip
 from fixclip_core.model.windows import NO_WINDOW, join_overlapping, num_overlapping, overlapping_windows
-from fixclip_core.training.encoder import trainer
 from fixclip_core.training.encoder.losses.state_alignment import state_alignment_loss, window_states
+from fixclip_core.training.encoder.recipe import EncoderRecipe, TrainSection
 from fixclip_core.training.encoder.task import ContrastiveTask, forward_backward, make_alignment
-from fixclip_core.training.recipe import EncoderRecipe, TrainSection, load_recipe
+from fixclip_core.training.encoder.trainer import EncoderTrainer, build_clip
+from fixclip_core.training.recipe import load_recipe
 
 START, END = 62, 63
 CLIP = {
@@ -332,20 +333,20 @@ def recipe(tmp_path):
 
 def test_a_run_learns_the_states_and_resumes_with_the_same_base(recipe, tmp_path):
     states_alone = ["train.weight_long=0", "train.weight_short=0"]
-    trainer.train(recipe("whole", *states_alone))
+    EncoderTrainer(recipe("whole", *states_alone)).train()
     rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["loss_states"] < 0.5 * rows[0]["loss_states"]
-    halves = trainer.prepare(recipe("halves", *states_alone))
-    trainer.start(halves, "auto")
+    halves = EncoderTrainer(recipe("halves", *states_alone)).prepare()
+    halves.start("auto")
     halves.total_steps = 6
-    trainer.fit(halves)
+    halves.fit()
     assert not [name for name in halves.model.state_dict() if "base" in name]
-    trainer.train(recipe("halves", *states_alone))
+    EncoderTrainer(recipe("halves", *states_alone)).train()
     whole, again = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "halves"))
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
 def test_a_trained_fixclip_is_no_base(recipe, tmp_path):
-    trainer.build_model(recipe("base")).save_pretrained(tmp_path / "fixclip")
+    build_clip(recipe("base")).save_pretrained(tmp_path / "fixclip")
     with pytest.raises(ValueError, match=r"weight_states=1\.0: .*fixclip is a FixClip"):
-        trainer.prepare(recipe("run", f"model.name={tmp_path / 'fixclip'}"))
+        EncoderTrainer(recipe("run", f"model.name={tmp_path / 'fixclip'}")).prepare()

@@ -9,8 +9,8 @@ from fixclip_core.model.config import FINE_TUNE, LONG_CLIP, FixClipConfig
 from fixclip_core.model.fixclip import FixClip
 from fixclip_core.training.encoder.losses.contrastive import contrastive_loss
 from fixclip_core.training.encoder.losses.pca import pca_reconstruction
+from fixclip_core.training.encoder.recipe import TrainSection
 from fixclip_core.training.encoder.task import ContrastiveTask, forward_backward, split_batch
-from fixclip_core.training.recipe import TrainSection
 
 CLIP = {
     "embed_dim": 16,

@@ -16,28 +16,25 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-import typer
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from fixclip_cli.main import app
 from fixclip_core.data.config import DataConfig
 from fixclip_core.evaluation.retrieval import retrieval_metrics
 from fixclip_core.model.config import FixClipConfig
 from fixclip_core.model.fixclip import FixClip
 from fixclip_core.training.checkpoint import damage, list_checkpoints
 from fixclip_core.training.encoder import trainer as train
-from fixclip_core.training.loop import (
-    TrainState,
-    activation_bytes,
-    count_step,
-    lr_factor,
-    optimizer_step,
-    parameter_groups,
-    plot_losses,
-)
-from fixclip_core.training.recipe import EncoderRecipe, OptimSection, load_recipe
+from fixclip_core.training.encoder.recipe import EncoderRecipe
+from fixclip_core.training.encoder.trainer import EncoderTrainer
+from fixclip_core.training.memory import activation_bytes
+from fixclip_core.training.metrics import plot_losses
+from fixclip_core.training.optim import lr_factor, optimizer_step, parameter_groups
+from fixclip_core.training.recipe import OptimSection, load_recipe
+from fixclip_core.training.trainer import TrainState, batches, count_step
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
@@ -72,15 +69,15 @@ def clip_folder(tmp_path_factory):
 
 
 def test_weights_on_disk_are_a_base(recipe, clip_folder, tmp_path):
-    by_open_clip = train.build_model(recipe())
-    by_path = train.build_model(recipe("path", f"model.name={clip_folder}"))
+    by_open_clip = train.build_clip(recipe())
+    by_path = train.build_clip(recipe("path", f"model.name={clip_folder}"))
     assert by_path.config.context_length == by_open_clip.config.context_length == 248
     assert torch.equal(by_path.text.positions(), by_open_clip.text.positions())
     by_open_clip.save_pretrained(tmp_path / "fixclip")
-    again = train.build_model(recipe("again", f"model.name={tmp_path / 'fixclip'}"))
+    again = train.build_clip(recipe("again", f"model.name={tmp_path / 'fixclip'}"))
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), by_open_clip.parameters(), strict=True))
     with pytest.raises(ValueError, match="this FixClip has num_prompts=2, not 3"):
-        train.build_model(recipe("other", f"model.name={tmp_path / 'fixclip'}", "model.num_prompts=3"))
+        train.build_clip(recipe("other", f"model.name={tmp_path / 'fixclip'}", "model.num_prompts=3"))
 
 
 def test_a_base_of_248_positions_is_not_stretched_again(recipe, tmp_path):
@@ -89,7 +86,7 @@ def test_a_base_of_248_positions_is_not_stretched_again(recipe, tmp_path):
     save_file(clip.state_dict(), tmp_path / "open_clip_model.safetensors")
     config = {"model_cfg": long_cfg, "preprocess_cfg": {"size": 32, "mean": [0.5] * 3, "std": [0.5] * 3}}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
-    model = train.build_model(recipe("long", f"model.name={tmp_path}"))
+    model = train.build_clip(recipe("long", f"model.name={tmp_path}"))
     assert model.config.context_length == 248
     assert torch.equal(model.text.positions(), clip.positional_embedding)
 
@@ -124,11 +121,11 @@ def reset_accelerator():
 def run_until(recipe, step, resume="auto"):
     """Train, with the whole run's schedule, and stop after some steps as if the power went."""
     reset_accelerator()
-    run = train.prepare(recipe)
-    train.start(run, resume)
-    run.total_steps = step
-    train.fit(run)
-    return run
+    trainer = EncoderTrainer(recipe).prepare()
+    trainer.start(resume)
+    trainer.total_steps = step
+    trainer.fit()
+    return trainer
 
 
 def weights(folder):
@@ -150,7 +147,7 @@ def metrics(folder):
 
 def test_a_run_trains_and_writes_everything(recipe, clip_folder, tmp_path):
     chosen = recipe("run", "output.trackers=[tensorboard]", "train.steps=null", "train.epochs=2")
-    folder = train.train(chosen)
+    folder = EncoderTrainer(chosen).train()
     assert folder == tmp_path / "run" / "model"
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names >= {"checkpoints", "model", "best", "metrics.jsonl", "losses.png", "recipe.yaml"}
@@ -178,7 +175,7 @@ def test_a_run_trains_and_writes_everything(recipe, clip_folder, tmp_path):
 def test_training_learns_its_samples(recipe, tmp_path):
     """Eight pairs are told apart after 60 steps, by what the run itself evaluates."""
     options = ["data.stop=8", "train.steps=60", "eval.start=0", "eval.stop=8", "eval.every=60", "output.save_every=60"]
-    train.train(recipe("run", *options, "optim.lr=3e-3", "captions.short_caption=first_sentence"))
+    EncoderTrainer(recipe("run", *options, "optim.lr=3e-3", "captions.short_caption=first_sentence")).train()
     rows = metrics(tmp_path / "run")
     assert rows[0]["loss_long"] > math.log(8) - 0.3  # chance
     assert rows[-2]["loss_long"] < 0.3
@@ -192,11 +189,11 @@ def test_a_resumed_run_ends_with_the_same_weights(recipe, tmp_path, workers):
     options = [f"data.workers={workers}"]
     options += ["train.ema_decay=0.5", "train.micro_batch_size=3"] if workers == 0 else []
     options += ["train.precision=bf16" if workers == 0 else "train.precision=fp16"]
-    train.train(recipe("whole", *options))
+    EncoderTrainer(recipe("whole", *options)).train()
     run_until(recipe("halves", *options), 3)
     assert not (tmp_path / "halves" / "model").exists()
     reset_accelerator()
-    train.train(recipe("halves", *options))
+    EncoderTrainer(recipe("halves", *options)).train()
     assert_bitwise_equal(weights(tmp_path / "whole"), weights(tmp_path / "halves"))
 
     def figures(folder):
@@ -210,7 +207,7 @@ def test_a_resumed_run_ends_with_the_same_weights(recipe, tmp_path, workers):
 
 
 def test_a_damaged_last_checkpoint_costs_only_its_steps(recipe, tmp_path, caplog):
-    train.train(recipe("whole"))
+    EncoderTrainer(recipe("whole")).train()
     run_until(recipe("halves"), 5)
     checkpoints = list_checkpoints(tmp_path / "halves" / "checkpoints")
     assert [step for step, _ in checkpoints] == [2, 4, 5]
@@ -218,7 +215,7 @@ def test_a_damaged_last_checkpoint_costs_only_its_steps(recipe, tmp_path, caplog
     (checkpoints[1][1] / "model.safetensors").unlink()
     reset_accelerator()
     with caplog.at_level(logging.WARNING):
-        train.train(recipe("halves"))
+        EncoderTrainer(recipe("halves")).train()
     assert "step-00000005 is damaged: optimizer.bin has 100 bytes" in caplog.text
     assert "step-00000004 is damaged: model.safetensors is missing" in caplog.text
     assert_bitwise_equal(weights(tmp_path / "whole"), weights(tmp_path / "halves"))
@@ -253,7 +250,7 @@ def test_accelerate_launch_survives_kill_9(recipe_file, tmp_path, caplog):
     """Killed soon after its first checkpoint, resumed, and equal to an uninterrupted run; then evaluated."""
     file = recipe_file("killed")
     overrides = ["output.save_every=1", "output.keep_last=12", "eval.source=null", "train.steps=12"]
-    train.train(load_recipe(EncoderRecipe, recipe_file("whole"), overrides))
+    EncoderTrainer(load_recipe(EncoderRecipe, recipe_file("whole"), overrides)).train()
 
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"]
     command += ["--mixed_precision=no", "--dynamo_backend=no", "--cpu", "train_encoder.py", str(file), *overrides]
@@ -272,7 +269,7 @@ def test_accelerate_launch_survives_kill_9(recipe_file, tmp_path, caplog):
 
     reset_accelerator()
     with caplog.at_level(logging.INFO):
-        train.train(load_recipe(EncoderRecipe, file, overrides))
+        EncoderTrainer(load_recipe(EncoderRecipe, file, overrides)).train()
     assert f"Resumed step {left[-1][0]} from" in caplog.text
     assert_bitwise_equal(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
 
@@ -292,18 +289,20 @@ def test_two_processes(recipe, recipe_file, tmp_path):
             import sys
             from pathlib import Path
             from accelerate.state import AcceleratorState, GradientState
-            from fixclip_core import train
-            from fixclip_core.recipe import EncoderRecipe, load_recipe
+            from fixclip_core.training.encoder.trainer import EncoderTrainer
+            from fixclip_core.training.encoder.recipe import EncoderRecipe
+            from fixclip_core.training.recipe import load_recipe
 
             def run(file, until=None, *overrides):
-                run = train.prepare(load_recipe(EncoderRecipe, file, [*overrides, "train.micro_batch_size=3"]))
-                assert "2 process(es) x 4, 3 at a time" in train.plan(run)
+                recipe = load_recipe(EncoderRecipe, file, [*overrides, "train.micro_batch_size=3"])
+                run = EncoderTrainer(recipe).prepare()
+                assert "2 process(es) x 4, 3 at a time" in run.plan()
                 assert run.accelerator.num_processes == 2 and len(run.eval_loader) == 1
-                train.start(run, "auto")
+                run.start("auto")
                 run.total_steps = until or run.total_steps
-                train.fit(run)
+                run.fit()
                 if until is None:
-                    train.save_model(run, run.folder / "model")
+                    run.save()
                 AcceleratorState._reset_state()
                 GradientState._reset_state()
 
@@ -325,9 +324,9 @@ def test_two_processes(recipe, recipe_file, tmp_path):
     assert_bitwise_equal(weights(tmp_path / "whole"), weights(tmp_path / "halves"))
     assert len(metrics(tmp_path / "halves")) == STEPS + 2  # each line once, two of them evaluations
 
-    train.train(recipe("alone"))
+    EncoderTrainer(recipe("alone")).train()
     reset_accelerator()
-    train.train(recipe("fewer"))  # begun by two processes, finished by one
+    EncoderTrainer(recipe("fewer")).train()  # begun by two processes, finished by one
     for name in ("alone", "fewer"):
         for one, two in zip(metrics(tmp_path / name), metrics(tmp_path / "whole"), strict=True):
             assert one.keys() == two.keys()
@@ -373,7 +372,7 @@ def test_skipped_steps_are_counted_and_stop_the_run_when_in_a_row():
 
 def test_a_diverged_run_stops_and_saves_nothing_poisoned(recipe, tmp_path):
     with pytest.raises(FloatingPointError, match="3 steps in a row"):
-        train.train(recipe("run", "optim.lr=1e30", "optim.lr_new=1e30", "train.steps=9", "eval.source=null"))
+        EncoderTrainer(recipe("run", "optim.lr=1e30", "optim.lr_new=1e30", "train.steps=9", "eval.source=null")).train()
     rows = metrics(tmp_path / "run")
     assert rows[-1]["skipped_steps"] >= 2
     assert rows[-1]["grad_norm"] is None  # JSON has no NaN
@@ -384,11 +383,11 @@ def test_a_diverged_run_stops_and_saves_nothing_poisoned(recipe, tmp_path):
 
 
 def test_poisoned_weights_are_not_saved(recipe):
-    run = train.prepare(recipe())
+    run = EncoderTrainer(recipe()).prepare()
     with torch.no_grad():
-        run.clip.logit_scale.fill_(math.nan)
+        run.module.logit_scale.fill_(math.nan)
     with pytest.raises(FloatingPointError, match="logit_scale is not finite"):
-        train.save_model(run, run.folder / "model")
+        run.save()
     assert not (run.folder / "model").exists()
 
 
@@ -400,10 +399,10 @@ def test_weights_are_fp32_whatever_the_base_was_saved_in(clip_folder, recipe, tm
     half = shutil.copytree(clip_folder, tmp_path / "half")
     file = half / "open_clip_model.safetensors"
     save_file({name: tensor.half() for name, tensor in load_file(file).items()}, file)
-    run = train.prepare(recipe("run", f"model.name=local-dir:{half}", "train.precision=bf16"))
-    assert {p.dtype for p in run.clip.parameters()} == {torch.float32}
-    run.accelerator.backward(run.task.losses(run.model(next(train.batches(run.loader, 0, 1))))["loss"])
-    assert {p.grad.dtype for p in run.clip.parameters()} == {torch.float32}
+    run = EncoderTrainer(recipe("run", f"model.name=local-dir:{half}", "train.precision=bf16")).prepare()
+    assert {p.dtype for p in run.module.parameters()} == {torch.float32}
+    run.accelerator.backward(run.task.losses(run.model(next(batches(run.loader, 0, 1))))["loss"])
+    assert {p.grad.dtype for p in run.module.parameters()} == {torch.float32}
 
 
 def test_methods_are_one_switch(recipe, tmp_path):
@@ -414,7 +413,7 @@ def test_methods_are_one_switch(recipe, tmp_path):
     }
     for method, names in expected.items():
         reset_accelerator()
-        folder = train.train(recipe(method, f"method={method}", "train.steps=1", "eval.source=null"))
+        folder = EncoderTrainer(recipe(method, f"method={method}", "train.steps=1", "eval.source=null")).train()
         row = metrics(tmp_path / method)[0]
         assert {key for key in row if key.startswith("loss")} == names
         config = FixClip.from_pretrained(folder).config
@@ -438,9 +437,11 @@ def test_the_recipe_reaches_every_setting_of_model_and_data(recipe):
 
 
 def test_groups_have_their_learning_rates_and_no_decay_where_none_belongs(recipe):
-    clip = train.build_model(recipe())
+    clip = train.build_clip(recipe())
     optim = OptimSection(lr=1.0, lr_new=2.0, weight_decay=3.0)
-    groups = parameter_groups(clip, clip.new_parameters().__contains__, train._no_decay, optim)
+    trainer = EncoderTrainer(recipe())
+    trainer.module = clip
+    groups = parameter_groups(clip, trainer.is_new, trainer.no_decay, optim)
     found = {}
     for group in groups:
         for parameter in group["params"]:
@@ -474,28 +475,28 @@ def test_schedule():
 
 def test_evaluation_counts_each_pair_once(recipe):
     """6 pairs in batches of 4: the last batch wraps around, and its two extra pairs must not become ties."""
-    run = train.prepare(recipe())
-    found = train.evaluate(run, run.eval_loader)
+    run = EncoderTrainer(recipe()).prepare()
+    found = run.retrieval(run.eval_loader)
     pairs = list(run.eval_loader.epoch(0))
     assert [len(batch) for batch in pairs] == [4, 4]
     with torch.no_grad():
-        image = torch.cat([run.clip.encode_image(batch.image) for batch in pairs])[:6]
-        text = torch.cat([run.clip.encode_text(batch.long_ids) for batch in pairs])[:6]
+        image = torch.cat([run.module.encode_image(batch.image) for batch in pairs])[:6]
+        text = torch.cat([run.module.encode_text(batch.long_ids) for batch in pairs])[:6]
     expected = retrieval_metrics(image, text, range(6))
     assert {k: v for k, v in found.items() if k.startswith("long")} == {f"long_{k}": v for k, v in expected.items()}
-    assert run.clip.training
+    assert run.module.training
 
 
 def test_memory_estimate_extrapolates_what_a_whole_pass_keeps(recipe):
-    run = train.prepare(recipe())
-    batch = next(train.batches(run.loader, 0, 1))
-    state, activations = train.memory_estimate(run, batch, probe=4)
-    measured = activation_bytes(lambda: run.task.losses(run.model(batch)), run.clip)
+    run = EncoderTrainer(recipe()).prepare()
+    batch = next(batches(run.loader, 0, 1))
+    state, activations = run.memory(probe=4).values()
+    measured = activation_bytes(lambda: run.task.losses(run.model(batch)), run.module)
     assert activations == pytest.approx(measured, rel=0.25)  # captions differ in length
-    assert state == pytest.approx(16 * sum(p.numel() for p in run.clip.parameters()), rel=0.01)
+    assert state == pytest.approx(16 * sum(p.numel() for p in run.module.parameters()), rel=0.01)
     reset_accelerator()
-    frugal = train.prepare(recipe("run", "train.gradient_checkpointing=true"))
-    assert train.memory_estimate(frugal, batch, probe=4)[1] < 0.9 * activations  # half is the layer being recomputed
+    frugal = EncoderTrainer(recipe("run", "train.gradient_checkpointing=true")).prepare()
+    assert list(frugal.memory(probe=4).values())[1] < 0.9 * activations  # half is the layer being recomputed
 
 
 def test_activation_bytes_of_a_known_graph():
@@ -520,10 +521,10 @@ def test_activation_bytes_of_a_known_graph():
 def test_what_cannot_work_fails_before_the_first_step(recipe, override, message):
     chosen = recipe("run", override, "model.first_group=1")
     if message is None:
-        assert train.prepare(chosen).ema is not None
+        assert EncoderTrainer(chosen).prepare().ema is not None
         return
     with pytest.raises(ValueError, match=message):
-        train.prepare(chosen)
+        EncoderTrainer(chosen).prepare()
 
 
 def test_loss_curves_are_drawn(tmp_path):
@@ -536,17 +537,11 @@ def test_loss_curves_are_drawn(tmp_path):
 # -- the command ---------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def command():
-    sys.path.insert(0, str(ROOT))
-    import train_encoder
-
-    app = typer.Typer()
-    app.command()(train_encoder.main)
-    return lambda *arguments: CliRunner().invoke(app, list(map(str, arguments)))
+def command(*arguments):
+    return CliRunner().invoke(app, ["train", "encoder", *map(str, arguments)])
 
 
-def test_dry_run_prints_the_plan_and_trains_nothing(command, recipe_file, tmp_path):
+def test_dry_run_prints_the_plan_and_trains_nothing(recipe_file, tmp_path):
     result = command(recipe_file(), "--dry-run", "method=longclip")
     assert result.exit_code == 0, result.output
     for expected in ("longclip: 0 prompts", "20 samples, 2 batches an epoch", "8 = 1 process(es) x 8", "GiB"):
@@ -554,14 +549,14 @@ def test_dry_run_prints_the_plan_and_trains_nothing(command, recipe_file, tmp_pa
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_smoke_trains_two_steps_and_leaves_nothing(command, recipe_file, tmp_path):
+def test_smoke_trains_two_steps_and_leaves_nothing(recipe_file, tmp_path):
     result = command(recipe_file(), "--smoke")
     assert result.exit_code == 0, result.output
     assert "Smoke test passed" in result.output
     assert not (tmp_path / "run").exists()
 
 
-def test_wrong_recipes_end_with_one_message(command, recipe_file):
+def test_wrong_recipes_end_with_one_message(recipe_file):
     result = command(recipe_file(), "train.lr=1e-5")
     assert result.exit_code == 1
-    assert "Error: command line: train.lr: unknown key; did you mean optim.lr?" in str(result.output)
+    assert "error: command line: train.lr: unknown key; did you mean optim.lr?" in str(result.output)

@@ -1,9 +1,11 @@
 """Recipes: YAML files that validate strictly, with a command-line override of every field.
 
-The loader at the top takes any pydantic model; the encoder's own recipe, `EncoderRecipe`, follows it.
+The loader takes any pydantic model; the sections at the end are those that every training shares. A recipe's name is
+its file, or `builtin:NAME` for recipes/NAME.yaml beside the module of its schema.
 """
 
 import difflib
+import inspect
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -11,16 +13,14 @@ from typing import Any, Literal, TypeVar, get_args
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import ErrorDetails
 
-from fixclip_core.data.config import CaptionsSection, DataSection, SourceSection
-from fixclip_core.model.config import HiddenState, HierarchyBranch, Masking, PromptFlow, ShortBranch
-from fixclip_core.model.positional import PositionStart
 from fixclip_core.section import Section
 
 RecipeT = TypeVar("RecipeT", bound=BaseModel)
 Location = tuple[str | int, ...]
+BUILTIN = "builtin:"
 
 
 # -- the loader: any pydantic model -------------------------------------------------------------------------
@@ -31,7 +31,7 @@ def load_recipe(schema: type[RecipeT], path: str | Path, overrides: Sequence[str
 
     Args:
         schema: the pydantic model that says what is valid; derive its parts from `Section`.
-        path: the YAML file; OmegaConf interpolations such as `${train.batch_size}` are resolved.
+        path: the YAML file, or `builtin:NAME`; OmegaConf interpolations such as `${train.batch_size}` are resolved.
         overrides: e.g. `["optim.lr=1e-5", "data.train=my.jsonl"]`; a value is read as YAML, and taken
             literally where it is none, so brace patterns need no quotes.
 
@@ -39,33 +39,53 @@ def load_recipe(schema: type[RecipeT], path: str | Path, overrides: Sequence[str
         ValueError: the file cannot be read or is no YAML mapping, or keys or values are wrong. Every wrong
             one is named in one line each: file and line, key, value, and what is valid.
     """
-    path = Path(path)
+    name, path = str(path), find_recipe(schema, path)
     try:
         text = path.read_text(encoding="utf-8")
         tree = OmegaConf.create(text)
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: the recipe cannot be read: {error}") from None
+        raise ValueError(f"{name}: the recipe cannot be read: {error}") from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ValueError(f"{path}:{line}: not valid YAML: {error.problem}") from None
+        raise ValueError(f"{name}:{line}: not valid YAML: {error.problem}") from None
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ValueError(f"{path}: not a valid recipe: {error}") from None
+        raise ValueError(f"{name}: not a valid recipe: {error}") from None
     if not OmegaConf.is_dict(tree):
-        raise ValueError(f"{path}:1: a recipe is a mapping of sections, e.g. `model:` and `train:`")
-    sources = {location: f"{path}:{line}" for location, line in _key_lines(yaml.compose(text))}
+        raise ValueError(f"{name}:1: a recipe is a mapping of sections, e.g. `model:` and `train:`")
+    sources = {location: f"{name}:{line}" for location, line in _key_lines(yaml.compose(text))}
     for override in overrides:
         location = _apply_override(tree, override)
         sources[location] = "command line"
     try:
         values = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        source = sources.get(tuple(str(error.full_key).split(".")), path)
+        source = sources.get(tuple(str(error.full_key).split(".")), name)
         raise ValueError(f"{source}: {error.full_key}: {str(error).splitlines()[0]}") from None
     try:
         return schema.model_validate(values)
     except ValidationError as error:
-        found = [_explain(schema, details, sources, str(path)) for details in error.errors()]
+        found = [_explain(schema, details, sources, name) for details in error.errors()]
         raise ValueError("\n".join(found)) from None
+
+
+def find_recipe(schema: type[BaseModel], name: str | Path) -> Path:
+    """The file of a recipe's name.
+
+    Raises:
+        ValueError: there is no built-in recipe of this name.
+    """
+    if not str(name).startswith(BUILTIN):
+        return Path(name)
+    found = builtin_recipes(schema)
+    if str(name) not in found:
+        raise ValueError(f"{name}: there is no such recipe; there are {', '.join(found)}")
+    return found[str(name)]
+
+
+def builtin_recipes(schema: type[BaseModel]) -> dict[str, Path]:
+    """The recipes of the package for this schema: {`builtin:NAME`: file}."""
+    folder = Path(inspect.getfile(schema)).parent / "recipes"
+    return {BUILTIN + path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def _apply_override(tree: Any, override: str) -> Location:
@@ -215,93 +235,3 @@ class OutputSection(Section):
     keep_last: int = Field(default=2, ge=1, description="checkpoints to keep")
     trackers: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
     project: str = Field(default="fixclip", min_length=1, description="the trackers' project name")
-
-
-# -- the encoder's recipe -----------------------------------------------------------------------------------
-
-
-class ModelSection(Section):
-    """The base CLIP and FIX-CLIP's modules; see `FixClipConfig` for what each does."""
-
-    name: str = Field(min_length=1, description="open_clip's model name, hf-hub:..., or weights on disk")
-    pretrained: str | None = Field(default=None, description="open_clip's tag or a weights file; null: random weights")
-    cache_dir: str | None = None
-    keep: int = Field(default=20, ge=0)
-    ratio: int = Field(default=4, ge=1)
-    positions: PositionStart = Field(default="stretched", description="what the text positions start as")
-    num_prompts: int = Field(default=4, ge=0, description="regional prompts a layer; 0: off")
-    prompt_flow: PromptFlow = "carry"
-    short_branch: ShortBranch = Field(default="masked", description="what the short caption meets")
-    masking: Masking = "replace"
-    mask_ratio: float = Field(default=0.75, gt=0, lt=1)
-    pca_rank: int = Field(default=32, ge=1, description="of the pca short branch")
-    num_groups: int = Field(default=4, ge=0, description="layer groups of the hierarchical alignment; 0: off")
-    first_group: int = Field(default=3, ge=1, description="first group whose features are aligned")
-    hierarchy_branch: HierarchyBranch = "long"
-
-
-class TrainSection(RunSection):
-    """`RunSection` and what belongs to the contrastive step."""
-
-    micro_batch_size: int | None = Field(
-        default=None, ge=1, description="samples a pass in each process; below the batch: exact GradCache"
-    )
-    loss_chunk_size: int | None = Field(default=None, ge=1, description="rows of the loss computed at a time")
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    weight_long: float = Field(default=1.0, ge=0)
-    weight_short: float = Field(default=1.0, ge=0)
-    weight_mid: list[float] = Field(
-        default_factory=lambda: [1.0], min_length=1, description="one for all groups K..G, or one each"
-    )
-    weight_states: float = Field(
-        default=0.0, ge=0, description="of the hidden states' distance to the base's windows; 0: off"
-    )
-    align_state: HiddenState = Field(
-        default="last", description="the hidden states that are aligned; SDXL: penultimate"
-    )
-
-
-class EvalSection(SourceSection):
-    """Retrieval on held-out pairs during training; the mean of both R@1 chooses the best model."""
-
-    source: str | None = Field(  # type: ignore[assignment]
-        default=None, min_length=1, description="as data.source; null: no evaluation"
-    )
-    every: int = Field(default=1000, ge=1, description="steps between two evaluations; the last step always has one")
-    batch_size: int = Field(default=64, ge=1, description="samples a pass in each process")
-
-
-class EncoderRecipe(Section):
-    """Everything that `train_encoder.py` needs to know.
-
-    `method` longclip or finetune turns this recipe into that baseline: it switches off FIX-CLIP's modules
-    whatever the model section says, and leaves all else as it is.
-    """
-
-    method: Literal["fixclip", "longclip", "finetune"] = "fixclip"
-    seed: int = Field(default=0, ge=0)
-    model: ModelSection
-    data: DataSection
-    captions: CaptionsSection = CaptionsSection()
-    optim: OptimSection = OptimSection()
-    train: TrainSection = TrainSection()
-    eval: EvalSection = EvalSection()
-    output: OutputSection = OutputSection()
-
-    @model_validator(mode="after")
-    def _check(self) -> "EncoderRecipe":
-        train, model = self.train, self.model
-        aligned = model.num_groups - model.first_group + 1
-        if self.method == "fixclip" and model.num_groups and aligned < 1:
-            raise ValueError(f"model.first_group={model.first_group}: it must lie between 1 and {model.num_groups}")
-        if self.method == "fixclip" and model.num_groups and len(train.weight_mid) not in (1, aligned):
-            raise ValueError(
-                f"train.weight_mid={train.weight_mid}: give 1 weight, or {aligned} for groups "
-                f"{model.first_group}..{model.num_groups}"
-            )
-        if train.micro_batch_size and train.micro_batch_size > train.batch_size:
-            raise ValueError(
-                f"train.micro_batch_size={train.micro_batch_size}: it must be at most "
-                f"train.batch_size={train.batch_size}"
-            )
-        return self

@@ -1,24 +1,19 @@
-"""Training the adapter, and on demand a LoRA on the UNet's cross-attention, with everything else frozen.
-
-What is trained on at step s is a function of (recipe, s) alone, so a resumed run repeats an uninterrupted one.
-"""
+"""Training the adapter, and on demand a LoRA on the UNet's cross-attention, with everything else frozen."""
 
 import copy
 import json
 import logging
 import math
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import convert_state_dict_to_diffusers
@@ -26,32 +21,20 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.swa_utils import AveragedModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from fixclip_core.data.config import DataConfig
 from fixclip_core.data.loader import Batch, Batches, Loader
-from fixclip_core.data.samples import BadSampleError, describe_skipped
+from fixclip_core.data.samples import BadSampleError
 from fixclip_core.data.sources import open_source
 from fixclip_core.files import write_atomically
 from fixclip_core.scenes import sheet
-from fixclip_core.training.checkpoint import check_folder, list_checkpoints, training_state_bytes
+from fixclip_core.training.checkpoint import list_checkpoints
 from fixclip_core.training.encoder.task import split_batch
-from fixclip_core.training.loop import (
-    CHECKPOINTS,
-    TrainState,
-    activation_bytes,
-    batches,
-    check_finite,
-    make_accelerator,
-    make_ema,
-    make_optimizer,
-    make_schedule,
-    parameter_groups,
-    start,
-    take_steps,
-)
+from fixclip_core.training.memory import activation_bytes
+from fixclip_core.training.metrics import MetricsLog
+from fixclip_core.training.optim import check_finite
+from fixclip_core.training.trainer import CHECKPOINTS, Trainer, batches, changed
 from fixclip_diffusion import builtin, tiny
 from fixclip_diffusion.adapter import TextAdapter
 from fixclip_diffusion.adapter_training.features import (
@@ -112,112 +95,230 @@ class Trainable(nn.Module):
         return {name: p.detach() for name, p in zip(self.lora_names, self.lora, strict=True)}
 
 
-@dataclass
-class Run:
-    """Everything that a recipe needs to run; `model` and `optimizer` are prepared, `trainable` is the bare model."""
-
-    recipe: AdapterRecipe
-    accelerator: Accelerator
-    frozen: FrozenModels
-    denoiser: Denoiser
-    trainable: Trainable
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    schedule: LambdaLR
-    ema: AveragedModel | None
-    loader: Loader
-    state: TrainState
-    total_steps: int
-    resolution: int
-    made_for: dict[str, str]
-    references: dict[str, list[Image.Image]] = field(default_factory=dict)
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.recipe.output.folder)
-
-
-def train(recipe: AdapterRecipe, *, resume: str = "auto", models: FrozenModels | None = None) -> Path:
-    """Train as the recipe says and return the adapter's folder; a LoRA is beside it.
+class AdapterTrainer(Trainer):
+    """Trains a `TextAdapter` and, on demand, a LoRA of the UNet; `module` is `Trainable`.
 
     Args:
         recipe: what to do.
-        resume: "auto" goes on from the newest whole checkpoint in the output folder, if any; "none" starts over;
-            a path goes on from there.
         models: in memory, instead of those that the recipe names.
-
-    Raises:
-        ValueError: the recipe, data, weights, cache, folder or checkpoint cannot be used.
-        FloatingPointError: too many steps in a row without a finite gradient.
     """
-    run = prepare(recipe, models)
-    begin(run, resume)
-    fit(run)
-    save_outputs(run)
-    run.accelerator.end_training()
-    return run.folder / ADAPTER
 
+    recipe: AdapterRecipe
+    module: Trainable
+    loader: Loader
+    frozen: FrozenModels
+    denoiser: Denoiser
+    resolution: int
+    made_for: dict[str, str]
 
-# -- building ------------------------------------------------------------------------------------------------
+    def __init__(self, recipe: AdapterRecipe, models: FrozenModels | None = None):
+        super().__init__(recipe)
+        self.models = models
+        self.references: dict[str, list[Image.Image]] = {}
 
+    # -- building --------------------------------------------------------------------------------------------
 
-def prepare(recipe: AdapterRecipe, models: FrozenModels | None = None) -> Run:
-    """Build models, data, optimizer and schedule, and check all that can be checked before the first step.
+    def build_model(self) -> Trainable:
+        recipe = self.recipe
+        given = self.models and replace(self.models, long_prompt=recipe.model.long_prompt)
+        frozen = self.frozen = given or load_frozen(recipe.model)
+        check_frozen(frozen, recipe)
+        self.made_for = fingerprint(frozen.text_encoder, frozen.tokenizer)
+        torch.manual_seed(recipe.seed)  # whatever loading drew from the generators
+        adapter = make_adapter(recipe, frozen, self.made_for)
+        place(frozen, self.accelerator.device, DTYPES[recipe.train.precision])
+        lora = add_lora(frozen.unet, recipe.lora.rank)
+        if recipe.train.gradient_checkpointing:
+            frozen.unet.enable_gradient_checkpointing()
+        if recipe.train.compile:
+            frozen.unet.compile_repeated_blocks()
+        self.denoiser = make_denoiser(frozen, bool(lora))
+        return Trainable(adapter, lora)
 
-    Raises:
-        ValueError: see `train`.
-    """
-    accelerator = make_accelerator(recipe.train, recipe.output)
-    batch_size, rest = divmod(recipe.train.batch_size, accelerator.num_processes)
-    if rest:
-        raise ValueError(
-            f"train.batch_size={recipe.train.batch_size}: it must be a multiple of the number of processes, "
-            f"{accelerator.num_processes}"
+    def build_data(self) -> Loader:
+        self.resolution = self.recipe.data.resolution or _own_resolution(self.frozen)
+        loader = make_loader(self.recipe, self.frozen, self.accelerator, self.batch_size, self.resolution)
+        if self.accelerator.is_main_process:
+            warn_of_short_captions(loader.batches, self.frozen.tokenizer)
+        return loader
+
+    def is_new(self, name: str) -> bool:
+        return name.startswith("lora")
+
+    def no_decay(self, name: str, parameter: nn.Parameter) -> bool:
+        return super().no_decay(name, parameter) or "position" in name
+
+    def start(self, resume: str) -> None:
+        """As any training, and write the fingerprint of encoder and tokenizer beside the results.
+
+        Raises:
+            ValueError: see `Trainer.start`; the run was begun with another encoder or tokenizer.
+        """
+        if list_checkpoints(self.folder / CHECKPOINTS):
+            check_made_for(self.folder, self.made_for)
+        self.accelerator.wait_for_everyone()
+        super().start(resume)
+        if self.accelerator.is_main_process:
+            _write_made_for(self.folder, self.made_for)
+
+    # -- the step --------------------------------------------------------------------------------------------
+
+    def forward_backward(self, item: Batch | Features) -> dict[str, Tensor]:
+        """Exact whatever the micro batch."""
+        recipe, batch = self.recipe, item.to(self.accelerator.device, non_blocking=True)
+        size = min(recipe.train.micro_batch_size or len(batch), len(batch))
+        parts = list(batch.split(size)) if isinstance(batch, Features) else split_batch(batch, size)
+        sums: dict[str, Tensor] = {}
+        for number, part in enumerate(parts):
+            features = part if isinstance(part, Features) else encode_batch(self.frozen, part, recipe.objectives)
+            share = len(features) / len(batch)
+            last = number == len(parts) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                losses = self.model(features, self.denoiser, recipe.objectives)
+                self.accelerator.backward(share * losses["loss"])
+            sums = {name: sums.get(name, 0) + share * loss.detach() for name, loss in losses.items()}
+        return sums
+
+    # -- what comes out --------------------------------------------------------------------------------------
+
+    def save(self) -> Path:
+        """Write adapter/ and, if one was trained, lora/, which stock `load_lora_weights` reads."""
+        check_finite(self.model)
+        if self.accelerator.is_main_process:
+            module = self.ema_module
+            module.adapter.save_pretrained(self.folder / ADAPTER)
+            _write_made_for(self.folder / ADAPTER, self.made_for)
+            if module.lora_names:
+                save_lora(self.frozen.unet, module.lora_state(), self.folder / LORA)
+        self.accelerator.wait_for_everyone()
+        return self.folder / ADAPTER
+
+    @property
+    def evaluate_every(self) -> int | None:
+        return self.recipe.samples.every if self.recipe.samples.prompts else None
+
+    def evaluate(self, log: MetricsLog) -> None:
+        """One sheet of the recipe's prompts, a row each: stock | untuned | current; as PNG and to the trackers."""
+        if self.accelerator.is_main_process:
+            frozen, module = self.frozen, self.ema_module
+            if not self.references:
+                with self.denoiser.base_unet():
+                    if frozen.teacher.short_context_length:
+                        self.references["stock"] = self.generate_samples(frozen.teacher, "truncate_77")
+                    self.references["untuned"] = self.generate_samples(frozen.text_encoder, frozen.long_prompt)
+            try:
+                # The encoder casts what it is given, and the adapter in training must stay in float32.
+                frozen.text_encoder.set_adapter_module(copy.deepcopy(module.adapter))
+                with self.lora_weights(module):
+                    current = self.generate_samples(frozen.text_encoder, frozen.long_prompt)
+            finally:
+                frozen.text_encoder.set_adapter_module(None)
+            columns = {**self.references, "current": current}
+            picture = sample_sheet(columns, self.recipe.samples.prompts)
+            folder = self.folder / SAMPLES
+            folder.mkdir(parents=True, exist_ok=True)
+            picture.save(folder / f"step-{self.state.step:08d}.png")
+            for tracker in self.accelerator.trackers:
+                options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({SAMPLES: np.asarray(picture)[None]}, step=self.state.step, **options)
+        self.accelerator.wait_for_everyone()
+
+    @contextmanager
+    def lora_weights(self, other: Trainable) -> Iterator[None]:
+        """Let the UNet use another module's values of the LoRA for a while."""
+        before = [parameter.detach().clone() for parameter in self.module.lora]
+        with torch.no_grad():
+            for parameter, value in zip(self.module.lora, other.lora, strict=True):
+                parameter.copy_(value)
+            yield
+            for parameter, value in zip(self.module.lora, before, strict=True):
+                parameter.copy_(value)
+
+    def generate_samples(self, encoder: FixClipTextEncoder, long_prompt: str) -> list[Image.Image]:
+        section, frozen = self.recipe.samples, self.frozen
+        tokenizer = frozen.tokenizer
+        if tokenizer.context_length != encoder.context_length:
+            tokenizer = copy.deepcopy(tokenizer)
+            tokenizer.context_length = tokenizer.model_max_length = encoder.context_length
+        pipe: Any = FixClipStableDiffusionPipeline(
+            vae=frozen.vae,
+            text_encoder=encoder,
+            tokenizer=tokenizer,
+            unet=frozen.unet,
+            scheduler=copy.deepcopy(frozen.sampler),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+            long_prompt=long_prompt,
         )
-    if accelerator.is_main_process:
-        check_folder(Path(recipe.output.folder), 0)
-    with accelerator.local_main_process_first():  # the others find its download
-        frozen = replace(models, long_prompt=recipe.model.long_prompt) if models else load_frozen(recipe.model)
-    check_frozen(frozen, recipe)
-    made_for = fingerprint(frozen.text_encoder, frozen.tokenizer)
-    torch.manual_seed(recipe.seed)
-    adapter = make_adapter(recipe, frozen, made_for)
-    place(frozen, accelerator.device, DTYPES[recipe.train.precision])
-    lora = add_lora(frozen.unet, recipe.lora.rank)
-    if recipe.train.gradient_checkpointing:
-        frozen.unet.enable_gradient_checkpointing()
-    if recipe.train.compile:
-        frozen.unet.compile_repeated_blocks()
-    resolution = recipe.data.resolution or _own_resolution(frozen)
-    loader = make_loader(recipe, frozen, accelerator, batch_size, resolution)
-    warn_of_short_captions(loader.batches, frozen.tokenizer)
+        pipe.set_progress_bar_config(disable=True)
+        return [
+            pipe(
+                prompt=prompt,
+                num_inference_steps=section.steps,
+                guidance_scale=section.guidance_scale,
+                width=self.resolution,
+                height=self.resolution,
+                generator=torch.Generator().manual_seed(section.seed + number),
+            ).images[0]
+            for number, prompt in enumerate(section.prompts)
+        ]
 
-    trainable = Trainable(adapter, lora)
-    if accelerator.is_main_process:
-        check_folder(Path(recipe.output.folder), needed_disk(recipe, trainable))
-    groups = parameter_groups(trainable, lambda name: name.startswith("lora"), _no_decay, recipe.optim)
-    model, optimizer = accelerator.prepare(trainable, make_optimizer(groups, recipe.optim))
-    total_steps = recipe.train.steps or recipe.train.epochs * len(loader)
-    schedule = make_schedule(optimizer, recipe.optim, total_steps)
-    state = TrainState()
-    accelerator.register_for_checkpointing(state, schedule)
-    ema = make_ema(accelerator, model, recipe.train.ema_decay)
-    return Run(
-        recipe=recipe,
-        accelerator=accelerator,
-        frozen=frozen,
-        denoiser=make_denoiser(frozen, bool(lora)),
-        trainable=accelerator.unwrap_model(model),
-        model=model,
-        optimizer=optimizer,
-        schedule=schedule,
-        ema=ema,
-        loader=loader,
-        state=state,
-        total_steps=total_steps,
-        resolution=resolution,
-        made_for=made_for,
-    )
+    # -- plan and smoke --------------------------------------------------------------------------------------
+
+    def describe(self) -> dict[str, str]:
+        recipe, frozen = self.recipe, self.frozen
+        trained = sum(p.numel() for p in self.module.parameters())
+        cache = "none" if recipe.features.folder is None else recipe.features.folder
+        return {
+            "base": f"{recipe.model.base}, {cast(Any, frozen.scheduler.config).prediction_type}",
+            "encoder": f"{recipe.model.encoder or 'the base encoder'}, "
+            + ("overlapping " if frozen.overlap else "")
+            + (f"windows of {CLIP_CONTEXT_LENGTH}" if frozen.in_windows else f"{frozen.text_encoder.context_length}")
+            + " tokens",
+            "trained": f"{trained / 1e6:.2f}M parameters: {recipe.adapter.kind} adapter"
+            + (f", LoRA of rank {recipe.lora.rank}" if recipe.lora.rank else ""),
+            "data": f"{len(self.loader.batches.order)} samples, {len(self.loader)} batches an epoch, "
+            f"{self.resolution} px",
+            "cache": f"{cache}{', with text states' if recipe.features.text and recipe.features.folder else ''}",
+        }
+
+    def memory(self) -> dict[str, int]:
+        modules = {id(module): module for module in self.frozen.modules}.values()
+        trained = sum(p.numel() for p in self.module.parameters())
+        return {
+            "frozen models": sum(p.numel() * p.element_size() for module in modules for p in module.parameters()),
+            "training state": trained * 4 * (5 if self.ema is not None else 4),
+            "activations": self._activations(),
+        }
+
+    def _activations(self) -> int:
+        """Bytes that autograd keeps of a pass, measured on one and two samples and extrapolated along a line."""
+        batch = next(batches(self.loader, 0, 1)).to(self.accelerator.device)
+        micro = min(self.recipe.train.micro_batch_size or len(batch), len(batch))
+
+        def measured(count: int) -> int:
+            part = next(batch.split(count)) if isinstance(batch, Features) else split_batch(batch, count)[0]
+            features = part if isinstance(part, Features) else encode_batch(self.frozen, part, self.recipe.objectives)
+            # The frozen weights are counted on their own, so they must not count as what a pass keeps.
+            holder = nn.ModuleList([self.module, self.frozen.unet])
+            return activation_bytes(lambda: self.model(features, self.denoiser, self.recipe.objectives), holder)
+
+        one = measured(1)
+        if micro == 1:
+            return one
+        return math.ceil(one + (micro - 1) * (measured(2) - one))
+
+    @classmethod
+    def smoke_trainer(cls, recipe: AdapterRecipe, folder: str) -> Self:
+        """A base that is no local folder is replaced by random weights."""
+        models = None
+        if not Path(builtin.resolve(recipe.model.base)).is_dir():
+            models = random_stable_diffusion(DTYPES[recipe.train.precision], recipe.seed)
+        return cls(smoke_recipe(recipe, folder, 2 * PartialState().num_processes), models)
+
+
+# -- models and data -----------------------------------------------------------------------------------------
 
 
 def load_frozen(section: BaseSection) -> FrozenModels:
@@ -402,92 +503,11 @@ def warn_of_short_captions(loaded: Batches, tokenizer: FixClipTokenizer, looked_
         )
 
 
-def _no_decay(name: str, parameter: nn.Parameter) -> bool:
-    return parameter.ndim < 2 or "position" in name
-
-
-def needed_disk(recipe: AdapterRecipe, trainable: Trainable) -> int:
-    """Bytes the run will still write at most: checkpoints, one of them twice while it is replaced, and the outputs."""
-    folder = Path(recipe.output.folder)
-    checkpoint = training_state_bytes(trainable, ema=recipe.train.ema_decay is not None)
-    weights = sum(p.numel() * p.element_size() for p in trainable.parameters())
-    present = min(len(list_checkpoints(folder / CHECKPOINTS)), recipe.output.keep_last)
-    return (recipe.output.keep_last + 1 - present) * checkpoint + 2 * weights
-
-
-# -- the loop ------------------------------------------------------------------------------------------------
-
-
-def begin(run: Run, resume: str) -> None:
-    """Load the checkpoint to go on from, if any, and write recipe and fingerprint beside the results.
-
-    Raises:
-        ValueError: see `fixclip_core.training.loop.start`; the run was begun with another encoder or tokenizer.
-    """
-    if list_checkpoints(run.folder / CHECKPOINTS):
-        check_made_for(run.folder, run.made_for)
-    run.accelerator.wait_for_everyone()
-    start(run, resume)
-    if run.accelerator.is_main_process:
-        _write_made_for(run.folder, run.made_for)
+# -- what comes out ------------------------------------------------------------------------------------------
 
 
 def _write_made_for(folder: Path, made_for: dict[str, str]) -> None:
     write_atomically(folder / MADE_FOR, (json.dumps(made_for, indent=1) + "\n").encode())
-
-
-def fit(run: Run) -> None:
-    """Take the steps that are left."""
-    device, samples = run.accelerator.device, run.recipe.samples
-    take_steps(
-        run,
-        batches(run.loader, run.state.step, run.total_steps),
-        lambda batch: forward_backward(run, batch.to(device, non_blocking=True)),
-        evaluate=(lambda log: write_samples(run)) if samples.prompts else None,
-        evaluate_every=samples.every,
-    )
-    if run.loader.skipped:
-        logger.warning("Samples that could not be used: %s", describe_skipped(run.loader.skipped.values()))
-
-
-def forward_backward(run: Run, batch: Batch | Features) -> dict[str, Tensor]:
-    """One batch's losses, detached, with their gradients left in the parameters; exact whatever the micro batch."""
-    size = min(run.recipe.train.micro_batch_size or len(batch), len(batch))
-    parts = list(batch.split(size)) if isinstance(batch, Features) else split_batch(batch, size)
-    sums: dict[str, Tensor] = {}
-    for number, part in enumerate(parts):
-        features = part if isinstance(part, Features) else encode_batch(run.frozen, part, run.recipe.objectives)
-        share = len(features) / len(batch)
-        last = number == len(parts) - 1
-        with nullcontext() if last else run.accelerator.no_sync(run.model):
-            losses = run.model(features, run.denoiser, run.recipe.objectives)
-            run.accelerator.backward(share * losses["loss"])
-        sums = {name: sums.get(name, 0) + share * loss.detach() for name, loss in losses.items()}
-    return sums
-
-
-# -- what comes out ------------------------------------------------------------------------------------------
-
-
-def best_weights(run: Run) -> Trainable:
-    """The averaged weights if the recipe averages, else the trained ones."""
-    return run.trainable if run.ema is None else cast(Trainable, run.ema.module)
-
-
-def save_outputs(run: Run) -> None:
-    """Write adapter/ and, if one was trained, lora/, which stock `load_lora_weights` reads.
-
-    Raises:
-        FloatingPointError: a weight is not finite.
-    """
-    check_finite(run.model)
-    if run.accelerator.is_main_process:
-        weights = best_weights(run)
-        weights.adapter.save_pretrained(run.folder / ADAPTER)
-        _write_made_for(run.folder / ADAPTER, run.made_for)
-        if weights.lora_names:
-            save_lora(run.frozen.unet, weights.lora_state(), run.folder / LORA)
-    run.accelerator.wait_for_everyone()
 
 
 def save_lora(unet: UNet2DConditionModel, lora_state: Mapping[str, Tensor], folder: Path) -> None:
@@ -500,76 +520,6 @@ def save_lora(unet: UNet2DConditionModel, lora_state: Mapping[str, Tensor], fold
             file.replace(folder / file.name)
 
 
-@contextmanager
-def lora_weights(run: Run, weights: Trainable) -> Iterator[None]:
-    """Let the UNet use these values of the LoRA for a while."""
-    before = [parameter.detach().clone() for parameter in run.trainable.lora]
-    with torch.no_grad():
-        for parameter, value in zip(run.trainable.lora, weights.lora, strict=True):
-            parameter.copy_(value)
-        yield
-        for parameter, value in zip(run.trainable.lora, before, strict=True):
-            parameter.copy_(value)
-
-
-def write_samples(run: Run) -> None:
-    """One sheet of the recipe's prompts, a row each: stock | untuned | current; as PNG and to the trackers."""
-    if run.accelerator.is_main_process:
-        frozen, weights = run.frozen, best_weights(run)
-        if not run.references:
-            with run.denoiser.base_unet():
-                if frozen.teacher.short_context_length:
-                    run.references["stock"] = draw_samples(run, frozen.teacher, "truncate_77")
-                run.references["untuned"] = draw_samples(run, frozen.text_encoder, frozen.long_prompt)
-        try:
-            # The encoder casts what it is given, and the adapter in training must stay in float32.
-            frozen.text_encoder.set_adapter_module(copy.deepcopy(weights.adapter))
-            with lora_weights(run, weights):
-                current = draw_samples(run, frozen.text_encoder, frozen.long_prompt)
-        finally:
-            frozen.text_encoder.set_adapter_module(None)
-        columns = {**run.references, "current": current}
-        picture = sample_sheet(columns, run.recipe.samples.prompts)
-        folder = run.folder / SAMPLES
-        folder.mkdir(parents=True, exist_ok=True)
-        picture.save(folder / f"step-{run.state.step:08d}.png")
-        for tracker in run.accelerator.trackers:
-            options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({SAMPLES: np.asarray(picture)[None]}, step=run.state.step, **options)
-    run.accelerator.wait_for_everyone()
-
-
-def draw_samples(run: Run, encoder: FixClipTextEncoder, long_prompt: str) -> list[Image.Image]:
-    section, frozen = run.recipe.samples, run.frozen
-    tokenizer = frozen.tokenizer
-    if tokenizer.context_length != encoder.context_length:
-        tokenizer = copy.deepcopy(tokenizer)
-        tokenizer.context_length = tokenizer.model_max_length = encoder.context_length
-    pipe: Any = FixClipStableDiffusionPipeline(
-        vae=frozen.vae,
-        text_encoder=encoder,
-        tokenizer=tokenizer,
-        unet=frozen.unet,
-        scheduler=copy.deepcopy(frozen.sampler),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-        long_prompt=long_prompt,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return [
-        pipe(
-            prompt=prompt,
-            num_inference_steps=section.steps,
-            guidance_scale=section.guidance_scale,
-            width=run.resolution,
-            height=run.resolution,
-            generator=torch.Generator().manual_seed(section.seed + number),
-        ).images[0]
-        for number, prompt in enumerate(section.prompts)
-    ]
-
-
 def sample_sheet(columns: Mapping[str, list[Image.Image]], prompts: list[str]) -> Image.Image:
     """Pictures of several systems side by side, a prompt in each row."""
     images, labels = [], []
@@ -580,94 +530,25 @@ def sample_sheet(columns: Mapping[str, list[Image.Image]], prompts: list[str]) -
     return sheet(images, labels, columns=len(columns), side=max(192, images[0].shape[-1]))
 
 
-# -- plan and smoke ------------------------------------------------------------------------------------------
-
-
-def plan(run: Run) -> str:
-    """What the run would do and need, in a few lines; reads one batch and runs a few of its samples."""
-    recipe, accelerator, frozen = run.recipe, run.accelerator, run.frozen
-    batch = next(batches(run.loader, 0, 1)).to(accelerator.device)
-    micro = min(recipe.train.micro_batch_size or len(batch), len(batch))
-    fixed = sum(
-        p.numel() * p.element_size()
-        for module in {id(m): m for m in frozen.modules}.values()
-        for p in module.parameters()
-    )
-    trained = sum(p.numel() for p in run.trainable.parameters())
-    state = trained * 4 * (5 if run.ema is not None else 4)
-    activations = _activations(run, batch, micro)
-    cache = "none" if recipe.features.folder is None else recipe.features.folder
-    lines = {
-        "base": f"{recipe.model.base}, {cast(Any, frozen.scheduler.config).prediction_type}",
-        "encoder": f"{recipe.model.encoder or 'the base encoder'}, "
-        + ("overlapping " if frozen.overlap else "")
-        + (f"windows of {CLIP_CONTEXT_LENGTH}" if frozen.in_windows else f"{frozen.text_encoder.context_length}")
-        + " tokens",
-        "trained": f"{trained / 1e6:.2f}M parameters: {recipe.adapter.kind} adapter"
-        + (f", LoRA of rank {recipe.lora.rank}" if recipe.lora.rank else ""),
-        "data": f"{len(run.loader.batches.order)} samples, {len(run.loader)} batches an epoch, {run.resolution} px",
-        "cache": f"{cache}{', with text states' if recipe.features.text and recipe.features.folder else ''}",
-        "batch": f"{recipe.train.batch_size} = {accelerator.num_processes} process(es) x {len(batch)}, {micro} a pass",
-        "steps": f"{run.total_steps} ({run.total_steps / len(run.loader):.2f} epochs), warm-up "
-        f"{recipe.optim.warmup_steps}, lr {recipe.optim.lr:g}",
-        "precision": f"{recipe.train.precision} on {accelerator.device.type}",
-        "memory": f"about {(fixed + state + activations) / _GIB:.1f} GiB a process: frozen models {fixed / _GIB:.1f}, "
-        f"training state {state / _GIB:.2f}, activations {activations / _GIB:.1f}",
-        "disk": f"{needed_disk(recipe, run.trainable) / _GIB:.2f} GiB for checkpoints and outputs in {run.folder}",
-    }
-    return "\n".join(f"{name:>10}  {text}" for name, text in lines.items())
-
-
-def _activations(run: Run, batch: Batch | Features, micro: int) -> int:
-    """Bytes that autograd keeps of a pass, measured on one and two samples and extrapolated along a line."""
-
-    def measured(count: int) -> int:
-        part = next(batch.split(count)) if isinstance(batch, Features) else split_batch(batch, count)[0]
-        features = part if isinstance(part, Features) else encode_batch(run.frozen, part, run.recipe.objectives)
-        # The frozen weights are counted on their own, so they must not count as what a pass keeps.
-        holder = nn.ModuleList([run.trainable, run.frozen.unet])
-        return activation_bytes(lambda: run.model(features, run.denoiser, run.recipe.objectives), holder)
-
-    one = measured(1)
-    if micro == 1:
-        return one
-    return math.ceil(one + (micro - 1) * (measured(2) - one))
-
-
-def smoke(recipe: AdapterRecipe) -> None:
-    """Train `smoke_recipe` in a temporary folder; a base that is no local folder is replaced by random weights."""
-    process = PartialState()
-    folder = broadcast_object_list([tempfile.mkdtemp() if process.is_main_process else None])[0]
-    models = None
-    if not Path(builtin.resolve(recipe.model.base)).is_dir():
-        models = random_stable_diffusion(DTYPES[recipe.train.precision], recipe.seed)
-    try:
-        train(smoke_recipe(recipe, folder), resume="none", models=models)
-    finally:
-        if process.is_main_process:
-            shutil.rmtree(folder)
-
-
-def smoke_recipe(recipe: AdapterRecipe, folder: str | Path) -> AdapterRecipe:
+def smoke_recipe(recipe: AdapterRecipe, folder: str | Path, batch_size: int = 2) -> AdapterRecipe:
     """The recipe with a handful of generated samples at half its size, and two steps: does it start, step and save?
 
     Models, adapter, weights of the objectives, optimizer and precision stay the recipe's.
     """
-    resolution = max(64, (recipe.data.resolution or 512) // 2)
     changes: dict[str, dict[str, Any]] = {
         "model": {"encoder": None},
         "adapter": {"start_from": None},
-        "data": {"source": "scenes", "image_root": None, "start": 0, "stop": 4, "workers": 0, "resolution": resolution},
+        "data": {"source": "scenes", "image_root": None, "start": 0, "stop": 2 * batch_size, "workers": 0},
         "captions": {"short_caption": "first_sentence", "filter_captions": False},
         "features": {"folder": None},
         # Half of a few draws: so that both kinds of captions have their turn.
         "objectives": {"short_share": 0.5 if recipe.objectives.reads_short else 0.0},
-        "train": {"steps": 2, "batch_size": 2, "micro_batch_size": 1},
+        "train": {"steps": 2, "batch_size": batch_size, "micro_batch_size": 1},
         "samples": {"prompts": recipe.samples.prompts[:1], "steps": 2},
         "output": {"folder": str(folder), "log_every": 1, "keep_last": 1, "trackers": []},
     }
-    sections = {name: getattr(recipe, name).model_copy(update=update) for name, update in changes.items()}
-    return recipe.model_copy(update=sections)
+    changes["data"]["resolution"] = max(64, (recipe.data.resolution or 512) // 2)
+    return changed(recipe, changes)
 
 
 def random_stable_diffusion(dtype: torch.dtype = torch.float32, seed: int = 0) -> FrozenModels:

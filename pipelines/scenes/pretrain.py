@@ -18,50 +18,39 @@ Shapes: B samples, T tokens, D width, E embedding, O described objects of a batc
 
 import copy
 import itertools
-import logging
 import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Any, Self, cast
 
 import open_clip
 import torch
 import torch.nn.functional as F
 import typer
-from accelerate import Accelerator
+from accelerate import PartialState
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTextModel, CLIPTokenizer
 
+from fixclip_cli.app import Commands
+from fixclip_cli.train import DryRun, Overrides, RecipeArgument, Resume, Smoke, run, training_errors
 from fixclip_core import scenes
 from fixclip_core.evaluation.retrieval import retrieval_metrics
 from fixclip_core.files import write_atomically
-from fixclip_core.training.checkpoint import check_folder
 from fixclip_core.training.encoder.losses.contrastive import contrastive_loss
-from fixclip_core.training.loop import (
-    MetricsLog,
-    TrainState,
-    make_accelerator,
-    make_ema,
-    make_optimizer,
-    make_schedule,
-    parameter_groups,
-    start,
-    take_steps,
-)
+from fixclip_core.training.memory import activation_bytes
+from fixclip_core.training.metrics import MetricsLog
+from fixclip_core.training.optim import check_finite
 from fixclip_core.training.recipe import OptimSection, OutputSection, RunSection, Section, load_recipe
+from fixclip_core.training.trainer import Trainer, changed
 from fixclip_diffusion import tiny
 from fixclip_diffusion.adapter_training.objectives import HIGH_NOISE_FROM, noise_target
-
-logger = logging.getLogger(__name__)
 
 CONTEXT_LENGTH = 77
 MAX_LOG_SCALE = math.log(100.0)
@@ -152,18 +141,18 @@ def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
     return tokenizer(list(texts), **options).input_ids
 
 
-def draw_scenes(seed: int, step: int, rank: int, number: int, objects: tuple[int, int]) -> list[scenes.Scene]:
+def sample_scenes(seed: int, step: int, rank: int, number: int, objects: tuple[int, int]) -> list[scenes.Scene]:
     return [scenes.sample_scene(f"pretraining/{seed}/{step}/{rank}/{i}", num_objects=objects) for i in range(number)]
 
 
-def pictures(drawn: Sequence[scenes.Scene]) -> Tensor:
+def pictures(sampled: Sequence[scenes.Scene]) -> Tensor:
     """(B, 3, H, W) from -1 to 1."""
-    return scenes.render_batch(drawn).float() / 127.5 - 1
+    return scenes.render_batch(sampled).float() / 127.5 - 1
 
 
-def share_right(image_BCHW: Tensor, drawn: Sequence[scenes.Scene]) -> dict[str, float]:
+def share_right(image_BCHW: Tensor, sampled: Sequence[scenes.Scene]) -> dict[str, float]:
     """Shares of all objects that are right, and whose colour is, in pictures from 0 to 1."""
-    objects = [item for check in scenes.check_batch(image_BCHW, drawn) for item in check.objects]
+    objects = [item for check in scenes.check_batch(image_BCHW, sampled) for item in check.objects]
     return {name: sum(getattr(o, name) for o in objects) / len(objects) for name in ("right", "colour_right")}
 
 
@@ -215,20 +204,20 @@ class Clip(nn.Module):
 
     def batch(self, seed: int, step: int, rank: int, number: int) -> ClipBatch:
         """Scenes with one caption each: long and cut at 77 tokens, or short."""
-        drawn = draw_scenes(seed, step, rank, number, (1, len(scenes.PLACES)))
+        sampled = sample_scenes(seed, step, rank, number, (1, len(scenes.PLACES)))
         captions = []
-        for i, scene in enumerate(drawn):
+        for i, scene in enumerate(sampled):
             key = f"{seed}/{step}/{rank}/{i}"
             if i % 2:
                 captions.append(scenes.long_caption(scene, key, split="all"))
             else:
                 captions.append(scenes.short_caption(scene, key, max_objects=1 + i // 2 % 4, split="all"))
-        return self.described(drawn, captions)
+        return self.described(sampled, captions)
 
-    def described(self, drawn: Sequence[scenes.Scene], captions: Sequence[scenes.Caption]) -> ClipBatch:
+    def described(self, sampled: Sequence[scenes.Scene], captions: Sequence[scenes.Caption]) -> ClipBatch:
         encoded = self.tokenizer([c.text for c in captions], return_offsets_mapping=True)
         rows: list[tuple[int, int, dict[str, int]]] = []
-        for i, (scene, caption) in enumerate(zip(drawn, captions, strict=True)):
+        for i, (scene, caption) in enumerate(zip(sampled, captions, strict=True)):
             offsets = encoded["offset_mapping"][i][1:-1]
             objects = {item.place: item for item in scene.objects}
             for span, (_, last) in zip(caption.spans, scenes.token_ranges(caption, offsets), strict=True):
@@ -236,7 +225,7 @@ class Clip(nn.Module):
                     item = objects[span.place]
                     rows.append((i, last, {kind: names.index(getattr(item, kind)) for kind, names in KINDS.items()}))
         return ClipBatch(
-            pictures(drawn),
+            pictures(sampled),
             tokenize(self.tokenizer, [c.text for c in captions]),
             torch.tensor([i for i, _, _ in rows]),
             torch.tensor([last for _, last, _ in rows]),
@@ -265,11 +254,11 @@ class Clip(nn.Module):
     @torch.no_grad()
     def evaluate(self, number: int) -> dict[str, float]:
         """Retrieval by short captions, and how often all four properties are read off a sentence of a long one."""
-        drawn = draw_scenes(0, -1, 0, number, (1, len(scenes.PLACES)))
-        batch = self.described(drawn, [scenes.short_caption(s, i, split="all") for i, s in enumerate(drawn)])
+        sampled = sample_scenes(0, -1, 0, number, (1, len(scenes.PLACES)))
+        batch = self.described(sampled, [scenes.short_caption(s, i, split="all") for i, s in enumerate(sampled)])
         image_BE, text_BE, _ = self.features(batch)
         recalls = retrieval_metrics(image_BE.float(), text_BE.float(), torch.arange(number))
-        batch = self.described(drawn, [scenes.long_caption(s, i, split="all") for i, s in enumerate(drawn)])
+        batch = self.described(sampled, [scenes.long_caption(s, i, split="all") for i, s in enumerate(sampled)])
         read_OD = self.features(batch)[2][batch.sample_O, batch.token_O]
         right = [self.heads[kind](read_OD).argmax(1) == batch.labels[kind] for kind in KINDS]
         bound = torch.stack(right).all(0).float().mean()
@@ -333,7 +322,7 @@ class Vae(nn.Module):
         )
 
     def batch(self, seed: int, step: int, rank: int, number: int) -> Tensor:
-        return pictures(draw_scenes(seed, step, rank, number, (5, len(scenes.PLACES))))
+        return pictures(sample_scenes(seed, step, rank, number, (5, len(scenes.PLACES))))
 
     def forward(self, image_BCHW: Tensor) -> dict[str, Tensor]:
         posterior = self.vae.encode(image_BCHW).latent_dist
@@ -344,26 +333,26 @@ class Vae(nn.Module):
     @torch.no_grad()
     def evaluate(self, number: int) -> dict[str, float]:
         """Share of objects that survive encoding and decoding, out of nine in each picture."""
-        drawn = draw_scenes(0, -1, 0, number, (9, 9))
-        image = pictures(drawn)
+        sampled = sample_scenes(0, -1, 0, number, (9, 9))
+        image = pictures(sampled)
         back = [self.vae.decode(self.vae.encode(part).latent_dist.mode()).sample for part in image.split(32)]
         decoded = torch.cat(back).float()
-        right = share_right((decoded / 2 + 0.5).clamp(0, 1), drawn)["right"]
+        right = share_right((decoded / 2 + 0.5).clamp(0, 1), sampled)["right"]
         return {"objects_right": right, "root_mean_square": float(F.mse_loss(decoded, image).sqrt())}
 
     def save(self, folder: Path) -> None:
-        save_evened(self.vae, folder)
+        save_whitened(self.vae, folder)
 
 
 @torch.no_grad()
-def save_evened(vae: AutoencoderKL, folder: Path) -> None:
-    image = pictures(draw_scenes(0, -2, 0, 512, (1, 9)))
-    even_out(vae, [vae.encode(part).latent_dist for part in image.split(32)])
+def save_whitened(vae: AutoencoderKL, folder: Path) -> None:
+    image = pictures(sample_scenes(0, -2, 0, 512, (1, 9)))
+    whiten(vae, [vae.encode(part).latent_dist for part in image.split(32)])
     vae.save_pretrained(folder)
 
 
 @torch.no_grad()
-def even_out(vae: AutoencoderKL, posteriors: Sequence[Any], floor: float = 0.05) -> None:
+def whiten(vae: AutoencoderKL, posteriors: Sequence[Any], floor: float = 0.05) -> None:
     """Give the latents' principal directions nearly equal variance; what is decoded stays the same.
 
     Without it four fifths of the latents' variance is brightness, and a UNet learns colours and shapes late: its
@@ -411,7 +400,7 @@ class Robust(nn.Module):
         self.vae = AutoencoderKL.from_pretrained(recipe.vae)
 
     def batch(self, seed: int, step: int, rank: int, number: int) -> Tensor:
-        return pictures(draw_scenes(seed, step, rank, number, (1, len(scenes.PLACES))))
+        return pictures(sample_scenes(seed, step, rank, number, (1, len(scenes.PLACES))))
 
     def decode_noisy(self, image_BCHW: Tensor, std_B: Tensor) -> Tensor:
         """The picture (B, C, H, W) after noise of the latents' own covariance times `std_B` squared.
@@ -432,17 +421,17 @@ class Robust(nn.Module):
     @torch.no_grad()
     def evaluate(self, number: int) -> dict[str, float]:
         """Share of nine objects that survive encoding, noise and decoding."""
-        drawn = draw_scenes(0, -1, 0, number, (9, 9))
+        sampled = sample_scenes(0, -1, 0, number, (9, 9))
         found = {}
         for std in (0.0, 0.3, 0.6, 1.0):
             torch.manual_seed(0)
-            parts = pictures(drawn).split(32)
+            parts = pictures(sampled).split(32)
             decoded = torch.cat([self.decode_noisy(part, torch.full((len(part),), std)) for part in parts])
-            found[f"objects_right_at_{std}"] = share_right((decoded / 2 + 0.5).clamp(0, 1), drawn)["right"]
+            found[f"objects_right_at_{std}"] = share_right((decoded / 2 + 0.5).clamp(0, 1), sampled)["right"]
         return found
 
     def save(self, folder: Path) -> None:
-        save_evened(self.vae, folder)
+        save_whitened(self.vae, folder)
 
 
 # -- stage unet ----------------------------------------------------------------------------------------------
@@ -498,12 +487,12 @@ class Unet(nn.Module):
         limits = (self.recipe.max_objects_short, self.recipe.max_objects_long)
         return scenes.sample_scene(f"latents/{index}", num_objects=(1, limits[index % 2]))
 
-    def prepare(self, folder: Path) -> None:
+    def make_latents(self, folder: Path) -> None:
         """Latents of all scenes, (N, C, H, W) in fp16, made once."""
         file = folder / "latents.safetensors"
         if not file.exists():
-            drawn = [self.scene(i) for i in range(self.recipe.latents)]
-            parts = [drawn[i : i + 64] for i in range(0, len(drawn), 64)]
+            sampled = [self.scene(i) for i in range(self.recipe.latents)]
+            parts = [sampled[i : i + 64] for i in range(0, len(sampled), 64)]
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
                 encoded = [self.encode(pictures(part)).half() for part in tqdm(parts, "latents")]
             folder.mkdir(parents=True, exist_ok=True)
@@ -562,9 +551,9 @@ class Unet(nn.Module):
 
     @torch.no_grad()
     def evaluate(self, number: int) -> dict[str, float]:
-        """Objects drawn as asked, of held-out scenes described by short captions; guidance 2, 20 steps."""
-        drawn = draw_scenes(0, -1, 0, number, (1, self.recipe.max_objects_short))
-        prompts = [scenes.short_caption(s, i, max_objects=9, split="all").text for i, s in enumerate(drawn)]
+        """Objects right, of held-out scenes described by short captions; guidance 2, 20 steps."""
+        sampled = sample_scenes(0, -1, 0, number, (1, self.recipe.max_objects_short))
+        prompts = [scenes.short_caption(s, i, max_objects=9, split="all").text for i, s in enumerate(sampled)]
         pipe = self.pipeline()
         pipe.set_progress_bar_config(disable=True)
         made = []
@@ -572,35 +561,13 @@ class Unet(nn.Module):
             noise = torch.Generator().manual_seed(start_at)
             options = {"guidance_scale": 2.0, "num_inference_steps": 20, "generator": noise, "output_type": "pt"}
             made.append(pipe(prompts[start_at : start_at + 32], **options).images.float())
-        return {f"objects_{name}": share for name, share in share_right(torch.cat(made), drawn).items()}
+        return {f"objects_{name}": share for name, share in share_right(torch.cat(made), sampled).items()}
 
     def save(self, folder: Path) -> None:
         self.pipeline().save_pretrained(folder)
 
 
-# -- the loop ------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Run:
-    recipe: Any
-    accelerator: Accelerator
-    stage: Any
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    schedule: LambdaLR
-    ema: AveragedModel | None
-    state: TrainState
-    total_steps: int
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.recipe.output.folder)
-
-    @property
-    def best_weights(self) -> Any:
-        return self.stage if self.ema is None else self.ema.module
-
+# -- the trainer ---------------------------------------------------------------------------------------------
 
 STAGES: dict[str, tuple[type[StageRecipe], Callable[[Any], nn.Module]]] = {
     "clip": (ClipRecipe, Clip),
@@ -610,90 +577,116 @@ STAGES: dict[str, tuple[type[StageRecipe], Callable[[Any], nn.Module]]] = {
 }
 
 
-def train(stage_name: str, recipe: Any, resume: str = "auto") -> Path:
-    """Train a stage and return its folder, in the standard layout.
+class StageTrainer(Trainer):
+    """Trains a stage; `module` is it. What comes out is a folder in the standard layout of its library."""
 
-    Raises:
-        ValueError: an unknown stage, no number of steps, or see `loop.start`.
-        FloatingPointError: too many steps in a row without a finite gradient.
-    """
-    if recipe.train.steps is None:
-        raise ValueError("train.steps: missing; scenes have no end, so an epoch has none")
-    accelerator = make_accelerator(recipe.train, recipe.output)
-    if accelerator.is_main_process:
-        check_folder(Path(recipe.output.folder), 0)
-    torch.manual_seed(recipe.seed)
-    stage = STAGES[stage_name][1](recipe)
-    with accelerator.main_process_first():
-        if hasattr(stage, "prepare"):
-            stage.prepare(Path(recipe.output.folder))
-    groups = parameter_groups(stage, lambda name: False, lambda name, p: p.ndim < 2, recipe.optim)
-    model, optimizer = accelerator.prepare(stage, make_optimizer(groups, recipe.optim))
-    state, schedule = TrainState(), make_schedule(optimizer, recipe.optim, recipe.train.steps)
-    accelerator.register_for_checkpointing(state, schedule)
-    ema = make_ema(accelerator, model, recipe.train.ema_decay)
-    stage = accelerator.unwrap_model(model)
-    run = Run(recipe, accelerator, stage, model, optimizer, schedule, ema, state, recipe.train.steps)
-    start(run, resume)
-    fit(run)
-    if accelerator.is_main_process:
-        save(run.best_weights, run.folder / "model")
-    accelerator.end_training()
-    return run.folder / "model"
+    recipe: StageRecipe
 
+    def __init__(self, recipe: StageRecipe):
+        if recipe.train.steps is None:
+            raise ValueError("train.steps: missing; scenes have no end, so an epoch has none")
+        super().__init__(recipe)
 
-def save(stage: Any, folder: Path) -> None:
-    """Write the stage's folder so that it appears whole."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    copy.deepcopy(stage).save(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    def build_model(self) -> nn.Module:
+        stage = next(stage for schema, stage in STAGES.values() if schema is type(self.recipe))
+        return stage(self.recipe)
 
+    def build_data(self) -> None:
+        """Scenes are made as they are needed; the latents of some are made here, once."""
+        if hasattr(self.module, "make_latents"):
+            with self.accelerator.main_process_first():
+                self.module.make_latents(self.folder)
 
-def fit(run: Run) -> None:
-    """Take the steps that are left."""
-    recipe, accelerator, state = run.recipe, run.accelerator, run.state
-    rank, local = accelerator.process_index, recipe.train.batch_size // accelerator.num_processes
+    def count_steps(self) -> int:
+        assert self.recipe.train.steps is not None
+        return self.recipe.train.steps
 
-    def forward_backward(step: int) -> dict[str, Tensor]:
-        losses = run.model(run.stage.batch(recipe.seed, step, rank, local))
-        accelerator.backward(losses["loss"])
+    def inputs(self) -> range:
+        return range(self.state.step, self.total_steps)
+
+    def forward_backward(self, item: int) -> dict[str, Tensor]:
+        batch = self.module.batch(self.recipe.seed, item, self.accelerator.process_index, self.batch_size)
+        losses = self.model(batch)
+        self.accelerator.backward(losses["loss"])
         return {name: loss.detach() for name, loss in losses.items()}
 
-    def evaluate(log: MetricsLog) -> None:
-        best = run.best_weights.eval()
-        with accelerator.autocast():
-            values = best.evaluate(recipe.eval_scenes)
-        run.model.train()
-        log.write(state.step, values)
-        tqdm.write(f"step {state.step}: " + ", ".join(f"{name} {value:.3f}" for name, value in values.items()))
+    @property
+    def evaluate_every(self) -> int | None:
+        return self.recipe.eval_every
 
-    take_steps(
-        run,
-        range(state.step, run.total_steps),
-        forward_backward,
-        evaluate=evaluate if accelerator.is_main_process else None,
-        evaluate_every=recipe.eval_every,
-    )
+    def evaluate(self, log: MetricsLog) -> None:
+        """What the stage measures on held-out scenes; the main process alone, as there are few."""
+        if not self.accelerator.is_main_process:
+            return
+        averaged = self.ema_module.eval()
+        with self.accelerator.autocast():
+            values = averaged.evaluate(self.recipe.eval_scenes)
+        self.model.train()
+        log.write(self.state.step, values)
+        tqdm.write(f"step {self.state.step}: " + ", ".join(f"{name} {value:.3f}" for name, value in values.items()))
+
+    def save(self) -> Path:
+        """Write the stage's folder so that it appears whole."""
+        check_finite(self.model)
+        folder = self.folder / "model"
+        if self.accelerator.is_main_process:
+            partial = folder.with_name(f".{folder.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            copy.deepcopy(self.ema_module).save(partial)
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+        self.accelerator.wait_for_everyone()
+        return folder
+
+    def describe(self) -> dict[str, str]:
+        weights = sum(p.numel() for p in self.module.parameters() if p.requires_grad)
+        return {
+            "stage": type(self.module).__name__.lower(),
+            "trained": f"{weights / 1e6:.2f}M parameters",
+            "data": f"new scenes at every step; {self.recipe.eval_scenes} others for evaluation",
+        }
+
+    def memory(self) -> dict[str, int]:
+        weights = sum(p.numel() * p.element_size() for p in self.module.parameters())
+        module, accelerator = self.module, self.accelerator
+        pass_ = activation_bytes(lambda: module(module.batch(0, 0, accelerator.process_index, self.batch_size)), module)
+        return {
+            "weights, gradients and AdamW": weights * (5 if self.ema is not None else 4),
+            "activations": pass_,
+        }
+
+    @classmethod
+    def smoke_trainer(cls, recipe: StageRecipe, folder: str) -> Self:
+        """The same model with two steps of a few scenes."""
+        changes: dict[str, dict[str, Any]] = {
+            "train": {"steps": 2, "batch_size": 4 * PartialState().num_processes},
+            "output": {"folder": folder, "log_every": 1, "keep_last": 1, "trackers": []},
+        }
+        few = {"eval_scenes": 4, "latents": 8, "noise_draws": 2}
+        return cls(changed(recipe, changes).model_copy(update={k: v for k, v in few.items() if hasattr(recipe, k)}))
 
 
-def main(
-    stage: Annotated[str, typer.Argument(help="clip, vae, robust or unet")],
-    recipe: Annotated[Path, typer.Argument(help="YAML recipe, e.g. pipelines/scenes/clip.yaml")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="any field: optim.lr=1e-3")] = None,
-    resume: Annotated[str, typer.Option(help="auto, none, or a checkpoint's folder")] = "auto",
-) -> None:
-    """Pre-train one part of the scenes miniature's base."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    try:
-        if stage not in STAGES:
-            raise ValueError(f"stage {stage!r}: valid are {', '.join(STAGES)}")
-        folder = train(stage, load_recipe(STAGES[stage][0], recipe, overrides or []), resume)
-        typer.echo(f"Done: {folder}")
-    except (ValueError, FloatingPointError) as error:
-        raise SystemExit(f"Error: {error}") from None
+app = typer.Typer(cls=Commands, pretty_exceptions_enable=False, help="Pre-train a part of the miniature's base.")
+
+
+def command(schema: type[StageRecipe]) -> Callable[..., None]:
+    def pretrain(
+        recipe: RecipeArgument,
+        overrides: Overrides = None,
+        resume: Resume = "auto",
+        dry_run: DryRun = False,
+        smoke: Smoke = False,
+    ) -> None:
+        with training_errors():
+            chosen = load_recipe(schema, recipe, overrides or [])
+            run(StageTrainer, chosen, resume=resume, dry_run=dry_run, smoke=smoke)
+
+    return pretrain
+
+
+for _name, (_schema, _stage) in STAGES.items():
+    app.command(_name, help=f"Train the stage {_name}.")(command(_schema))
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -23,7 +23,7 @@ from fixclip_core.training.encoder.losses.gradcache import add_losses, cached_ba
 from fixclip_core.training.encoder.losses.hierarchical import hierarchical_losses
 from fixclip_core.training.encoder.losses.pca import pca_reconstruction
 from fixclip_core.training.encoder.losses.state_alignment import StateAlignment
-from fixclip_core.training.recipe import TrainSection
+from fixclip_core.training.encoder.recipe import TrainSection
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,164 @@
+"""`fixclip train`: every training by a recipe, with the same options and the same errors.
+
+    fixclip train encoder RECIPE [section.key=value ...]
+    accelerate launch train_encoder.py RECIPE [section.key=value ...]      the same for several GPUs
+
+RECIPE is a YAML file or the name of one in the package, such as `builtin:own_data`; `fixclip train --list` shows them.
+"""
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fixclip_cli.app import Commands, app, errors_exit_with
+
+if TYPE_CHECKING:
+    from fixclip_core.training.recipe import Section
+    from fixclip_core.training.trainer import Trainer
+
+RecipeArgument = Annotated[str, typer.Argument(help="YAML file, or a builtin:NAME of `fixclip train --list`.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Any field of the recipe: optim.lr=1e-5 train.steps=100")]
+Resume = Annotated[str, typer.Option(help="auto, none, or a checkpoint's folder.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, stop.")]
+Smoke = Annotated[bool, typer.Option("--smoke", help="Two steps on generated data in a temporary folder.")]
+Diff = Annotated[bool, typer.Option("--recipe-diff", help="Print what differs from the recipe of reference, stop.")]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A training of the package: `module:class` of its recipe and trainer, and the recipe that others are held to."""
+
+    schema: str
+    trainer: str
+    reference: str
+    help: str
+
+
+KINDS = {
+    "encoder": Kind(
+        "fixclip_core.training.encoder.recipe:EncoderRecipe",
+        "fixclip_core.training.encoder.trainer:EncoderTrainer",
+        "builtin:vit_b16_sharegpt4v",
+        "Train a FIX-CLIP encoder as a recipe says.",
+    ),
+    "adapter": Kind(
+        "fixclip_diffusion.adapter_training.recipe:AdapterRecipe",
+        "fixclip_diffusion.adapter_training.trainer:AdapterTrainer",
+        "builtin:vit_l14_stable_diffusion",
+        "Train an adapter on the text states, and a LoRA on demand, as a recipe says.",
+    ),
+}
+
+train_app = typer.Typer(cls=Commands, help="Train an encoder or an adapter as a recipe says.")
+app.add_typer(train_app, name="train")
+
+
+@train_app.callback(invoke_without_command=True)
+def train(
+    context: typer.Context,
+    listed: Annotated[bool, typer.Option("--list", help="Show the recipes in the package.")] = False,
+) -> None:
+    """Train an encoder or an adapter as a recipe says."""
+    if listed and context.invoked_subcommand is None:
+        from fixclip_core.training.recipe import builtin_recipes
+
+        for name, kind in KINDS.items():
+            for recipe, path in builtin_recipes(imported(kind.schema)).items():
+                about = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+                typer.echo(f"{name:8} {recipe:32} {about}")
+
+
+def command(kind: Kind) -> Callable[..., None]:
+    """The command of one kind; all of them have the same options."""
+
+    def train(
+        recipe: RecipeArgument,
+        overrides: Overrides = None,
+        resume: Resume = "auto",
+        dry_run: DryRun = False,
+        smoke: Smoke = False,
+        diff: Diff = False,
+    ) -> None:
+        with training_errors():
+            from fixclip_core.training.recipe import load_recipe, recipe_diff
+
+            schema = imported(kind.schema)
+            chosen = load_recipe(schema, recipe, overrides or [])
+            if diff:
+                for key, value, reference in recipe_diff(chosen, load_recipe(schema, kind.reference)):
+                    echo(f"{key}: {value!r} ({kind.reference}: {reference!r})")
+            else:
+                run(imported(kind.trainer), chosen, resume=resume, dry_run=dry_run, smoke=smoke)
+
+    train.__doc__ = kind.help
+    return train
+
+
+for _name, _kind in KINDS.items():
+    train_app.command(_name)(command(_kind))
+
+
+def imported(name: str) -> Any:
+    module, attribute = name.split(":")
+    return getattr(import_module(module), attribute)
+
+
+def run(trainer: "type[Trainer]", recipe: "Section", *, resume: str, dry_run: bool, smoke: bool) -> None:
+    """Train, or plan, or train two steps; the main process says what came of it.
+
+    Raises:
+        ValueError, FloatingPointError, OSError: see `Trainer.train`.
+    """
+    from fixclip_core.training import trainer as training
+
+    if dry_run and smoke:
+        raise ValueError("--dry-run trains nothing and --smoke trains two steps; give one of the two")
+    if dry_run:
+        echo(trainer(recipe).prepare().plan())
+    elif smoke:
+        training.smoke(trainer, recipe)
+        echo("Smoke test passed: two steps on generated data, a checkpoint, and the files that come out.")
+    else:
+        echo(f"Done: {trainer(recipe).train(resume)}")
+
+
+@contextmanager
+def training_errors() -> Iterator[None]:
+    """End with exit code 1 after an error, or 130 after Ctrl-C; the main process logs and prints for all.
+
+    Another process prints its error if it is alive 5 seconds later: where all of them failed alike, the launcher has
+    ended it by then.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    logging.basicConfig(level=logging.ERROR if rank else logging.WARNING, format="%(levelname)s %(message)s")
+    for package in ("fixclip_core", "fixclip_diffusion"):
+        logging.getLogger(package).setLevel(logging.ERROR if rank else logging.INFO)
+    try:
+        with errors_exit_with(1):
+            yield
+    except (ValueError, OSError, FloatingPointError) as error:
+        if rank:
+            time.sleep(5)
+            error.args = (f"process {rank}: {error}",)
+        raise
+    except KeyboardInterrupt as error:
+        raise typer.Abort(str(error) or "interrupted before the first step") from None
+
+
+def echo(text: str) -> None:
+    """Print it from one process only."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        typer.echo(text)
+
+
+def launch(kind: str) -> None:
+    """What the launchers `train_encoder.py` and `train_adapter.py` call."""
+    app(["train", kind, *sys.argv[1:]])

@@ -1,0 +1,98 @@
+"""The recipe of the encoder's training: what `load_recipe` checks an encoder.yaml against."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from fixclip_core.data.config import CaptionsSection, DataSection, SourceSection
+from fixclip_core.model.config import HiddenState, HierarchyBranch, Masking, PromptFlow, ShortBranch
+from fixclip_core.model.positional import PositionStart
+from fixclip_core.section import Section
+from fixclip_core.training.recipe import OptimSection, OutputSection, RunSection
+
+
+class ModelSection(Section):
+    """The base CLIP and FIX-CLIP's modules; see `FixClipConfig` for what each does."""
+
+    name: str = Field(min_length=1, description="open_clip's model name, hf-hub:..., or weights on disk")
+    pretrained: str | None = Field(default=None, description="open_clip's tag or a weights file; null: random weights")
+    cache_dir: str | None = None
+    keep: int = Field(default=20, ge=0)
+    ratio: int = Field(default=4, ge=1)
+    positions: PositionStart = Field(default="stretched", description="what the text positions start as")
+    num_prompts: int = Field(default=4, ge=0, description="regional prompts a layer; 0: off")
+    prompt_flow: PromptFlow = "carry"
+    short_branch: ShortBranch = Field(default="masked", description="what the short caption meets")
+    masking: Masking = "replace"
+    mask_ratio: float = Field(default=0.75, gt=0, lt=1)
+    pca_rank: int = Field(default=32, ge=1, description="of the pca short branch")
+    num_groups: int = Field(default=4, ge=0, description="layer groups of the hierarchical alignment; 0: off")
+    first_group: int = Field(default=3, ge=1, description="first group whose features are aligned")
+    hierarchy_branch: HierarchyBranch = "long"
+
+
+class TrainSection(RunSection):
+    """`RunSection` and what belongs to the contrastive step."""
+
+    micro_batch_size: int | None = Field(
+        default=None, ge=1, description="samples a pass in each process; below the batch: exact GradCache"
+    )
+    loss_chunk_size: int | None = Field(default=None, ge=1, description="rows of the loss computed at a time")
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    weight_long: float = Field(default=1.0, ge=0)
+    weight_short: float = Field(default=1.0, ge=0)
+    weight_mid: list[float] = Field(
+        default_factory=lambda: [1.0], min_length=1, description="one for all groups K..G, or one each"
+    )
+    weight_states: float = Field(
+        default=0.0, ge=0, description="of the hidden states' distance to the base's windows; 0: off"
+    )
+    align_state: HiddenState = Field(
+        default="last", description="the hidden states that are aligned; SDXL: penultimate"
+    )
+
+
+class EvalSection(SourceSection):
+    """Retrieval on held-out pairs during training; the mean of both R@1 chooses the best model."""
+
+    source: str | None = Field(  # type: ignore[assignment]
+        default=None, min_length=1, description="as data.source; null: no evaluation"
+    )
+    every: int = Field(default=1000, ge=1, description="steps between two evaluations; the last step always has one")
+    batch_size: int = Field(default=64, ge=1, description="samples a pass in each process")
+
+
+class EncoderRecipe(Section):
+    """Everything that `train_encoder.py` needs to know.
+
+    `method` longclip or finetune turns this recipe into that baseline: it switches off FIX-CLIP's modules
+    whatever the model section says, and leaves all else as it is.
+    """
+
+    method: Literal["fixclip", "longclip", "finetune"] = "fixclip"
+    seed: int = Field(default=0, ge=0)
+    model: ModelSection
+    data: DataSection
+    captions: CaptionsSection = CaptionsSection()
+    optim: OptimSection = OptimSection()
+    train: TrainSection = TrainSection()
+    eval: EvalSection = EvalSection()
+    output: OutputSection = OutputSection()
+
+    @model_validator(mode="after")
+    def _check(self) -> "EncoderRecipe":
+        train, model = self.train, self.model
+        aligned = model.num_groups - model.first_group + 1
+        if self.method == "fixclip" and model.num_groups and aligned < 1:
+            raise ValueError(f"model.first_group={model.first_group}: it must lie between 1 and {model.num_groups}")
+        if self.method == "fixclip" and model.num_groups and len(train.weight_mid) not in (1, aligned):
+            raise ValueError(
+                f"train.weight_mid={train.weight_mid}: give 1 weight, or {aligned} for groups "
+                f"{model.first_group}..{model.num_groups}"
+            )
+        if train.micro_batch_size and train.micro_batch_size > train.batch_size:
+            raise ValueError(
+                f"train.micro_batch_size={train.micro_batch_size}: it must be at most "
+                f"train.batch_size={train.batch_size}"
+            )
+        return self

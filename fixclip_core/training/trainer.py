@@ -1,0 +1,513 @@
+"""One trainer for everything that is trained here: it owns the order, and a training fills in the parts.
+
+    train = prepare -> start or resume -> steps -> save
+    step  = seed -> forward and backward -> clip, optimise, average -> log -> evaluate -> checkpoint
+
+A subclass overrides what differs: `build_model`, `build_data`, `forward_backward`, `evaluate`, `save`, and `describe`,
+`memory` and `smoke_trainer` for `--dry-run` and `--smoke`. `encoder/trainer.py` is an example.
+
+What is trained on at step s is a function of (recipe, s) alone, so a resumed run repeats an uninterrupted one.
+"""
+
+import logging
+import math
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedDataParallelKwargs, LoggerType, broadcast_object_list
+from pydantic import BaseModel
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
+from tqdm import tqdm
+
+from fixclip_core.data.samples import describe_skipped
+from fixclip_core.files import lock_folder
+from fixclip_core.training.checkpoint import (
+    check_folder,
+    find_resume,
+    list_checkpoints,
+    load_checkpoint,
+    remove_unfinished,
+    save_checkpoint,
+    training_state_bytes,
+)
+from fixclip_core.training.memory import device_memory
+from fixclip_core.training.metrics import MetricsLog
+from fixclip_core.training.optim import (
+    check_finite,
+    hyperparameters,
+    make_ema,
+    make_optimizer,
+    make_schedule,
+    optimizer_step,
+    parameter_groups,
+    set_hyperparameters,
+)
+from fixclip_core.training.recipe import (
+    OutputSection,
+    RunSection,
+    flatten,
+    load_recipe,
+    recipe_diff,
+    recipe_yaml,
+)
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
+
+logger = logging.getLogger(__name__)
+
+RECIPE = "recipe.yaml"
+CHECKPOINTS = "checkpoints"
+GIB = 2**30
+T = TypeVar("T")
+
+
+@dataclass
+class TrainState:
+    """Where a run stands; saved with each checkpoint and equal in all processes.
+
+    Attributes:
+        step: optimiser steps taken, skipped ones included.
+        skipped: steps skipped because their gradient was not finite.
+        skipped_in_a_row: how many of those came last.
+        best: the best evaluation so far.
+    """
+
+    step: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    best: float = -math.inf
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+class Trainer:
+    """The order of a training; see the top of the file.
+
+    Args:
+        recipe: what to do; it has the fields `seed`, `optim`, `train` and `output`.
+
+    Attributes:
+        accelerator: Accelerate's, for this process.
+        model: what is trained, prepared by the accelerator (wrapped for several processes).
+        module: the same without the wrapper.
+        optimizer, schedule, ema: of the model; `ema` is None where the recipe does not average.
+        loader: what `build_data` made.
+        state: where the run stands.
+        batch_size: samples a step of this process.
+        total_steps: of the whole run.
+
+    Raises:
+        ValueError: a tracker is not installed, or the batch does not divide among the processes.
+    """
+
+    recipe: Any
+    module: Any
+    loader: Any
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: LambdaLR
+    ema: AveragedModel | None
+    total_steps: int
+
+    def __init__(self, recipe: Any):
+        self.recipe = recipe
+        self.folder = Path(recipe.output.folder)
+        self.accelerator = make_accelerator(recipe.train, recipe.output)
+        self.state = TrainState()
+        self.batch_size, rest = divmod(recipe.train.batch_size, self.accelerator.num_processes)
+        if rest:
+            raise ValueError(
+                f"train.batch_size={recipe.train.batch_size}: it must be a multiple of the number of processes, "
+                f"{self.accelerator.num_processes}"
+            )
+
+    # -- the order -------------------------------------------------------------------------------------------
+
+    def train(self, resume: str = "auto") -> Path:
+        """Train as the recipe says and return the folder of what was trained.
+
+        Args:
+            resume: "auto" goes on from the newest whole checkpoint in the output folder, if any; "none" starts
+                over; a path goes on from there.
+
+        Raises:
+            ValueError: the recipe, data, weights, folder or checkpoint cannot be used.
+            FloatingPointError: too many steps in a row without a finite gradient.
+            OSError: the disk is full or gone.
+        """
+        with self._folder_locked():
+            self.prepare()
+            self.start(resume)
+            self.fit()
+            with self._saying_what_is_whole():
+                result = self.save()
+            self.accelerator.end_training()
+        return result
+
+    def prepare(self) -> Self:
+        """Build model, data, optimizer and schedule, and check folder and disk before the first step.
+
+        Raises:
+            ValueError: see `train`.
+        """
+        recipe, accelerator = self.recipe, self.accelerator
+        self._on_main(lambda: check_folder(self.folder, 0))
+        torch.manual_seed(recipe.seed)
+        with accelerator.local_main_process_first():  # the others find its download
+            self.module = self.build_model()
+        self.loader = self.build_data()
+        self._on_main(lambda: check_folder(self.folder, self.needed_disk()))
+        if accelerator.state.deepspeed_plugin is not None:  # it cannot ask a loader that it does not prepare
+            accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = self.batch_size
+        groups = parameter_groups(self.module, self.is_new, self.no_decay, recipe.optim)
+        self.model, self.optimizer = accelerator.prepare(self.module, make_optimizer(groups, recipe.optim))
+        self.module = accelerator.unwrap_model(self.model)
+        self.total_steps = self.count_steps()
+        self.schedule = make_schedule(self.optimizer, recipe.optim, self.total_steps)
+        accelerator.register_for_checkpointing(self.state, self.schedule)
+        self.ema = make_ema(accelerator, self.model, recipe.train.ema_decay)
+        return self
+
+    def start(self, resume: str) -> None:
+        """Load the checkpoint to go on from, if any, and write the recipe beside the results.
+
+        The learning rates, betas and weight decay are the recipe's, whatever they were when the checkpoint was written.
+
+        Raises:
+            ValueError: the checkpoint is damaged or does not fit, or the folder holds another run's newer ones.
+        """
+        checkpoints = self.folder / CHECKPOINTS
+        path = find_resume(self.accelerator, resume, checkpoints)
+        if path is not None:
+            wanted = hyperparameters(self.optimizer)
+            load_checkpoint(self.accelerator, path)
+            set_hyperparameters(self.optimizer, self.schedule, wanted)
+            if self.accelerator.is_main_process:
+                logger.info("Resumed step %d from %s", self.state.step, path)
+        newer = [other.name for step, other in list_checkpoints(checkpoints) if step > self.state.step]
+        if newer and resume != "auto":
+            raise ValueError(
+                f"--resume {resume}: {checkpoints} holds newer checkpoints ({', '.join(newer)}); delete them or "
+                "choose another output.folder"
+            )
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            remove_unfinished(checkpoints)
+            if path is not None and (self.folder / RECIPE).exists():
+                _warn_of_changes(self.recipe, self.folder / RECIPE)
+            (self.folder / RECIPE).write_text(recipe_yaml(self.recipe), encoding="utf-8")
+        self._start_trackers()
+
+    def fit(self) -> None:
+        """Take the steps that are left.
+
+        Raises:
+            FloatingPointError: too many steps in a row without a finite gradient, or weights that are not finite.
+            OSError: the disk is full or gone.
+            KeyboardInterrupt: Ctrl-C; the message says how to go on.
+        """
+        if self._is_too_short() and self.accelerator.is_main_process:
+            logger.warning("The learning rate is still warming up at the end of the run: %s", self._is_too_short())
+        with self._saying_what_is_whole():
+            log = MetricsLog(self.accelerator, self.folder, self.state.step)
+            bar = tqdm(total=self.total_steps, initial=self.state.step, desc="steps", disable=not log.is_main_process)
+            self.model.train()
+            with bar:
+                for item in self.inputs():
+                    self._step(item, log, bar)
+        if skipped := getattr(self.loader, "skipped", None):
+            logger.warning("Samples that could not be used: %s", describe_skipped(skipped.values()))
+
+    def _step(self, item: Any, log: MetricsLog, bar: tqdm) -> None:
+        recipe, accelerator, state = self.recipe, self.accelerator, self.state
+        seed_step(recipe.seed, state.step, accelerator.process_index)
+        losses = self.forward_backward(item)
+        lr = self.optimizer.param_groups[0]["lr"]
+        grad_norm, applied = optimizer_step(accelerator, self.model, self.optimizer, recipe.optim.max_grad_norm)
+        self.schedule.step()
+        if self.ema is not None and applied:
+            self.ema.update_parameters(self.model)
+        count_step(state, applied, recipe.train.max_skipped_steps)
+
+        log.add(losses, recipe.train.batch_size, applied)
+        last = state.step == self.total_steps
+        if last or state.step % recipe.output.log_every == 0:
+            extra = {"grad_norm": grad_norm, "lr": lr, "skipped_steps": state.skipped, **self.figures()}
+            values = log.flush(state.step, extra)
+            shown = [name for name in values if "loss" in name or name in ("samples_per_second", "skipped_steps")]
+            bar.set_postfix({name.removeprefix("loss_"): f"{values[name]:.3g}" for name in shown})
+        if self.evaluate_every is not None and (last or state.step % self.evaluate_every == 0):
+            self.evaluate(log)
+            log.restart_clock()
+        if last or state.step % recipe.output.save_every == 0:
+            check_finite(self.model)
+            save_checkpoint(accelerator, self.folder / CHECKPOINTS, state.step, keep_last=recipe.output.keep_last)
+            log.plot()
+            log.restart_clock()
+        bar.update()
+
+    # -- the parts: a training overrides these ---------------------------------------------------------------
+
+    def build_model(self) -> nn.Module:
+        """What is trained, on the CPU or the accelerator's device, in float32; the generators are seeded."""
+        raise NotImplementedError
+
+    def build_data(self) -> Any:
+        """A `data.Loader`, or None where `inputs` and `count_steps` need none."""
+        raise NotImplementedError
+
+    def forward_backward(self, item: Any) -> dict[str, Tensor]:
+        """The losses of one of `inputs`, detached, with their gradients left in the parameters.
+
+        "loss" is the sum that is minimised; other names are logged beside it.
+        """
+        raise NotImplementedError
+
+    def save(self) -> Path:
+        """Write what was trained; every process calls it. Returns its folder.
+
+        Raises:
+            FloatingPointError: a weight is not finite.
+        """
+        raise NotImplementedError
+
+    def evaluate(self, log: MetricsLog) -> None:
+        """Evaluate every `evaluate_every` steps and after the last, and write the figures into the log."""
+
+    @property
+    def evaluate_every(self) -> int | None:
+        """Steps between two evaluations; None: never."""
+        return None
+
+    def inputs(self) -> Iterable[Any]:
+        """One item for each step that is left: a batch, or what one is made from once the step is seeded."""
+        return batches(self.loader, self.state.step, self.total_steps)
+
+    def count_steps(self) -> int:
+        return self.recipe.train.steps or self.recipe.train.epochs * len(self.loader)
+
+    def figures(self) -> dict[str, float]:
+        """What else belongs into a line of metrics; every process asks."""
+        return {}
+
+    def is_new(self, name: str) -> bool:
+        """Whether a parameter has the learning rate of new ones, `optim.lr_new`."""
+        return False
+
+    def no_decay(self, name: str, parameter: nn.Parameter) -> bool:
+        """Whether a parameter has no weight decay: biases and norms have fewer than 2 dimensions."""
+        return parameter.ndim < 2
+
+    def describe(self) -> dict[str, str]:
+        """What is trained on what, for the plan: {heading: one line}."""
+        return {}
+
+    def memory(self) -> dict[str, int]:
+        """Bytes that a process needs, by what for, for the plan; it may run a few samples."""
+        return {}
+
+    @classmethod
+    def smoke_trainer(cls, recipe: Any, folder: str) -> Self:
+        """A trainer of two steps that writes into `folder`, on generated data, with the recipe's modules and losses."""
+        raise NotImplementedError
+
+    # -- what all of them share ------------------------------------------------------------------------------
+
+    @property
+    def ema_module(self) -> Any:
+        """The module with averaged weights (EMA) if the recipe averages, else the one in training."""
+        return self.module if self.ema is None else self.ema.module
+
+    def needed_disk(self) -> int:
+        """Bytes the run will still write at most: checkpoints, one of them twice while it is replaced, and models."""
+        keep_last = self.recipe.output.keep_last
+        checkpoint = training_state_bytes(self.module, ema=self.recipe.train.ema_decay is not None)
+        weights = sum(p.numel() * p.element_size() for p in self.module.parameters())
+        present = min(len(list_checkpoints(self.folder / CHECKPOINTS)), keep_last)
+        return (keep_last + 1 - present) * checkpoint + 3 * weights
+
+    def plan(self) -> str:
+        """What the run would do and need, in a few lines."""
+        recipe, accelerator = self.recipe, self.accelerator
+        micro = min(getattr(recipe.train, "micro_batch_size", None) or self.batch_size, self.batch_size)
+        epochs = "" if self.loader is None else f" ({self.total_steps / len(self.loader):.2f} epochs)"
+        lines = self.describe() | {
+            "batch": f"{recipe.train.batch_size} = {accelerator.num_processes} process(es) x {self.batch_size}, "
+            f"{micro} at a time",
+            "steps": f"{self.total_steps}{epochs}, warm-up {recipe.optim.warmup_steps}, lr {recipe.optim.lr:g}, "
+            f"new parameters {recipe.optim.lr_new:g}",
+            "precision": f"{recipe.train.precision} on {accelerator.device.type}",
+            "memory": self._describe_memory(),
+            "disk": f"{self.needed_disk() / GIB:.2f} GiB for checkpoints and models in {self.folder}",
+        }
+        if self._is_too_short():
+            lines["warning"] = f"the learning rate is still warming up at the end: {self._is_too_short()}"
+        return "\n".join(f"{name:>10}  {text}" for name, text in lines.items())
+
+    def _describe_memory(self) -> str:
+        parts, have = self.memory(), device_memory(self.accelerator.device)
+        need = sum(parts.values())
+        fits = "" if need < have else "; DOES NOT FIT, see docs/training.md"
+        shown = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+        return f"about {need / GIB:.1f} GiB a process of {have / GIB:.1f}: {shown}{fits}"
+
+    def _is_too_short(self) -> str:
+        """The steps and the warm-up of a run that ends before its learning rate has reached its peak, else ""."""
+        warmup = self.recipe.optim.warmup_steps
+        return f"{self.total_steps} steps, optim.warmup_steps={warmup}" if self.total_steps <= warmup else ""
+
+    def _on_main(self, action: Callable[[], T]) -> T:
+        """What an action returns, in every process; the main process alone calls it.
+
+        Raises:
+            ValueError: in every process, where the action raises it in the main one.
+        """
+        answer: list[Any] = [None, None]
+        if self.accelerator.is_main_process:
+            try:
+                answer[0] = action()
+            except ValueError as error:
+                answer[1] = str(error)
+        result, problem = broadcast_object_list(answer)
+        if problem is not None:
+            raise ValueError(problem)
+        return result
+
+    @contextmanager
+    def _folder_locked(self) -> Iterator[None]:
+        """Hold the output folder, so that no other training can write into it."""
+        held: list[BaseFileLock] = []
+
+        def lock() -> None:
+            check_folder(self.folder, 0)
+            held.append(lock_folder(self.folder))
+
+        self._on_main(lock)
+        try:
+            yield
+        finally:
+            for file_lock in held:
+                file_lock.release()
+
+    @contextmanager
+    def _saying_what_is_whole(self) -> Iterator[None]:
+        """Add to whatever ends the run which checkpoint is whole, and what to do."""
+        try:
+            yield
+        except FloatingPointError as error:
+            raise FloatingPointError(
+                f"{error}. {self._whole_checkpoint()}. It would diverge again: lower optim.lr, use "
+                "train.precision=bf16 or fp32 instead of fp16, or look at the data"
+            ) from error
+        except OSError as error:
+            raise OSError(f"step {self.state.step}: {error}. {self._whole_checkpoint()}") from error
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"interrupted at step {self.state.step}. {self._whole_checkpoint()}") from None
+
+    def _whole_checkpoint(self) -> str:
+        checkpoints = list_checkpoints(self.folder / CHECKPOINTS)
+        if not checkpoints:
+            return f"There is no checkpoint in {self.folder} yet: the same command starts over"
+        step, path = checkpoints[-1]
+        return f"{path} is whole: the same command goes on from step {step}"
+
+    def _start_trackers(self) -> None:
+        output = self.recipe.output
+        if output.trackers:
+            fields = flatten(self.recipe).items()
+            plain = {name: v if isinstance(v, int | float | str) else str(v) for name, v in fields}
+            self.accelerator.init_trackers(output.project, config=plain)
+
+
+def smoke(trainer: type[Trainer], recipe: Any) -> None:
+    """Train two steps in a temporary folder."""
+    process = PartialState()
+    folder = broadcast_object_list([tempfile.mkdtemp() if process.is_main_process else None])[0]
+    try:
+        trainer.smoke_trainer(recipe, folder).train(resume="none")
+    finally:
+        if process.is_main_process:
+            shutil.rmtree(folder)
+
+
+def changed(recipe: Any, changes: dict[str, dict[str, Any]]) -> Any:
+    """A recipe with other values: {section: {field: value}}, not validated again."""
+    sections = {name: getattr(recipe, name).model_copy(update=update) for name, update in changes.items()}
+    return recipe.model_copy(update=sections)
+
+
+def make_accelerator(run: RunSection, output: OutputSection) -> Accelerator:
+    """An Accelerator with the recipe's precision and trackers; the rest comes from Accelerate's own config.
+
+    Raises:
+        ValueError: a tracker is not installed (Accelerate would leave it out without a word), or the device cannot
+            compute in this precision.
+    """
+    missing = [name for name in output.trackers if LoggerType(name) not in get_available_trackers()]
+    if missing:
+        raise ValueError(
+            f"output.trackers={list(output.trackers)}: {', '.join(missing)} cannot be imported; install it"
+        )
+    return Accelerator(
+        mixed_precision="no" if run.precision == "fp32" else run.precision,
+        log_with=list(output.trackers) or None,
+        project_dir=output.folder,
+        step_scheduler_with_optimizer=False,
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
+    )
+
+
+def batches(loader: Any, step: int, total_steps: int) -> Iterator[Any]:
+    """The batches of steps `step`..`total_steps`-1, epoch after epoch, of a `data.Loader` or one like it."""
+    while step < total_steps:
+        epoch, number = divmod(step, len(loader))
+        for batch in loader.epoch(epoch, number):
+            yield batch
+            step += 1
+            if step == total_steps:
+                return
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed the global generators for one step, so what is drawn in it does not depend on the run's history."""
+    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + rank)
+
+
+def count_step(state: TrainState, applied: bool, limit: int) -> None:
+    """Count a step, and stop the run when too many in a row were skipped.
+
+    Raises:
+        FloatingPointError: `limit` steps in a row had no finite gradient; checkpoints hold finite weights only.
+    """
+    state.step += 1
+    state.skipped += not applied
+    state.skipped_in_a_row = 0 if applied else state.skipped_in_a_row + 1
+    if state.skipped_in_a_row >= limit:
+        raise FloatingPointError(f"step {state.step}: {limit} steps in a row without a finite gradient")
+
+
+def _warn_of_changes(recipe: BaseModel, path: Path) -> None:
+    try:
+        before = load_recipe(type(recipe), path)
+    except ValueError as error:
+        logger.warning("The recipe that the run was started with cannot be compared: %s", error)
+        return
+    for key, now, then in recipe_diff(recipe, before):
+        if not key.startswith("output."):
+            logger.warning("%s was %r when this run started and is %r now", key, then, now)
