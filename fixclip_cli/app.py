@@ -18,6 +18,7 @@ from typer.core import TyperCommand, TyperGroup
 UsageError: Any = typer.BadParameter.__base__  # click's, wherever this version of typer keeps it
 USER_ERRORS = (UsageError, ValueError, OSError, FloatingPointError)
 TRAINING_LIBRARIES = ("matplotlib", "omegaconf", "open_clip", "psutil", "pydantic", "tensorboard", "webdataset")
+EXTRAS = dict.fromkeys(TRAINING_LIBRARIES, "train") | {"openai": "caption", "py3langid": "caption", "ray": "ray"}
 
 
 class Command(TyperCommand):
@@ -72,9 +73,9 @@ def describe(error: Exception) -> str:
     """
     if isinstance(error, ModuleNotFoundError):
         library = (error.name or "").split(".")[0]
-        if library not in TRAINING_LIBRARIES:
+        if library not in EXTRAS:
             raise error
-        return f"this command needs {library}: pip install 'fixclip[train]'"
+        return f"this command needs {library}: pip install 'fixclip[{EXTRAS[library]}]'"
     if isinstance(error, UsageError):
         ctx = getattr(error, "ctx", None)
         message = error.format_message()

@@ -39,7 +39,7 @@ ROOMS = {
     ),
     "fixclip_cli": (
         ("app", "pictures"),
-        ("train", "data", "demo", "evaluate", "evaluate_images", "generate", "weights"),
+        ("train", "caption", "data", "demo", "evaluate", "evaluate_images", "generate", "weights"),
         ("main",),
         ("__main__",),
     ),

@@ -12,8 +12,8 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -192,8 +192,7 @@ class ShardPacker(Dataset):
                 )
             if shard.exists() and shard.stat().st_size == record["bytes"]:
                 return record
-        skipped: list[Skipped] = []
-        written = self._write(shard, indices, skipped)
+        written, skipped = write_shard(self.source.read, indices, shard, self.options, self.out / ".pack")
         record = {
             "shard": number,
             "samples": len(indices),
@@ -205,54 +204,69 @@ class ShardPacker(Dataset):
         write_atomically(record_path, json.dumps(record).encode())
         return record
 
-    def _write(self, shard: Path, indices: range, skipped: list[Skipped]) -> int:
-        handle, temporary = tempfile.mkstemp(suffix=".tmp", dir=self.out / ".pack")
-        written = 0
-        with os.fdopen(handle, "wb") as file:
-            os.fchmod(handle, 0o644)
-            with TarWriter(file, encoder=False, mtime=0) as tar:
-                for sample in self._usable(indices, skipped):
-                    tar.write(sample)
+
+def write_shard(
+    read: Callable[[int], Sample], indices: Iterable[int], shard: Path, options: PackOptions, scratch: Path
+) -> tuple[int, list[Skipped]]:
+    """Write a tar with what is usable of some samples, its bytes a function of these alone.
+
+    Args:
+        read: gives a sample by its number, or raises BadSampleError.
+        indices: their numbers.
+        shard: the file; it is renamed into place when complete.
+        options: what is stored of a sample; `shard_size` plays no part.
+        scratch: a folder on the same disk for the unfinished file, `*.tmp`.
+
+    Returns:
+        How many samples were written, and those that could not be used.
+    """
+    written, skipped = 0, []
+    handle, temporary = tempfile.mkstemp(suffix=".tmp", dir=scratch)
+    with os.fdopen(handle, "wb") as file:
+        os.fchmod(handle, 0o644)
+        with TarWriter(file, encoder=False, mtime=0) as tar:
+            for index in indices:
+                try:
+                    tar.write(_entry(read(index), index, options))
                     written += 1
-            file.flush()
-            os.fsync(handle)
-        os.replace(temporary, shard)
-        return written
+                except BadSampleError as error:
+                    skipped.append(replace(error.skipped, index=index))
+        file.flush()
+        os.fsync(handle)
+    os.replace(temporary, shard)
+    return written, skipped
 
-    def _usable(self, indices: range, skipped: list[Skipped]) -> Iterator[dict[str, Any]]:
-        for index in indices:
-            try:
-                sample = self.source.read(index)
-                long, short = check_captions(sample, self.options.filters)
-                extension, image = self._image(sample)
-            except BadSampleError as error:
-                skipped.append(Skipped(**{**asdict(error.skipped), "index": index}))
-                continue
-            extra = {"image": sample.key} | dict(sample.extra) | ({"short": short} if short else {})
-            yield {
-                "__key__": f"{index:09d}",
-                extension: image,
-                "txt": long.encode(),
-                "json": json.dumps(extra).encode(),
-            }
 
-    def _image(self, sample: Sample) -> tuple[str, bytes]:
-        """(extension, file) to store. Every image is decoded, or training would find the damage."""
-        resize, measure = self.options.resize, max if self.options.side == "longest" else min
-        kind, size = _header(sample)
-        if kind in KEPT_FORMATS and (resize is None or measure(size) <= resize):
-            decode_image(sample, draft_size=1)  # a JPEG's data is read completely, its pixels at an eighth
-            assert isinstance(sample.image, bytes)
-            return KEPT_FORMATS[kind], sample.image
-        image = decode_image(sample, draft_size=2 * resize if resize else None)
-        if resize is not None and measure(image.size) > resize:
-            scale = resize / measure(image.size)
-            width, height = (max(1, round(side * scale)) for side in image.size)
-            image = image.resize((width, height), Image.Resampling.LANCZOS)
-        extension, saved = ("jpg", "JPEG") if kind in ("JPEG", "WEBP") else ("png", "PNG")
-        buffer = io.BytesIO()
-        image.save(buffer, saved, **({"quality": JPEG_QUALITY} if saved == "JPEG" else {}))
-        return extension, buffer.getvalue()
+def _entry(sample: Sample, index: int, options: PackOptions) -> dict[str, Any]:
+    """The files of a sample in a tar, by extension; raises BadSampleError."""
+    long, short = check_captions(sample, options.filters)
+    extension, image = stored_image(sample, options)
+    extra = {"image": sample.key} | dict(sample.extra) | ({"short": short} if short else {})
+    return {
+        "__key__": f"{index:09d}",
+        extension: image,
+        "txt": long.encode(),
+        "json": json.dumps(extra).encode(),
+    }
+
+
+def stored_image(sample: Sample, options: PackOptions) -> tuple[str, bytes]:
+    """(extension, file) to store. Every image is decoded, or training would find the damage."""
+    resize, measure = options.resize, max if options.side == "longest" else min
+    kind, size = _header(sample)
+    if kind in KEPT_FORMATS and (resize is None or measure(size) <= resize):
+        decode_image(sample, draft_size=1)  # a JPEG's data is read completely, its pixels at an eighth
+        assert isinstance(sample.image, bytes)
+        return KEPT_FORMATS[kind], sample.image
+    image = decode_image(sample, draft_size=2 * resize if resize else None)
+    if resize is not None and measure(image.size) > resize:
+        scale = resize / measure(image.size)
+        width, height = (max(1, round(side * scale)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    extension, saved = ("jpg", "JPEG") if kind in ("JPEG", "WEBP") else ("png", "PNG")
+    buffer = io.BytesIO()
+    image.save(buffer, saved, **({"quality": JPEG_QUALITY} if saved == "JPEG" else {}))
+    return extension, buffer.getvalue()
 
 
 def _header(sample: Sample) -> tuple[str | None, tuple[int, int]]:

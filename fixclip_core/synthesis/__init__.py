@@ -1,0 +1,1 @@
+"""Long captions written by a multimodal model: what is asked, which answers are kept, and the drivers that ask."""
