@@ -9,6 +9,7 @@ peak memory of
 - the full FIX-CLIP step, all modules on, with both kinds of masking;
 - its rivals on open_clip's own towers: plain fine-tuning at 248 padded tokens, and Long-CLIP's step (the image
   once, both captions padded to 248, PCA short branch);
+- FIX-CLIP with state alignment, which adds the frozen base's pass over the overlapping windows of every caption;
 - each fast path and the plain computation that it replaces.
 
 A step is forward, losses and backward; the optimiser is left out, being the same for all and independent of the
@@ -39,13 +40,14 @@ import typer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fixclip_core.model.config import FINE_TUNE, LONG_CLIP
+from fixclip_core.model.config import FINE_TUNE, LONG_CLIP, HiddenState
 from fixclip_core.model.fixclip import FixClip, FixClipOutput
 from fixclip_core.model.image_tower import reader_mask, region_of_patch
 from fixclip_core.training.encoder.losses.contrastive import contrastive_loss
 from fixclip_core.training.encoder.losses.gradcache import cached_backward
 from fixclip_core.training.encoder.losses.hierarchical import hierarchical_losses
 from fixclip_core.training.encoder.losses.pca import pca_reconstruction
+from fixclip_core.training.encoder.losses.state_alignment import StateAlignment
 
 CONTEXT_LENGTH = 248
 EOS = 49407
@@ -147,6 +149,18 @@ def recomputed_step(setting: Setting) -> Step:
     return model.parameters(), lambda: losses_of(model(batch))["loss"].backward()
 
 
+def aligned_step(setting: Setting, state: HiddenState) -> Step:
+    model, batch = fix_clip(setting, masking="drop")
+    alignment = StateAlignment(model.base_text_tower(), state)
+
+    def step() -> None:
+        output = model(batch, state=state)
+        states = alignment.losses(batch, output, alignment.num_tokens(batch))
+        (losses_of(output)["loss"] + states["loss"]).backward()
+
+    return model.parameters(), step
+
+
 def open_clip_at_248(setting: Setting) -> tuple[nn.Module, SimpleNamespace]:
     model = open_clip.create_model(setting.model, force_context_length=CONTEXT_LENGTH).to(setting.device)
     return model, random_batch(setting, open_clip.get_model_config(setting.model)["vision_cfg"]["image_size"])
@@ -244,6 +258,8 @@ VARIANTS: dict[str, tuple[str, Callable[[Setting], Step]]] = {
     "our_fine_tune": ("fine-tuning in this code", lambda s: fix_clip_step(s, **FINE_TUNE)),
     "fix_clip_cached": ("FIX-CLIP drop, GradCache in 4 parts", cached_step),
     "fix_clip_recomputed": ("FIX-CLIP drop, gradient checkpointing", recomputed_step),
+    "fix_clip_states": ("FIX-CLIP drop, state alignment of the last states", lambda s: aligned_step(s, "last")),
+    "fix_clip_penultimate": ("FIX-CLIP drop, of the penultimate ones", lambda s: aligned_step(s, "penultimate")),
     "texts_pieces": ("texts, trimmed and in sorted pieces", texts_in_pieces),
     "texts_padded": ("texts, padded, open_clip's own tower", texts_padded),
     "prompts_slices": ("image tower with prompts, slices", prompts_in_slices),
@@ -259,6 +275,8 @@ AGAINST = {
     "our_fine_tune": ["fine_tune"],
     "fix_clip_cached": ["fix_clip_drop"],
     "fix_clip_recomputed": ["fix_clip_drop"],
+    "fix_clip_states": ["fix_clip_drop"],
+    "fix_clip_penultimate": ["fix_clip_drop"],
     "texts_pieces": ["texts_padded"],
     "prompts_slices": ["prompts_mask"],
     "loss_chunked": ["loss_plain"],

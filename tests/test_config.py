@@ -15,6 +15,7 @@ CLIP = {"embed_dim": 8, "vision_cfg": {"layers": 4}, "text_cfg": {"context_lengt
     keep=st.integers(0, 75),
     ratio=st.integers(1, 5),
     positions=st.sampled_from(["stretched", "kept"]),
+    lora_rank=st.integers(0, 64),
     num_prompts=st.integers(0, 9),
     prompt_flow=st.sampled_from(["carry", "replace"]),
     short_branch=st.sampled_from(["masked", "pca", "off"]),
@@ -22,13 +23,16 @@ CLIP = {"embed_dim": 8, "vision_cfg": {"layers": 4}, "text_cfg": {"context_lengt
     mask_ratio=st.floats(0.01, 0.99),
     groups=st.integers(1, 6).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))),
 )
-def test_json_round_trip(keep, ratio, positions, num_prompts, prompt_flow, short_branch, masking, mask_ratio, groups):
+def test_json_round_trip(
+    keep, ratio, positions, lora_rank, num_prompts, prompt_flow, short_branch, masking, mask_ratio, groups
+):
     config = FixClipConfig(
         clip=CLIP,
         preprocess={"size": (224, 224), "mean": (0.5, 0.5, 0.5)},
         keep=keep,
         ratio=ratio,
         positions=positions,
+        lora_rank=lora_rank,
         num_prompts=num_prompts,
         prompt_flow=prompt_flow,
         short_branch=short_branch,
@@ -44,7 +48,7 @@ def test_json_round_trip(keep, ratio, positions, num_prompts, prompt_flow, short
 
 def test_configurations_from_before_an_option_load():
     before = FixClipConfig(clip=CLIP).to_dict()
-    del before["positions"]
+    del before["positions"], before["lora_rank"]
     assert FixClipConfig.from_dict(before) == FixClipConfig(clip=CLIP, positions="stretched")
 
 
@@ -76,6 +80,7 @@ def test_baselines_are_configurations():
         ({"keep": 78}, "keep=78"),
         ({"ratio": 0}, "ratio=0"),
         ({"positions": "keep"}, "positions=keep.*stretched, kept"),
+        ({"lora_rank": -1}, "lora_rank=-1"),
         ({"num_prompts": -1}, "num_prompts=-1"),
         ({"prompt_flow": "cary"}, "prompt_flow=cary.*carry, replace"),
         ({"short_branch": "on"}, "short_branch=on.*masked, pca, off"),

@@ -29,6 +29,8 @@ class FixClipConfig:
         positions: what the text positions start as: "stretched" as in the paper, or "kept": the base's rows as they are
             and copies of the last 35 behind them, as many rows as stretching makes.
         context_length: tokens the text tower reads; follows from keep and ratio, so it may be left out.
+        lora_rank: rank of the change of the text tower's matrices; all else of it stays the base's, except for the
+            positions and the text projection. 0: every weight is trained.
         num_prompts: regional prompts M in each image layer; 0 turns them off.
         prompt_flow: "carry" adds a layer's fresh prompts to what the layer before made of its own,
             "replace" throws that away.
@@ -52,6 +54,7 @@ class FixClipConfig:
     ratio: int = 4
     positions: PositionStart = "stretched"
     context_length: int | None = None
+    lora_rank: int = 0
     num_prompts: int = 4
     prompt_flow: PromptFlow = "carry"
     short_branch: ShortBranch = "masked"
@@ -81,6 +84,8 @@ class FixClipConfig:
         _check_choice("short_branch", self.short_branch, get_args(ShortBranch))
         _check_choice("masking", self.masking, get_args(Masking))
         _check_choice("hierarchy_branch", self.hierarchy_branch, get_args(HierarchyBranch))
+        if self.lora_rank < 0:
+            raise ValueError(f"lora_rank={self.lora_rank}: it must be 0 (off) or more")
         if self.num_prompts < 0:
             raise ValueError(f"num_prompts={self.num_prompts}: it must be 0 (off) or more")
         if not 0 < self.mask_ratio < 1:

@@ -86,7 +86,7 @@ class FixClip(nn.Module):
         self.config = config
         masks = config.short_branch == "masked" and config.masking == "replace"
         self.visual = ImageTower(clip.visual, config.num_prompts, config.prompt_flow, mask_embedding=masks)
-        self.text = TextTower(text, config.keep, config.ratio, config.positions)
+        self.text = TextTower(text, config.keep, config.ratio, config.positions, config.lora_rank)
         self.logit_scale = nn.Parameter(clip.logit_scale.detach().clone().reshape(()))
         if config.num_groups:
             embed_dim = config.clip["embed_dim"]
@@ -308,10 +308,10 @@ class FixClip(nn.Module):
         return torch.stack(features)
 
     def base_text_tower(self) -> TextTower:
-        """A copy of the text tower that reads 77 tokens at the base's own positions, as before stretching.
+        """A frozen copy of the text tower that reads 77 tokens at the base's own positions, as before stretching.
 
-        For a model that was just made of its base: the positions are read back from the rows that stretching copied,
-        and every other weight is the model's own.
+        With a `lora_rank` the base is kept beside the change. Without one, the model must have been just made of its
+        base: the positions are read back from the rows that stretching copied, every other weight is the model's own.
 
         Raises:
             ValueError: the base has not 77 positions (Long-CLIP has 248).
@@ -322,11 +322,7 @@ class FixClip(nn.Module):
                 f"a base of {config.base_context_length} text positions: the states of a CLIP of {WINDOW_LENGTH} are "
                 "needed; start from the CLIP that this one was made of"
             )
-        tower = copy.deepcopy(self.text)
-        rows = torch.tensor(copied_rows(config.base_context_length, config.positions, config.keep, config.ratio))
-        tower.kept_positions = self.text.positions()[rows.to(tower.kept_positions.device)].detach()
-        tower.stretched_positions = nn.Parameter(tower.kept_positions[:0])
-        return tower.requires_grad_(False).eval()
+        return self.text.base(copied_rows(config.base_context_length, config.positions, config.keep, config.ratio))
 
     # -- everything else -------------------------------------------------------------------------------------
 
@@ -352,7 +348,8 @@ class FixClip(nn.Module):
     def new_parameters(self) -> set[str]:
         """Names of the parameters that FIX-CLIP adds to the base; the rest are the backbone's."""
         new = ("visual.prompts", "visual.mask_embedding", "image_groups.", "text_groups.")
-        return {name for name, _ in self.named_parameters() if name.startswith(new)}
+        names = [name for name, _ in self.named_parameters()]
+        return {name for name in names if name.startswith(new) or name.endswith((".lora_A", ".lora_B"))}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only each layer's input for the backward pass and compute the rest again."""

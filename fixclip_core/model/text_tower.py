@@ -6,6 +6,7 @@ to its longest text and split into pieces of similar length: exact, and captions
 Shapes: B texts, T tokens, D width, E embedding, P positions, L layers.
 """
 
+import copy
 from typing import Any, cast, get_args
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from fixclip_core.model.config import HiddenState
 from fixclip_core.model.image_tower import Block, as_transformer, attend, run_block, unsupported_block
+from fixclip_core.model.lora import MATRICES, add_low_rank, without_low_rank
 from fixclip_core.model.positional import PositionStart, start_positions
 
 
@@ -52,6 +54,8 @@ class TextTower(nn.Module):
         keep: positions that are copied and frozen.
         ratio: rows made of each later position.
         start: what the positions begin as, see `positional.start_positions`.
+        lora_rank: rank of the change of each matrix (`model.lora`), beside which the base's weights stay as they are;
+            its positions are then kept as the buffer `base_positions`. 0: the base's weights are trained.
         pieces: length-sorted pieces a batch is split into. A fixed number, because sharded training needs
             every process to call the layers equally often.
 
@@ -60,8 +64,17 @@ class TextTower(nn.Module):
     """
 
     kept_positions: Tensor
+    base_positions: Tensor | None
 
-    def __init__(self, text: Any, keep: int, ratio: int, start: PositionStart = "stretched", pieces: int = 8):
+    def __init__(
+        self,
+        text: Any,
+        keep: int,
+        ratio: int,
+        start: PositionStart = "stretched",
+        lora_rank: int = 0,
+        pieces: int = 8,
+    ):
         super().__init__()
         self.token_embedding, self.ln_final = text.token_embedding, text.ln_final
         self.text_projection = text.text_projection
@@ -73,6 +86,12 @@ class TextTower(nn.Module):
         self.eos_id = text.text_eos_id if hasattr(text, "text_eos_id") else text.eos_id
         self.pieces = pieces
         self.grad_checkpointing = False
+        self.register_buffer("base_positions", None)
+        if lora_rank:
+            self.base_positions = text.positional_embedding.detach().clone()
+            self.token_embedding.requires_grad_(False)
+            self.ln_final.requires_grad_(False)
+            add_low_rank(self.blocks, lora_rank)
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -85,6 +104,34 @@ class TextTower(nn.Module):
     def positions(self) -> Tensor:
         """All positions, (P, D); a gradient reaches the stretched rows only."""
         return torch.cat([self.kept_positions, self.stretched_positions])
+
+    def plain_state_dict(self) -> dict[str, Tensor]:
+        """Weights under open_clip's names, low-rank changes merged, with one table of positions."""
+        merged = {
+            f"transformer.resblocks.{layer}.{path}.{name}": getattr(block.get_submodule(path), name).detach()
+            for layer, block in enumerate(self.blocks)
+            for path, name, _ in MATRICES
+        }
+        own = ("kept_positions", "stretched_positions", "base_positions")
+        weights = {
+            name: tensor
+            for name, tensor in self.state_dict().items()
+            if name not in own and ".parametrizations." not in name
+        }
+        return weights | merged | {"positional_embedding": self.positions().detach()}
+
+    def base(self, rows: list[int]) -> "TextTower":
+        """A frozen copy at the base's own positions; low-rank changes are left out.
+
+        Args:
+            rows: where the base's positions stand among this tower's, unless it keeps them apart.
+        """
+        with without_low_rank(self.blocks):
+            tower = copy.deepcopy(self)
+        apart, tower.base_positions = tower.base_positions, None
+        positions_PD = self.positions().detach()[rows] if apart is None else apart
+        tower.kept_positions, tower.stretched_positions = positions_PD, nn.Parameter(positions_PD[:0])
+        return tower.requires_grad_(False).eval()
 
     def last_token(self, ids_BT: Tensor) -> Tensor:
         """Index of the end-of-text token that the feature is read from, (B,)."""

@@ -34,10 +34,7 @@ def plain_clip(model: FixClip) -> ClipCheckpoint:
     for name, tensor in model.visual.state_dict().items():
         if name not in ("prompts", "mask_embedding"):
             state_dict[f"visual.{name}"] = tensor
-    for name, tensor in model.text.state_dict().items():
-        if name not in ("kept_positions", "stretched_positions"):
-            state_dict[name] = tensor
-    state_dict["positional_embedding"] = model.text.positions()
+    state_dict |= model.text.plain_state_dict()
     if "text_projection.bias" in state_dict:
         raise ValueError("the text projection has a bias, which a plain CLIP has no place for")
     if "text_projection.weight" in state_dict:

@@ -20,6 +20,7 @@ class ModelSection(Section):
     keep: int = Field(default=20, ge=0)
     ratio: int = Field(default=4, ge=1)
     positions: PositionStart = Field(default="stretched", description="what the text positions start as")
+    lora_rank: int = Field(default=0, ge=0, description="of the change of the text tower's matrices; 0: train them")
     num_prompts: int = Field(default=4, ge=0, description="regional prompts a layer; 0: off")
     prompt_flow: PromptFlow = "carry"
     short_branch: ShortBranch = Field(default="masked", description="what the short caption meets")

@@ -59,7 +59,7 @@ class EncoderTrainer(Trainer):
 
     def build_model(self) -> FixClip:
         train, name, clip = self.recipe.train, self.recipe.model.name, build_clip(self.recipe)
-        if train.weight_states and find_fixclip(name) is not None:
+        if train.weight_states and not clip.config.lora_rank and find_fixclip(name) is not None:
             raise ValueError(
                 f"train.weight_states={train.weight_states}: {name} is a FixClip, whose text tower is trained "
                 "already; start from the CLIP whose hidden states the image generator reads"
