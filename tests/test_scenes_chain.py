@@ -1,6 +1,7 @@
 """The chain behind the embedded miniature, at a size that trains in seconds."""
 
 import json
+from dataclasses import replace
 
 import open_clip
 import pytest
@@ -266,6 +267,45 @@ def test_verdicts_are_written_object_by_object(parts):
     for zone, end in zip(row["zones"], row["ends"], strict=True):
         assert (zone == "e") == (end <= 75)
     assert max(row["ends"]) < row["tokens"] <= 248
+
+
+def test_references_are_judged_at_the_object_that_refers(parts):
+    tokenizer = FixClipTokenizer.from_pretrained(parts["unet"], subfolder="tokenizer")
+    prompts = evaluation.references(16)
+    kinds = {}
+    for prompt in prompts:
+        (first, *_) = scenes.annotate_caption(prompt.text).references
+        objects = tuple(
+            replace(o, colour="red" if o.colour != "red" else "blue") if o.place == first.place else o
+            for o in prompt.scene.objects
+        )
+        pictures = [evaluation.to_pil(scenes.render(s)) for s in (prompt.scene, replace(prompt.scene, objects=objects))]
+        judged, *others = evaluation.judged_references(prompt, pictures, tokenizer)
+        assert judged["right"] == ("10" if "colour" in first.properties else "11")
+        assert {other["right"] for other in others} <= {"11"}
+        assert judged["chance"] in (0.125, 0.0208, 0.0833)
+        kinds.setdefault(judged["kind"], []).append(scenes.distance_bucket(judged["distance"]))
+    assert set(kinds) == set(scenes.KINDS)
+    assert len(set(kinds["same"])) == 4
+
+
+def test_references_are_reported_by_distance_and_kind(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    assert report.references_table() == "Not measured yet."
+    one = {"kind": "same", "distance": 39, "chance": 0.125, "named": 0.25, "right": "11"}
+    rows = [
+        {"references": [one, one | {"distance": 150, "right": "10"}]},
+        {"references": [one | {"kind": "default", "distance": 150, "chance": 0.025, "right": "00"}]},
+    ]
+    (tmp_path / "references-lora.json").write_text(json.dumps({"prompts": rows}))
+    header, _, lora, chance, named = (line.strip("| ").split(" | ") for line in report.references_table().splitlines())
+    assert header[1:5] == ["under 40 (1)", "40 to 77 (0)", "77 to 150 (0)", "over 150 (2)"]
+    assert dict(zip(header[1:], lora[1:], strict=True)) == {
+        "under 40 (1)": "100.0", "40 to 77 (0)": "-", "77 to 150 (0)": "-", "over 150 (2)": "25.0",
+        "same (2)": "75.0", "again (0)": "-", "default (1)": "0.0", "remainder (0)": "-",
+    }  # fmt: skip
+    assert chance[4] == "7.5"
+    assert named[1] == "25.0"
 
 
 def test_the_report_counts_what_the_json_says(tmp_path, monkeypatch):

@@ -33,6 +33,7 @@ from fixclip_core.scenes.references import (
     reference_scene,
 )
 from fixclip_core.scenes.rendering import SpriteBank, render, render_batch, sheet, sprite_bank
+from fixclip_core.scenes.twins import CHANGES, DIFFERENCE_ZONES, Change, Twin, difference_zone, near_twins
 from fixclip_core.scenes.world import (
     BACKGROUNDS,
     COLOURS,
@@ -53,7 +54,9 @@ from fixclip_core.scenes.world import (
 
 __all__ = [
     "BACKGROUNDS",
+    "CHANGES",
     "COLOURS",
+    "DIFFERENCE_ZONES",
     "DISTANCES",
     "GRID",
     "KINDS",
@@ -62,6 +65,7 @@ __all__ = [
     "SIZES",
     "WORLD",
     "Caption",
+    "Change",
     "Check",
     "Colour",
     "Distance",
@@ -75,6 +79,7 @@ __all__ = [
     "Split",
     "SpriteBank",
     "Tokens",
+    "Twin",
     "Verdict",
     "World",
     "Zone",
@@ -83,8 +88,10 @@ __all__ = [
     "check",
     "check_batch",
     "count_words",
+    "difference_zone",
     "distance_bucket",
     "long_caption",
+    "near_twins",
     "object_zones",
     "read_caption",
     "reference_at",

@@ -301,8 +301,14 @@ def deal(templates: Sequence[str], number: int, rng: random.Random) -> list[str]
 
 
 def fill(template: str, words: Mapping[str, str]) -> str:
-    """Fill the gaps; "a" becomes "an" before a vowel that is heard ("an orange hoop", but "a unicorn")."""
-    return re.sub(r"\ba(?= (?:hour|(?!uni|eu|one\b)[aeiou]))", "an", template.format_map(words))
+    """Fill the gaps, see `with_articles`."""
+    return with_articles(template.format_map(words))
+
+
+def with_articles(text: str) -> str:
+    """ "a" or "an" by what is heard next: "an orange hoop", but "a unicorn"."""
+    text = re.sub(r"\b([Aa])n(?= )", r"\1", text)
+    return re.sub(r"\b([Aa])(?= (?:hour|(?!uni|eu|one\b)[aeiou]))", r"\1n", text)
 
 
 def capitalised(sentences: str) -> str:

@@ -23,7 +23,7 @@ def read_caption(text: str, world: World = WORLD) -> Scene:
         ValueError: an object lacks a property, a place is described twice, no background is named, or a reference
             points to no object or to more than one.
     """
-    background = {name for _, name in _find(_phrases(world, "background"), text)}
+    background = {name for _, name in find_words(text, "background", world)}
     if len(background) != 1:
         raise ValueError(f"caption {text[:60]!r}...: it must name one background, it names {sorted(background)}")
     objects, _ = _resolve(*_descriptions(text, world), world)
@@ -74,7 +74,7 @@ def _descriptions(text: str, world: World) -> tuple[list[tuple[Span, str]], list
         if rule is not None:
             rules.append(rule)
             continue
-        places = _find(_phrases(world, "place"), sentence)
+        places = find_words(sentence, "place", world)
         if not places and found and re.match(r"its?\b", sentence, flags=re.IGNORECASE):
             span, said = found[-1]
             found[-1] = replace(span, end=match.end()), f"{said} {sentence}"
@@ -87,7 +87,7 @@ def _descriptions(text: str, world: World) -> tuple[list[tuple[Span, str]], list
         for (start, end), place in places:  # a list: each noun phrase ends with its place
             found.append((Span(offset + previous, offset + end, place), sentence[previous:start]))
             previous = end
-        if _find(_phrases(world, "shape"), sentence[previous:]):
+        if find_words(sentence[previous:], "shape", world):
             raise ValueError(f"{sentence[previous:].strip()!r} names an object, but no place that this world knows")
     return found, rules
 
@@ -169,7 +169,7 @@ def _read_pointing(
 
 
 def _properties(said: str, world: World) -> dict[str, set[str]]:
-    return {kind: {name for _, name in _find(_phrases(world, kind), said)} for kind in ("shape", "colour", "size")}
+    return {kind: {name for _, name in find_words(said, kind, world)} for kind in ("shape", "colour", "size")}
 
 
 def _only(named: Mapping[str, set[str]], kind: str, place: str, said: str) -> str:
@@ -188,6 +188,12 @@ def _pointer(said: str, world: World) -> _Pointer | None:
     return None
 
 
+def antecedent_words(sentence: str, world: World = WORLD) -> tuple[int, int] | None:
+    """Which characters of a sentence point to another object ("the second shape"), None if none do."""
+    matches = (pattern.search(sentence) for _, pattern in _pointer_patterns(world))
+    return next((match.span("antecedent") for match in matches if match), None)
+
+
 def _rule(sentence: str, span: Span, world: World) -> _Rule | None:
     for pattern in _rule_patterns(world):
         match = pattern.fullmatch(sentence)
@@ -202,7 +208,7 @@ def _pointer_patterns(world: World) -> tuple[tuple[Literal["same", "again"], re.
     """{antecedent} of each template with the words around it, up to the next gap or punctuation mark."""
     grammar = grammar_of("all")
     counted = rf"the (?P<ordinal>{'|'.join(ORDINALS)}) (?:{'|'.join(grammar.counted)})"
-    antecedent = rf"(?:{counted}|the (?P<shape>{_any_of(world, 'shape')}))"
+    antecedent = rf"(?P<antecedent>{counted}|the (?P<shape>{_any_of(world, 'shape')}))"
     kinds: dict[Literal["same", "again"], tuple[str, ...]] = {"same": grammar.same, "again": grammar.again}
     patterns = []
     for kind, templates in kinds.items():
@@ -244,6 +250,7 @@ def _phrases(world: World, kind: str) -> tuple[re.Pattern[str], dict[str, str]]:
     return re.compile(rf"\b(?:{'|'.join(longest_first)})\b{goes_on}", re.IGNORECASE), owners
 
 
-def _find(phrases: tuple[re.Pattern[str], dict[str, str]], text: str) -> list[tuple[tuple[int, int], str]]:
-    pattern, owners = phrases
+def find_words(text: str, kind: str, world: World = WORLD) -> list[tuple[tuple[int, int], str]]:
+    """Where a text has words of a kind ("shape", "colour", "size", "background", "place"), and what each stands for."""
+    pattern, owners = _phrases(world, kind)
     return [(match.span(), owners[match[0].lower()]) for match in pattern.finditer(text)]

@@ -22,7 +22,7 @@ from fixclip_core.model.config import FINE_TUNE
 from fixclip_core.model.fixclip import FixClip
 from fixclip_core.weights.read import load_fixclip
 from fixclip_diffusion.evaluation.generate import Drawing, Painter, System
-from fixclip_diffusion.evaluation.judges import scene_verdicts
+from fixclip_diffusion.evaluation.judges import as_tensor, scene_verdicts
 from fixclip_diffusion.evaluation.prompts import Prompt
 from fixclip_diffusion.text_encoder import FixClipTokenizer
 
@@ -66,6 +66,12 @@ def short(number: int) -> list[Prompt]:
     return [Prompt(scenes.short_caption(s, f"results/{i}").text, s) for i, s in enumerate(drawn)]
 
 
+def references(number: int, **words: Any) -> list[Prompt]:
+    """Captions that refer, of scenes with 4 to 9 objects: each kind at each distance once in 16 prompts."""
+    drawn = [scenes.reference_at(4, index, **words) for index in range(number)]
+    return [Prompt(caption.text, scene) for scene, caption in drawn]
+
+
 # name: prompts, noises of each
 SETS: dict[str, tuple[Callable[[], list[Prompt]], int]] = {
     "nine": (lambda: nine(300), 3),
@@ -73,6 +79,8 @@ SETS: dict[str, tuple[Callable[[], list[Prompt]], int]] = {
     "heldout_templates": (lambda: nine(80, split="heldout", synonyms="train"), 1),
     "heldout_words": (lambda: nine(80, split="train", synonyms="heldout"), 1),
     "short": (lambda: short(100), 2),
+    "references": (lambda: references(320), 1),
+    "references_heldout": (lambda: references(160, split="heldout", synonyms="train"), 1),
 }
 
 
@@ -99,6 +107,9 @@ def images(
         with contextlib.nullcontext() if exact else torch.autocast("cpu", torch.bfloat16):
             pictures = painter.draw(SYSTEMS[system], prompts, drawing)
         rows = [judged(prompt, own, tokenizer) for prompt, own in zip(prompts, pictures, strict=True)]
+        if name.startswith("references"):
+            followed = [judged_references(*pair, tokenizer) for pair in zip(prompts, pictures, strict=True)]
+            rows = [row | {"references": own} for row, own in zip(rows, followed, strict=True)]
         output.mkdir(parents=True, exist_ok=True)
         content = {"system": system, "set": name, "drawing": asdict(drawing), "bfloat16": not exact, "prompts": rows}
         write_atomically(file, (json.dumps(content) + "\n").encode())
@@ -125,6 +136,35 @@ def judged(prompt: Prompt, pictures: list[Any], tokenizer: FixClipTokenizer) -> 
         **{key: ["".join(str(int(o[key])) for o in own) for own in objects] for key in ("right", "shape", "colour")},
         "background": "".join(str(int(b)) for b in found["background"]),
     }
+
+
+def judged_references(prompt: Prompt, pictures: list[Any], tokenizer: FixClipTokenizer) -> list[dict[str, Any]]:
+    """For each reference: its kind, its distance in tokens, how good guessing is, and a mark for each picture.
+
+    A mark is 1 where all properties that the reference gives are right at the object's place.
+    """
+    assert prompt.scene is not None
+    clean = str(tokenizer.clean(prompt.text))
+    offsets = tokenizer(clean, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    caption = scenes.annotate_caption(clean)
+    checks = scenes.check_batch(torch.stack([as_tensor(p) for p in pictures]), [prompt.scene] * len(pictures))
+    verdicts = [{verdict.place: verdict for verdict in check.objects} for check in checks]
+    found = []
+    for reference, distance in zip(caption.references, scenes.reference_distances(caption, offsets), strict=True):
+        marks = [
+            all(getattr(own[reference.place], f"{kind}_right") for kind in reference.properties) for own in verdicts
+        ]
+        chance, named = scenes.blind_guess(prompt.scene, caption, reference)
+        found.append(
+            {
+                "kind": reference.kind,
+                "distance": distance,
+                "chance": round(chance, 4),
+                "named": round(named, 4),
+                "right": "".join(str(int(mark)) for mark in marks),
+            }
+        )
+    return found
 
 
 # -- retrieval -----------------------------------------------------------------------------------------------

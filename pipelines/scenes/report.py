@@ -20,6 +20,8 @@ import typer
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+from fixclip_core import scenes
+
 OUT = Path("outputs/scenes")
 RESULTS = Path("pipelines/scenes/results")
 PAGE = Path("docs/results.md")
@@ -210,6 +212,44 @@ def other_sets_table() -> str:
     return table(["system", "templates, before", "after", "words, before", "after", "short captions"], rows)
 
 
+def references_table(name: str = "references") -> str:
+    """References followed, by distance and by kind; how good guessing is stands below the systems."""
+    found = {system: load_references(name, system) for system in SYSTEMS}
+    found = {system: rows for system, rows in found.items() if rows}
+    if not found:
+        return "Not measured yet."
+    columns: dict[str, tuple[str, str]] = {bucket: ("bucket", bucket) for bucket in scenes.DISTANCES} | {
+        kind: ("kind", kind) for kind in scenes.KINDS
+    }
+    everything = next(iter(found.values()))
+    guesses = {"guess: any value of the world": "chance", "guess: an object of the caption": "named"}
+    lines = [(SYSTEMS[system], rows, "right") for system, rows in found.items()]
+    lines += [(label, everything, field) for label, field in guesses.items()]
+    rows = []
+    for label, references, field in lines:
+        parts = [[r for r in references if r[key] == value] for key, value in columns.values()]
+        rows.append([label, *(percent(mean([r[field] for r in part])) for part in parts)])
+    numbers = [sum(r[key] == value for r in everything) for key, value in columns.values()]
+    header = [f"{column} ({number})" for column, number in zip(columns, numbers, strict=True)]
+    return table(["references right, % (how many)", *header], rows)
+
+
+def load_references(name: str, system: str) -> list[dict[str, Any]]:
+    """Every reference of a set with its bucket, and the share of its pictures that are right."""
+    file = RESULTS / f"{name}-{system}.json"
+    if not file.exists():
+        return []
+    found = [item for row in json.loads(file.read_text())["prompts"] for item in row["references"]]
+    return [
+        item | {"bucket": scenes.distance_bucket(item["distance"]), "right": mean([int(m) for m in item["right"]])}
+        for item in found
+    ]
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
 def plot_zones(path: Path) -> None:
     shown = [system for system in SYSTEMS if load("nine", system)]
     if not shown:
@@ -366,6 +406,8 @@ TABLES = {
     "counts": counts_table,
     "lengths": lengths_table,
     "other sets": other_sets_table,
+    "references": references_table,
+    "held-out references": lambda: references_table("references_heldout"),
     "retrieval": retrieval_table,
     "ablations": ablations_table,
     "tuning": tuning_table,
