@@ -15,7 +15,7 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="FixClip, CLIP or Long-CLIP folder or file, or open_clip model name.")],
     data: Annotated[
         str | None,
-        typer.Option(help="Shards, manifest, ShareGPT4V's JSON, folder of image + txt, scenes; a benchmark's folder."),
+        typer.Option(help="Shards, manifest, folder of image + txt, scenes:N, scenes-twins:N; a benchmark's folder."),
     ] = None,
     benchmark: Annotated[str | None, typer.Option(help="A published benchmark, whose folder --data names.")] = None,
     classify: Annotated[Path | None, typer.Option(help="Zero-shot classification: FOLDER/CLASS/IMAGE.")] = None,
@@ -42,6 +42,9 @@ def evaluate(
         refuse(ctx, "acts on --data only", "caption", "image_root", "start", "stop")
     else:
         refuse(ctx, "acts on --classify only", "classnames", "templates")
+    twins = data is not None and data.partition(":")[0] == "scenes-twins" and not benchmark
+    if twins:
+        refuse(ctx, "does not act on scenes-twins", "caption", "image_root", "start", "stop")
     if benchmark is None:
         refuse(ctx, "acts on a --benchmark only", "partial")
     else:
@@ -65,19 +68,23 @@ def evaluate(
     from fixclip_core.evaluation.items import BenchmarkItems, SourceItems
     from fixclip_core.evaluation.report import format_table, write_json
     from fixclip_core.evaluation.retrieval import retrieval_report
+    from fixclip_core.evaluation.twins import format_choices, twin_scenes, twins_report
 
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "precision": precision}
     # Data first: a wrong folder should not cost loading a model.
     chosen = load_benchmark(benchmark, data or "", partial) if benchmark else None
     source = None
-    if data and not benchmark:
+    number = twin_scenes(str(data)) if twins else 0
+    if data and not benchmark and not twins:
         source = open_source(DataConfig(source=data, image_root=image_root, start=start, stop=stop))
     names = read_classnames(classnames) if classnames else None
     encoder = load_encoder(model, model_name=model_name, pretrained=pretrained, device=device or best)
     if chosen is not None:
         items: Any = BenchmarkItems(chosen, encoder.preprocess)
         report = retrieval_report(encoder, items, chosen.name, chosen.protocol, **options)
+    elif twins:
+        report = twins_report(encoder, number, **options)
     elif source is not None:
         items = SourceItems(source, encoder.preprocess, caption, start, stop)
         protocol = f"{caption} captions; rows with the same picture are one image"
@@ -87,3 +94,5 @@ def evaluate(
     if output is not None:
         write_json(report, output)
     typer.echo(format_table(report))
+    if twins:
+        typer.echo(format_choices(report))

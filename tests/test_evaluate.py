@@ -261,6 +261,15 @@ def test_scenes_command(models):
     assert "5 images, 5 texts" in result.output
 
 
+def test_twins_command(models, tmp_path):
+    options = ("--data", "scenes-twins:3", "--workers", 0, "-o", tmp_path / "report.json")
+    result = run("evaluate", models / "fixclip", *options)
+    assert result.exit_code == 0, result.output
+    assert "choices between a scene and its twin" in result.output
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["data"]["pairs"] == len(report["pairs"]) >= 12
+
+
 def test_bfloat16_is_close(models, captioned):
     encoder = load_encoder(models / "open_clip")
     items = SourceItems(open_source(DataConfig(source=str(captioned))), encoder.preprocess)
@@ -445,6 +454,8 @@ def test_evaluate_command_on_a_benchmark(models, captioned, tmp_path):
         (("--data", "scenes", "--partial"), "--partial acts on a --benchmark only"),
         (("--data", "a", "--benchmark", "dci", "--start", 2), "--start does not act on a benchmark"),
         (("--data", "scenes", "--start", 5, "--stop", 2), "stop=2: it must be larger than start=5"),
+        (("--data", "scenes-twins:3", "--stop", 2), "--stop does not act on scenes-twins"),
+        (("--data", "scenes-twins:0"), "scenes-twins:5000"),
         (("--data", "nowhere.jsonl", "-o", "/proc/report.json"), "cannot be written"),
     ],
 )
