@@ -127,7 +127,7 @@ class _Editor:
             return self._swaps(caption)
         free = [place for place in PLACES if place not in {span.place for span in spans}]
         others = dict.fromkeys(PLACES, free) if change == "place" else {}
-        variants = []
+        variants: list[Edits] = []
         for span in spans:
             ((start, end), value), *_ = find_words(caption.text[span.start : span.end], change, self.world)
             candidates = others[value] if change == "place" else [n for n in names_of(self.world)[change] if n != value]
@@ -159,7 +159,7 @@ class _Editor:
         objects = {item.place: item for item in self.scene.objects}
         meant = objects[reference.place]
         named = next(kind for kind in ("size", "colour") if kind not in reference.properties)
-        variants = []
+        variants: list[Edits] = []
         for number, span in enumerate(order[: order.index(own)]):
             item = objects[str(span.place)]
             alike = all(getattr(item, kind) == getattr(meant, kind) for kind in reference.properties)
