@@ -12,7 +12,7 @@ from typing import Literal, get_args
 
 import ftfy
 
-ShortPolicy = Literal["given", "first_sentence", "random_sentence", "random_sentences"]
+ShortPolicy = Literal["given", "first_sentence", "random_sentence", "random_sentences", "debiased"]
 SHORT_POLICIES: tuple[str, ...] = get_args(ShortPolicy)
 
 Span = tuple[int, int]
@@ -138,7 +138,8 @@ class ShortCaptions:
 
     Attributes:
         policy: `given` takes the data's; the others take sentences of the long caption.
-        max_sentences: `random_sentences` takes 1 to this many, in the order of the text.
+        max_sentences: `random_sentences` takes 1 to this many, in the order of the text. `debiased` takes any number
+            of all but the first, which sums the others up, in random order (DeBias-CLIP, Lavoie et al., CVPR 2026).
         drop_from_long: leave the sentences used as the short caption out of the long one, unless nothing
             would remain.
     """
@@ -179,7 +180,7 @@ def caption_pair(long: str, given_short: str | None, options: ShortCaptions, rng
 
 
 def _choose(sentences: list[str], given_short: str | None, options: ShortCaptions, rng: random.Random) -> list[int]:
-    """Indices of the sentences that make up the short caption, ascending."""
+    """Indices of the sentences that make up the short caption, in its order."""
     if options.policy == "given":
         if not given_short or not given_short.strip():
             raise ValueError("the policy is 'given', and there is no short caption")
@@ -189,6 +190,9 @@ def _choose(sentences: list[str], given_short: str | None, options: ShortCaption
         return [0]
     if options.policy == "random_sentence":
         return [rng.randrange(len(sentences))]
+    if options.policy == "debiased":
+        rest = range(1, len(sentences)) if len(sentences) > 1 else range(1)
+        return rng.sample(rest, rng.randint(1, len(rest)))
     count = rng.randint(1, min(options.max_sentences, len(sentences)))
     return sorted(rng.sample(range(len(sentences)), count))
 

@@ -54,6 +54,7 @@ class CaptionsSection(Section):
     short_caption: ShortPolicy = "random_sentences"
     max_short_sentences: int = Field(default=3, ge=1)
     drop_short_from_long: bool = False
+    pad_short: bool = Field(default=False, description="padding before the short text, so that late positions learn")
     filter_captions: bool = False
     min_words: int | None = Field(default=CaptionFilters.min_words, ge=1)
     max_repeated_share: float | None = Field(default=CaptionFilters.max_repeated_share, ge=0, le=1)

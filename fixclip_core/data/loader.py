@@ -11,7 +11,7 @@ import logging
 import os
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -37,6 +37,7 @@ from fixclip_core.data.sources import Source, open_source
 
 logger = logging.getLogger(__name__)
 
+PAD_ID = 0  # open_clip's padding
 _MAX_REPLACEMENTS = 64
 
 
@@ -94,6 +95,8 @@ class Batches(Dataset):
         self.source, self.config, self.transform, self.tokenizer = source, config, transform, tokenizer
         self.rank, self.world_size, self.draft_size = rank, world_size, draft_size
         self.order = EpochOrder(source.sizes, config)
+        if config.pad_short and (last := int(tokenizer([""])[0, -1])) != PAD_ID:
+            raise ValueError(f"pad_short=true: the tokenizer pads with {last}, not {PAD_ID}; set it to false")
         self.short_captions, self.filters = config.short_captions(), config.caption_filters()
         if config.last_batch == "keep" and world_size > 1:
             raise ValueError("last_batch='keep' needs a single rank, as ranks must agree in size: drop or wrap")
@@ -137,10 +140,13 @@ class Batches(Dataset):
             return skipped
         images, longs, shorts, seeds, keys = map(list, zip(*samples, strict=True))
         ids_BT = self.tokenizer(longs + shorts)
+        short_BT = ids_BT[len(longs) :]
+        if self.config.pad_short:
+            short_BT = pad_before(short_BT, [random.Random(seed).random() for seed in seeds])
         return Batch(
             image=torch.stack(images),
             long_ids=ids_BT[: len(longs)],
-            short_ids=ids_BT[len(longs) :],
+            short_ids=short_BT,
             seeds=torch.tensor(seeds, dtype=torch.int64),
             keys=keys,
             skipped=skipped,
@@ -174,6 +180,24 @@ class Batches(Dataset):
             raise BadSampleError("no_short_caption", sample.file, sample.key)
         caption_seed, _, _ = sample_seeds(self.config.seed, epoch, index)
         return sample, *caption_pair(long, short, self.short_captions, random.Random(caption_seed))
+
+
+def pad_before(ids_BT: Tensor, shares: Sequence[float]) -> Tensor:
+    """Move a part of each text's padding between its start token and the rest of it (DeBias-CLIP).
+
+    For example [start, a, end, 0, 0] with a share of 0.4 becomes [start, 0, a, end, 0]: of 0 to 2 places, 1.
+
+    Args:
+        ids_BT: token ids, (B, T), padded with 0.
+        shares: how far each text moves, from 0 to below 1: not at all to up to the end of the row.
+    """
+    moved_BT = ids_BT.clone()
+    for row, share in zip(moved_BT, shares, strict=True):
+        length = int(row.nonzero()[-1]) + 1
+        places = int(share * (len(row) - length + 1))
+        row[1 + places : length + places] = row[1:length].clone()
+        row[1 : 1 + places] = PAD_ID
+    return moved_BT
 
 
 @contextmanager

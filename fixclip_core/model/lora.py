@@ -11,6 +11,7 @@ Shapes: O outputs of a projection, I inputs, r rank.
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ class LowRank(nn.Module):
             raise ValueError(
                 f"lora_rank={rank}: it must be at most {min(outputs, inputs)}, the width of the text tower"
             )
-        options = {"dtype": weight_OI.dtype, "device": weight_OI.device}
+        options: dict[str, Any] = {"dtype": weight_OI.dtype, "device": weight_OI.device}
         self.lora_A = nn.Parameter(torch.empty(parts, rank, inputs, **options))
         self.lora_B = nn.Parameter(torch.zeros(parts, outputs, rank, **options))
         nn.init.kaiming_uniform_(self.lora_A.view(-1, inputs), a=math.sqrt(5))  # as PEFT
@@ -57,7 +58,7 @@ def add_low_rank(blocks: nn.ModuleList, rank: int) -> None:
         parametrize.register_parametrization(module, name, change, unsafe=True)
 
 
-def matrices(blocks: nn.ModuleList) -> Iterator[tuple[nn.Module, str, tuple[str, ...]]]:
+def matrices(blocks: nn.ModuleList) -> Iterator[tuple[Any, str, tuple[str, ...]]]:
     """Module, name of the weight, and projections of each matrix, layer after layer."""
     for block in blocks:
         for path, name, parts in MATRICES:

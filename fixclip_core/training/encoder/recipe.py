@@ -45,6 +45,10 @@ class TrainSection(RunSection):
     weight_mid: list[float] = Field(
         default_factory=lambda: [1.0], min_length=1, description="one for all groups K..G, or one each"
     )
+    weight_himo: float = Field(
+        default=0.0, ge=0, description="of the image against the long caption's principal components; 0: off"
+    )
+    himo_variance: float = Field(default=0.9, gt=0, le=1, description="share of variance that the components hold")
     weight_states: float = Field(
         default=0.0, ge=0, description="of the hidden states' distance to the base's windows; 0: off"
     )

@@ -1,7 +1,8 @@
 """Batch -> named losses, and the one place that weighs them.
 
-Loss = weight_long * long + weight_short * short + sum over the aligned groups g of weight_mid[g] * mid_g, each a
-symmetric InfoNCE over the batch of all processes, + weight_states * states (`losses.state_alignment`).
+Loss = weight_long * long + weight_short * short + weight_himo * himo + sum over the aligned groups g of
+weight_mid[g] * mid_g, each a symmetric InfoNCE over the batch of all processes, + weight_states * states
+(`losses.state_alignment`).
 
 Shapes: B samples of this process, E embedding, G aligned groups.
 """
@@ -21,7 +22,7 @@ from fixclip_core.model.fixclip import FixClip, FixClipOutput
 from fixclip_core.training.encoder.losses.contrastive import contrastive_loss
 from fixclip_core.training.encoder.losses.gradcache import add_losses, cached_backward
 from fixclip_core.training.encoder.losses.hierarchical import hierarchical_losses
-from fixclip_core.training.encoder.losses.pca import pca_reconstruction
+from fixclip_core.training.encoder.losses.pca import pca_reconstruction, variance_reconstruction
 from fixclip_core.training.encoder.losses.state_alignment import StateAlignment
 from fixclip_core.training.encoder.recipe import TrainSection
 
@@ -38,6 +39,9 @@ class ContrastiveTask:
         chunk_size: rows of the similarity matrix held at once; None: all of this process's.
         first_group: number of the first aligned group, for the names of the losses.
         pca_rank: components of Long-CLIP's short branch; None without it.
+        weight_himo: weight of the image against what the batch's principal components keep of the long caption's
+            feature (HiMo-CLIP); 0: left out.
+        himo_variance: share of the variance that these components hold.
         alignment: the hidden states that are aligned with the base's; None without.
     """
 
@@ -48,6 +52,8 @@ class ContrastiveTask:
     chunk_size: int | None = None
     first_group: int = 1
     pca_rank: int | None = None
+    weight_himo: float = 0.0
+    himo_variance: float = 0.9
     alignment: StateAlignment | None = None
 
     @classmethod
@@ -62,6 +68,8 @@ class ContrastiveTask:
             chunk_size=train.loss_chunk_size,
             first_group=config.first_group,
             pca_rank=config.pca_rank if config.short_branch == "pca" else None,
+            weight_himo=train.weight_himo,
+            himo_variance=train.himo_variance,
             alignment=alignment,
         )
 
@@ -69,7 +77,7 @@ class ContrastiveTask:
         """Named contrastive losses of this process's rows; "loss" is their weighted sum, the one to minimise.
 
         Returns:
-            "loss", "loss_long", and as far as the model has them "loss_short" and "loss_mid_K".."loss_mid_G".
+            "loss", "loss_long", and as far as they are on "loss_short", "loss_himo" and "loss_mid_K".."loss_mid_G".
 
         Raises:
             ValueError: there are neither one weight_mid nor as many as aligned groups.
@@ -83,6 +91,11 @@ class ContrastiveTask:
         if output.text_short_BE is not None:
             losses["short"] = contrastive_loss(self._short_image(output), output.text_short_BE, scale, **options)
             weights["short"] = self.weight_short
+        if self.weight_himo:
+            # HiMo-CLIP (Wu et al., 2025): L = InfoNCE(image, text) + weight * InfoNCE(image, components of the text).
+            text_BE = variance_reconstruction(output.text_long_BE, self.himo_variance)
+            losses["himo"] = contrastive_loss(output.image_long_BE, text_BE, scale, **options)
+            weights["himo"] = self.weight_himo
         if output.image_mid_GBE is not None and output.text_mid_GBE is not None:
             mid_G = hierarchical_losses(output.image_mid_GBE, output.text_mid_GBE, scale, **options)
             for group, (loss, weight) in enumerate(zip(mid_G, self._group_weights(len(mid_G)), strict=True)):

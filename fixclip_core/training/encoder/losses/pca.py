@@ -1,10 +1,14 @@
-"""Long-CLIP's short branch: short captions meet what the principal components keep of the image features.
+"""What the principal components of a batch keep of its features: Long-CLIP's short branch, HiMo-CLIP's decomposition.
 
-With the image features I (N, E) of all processes, their mean m and the `rank` right singular vectors V (rank, E) of
-largest singular value of I - m:  I_short = normalise((I - m) V^T V + m)  (Long-CLIP, section 3.3).
+Long-CLIP's short captions meet what few components keep of the image features. With the image features I (N, E) of all
+processes, their mean m and the `rank` right singular vectors V (rank, E) of largest singular value of I - m:
+I_short = normalise((I - m) V^T V + m)  (Long-CLIP, section 3.3). HiMo-CLIP's images meet the same of the long captions'
+features, with as many components as hold a share of their variance (Wu et al., 2025).
 
 Shapes: B samples of this process, N samples of all processes, E embedding, R components.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -32,11 +36,33 @@ def pca_reconstruction(features_BE: Tensor, rank: int) -> Tensor:
     """
     if rank < 1:
         raise ValueError(f"rank={rank}: it must be at least 1")
+    return _reconstruct(features_BE, lambda variance_C: rank)
+
+
+def variance_reconstruction(features_BE: Tensor, share: float) -> Tensor:
+    """As `pca_reconstruction` with the fewest components that hold `share` of the variance, e.g. 0.9 (HiMo-CLIP).
+
+    Raises:
+        ValueError: the share is not above 0 and at most 1.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share={share}: it must be above 0 and at most 1")
+
+    def fewest(variance_C: Tensor) -> int:
+        held_C = variance_C.double().cumsum(0) / variance_C.double().sum()
+        return int((held_C < share - 1e-9).sum()) + 1
+
+    return _reconstruct(features_BE, fewest)
+
+
+def _reconstruct(features_BE: Tensor, choose_rank: Callable[[Tensor], int]) -> Tensor:
+    """`choose_rank` gets the variances of the components in descending order, times the number of samples."""
     with torch.autocast(features_BE.device.type, enabled=False):
         features_BE = features_BE.to(torch.promote_types(features_BE.dtype, torch.float32))
         all_NE = gather(features_BE)
         mean_E = all_NE.mean(dim=0)
         with torch.no_grad():
-            components_RE = torch.linalg.svd(all_NE - mean_E, full_matrices=False).Vh[:rank]
+            _, singular_C, components_CE = torch.linalg.svd(all_NE - mean_E, full_matrices=False)
+            components_RE = components_CE[: choose_rank(singular_C.square())]
         kept_BE = (features_BE - mean_E) @ components_RE.T @ components_RE + mean_E
         return F.normalize(kept_BE, dim=-1)
