@@ -5,6 +5,7 @@ in a log. Exit codes: 0 done; 2 wrong usage or input; 1 work that ran for hours 
 (`errors_exit_with`); 130 interrupted. A bug keeps its traceback, and `--traceback` shows that of an error too.
 """
 
+import io
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -42,6 +43,9 @@ def _with_one_line_errors(
     main: Callable[..., Any], args: Sequence[str] | None, standalone_mode: bool, **kwargs: Any
 ) -> Any:
     """Run click's `main`, print an error and end the process with its code, or return the code."""
+    for stream in (sys.stdout, sys.stderr):  # a file name that is not UTF-8 is printed with escapes, and ends nothing
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     args = list(sys.argv[1:] if args is None else args)
     options = args[: args.index("--")] if "--" in args else args
     with_traceback = "--traceback" in options
@@ -159,6 +163,9 @@ EncoderOption = Annotated[str | None, typer.Option(help="FIX-CLIP or Long-CLIP t
 AdapterOption = Annotated[str | None, typer.Option(help="Adapter on the text states: a folder or hub name.")]
 
 ImageRoot = Annotated[str | None, typer.Option(help="What image paths are relative to [manifest's folder].")]
+ImageKey = Annotated[str | None, typer.Option(help="Column or, in shards, extension of the image.")]
+CaptionKey = Annotated[str | None, typer.Option(help="Column, or extension of the text file, of the long caption.")]
+ShortKey = Annotated[str | None, typer.Option(help="The same of the short caption.")]
 Start = Annotated[int, typer.Option(min=0, help="First sample to use.")]
 Stop = Annotated[int | None, typer.Option(min=1, help="Sample to stop before.")]
 

@@ -1,23 +1,36 @@
 """`fixclip data`: pack, check and index captioned images."""
 
 import json
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from fixclip_cli.app import Commands, ImageRoot, Start, Stop, app, format_columns
+from fixclip_cli.app import (
+    CaptionKey,
+    Commands,
+    ImageKey,
+    ImageRoot,
+    ShortKey,
+    Start,
+    Stop,
+    app,
+    errors_exit_with,
+    format_columns,
+)
 
 if TYPE_CHECKING:
     from fixclip_core.data.captions import CaptionFilters
+    from fixclip_core.data.pack import PackOptions
     from fixclip_core.data.samples import Skipped
 
 data_app = typer.Typer(cls=Commands, rich_markup_mode=None, help="Prepare captioned images.")
 app.add_typer(data_app, name="data")
 
 SourceArgument = Annotated[
-    str, typer.Argument(help="Manifest (.jsonl, .csv, .tsv), ShareGPT4V .json, folder of image + txt, or shards.")
+    str, typer.Argument(help="Manifest (.jsonl, .csv, ...), ShareGPT4V .json, folder of image + txt, shards, data set.")
 ]
 MinWords = Annotated[int, typer.Option(help="Fewest words of a caption; 0 switches the filter off.")]
 MaxRepeated = Annotated[float, typer.Option(help="Largest share of repeated word triples; 1 is off.")]
@@ -32,10 +45,13 @@ def _filters(words: int, repeated: float, run: int, letters: float, per_clause: 
     return CaptionFilters(words or None, repeated, run or None, letters, per_clause or None)
 
 
-def _print_skipped(counts: dict[str, int], skipped: "Iterable[Skipped]") -> None:
-    examples = {sample.reason: sample for sample in reversed(list(skipped))}
-    rows = [(reason, f"{count:,}", examples[reason].file, examples[reason].key) for reason, count in counts.items()]
-    header = ("reason", "samples", "for example: file", "key")
+def _print_skipped(counts: dict[str, int], skipped: "Sequence[Skipped]") -> None:
+    examples = {sample.reason: sample for sample in reversed(skipped)}
+    rows = [
+        (reason, f"{count:,}", examples[reason].file, examples[reason].key, " ".join(examples[reason].detail.split()))
+        for reason, count in counts.items()
+    ]
+    header = ("reason", "samples", "for example: file", "key", "detail")
     typer.echo(format_columns([header, *rows]) if rows else "nothing skipped")
 
 
@@ -50,6 +66,9 @@ def pack_command(
         Literal["shortest", "longest"], typer.Option(help="The side that --resize speaks of.")
     ] = "shortest",
     image_root: ImageRoot = None,
+    image_key: ImageKey = None,
+    caption_key: CaptionKey = None,
+    short_key: ShortKey = None,
     start: Start = 0,
     stop: Stop = None,
     filter: Annotated[bool, typer.Option(help="Leave out captions past the limits below.")] = True,
@@ -65,12 +84,34 @@ def pack_command(
 
     limits = _filters(min_words, max_repeated_share, max_word_run, min_letter_share, min_words_per_clause)
     options = PackOptions(shard_size, resize, side, limits if filter else None)
-    config = DataConfig(source=source, image_root=image_root, start=start, stop=stop)
+    config = DataConfig(
+        source=source,
+        image_root=image_root,
+        image_key=image_key,
+        caption_key=caption_key,
+        short_key=short_key,
+        start=start,
+        stop=stop,
+    )
     report = pack(config, out, options, workers)
     _print_skipped(report.counts(), report.skipped)
-    typer.echo(f"{report.written:,} of {report.samples:,} samples packed; {out / 'report.json'} lists the others")
     if not report.written:
-        raise ValueError(f"{source}: not a single sample could be packed")
+        why = _why_nothing(report.skipped, options)
+        raise ValueError(f"{source}: not a single sample could be packed, and no file was left: {why}")
+    typer.echo(f"{report.written:,} of {report.samples:,} samples packed; {out / 'report.json'} lists the others")
+
+
+def _why_nothing(skipped: "Sequence[Skipped]", options: "PackOptions") -> str:
+    """What left out most samples; of a filter its option, and the one that switches all off."""
+    from fixclip_core.data.captions import LIMITS
+    from fixclip_core.data.samples import describe_skipped
+
+    names = LIMITS.get(Counter(sample.reason for sample in skipped).most_common(1)[0][0], ())
+    text = describe_skipped(skipped)
+    if not names:
+        return text
+    limits = " ".join(f"--{name.replace('_', '-')} {getattr(options.filters, name)}" for name in names)
+    return f"{text}; the caption filters leave out most ({limits}), --no-filter keeps all"
 
 
 @data_app.command("check")
@@ -80,6 +121,9 @@ def check_command(
     decode: Annotated[bool, typer.Option(help="Decode the images, to find damaged ones.")] = True,
     examples: Annotated[int, typer.Option(min=0, help="Captions to print.")] = 3,
     image_root: ImageRoot = None,
+    image_key: ImageKey = None,
+    caption_key: CaptionKey = None,
+    short_key: ShortKey = None,
     start: Start = 0,
     stop: Stop = None,
     min_words: MinWords = 8,
@@ -89,23 +133,34 @@ def check_command(
     min_words_per_clause: MinPerClause = 2.5,
 ) -> None:
     """Count samples, damage and caption lengths, and what the filters would leave out."""
+    from fixclip_core.data.check import check_source
     from fixclip_core.data.config import DataConfig
-    from fixclip_core.data.pack import check_source
+    from fixclip_core.data.samples import describe_skipped
 
     limits = _filters(min_words, max_repeated_share, max_word_run, min_letter_share, min_words_per_clause)
-    config = DataConfig(source=source, image_root=image_root, start=start, stop=stop)
+    config = DataConfig(
+        source=source,
+        image_root=image_root,
+        image_key=image_key,
+        caption_key=caption_key,
+        short_key=short_key,
+        start=start,
+        stop=stop,
+    )
     report = check_source(config, limits, limit=limit or None, decode=decode, examples=examples)
     typer.echo(f"{report.samples:,} samples, {report.checked:,} looked at")
     _print_skipped(report.counts(), report.skipped)
     usable = len(report.tokens)
     typer.echo(f"{usable:,} usable, {report.short_captions:,} with a short caption of their own")
-    if usable:
-        over = {limit: (report.tokens > limit).mean() for limit in (77, 248)}
-        typer.echo(
-            f"CLIP tokens per long caption: mean {report.tokens.mean():.1f}, largest {report.tokens.max()}, "
-            f"over 77: {over[77]:.1%}, over 248 (cut): {over[248]:.1%}"
-        )
-        typer.echo(f"the filters would leave out: {json.dumps(report.filtered)}")
+    if not usable:
+        with errors_exit_with(1):
+            raise ValueError(f"{source}: not a single sample can be used: {describe_skipped(report.skipped)}")
+    over = {limit: (report.tokens > limit).mean() for limit in (77, 248)}
+    typer.echo(
+        f"CLIP tokens per long caption: mean {report.tokens.mean():.1f}, largest {report.tokens.max()}, "
+        f"over 77: {over[77]:.1%}, over 248 (cut): {over[248]:.1%}"
+    )
+    typer.echo(f"the filters would leave out: {json.dumps(report.filtered)}")
     for key, caption in report.examples:
         typer.echo(f"  {key}: {caption}")
 
@@ -115,11 +170,19 @@ def index_command(folder: Annotated[Path, typer.Argument(help="Folder of .tar sh
     """Write index.json, which spares every training run the counting of somebody else's shards."""
     from tqdm import tqdm
 
-    from fixclip_core.data.sources.shards import index_tar, write_index
+    from fixclip_core.data.sources.shards import index_tar, shards_in, write_index
 
-    shards = sorted(folder.glob("*.tar"))
+    shards = shards_in(folder)
     if not shards:
         raise ValueError(f"{folder}: there are no .tar shards in this folder")
-    sizes = {shard.name: len(index_tar(shard)) for shard in tqdm(shards, "counting", unit="shard")}
+    indices = {Path(shard).name: index_tar(shard) for shard in tqdm(shards, "counting", unit="shard")}
+    damaged = [f"{name}: {index.damage}" for name, index in indices.items() if index.damage]
+    if damaged:
+        raise ValueError(
+            f"{folder}: no index was written, {len(damaged)} of {len(shards)} shards are damaged: "
+            f"{'; '.join(damaged[:3])}; fetch them again, or keep what can be read of them with: "
+            "fixclip data pack FOLDER NEW_FOLDER --no-filter"
+        )
+    sizes = {name: len(index.samples) for name, index in indices.items()}
     write_index(folder, sizes)
     typer.echo(f"{sum(sizes.values()):,} samples in {len(sizes):,} shards; wrote {folder / 'index.json'}")

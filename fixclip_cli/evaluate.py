@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from fixclip_cli.app import ImageRoot, ModelNameOption, Start, Stop, app, refuse
+from fixclip_cli.app import CaptionKey, ImageKey, ImageRoot, ModelNameOption, ShortKey, Start, Stop, app, refuse
 from fixclip_core.files import prepare_output
 
 
@@ -23,6 +23,9 @@ def evaluate(
     templates: Annotated[Literal["openai", "simple"], typer.Option(help="Prompts of a class.")] = "openai",
     caption: Annotated[Literal["long", "short"], typer.Option(help="Which captions of --data to retrieve.")] = "long",
     image_root: ImageRoot = None,
+    image_key: ImageKey = None,
+    caption_key: CaptionKey = None,
+    short_key: ShortKey = None,
     start: Start = 0,
     stop: Stop = None,
     partial: Annotated[bool, typer.Option("--partial", help="Evaluate an incomplete benchmark, labelled so.")] = False,
@@ -37,25 +40,19 @@ def evaluate(
     """Retrieval (R@1, 5, 10 both ways) on your data or a benchmark, or zero-shot classification."""
     if (data is None) == (classify is None):
         raise ValueError("give --data (retrieval) or --classify (classification), one of the two")
+    of_own_data = ("caption", "image_root", "image_key", "caption_key", "short_key", "start", "stop")
     if classify is not None:
         refuse(ctx, "needs its folder: --data FOLDER", "benchmark")
-        refuse(ctx, "acts on --data only", "caption", "image_root", "start", "stop")
+        refuse(ctx, "acts on --data only", *of_own_data)
     else:
         refuse(ctx, "acts on --classify only", "classnames", "templates")
     twins = data is not None and data.partition(":")[0] == "scenes-twins" and not benchmark
     if twins:
-        refuse(ctx, "does not act on scenes-twins", "caption", "image_root", "start", "stop")
+        refuse(ctx, "does not act on scenes-twins", *of_own_data)
     if benchmark is None:
         refuse(ctx, "acts on a --benchmark only", "partial")
     else:
-        refuse(
-            ctx,
-            "does not act on a benchmark, which fixes its images and texts",
-            "caption",
-            "image_root",
-            "start",
-            "stop",
-        )
+        refuse(ctx, "does not act on a benchmark, which fixes its images and texts", *of_own_data)
     if output is not None:
         prepare_output(output)
     import torch
@@ -77,7 +74,9 @@ def evaluate(
     source = None
     number = twin_scenes(str(data)) if twins else 0
     if data and not benchmark and not twins:
-        source = open_source(DataConfig(source=data, image_root=image_root, start=start, stop=stop))
+        keys = {"image_key": image_key, "caption_key": caption_key, "short_key": short_key}
+        part = {"image_root": image_root, "start": start, "stop": stop}
+        source = open_source(DataConfig.model_validate({"source": data, **keys, **part}))
     names = read_classnames(classnames) if classnames else None
     encoder = load_encoder(model, model_name=model_name, pretrained=pretrained, device=device or best)
     if chosen is not None:

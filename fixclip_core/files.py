@@ -1,4 +1,4 @@
-"""Writing files so that no reader meets half of one, in folders that one process at a time writes to."""
+"""Files: written so that no reader meets half of one, in folders that one process at a time writes to; safe JSON."""
 
 import json
 import os
@@ -93,3 +93,15 @@ def _holder(folder: Path) -> str:
         return f"process {entry['pid']} on {entry['host']} ({entry['command']}, since {entry['since']})"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"
+
+
+def parse_json(text: str | bytes) -> Any:
+    """`json.loads` for files of others.
+
+    Raises:
+        ValueError: not JSON, not UTF-8, or nested too deeply (100,000 brackets), where json raises RecursionError.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("JSON that is nested too deeply") from None

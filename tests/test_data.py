@@ -453,8 +453,8 @@ def test_seeded_restores_generators_even_after_an_error():
         ("m.jsonl", "[1]\n", r"m\.jsonl:1: expected an object"),
         ("m.jsonl", '{"file": "a", "text": "b"}\n', r"m\.jsonl:1: expected `image`, `long`.*found file, text"),
         ("m.jsonl", "\n\n", r"m\.jsonl: it holds no sample"),
-        ("m.csv", "image,caption\na,b\n", r"m\.csv:2: expected `image`.*found image, caption"),
-        ("m.csv", 'image,long\na,b\n"c,d\n', r"m\.csv:\d: "),
+        ("m.csv", "image,caption\na,b\n", r"m\.csv:1: expected `image`.*found image, caption"),
+        ("m.csv", 'image,long\na,b\n"c,d\n', r"m\.csv:3: a quote that is opened here is not closed"),
         ("m.csv", "image,long\na,b\nc,d,e,f\n", r"m\.csv:3: .*more than 2 columns"),
         ("m.csv", "", r"m\.csv: it holds no sample"),
         ("m.json", '{"image": 1}', r"m\.json:1: expected a JSON list"),
@@ -467,9 +467,6 @@ def test_seeded_restores_generators_even_after_an_error():
 )
 def test_malformed_manifests_name_file_and_line(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
-    if "c,d\n" in text and '"' in text:  # an open quote swallows the rest: a row too short, not malformed
-        assert [row["long"] for row in read_manifest(tmp_path / name)] == ["b", None]
-        return
     with pytest.raises(ValueError, match=message):
         list(read_manifest(tmp_path / name))
 
@@ -628,7 +625,7 @@ def test_batches_survive_pickling(manifest, shards):
 def test_damaged_shards_lose_only_what_is_damaged(tmp_path):
     folder = write_shards(tmp_path, [10, 10])
     shard = folder / "s-01.tar"
-    samples = index_tar(shard)
+    samples = index_tar(shard).samples
     offset, size = samples[6][1]["png"]
     os.truncate(shard, offset + size // 2)
     part = loader(folder, max_bad_share=1.0, last_batch="keep")

@@ -20,8 +20,9 @@ from PIL import Image
 from test_data import caption, loader, picture, write_bad_manifest, write_manifest
 
 from fixclip_core.data.captions import CaptionFilters
+from fixclip_core.data.check import check_source
 from fixclip_core.data.config import DataConfig
-from fixclip_core.data.pack import PackOptions, check_source, pack
+from fixclip_core.data.pack import PackOptions, pack
 
 
 def contents(folder: Path) -> dict[str, str]:

@@ -227,6 +227,14 @@ class CaptionFilters:
                 raise ValueError(f"{name}={limit}: it must be positive, or None to switch it off")
 
 
+# The limits that may have left out a caption, by the reason that is reported.
+LIMITS = {
+    "too_short": ("min_words",),
+    "repetition": ("max_word_run", "max_repeated_share"),
+    "not_sentences": ("min_letter_share", "min_words_per_clause"),
+}
+
+
 def rejection(text: str, filters: CaptionFilters) -> str | None:
     """Why the cleaned caption is filtered out: "too_short", "repetition", "not_sentences", or None."""
     words = caption_words(text)

@@ -18,6 +18,13 @@ class SourceSection(Section):
 
     source: str = Field(min_length=1, description="shards, manifest, ShareGPT4V's JSON, a folder, or scenes")
     image_root: str | None = Field(default=None, description="what a manifest's image paths are relative to")
+    image_key: str | None = Field(
+        default=None, min_length=1, description="column, or extension in shards, of the image; null: the usual ones"
+    )
+    caption_key: str | None = Field(
+        default=None, min_length=1, description="column, or extension in folders and shards, of the long caption"
+    )
+    short_key: str | None = Field(default=None, min_length=1, description="the same of the short caption")
     start: int = Field(default=0, ge=0, description="first sample")
     stop: int | None = Field(default=None, ge=1, description="sample after the last; the number of `scenes`")
 

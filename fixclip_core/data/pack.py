@@ -1,4 +1,4 @@
-"""Captioned images -> a look at them, and WebDataset shards.
+"""Captioned images -> WebDataset shards.
 
 Packing is parallel, resumable, and gives the same bytes however often it was cut off.
 
@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -17,7 +18,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from filelock import FileLock, Timeout
 from PIL import Image
 from torch import Tensor
@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from webdataset.writer import TarWriter
 
-from fixclip_core.data.captions import CaptionFilters, rejection
+from fixclip_core.data.captions import CaptionFilters
 from fixclip_core.data.config import DataConfig
 from fixclip_core.data.order import sample_range
 from fixclip_core.data.samples import BadSampleError, Sample, Skipped, check_captions, decode_image
@@ -79,7 +79,8 @@ class PackReport:
 def pack(config: DataConfig, out: Path, options: PackOptions, workers: int = 1) -> PackReport:
     """Write `out`/shard-*.tar, index.json (samples per shard) and report.json (what was skipped and why).
 
-    Run it again after an interruption, however hard, and it goes on where it was.
+    Run it again after an interruption, however hard, and it goes on where it was. Where not a single sample could be
+    written, no file stays behind: the same folder may be packed into with other options.
 
     Args:
         config: its source, image_root, start and stop say what to pack.
@@ -93,18 +94,31 @@ def pack(config: DataConfig, out: Path, options: PackOptions, workers: int = 1) 
     """
     source = open_source(config)
     samples = sample_range(source.sizes, config)
-    state = out / ".pack"
+    state, is_new = out / ".pack", not out.exists()
     if out.exists() and not state.exists() and any(out.iterdir()):
         raise ValueError(f"{out}: the folder is not empty and not from a pack; choose a new one")
     try:
         state.mkdir(parents=True, exist_ok=True)
         with FileLock(state / "lock", timeout=_LOCK_SECONDS):
             _check_options(state / "options.json", config, options, len(samples))
-            return _pack_shards(source, samples, out, options, workers)
+            report = _pack_shards(source, samples, out, options, workers)
+            if not report.written:
+                _remove_files(out)
+        if not report.written:
+            shutil.rmtree(state)
+            if is_new:
+                out.rmdir()
+        return report
     except Timeout:
         raise ValueError(f"{out}: another process is packing into this folder") from None
     except OSError as error:
         raise ValueError(f"{out}: cannot be written: {error}") from None
+
+
+def _remove_files(out: Path) -> None:
+    """Remove what a pack has written, all but its lock."""
+    for path in [*out.glob("shard-*.tar"), out / "index.json", out / "report.json", *(out / ".pack").glob("*.json")]:
+        path.unlink(missing_ok=True)
 
 
 def _check_options(path: Path, config: DataConfig, options: PackOptions, count: int) -> None:
@@ -114,14 +128,15 @@ def _check_options(path: Path, config: DataConfig, options: PackOptions, count: 
         "stop": config.stop,
         "samples": count,
         **asdict(options),
+        **{name: key for name in ("image_key", "caption_key", "short_key") if (key := getattr(config, name))},
     }
     if not path.exists():
         write_atomically(path, json.dumps(chosen, indent=1).encode())
     recorded = json.loads(path.read_bytes())
-    for name, value in chosen.items():
-        if recorded.get(name) != value:
+    for name in dict.fromkeys([*chosen, *recorded]):
+        if recorded.get(name) != chosen.get(name):
             raise ValueError(
-                f"{path.parent.parent}: packed with {name}={recorded.get(name)!r}, not {value!r}; "
+                f"{path.parent.parent}: packed with {name}={recorded.get(name)!r}, not {chosen.get(name)!r}; "
                 "choose another folder, or delete this one"
             )
 
@@ -241,12 +256,11 @@ def _entry(sample: Sample, index: int, options: PackOptions) -> dict[str, Any]:
     """The files of a sample in a tar, by extension; raises BadSampleError."""
     long, short = check_captions(sample, options.filters)
     extension, image = stored_image(sample, options)
-    extra = {"image": sample.key} | dict(sample.extra) | ({"short": short} if short else {})
     return {
         "__key__": f"{index:09d}",
         extension: image,
         "txt": long.encode(),
-        "json": json.dumps(extra).encode(),
+        "json": _further_fields(sample, short),
     }
 
 
@@ -269,6 +283,14 @@ def stored_image(sample: Sample, options: PackOptions) -> tuple[str, bytes]:
     return extension, buffer.getvalue()
 
 
+def _further_fields(sample: Sample, short: str | None) -> bytes:
+    fields = {"image": sample.key} | dict(sample.extra) | ({"short": short} if short else {})
+    try:
+        return json.dumps(fields).encode()
+    except RecursionError:
+        raise BadSampleError("wrong_type", sample.file, sample.key, "fields that are nested too deeply") from None
+
+
 def _header(sample: Sample) -> tuple[str | None, tuple[int, int]]:
     """Format and size of an encoded image; (None, ...) where `decode_image` will say what is wrong with it."""
     if isinstance(sample.image, Tensor):
@@ -278,68 +300,3 @@ def _header(sample: Sample) -> tuple[str | None, tuple[int, int]]:
             return image.format, image.size
     except Exception:
         return None, (0, 0)
-
-
-@dataclass(frozen=True)
-class CheckReport:
-    """What a look at a source found.
-
-    Attributes:
-        samples: in the source.
-        checked: of them, spread evenly over it.
-        skipped: every one that could not be used, and why.
-        filtered: how many captions each of the filters' reasons would leave out.
-        tokens: CLIP tokens of each long caption, start and end token included.
-        short_captions: how many samples bring a short caption.
-        examples: a few (key, long caption).
-    """
-
-    samples: int
-    checked: int
-    skipped: list[Skipped]
-    filtered: dict[str, int]
-    tokens: np.ndarray
-    short_captions: int
-    examples: list[tuple[str, str]]
-
-    def counts(self) -> dict[str, int]:
-        return dict(Counter(sample.reason for sample in self.skipped).most_common())
-
-
-def check_source(
-    config: DataConfig, filters: CaptionFilters, *, limit: int | None = None, decode: bool = True, examples: int = 3
-) -> CheckReport:
-    """Read up to `limit` samples, evenly spread, and count what is in them.
-
-    Raises:
-        ValueError: the source cannot be opened, or the limit is not positive.
-    """
-    from open_clip.tokenizer import SimpleTokenizer  # slow to import, and packing does without
-
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit={limit}: it must be at least 1")
-    source, encode = open_source(config), SimpleTokenizer().encode
-    samples = sample_range(source.sizes, config)
-    chosen = samples[:: -(-len(samples) // limit)] if limit else samples
-    skipped: list[Skipped] = []
-    filtered: Counter[str] = Counter()
-    tokens: list[int] = []
-    shown: list[tuple[str, str]] = []
-    short_captions = 0
-    for index in tqdm(chosen, "checking", unit="sample"):
-        try:
-            sample = source.read(index)
-            long, short = check_captions(sample)
-            if decode:
-                decode_image(sample, draft_size=1)
-        except BadSampleError as error:
-            skipped.append(error.skipped)
-            continue
-        filtered.update(filter(None, [rejection(long, filters)]))
-        tokens.append(len(encode(long)) + 2)
-        short_captions += short is not None
-        if len(shown) < examples:
-            shown.append((sample.key, long))
-    return CheckReport(
-        len(samples), len(chosen), skipped, dict(filtered), np.array(tokens, np.int64), short_captions, shown
-    )

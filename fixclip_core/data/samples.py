@@ -1,6 +1,7 @@
 """One sample: what a source holds, its captions checked, its picture decoded, or why it was skipped."""
 
 import io
+import reprlib
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -10,13 +11,13 @@ from typing import Any
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from fixclip_core.data.captions import CaptionFilters, clean_caption, rejection
+from fixclip_core.data.captions import LIMITS, CaptionFilters, clean_caption, rejection
+from fixclip_core.data.images import to_rgb
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm")
 # A thinner strip would be enlarged to millions of pixels by "resize the shortest side".
 MAX_ASPECT_RATIO = 100
 # Rejected by the user's own caption filters: reported, but no sign of damaged data.
-FILTER_REASONS = frozenset(["too_short", "repetition", "not_sentences"])
+FILTER_REASONS = frozenset(LIMITS)
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Sample:
     """A sample as its source holds it: nothing is decoded or checked yet.
 
     `extra` are further fields of a manifest's row or a shard's .json (where a caption came from, say); packing keeps
-    them.
+    them. `caption_place` is where the long caption was looked for, e.g. "0.txt", for the report of one that is missing.
     """
 
     file: str
@@ -33,6 +34,7 @@ class Sample:
     long: Any
     short: Any
     extra: Mapping[str, Any] = field(default_factory=dict)
+    caption_place: str = "long caption"
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,10 @@ def check_captions(sample: Sample, filters: CaptionFilters | None = None) -> tup
         BadSampleError: "no_caption", "wrong_type", "empty_caption" or one of the filters' reasons.
     """
     if sample.long is None:
-        raise BadSampleError("no_caption", sample.file, sample.key, "no long caption comes with it")
+        raise BadSampleError("no_caption", sample.file, sample.key, f"there is no {sample.caption_place}")
     for name, caption in (("long", sample.long), ("short", sample.short)):
         if caption is not None and not isinstance(caption, str):
-            raise BadSampleError("wrong_type", sample.file, sample.key, f"{name} is {caption!r}"[:200])
+            raise BadSampleError("wrong_type", sample.file, sample.key, f"{name} is {reprlib.repr(caption)}")
     long = clean_caption(sample.long)
     if not any(character.isalnum() for character in long):
         raise BadSampleError("empty_caption", sample.file, sample.key)
@@ -83,7 +85,7 @@ def decode_image(sample: Sample, draft_size: int | None = None) -> Image.Image:
 
     Raises:
         BadSampleError: "decompression_bomb" (more than PIL's Image.MAX_IMAGE_PIXELS), "extreme_aspect_ratio",
-            "not_an_image", "truncated_image" or "corrupt_image".
+            "not_an_image", "truncated_image", "corrupt_image" or "unsupported_image" (see `to_rgb`).
     """
     if isinstance(sample.image, Tensor):
         return Image.fromarray(sample.image.permute(1, 2, 0).numpy())
@@ -97,7 +99,8 @@ def decode_image(sample: Sample, draft_size: int | None = None) -> Image.Image:
             if draft_size:
                 image.draft(None, (draft_size, draft_size))
             ImageOps.exif_transpose(image, in_place=True)
-            return image.convert("RGB")
+            image.load()
+            return _rgb(sample, image)
     except BadSampleError:
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
@@ -107,6 +110,13 @@ def decode_image(sample: Sample, draft_size: int | None = None) -> Image.Image:
         if isinstance(error, UnidentifiedImageError):
             reason, error = "not_an_image", ValueError(f"{len(sample.image)} bytes in no known image format")
         raise BadSampleError(reason, sample.file, sample.key, error) from None
+
+
+def _rgb(sample: Sample, image: Image.Image) -> Image.Image:
+    try:
+        return to_rgb(image)
+    except ValueError as error:  # also Pillow's own: a mode that it cannot convert
+        raise BadSampleError("unsupported_image", sample.file, sample.key, error) from None
 
 
 def describe_skipped(skipped: Iterable[Skipped]) -> str:

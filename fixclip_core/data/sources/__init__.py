@@ -8,6 +8,7 @@ from webdataset.shardlists import expand_urls
 
 from fixclip_core.data.config import DataConfig
 from fixclip_core.data.samples import Sample
+from fixclip_core.data.sources.arrow import ArrowSource, is_dataset
 from fixclip_core.data.sources.folder import folder_rows
 from fixclip_core.data.sources.manifest import MANIFEST_EXTENSIONS, read_manifest
 from fixclip_core.data.sources.rows import RowSource, pack_rows
@@ -50,11 +51,10 @@ def open_source(config: DataConfig, captioned: bool = True) -> Source:
     if name.partition(":")[0] in SCENES:
         return SceneSource(config)
     if path.is_dir():
-        shards = shards_in(path)
-        return ShardSource(shards, config) if shards else RowSource(folder_rows(path), path, path)
+        return _open_folder(path, config, captioned)
     if path.suffix.lower() in MANIFEST_EXTENSIONS and "://" not in name:
         root = Path(config.image_root).expanduser() if config.image_root else path.parent
-        return RowSource(pack_rows(read_manifest(path, captioned)), root, path)
+        return RowSource(pack_rows(read_manifest(path, config, captioned)), root, path)
     urls = [match for url in expand_urls(name) for match in matches(url)]
     if all(url.startswith("pipe:") or url.split("?")[0].endswith(".tar") for url in urls):
         return ShardSource(urls, config)
@@ -63,3 +63,12 @@ def open_source(config: DataConfig, captioned: bool = True) -> Source:
         f"source {name!r} {problem}: give .tar shards, a manifest ({', '.join(MANIFEST_EXTENSIONS)}), "
         f"a folder of shards or of image + txt, or {' or '.join(SCENES)}"
     )
+
+
+def _open_folder(path: Path, config: DataConfig, captioned: bool) -> Source:
+    if is_dataset(path):
+        return ArrowSource(path, config, captioned)
+    shards = shards_in(path)
+    if shards:
+        return ShardSource(shards, config)
+    return RowSource(pack_rows(folder_rows(path, config, captioned)), path, path)

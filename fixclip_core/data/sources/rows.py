@@ -1,6 +1,7 @@
 """Rows of a manifest or a folder, and the image files they name."""
 
 import json
+import reprlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,10 @@ class Rows:
 def pack_rows(rows: Iterable[dict[str, Any]]) -> Rows:
     data, ends = bytearray(), []
     for row in rows:
-        data += json.dumps(row).encode()
+        try:
+            data += json.dumps(row).encode()
+        except RecursionError:
+            raise ValueError(f"{row.get('image')}: its row is nested too deeply") from None
         ends.append(len(data))
     return Rows(np.frombuffer(data, np.uint8), np.array(ends, np.int64))
 
@@ -44,37 +48,47 @@ class RowSource:
     def read(self, index: int) -> Sample:
         row = self.rows[index]
         line = f":{row['line']}" if "line" in row else ""
-        file, key = f"{self.origin}{line}", str(row["image"])
+        origin = self.root / row["origin"] if "origin" in row else self.origin
+        file, key = f"{origin}{line}", str(row["image"])
         if not isinstance(row["image"], str) or not row["image"]:
-            raise BadSampleError("wrong_type", file, key, f"image is {row['image']!r}"[:200])
+            raise BadSampleError("wrong_type", file, key, f"image is {reprlib.repr(row['image'])}")
+        place = row.get("text", "long caption in its row")
         if "text" in row:
-            short_text = str(Path(row["text"]).with_suffix(".short.txt"))
+            short_text = row.get("short_text", short_name(row["text"]))
             long, short = (self._text(name, file, key) for name in (row["text"], short_text))
         else:
             long, short = row["long"], row["short"]
-        return Sample(file, key, self._bytes(row["image"], file, key), long, short, row.get("extra", {}))
-
-    def _bytes(self, name: str, file: str, key: str) -> bytes:
-        path = self.root / name
-        try:
-            return path.read_bytes()
-        except FileNotFoundError:
-            raise BadSampleError("missing_file", file, key, path) from None
-        except (OSError, ValueError) as error:  # ValueError: a null byte in the name
-            raise BadSampleError("unreadable_file", file, key, error) from None
+        image = read_file(self.root / row["image"], file, key)
+        return Sample(file, key, image, long, short, row.get("extra", {}), place)
 
     def _text(self, name: str, file: str, key: str) -> str | None:
         if not (self.root / name).exists():
             return None
         try:
-            return self._bytes(name, file, key).decode("utf-8-sig")
+            return read_file(self.root / name, file, key).decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise BadSampleError("wrong_type", file, key, f"{name}: {error}") from None
 
     def fingerprint(self, index: int) -> str:
         row = self.rows[index]
-        names = [row[name] for name in ("image", "text") if isinstance(row.get(name), str)]
+        names = [row[name] for name in ("image", "text", "short_text") if isinstance(row.get(name), str)]
         return json.dumps([{k: v for k, v in row.items() if k != "line"}, [stamp(self.root / n) for n in names]])
+
+
+def read_file(path: Path, file: str, key: str) -> bytes:
+    """The content of a sample's file; raises BadSampleError "missing_file" or "unreadable_file"."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        detail = f"there is no {path}; is image_root what paths are relative to?"
+        raise BadSampleError("missing_file", file, key, detail) from None
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        raise BadSampleError("unreadable_file", file, key, error) from None
+
+
+def short_name(text: str) -> str:
+    """The file of the short caption beside that of the long one: `0.txt` -> `0.short.txt`."""
+    return str(Path(text).with_suffix(".short.txt"))
 
 
 def stamp(path: Path) -> tuple[int, int] | None:

@@ -1,6 +1,7 @@
 """WebDataset shards, local and remote."""
 
 import bisect
+import functools
 import glob
 import hashlib
 import itertools
@@ -9,11 +10,12 @@ import logging
 import os
 import shlex
 import tarfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from filelock import FileLock
 from tqdm import tqdm
@@ -22,30 +24,78 @@ from webdataset.gopen import gopen
 from webdataset.tariterators import base_plus_ext
 
 from fixclip_core.data.config import DataConfig
-from fixclip_core.data.samples import IMAGE_EXTENSIONS, BadSampleError, Sample
+from fixclip_core.data.images import image_extensions, is_system_file
+from fixclip_core.data.samples import BadSampleError, Sample
 from fixclip_core.data.sources.rows import stamp
-from fixclip_core.files import write_atomically
+from fixclip_core.files import parse_json, write_atomically
 
 logger = logging.getLogger(__name__)
 
 Members = dict[str, tuple[int, int]]
 
 
-def index_tar(path: str | Path) -> list[tuple[str, Members]]:
-    """The samples of a tar: (key, {extension: (offset, size)}). What follows a damaged header is left out."""
+@dataclass(frozen=True)
+class TarIndex:
+    """What a tar holds.
+
+    Attributes:
+        samples: (key, {extension: (offset, size)}) of each.
+        damage: where it is damaged or cut off, in words; "" where its end is where the last file ends.
+    """
+
+    samples: list[tuple[str, Members]]
+    damage: str = ""
+
+
+def index_tar(path: str | Path) -> TarIndex:
+    """The samples of a tar: neighbouring files of the same name but for the extension, hidden and system files apart.
+
+    A damaged header costs the file it describes; reading goes on at the next one, and `damage` says where it was. A
+    name that comes again with the same extension begins another sample.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
     samples: list[tuple[str, Members]] = []
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                key, extension = base_plus_ext(member.name)
-                if not member.isreg() or key is None or member.name.startswith("__"):
-                    continue
-                if not samples or samples[-1][0] != key:
-                    samples.append((key, {}))
-                samples[-1][1].setdefault(extension.lower(), (member.offset_data, member.size))
-    except tarfile.TarError as error:
-        logger.warning("%s: damaged after %d samples: %s", path, len(samples), error)
-    return samples
+    damage, end = "", 0
+    with open(path, "rb") as file:
+        try:
+            with tarfile.open(fileobj=file, mode="r:", ignore_zeros=True) as tar:
+                for member in tar:
+                    damage = damage or _damage(file, end, member.offset, len(samples))
+                    end = tar.offset
+                    if member.isreg() and not member.name.startswith("__") and not is_system_file(member.name):
+                        _add_member(samples, member)
+        except (tarfile.TarError, ValueError, EOFError) as error:
+            damage = damage or f"damaged or cut off behind byte {end:,}, after {len(samples)} samples: {error}"
+        size = os.fstat(file.fileno()).st_size
+        damage = damage or _damage(file, end, size, len(samples))
+    if not damage and size == end:
+        damage = f"cut off at byte {end:,}, after {len(samples)} samples: the mark of its end is not there"
+    return TarIndex(samples, damage)
+
+
+def _add_member(samples: list[tuple[str, Members]], member: tarfile.TarInfo) -> None:
+    key, extension = base_plus_ext(member.name)
+    if key is None:
+        return
+    extension = extension.lower()
+    if not samples or samples[-1][0] != key or extension in samples[-1][1]:
+        samples.append((key, {}))
+    samples[-1][1][extension] = member.offset_data, member.size
+
+
+def _damage(file: BinaryIO, begin: int, end: int, samples: int) -> str:
+    """Between two files of a tar there is nothing, or zeros where tars were joined: "" then, else what is wrong."""
+    position = file.tell()
+    file.seek(begin)
+    while begin < end and (block := file.read(min(end - begin, 1 << 20))):
+        begin += len(block)
+        if block.strip(b"\0"):
+            file.seek(position)
+            return f"damaged between bytes {begin - len(block):,} and {end:,}, after {samples} samples"
+    file.seek(position)
+    return ""
 
 
 def write_index(folder: Path, sizes: dict[str, int]) -> None:
@@ -56,7 +106,7 @@ def write_index(folder: Path, sizes: dict[str, int]) -> None:
 
 
 def shards_in(folder: Path) -> list[str]:
-    return sorted(str(path) for path in folder.glob("*.tar"))
+    return sorted(str(path) for path in folder.glob("*.tar") if not is_system_file(path.name))
 
 
 def matches(url: str) -> list[str]:
@@ -90,7 +140,11 @@ class ShardSource:
         self.remote = any(map(_is_remote, self.urls))
         self.cache_dir, self.cache_gb = os.path.expanduser(config.cache_dir), config.cache_gb
         self.max_open = config.shuffle_shards + 4
+        self.image_key, self.caption_key, self.short_key = (
+            key and key.removeprefix(".").lower() for key in (config.image_key, config.caption_key, config.short_key)
+        )
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._warned: set[int] = set()
         self.sizes = self._sizes()
         self.starts = [0, *itertools.accumulate(self.sizes)]
 
@@ -111,9 +165,12 @@ class ShardSource:
 
     def _count(self, url: str) -> int:
         try:
-            return len(index_tar(self._path(url)))
+            index = index_tar(self._path(url))
         except OSError as error:
             raise ValueError(f"{url}: cannot be fetched: {error}") from None
+        if index.damage:
+            logger.warning("%s: %s", url, index.damage)
+        return len(index.samples)
 
     def _path(self, url: str) -> str:
         """A local file with the shard's content."""
@@ -136,10 +193,20 @@ class ShardSource:
                 self._open[number] = _OpenShard(self._path(self.urls[number]))
             except OSError as error:
                 self._open[number] = _OpenShard(None, str(error))
+            self._warn(number, self._open[number])
             if len(self._open) > self.max_open:
                 self._open.popitem(last=False)
         self._open.move_to_end(number)
         return self._open[number]
+
+    def _warn(self, number: int, shard: "_OpenShard") -> None:
+        """Samples that the index does not count are never read."""
+        if len(shard.samples) > self.sizes[number] and number not in self._warned:
+            self._warned.add(number)
+            counts = len(shard.samples), self.sizes[number]
+            logger.warning(
+                "%s: it holds %d samples, but only the %d that its index counts are used", self.urls[number], *counts
+            )
 
     def _locate(self, index: int) -> tuple[int, int]:
         number = bisect.bisect_right(self.starts, index) - 1
@@ -151,7 +218,8 @@ class ShardSource:
         if shard.error:
             raise BadSampleError("unreadable_shard", url, f"#{local}", shard.error)
         if local >= len(shard.samples):
-            raise BadSampleError("missing_sample", url, f"#{local}", f"the shard holds {len(shard.samples)}")
+            damage = f", {shard.damage}" if shard.damage else ""
+            raise BadSampleError("missing_sample", url, f"#{local}", f"the shard holds {len(shard.samples)}{damage}")
         key, members = shard.samples[local]
 
         def member(extension: str) -> bytes:
@@ -160,19 +228,27 @@ class ShardSource:
                 raise BadSampleError("truncated_shard", url, key, f".{extension} ends early")
             return data
 
-        extension = next((name for name in IMAGE_EXTENSIONS if name in members), None)
+        images = (self.image_key,) if self.image_key else image_extensions()
+        extension = next((name for name in images if name in members), None)
         if extension is None:
-            raise BadSampleError("missing_file", url, key, f"no image among {', '.join(members)}")
+            raise BadSampleError("missing_file", url, key, _why_no_image(shard, key, members, images))
         try:
-            extra = json.loads(member("json")) if "json" in members else {}
-            if not isinstance(extra, dict):
+            fields = parse_json(member("json")) if "json" in members else {}
+            if not isinstance(fields, dict):
                 raise ValueError(".json holds no object")
-            long = member("txt").decode() if "txt" in members else extra.get("long")
-            short = member("short.txt").decode() if "short.txt" in members else extra.get("short")
+            long, short = (
+                member(name).decode() if name in members else fields.get(field)
+                for name, field in (
+                    (self.caption_key or "txt", self.caption_key or "long"),
+                    (self.short_key or "short.txt", self.short_key or "short"),
+                )
+            )
         except ValueError as error:
             raise BadSampleError("wrong_type", url, key, error) from None
-        extra = {name: value for name, value in extra.items() if name not in ("long", "short")}
-        return Sample(url, key, member(extension), long, short, extra)
+        used = ("long", "short", self.caption_key, self.short_key)
+        extra = {name: value for name, value in fields.items() if name not in used}
+        place = f".{self.caption_key or 'txt'}, nor `{self.caption_key or 'long'}` in .json, among {', '.join(members)}"
+        return Sample(url, key, member(extension), long, short, extra, f"{place}{_elsewhere(shard, key)}")
 
     def fingerprint(self, index: int) -> str:
         number, local = self._locate(index)
@@ -185,12 +261,35 @@ class _OpenShard:
 
     def __init__(self, path: str | None, error: str = "") -> None:
         self.error = error
-        self.samples = index_tar(path) if path else []
+        index = index_tar(path) if path else TarIndex([])
+        self.samples, self.damage = index.samples, index.damage
         self.file = open(path, "rb") if path else None  # noqa: SIM115
 
     def read(self, offset: int, size: int) -> bytes:
         assert self.file is not None
         return os.pread(self.file.fileno(), size, offset)
+
+    @functools.cached_property
+    def keys(self) -> Counter[str]:
+        """How often each key comes."""
+        return Counter(key for key, _ in self.samples)
+
+
+def _why_no_image(shard: _OpenShard, key: str, members: Members, wanted: Sequence[str]) -> str:
+    """What is there in place of a picture, and the usual cause."""
+    dotted = [name for name in members if "." in name and name.rsplit(".")[-1] in wanted]
+    if dotted:
+        return (
+            f"no image among {', '.join(members)}: WebDataset takes all behind the first dot of a name for its "
+            f"extension; use names without dots, or image_key={dotted[0]}"
+        )
+    return f"no image among {', '.join(members)}{_elsewhere(shard, key)}; image_key names another extension"
+
+
+def _elsewhere(shard: _OpenShard, key: str) -> str:
+    if shard.keys[key] < 2:
+        return ""
+    return "; files of the same name must follow each other in the tar, as `tar --sort=name` writes them"
 
 
 def _listed_name(url: str) -> str:
@@ -203,7 +302,7 @@ def _listed_sizes(folder: str) -> dict[str, int]:
         address = os.path.join(folder, name)
         try:
             with gopen(_readable(address)) as file:
-                listed = json.loads(file.read())
+                listed = parse_json(file.read())
             if name == "sizes.json":
                 return {str(shard): int(size) for shard, size in listed.items()}
             return {os.path.basename(shard["url"]): int(shard["nsamples"]) for shard in listed["shardlist"]}
