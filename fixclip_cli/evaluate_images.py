@@ -17,7 +17,7 @@ def evaluate_images(
     lora: Annotated[str | None, typer.Option(help="LoRA for the UNet, as load_lora_weights reads it.")] = None,
     system: Annotated[
         list[str] | None,
-        typer.Option(help="NAME:encoder=...,adapter=...,lora=...,long_prompt=...; repeat. Default: all that is given."),
+        typer.Option(help="NAME:encoder=...,adapter=...,lora=...,conditioning=...; repeat. Default: all given."),
     ] = None,
     scorer: Annotated[str | None, typer.Option(help="CLIP for image-text scores, as for `evaluate`.")] = None,
     check_scenes: Annotated[

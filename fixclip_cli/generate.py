@@ -39,10 +39,14 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Picture i starts from seed + i.")] = 0,
     size: Annotated[str | None, typer.Option(help="512 or 512x768 (width x height); default: the model's own.")] = None,
     num: Annotated[int, typer.Option(min=1, max=1000, help="Number of pictures.")] = 1,
-    long_prompt: Annotated[
-        Literal["windows", "truncate", "overlap_77", "windows_77", "truncate_77"],
-        typer.Option(help="More than 248 tokens; the last two are chunking and stock, with the base's own encoder."),
-    ] = "windows",
+    conditioning: Annotated[
+        str | None,
+        typer.Option(
+            "--conditioning",
+            "--long-prompt",
+            help="How more than 77 tokens are read: overlap, one_pass, chunks or stock; default: as the encoder says.",
+        ),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cuda, mps or cpu; default: the fastest there is.")] = None,
     dtype: Annotated[
         Literal["float32", "float16", "bfloat16"] | None, typer.Option(help="Default: float16 on cuda, else float32.")
@@ -61,12 +65,13 @@ def generate(
     from fixclip_diffusion import builtin
 
     pipe = load_pipeline(base, encoder, adapter, device, dtype)
+    pipe.conditioning = conditioning
     if compare:
         same = encoder is None and adapter is None and builtin.base_of(base) == base
         reference = pipe if same else load_pipeline(builtin.base_of(base), None, None, device, dtype)
         systems = comparison(reference, pipe)
     else:
-        systems = {"FIX-CLIP": lambda **kwargs: pipe(long_prompt=long_prompt, **kwargs)}
+        systems = {"FIX-CLIP": pipe}
     settings = {
         "prompt": text,
         "negative_prompt": negative,
@@ -77,14 +82,14 @@ def generate(
         "base": base,
         "encoder": encoder,
         "adapter": adapter,
-        "long_prompt": long_prompt,
+        "conditioning": pipe.conditioning,
         "scheduler": type(pipe.scheduler).__name__,
         "dtype": str(pipe.unet.dtype).removeprefix("torch."),
         "version": version("fixclip"),
     }
-    typer.echo(pipe.token_report(text).describe(long_prompt))
+    typer.echo(pipe.token_report(text))
     if negative:
-        typer.echo(f"negative prompt: {pipe.token_report(negative).describe(long_prompt)}")
+        typer.echo(f"negative prompt: {pipe.token_report(negative)}")
     for index, file in enumerate(files):
         draw_and_save(systems, {**settings, "seed": seed + index}, file)
 
@@ -98,13 +103,13 @@ def comparison(reference: Any, pipe: Any) -> dict[str, Callable[..., Any]]:
         verbosity = diffusers_logging.get_verbosity()
         diffusers_logging.set_verbosity_error()
         try:
-            return reference(long_prompt="truncate_77", **kwargs)
+            return reference(conditioning="stock", **kwargs)
         finally:
             diffusers_logging.set_verbosity(verbosity)
 
     return {
         "stock, cut at 77 tokens": stock,
-        "chunks of 77 tokens": lambda **kwargs: reference(long_prompt="windows_77", **kwargs),
+        "chunks of 77 tokens": lambda **kwargs: reference(conditioning="chunks", **kwargs),
         "FIX-CLIP": lambda **kwargs: pipe(**kwargs),
     }
 
@@ -151,8 +156,9 @@ def tokens(
     from huggingface_hub import hf_hub_download
 
     from fixclip_diffusion import builtin
-    from fixclip_diffusion.conditioning import token_report
-    from fixclip_diffusion.text_encoder import FixClipTokenizer, check_folder_or_hub_name
+    from fixclip_diffusion.text_encoder import check_folder_or_hub_name
+    from fixclip_diffusion.token_report import token_report
+    from fixclip_diffusion.tokenizer import FixClipTokenizer
 
     base = builtin.resolve(builtin.base_of(base))
     check_folder_or_hub_name("base", base)

@@ -4,9 +4,10 @@
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from fixclip_diffusion.adapter import TextAdapter
-from fixclip_diffusion.conditioning import TokenReport, token_report
 from fixclip_diffusion.pipeline import FixClipStableDiffusionPipeline
-from fixclip_diffusion.text_encoder import FixClipTextConfig, FixClipTextEncoder, FixClipTokenizer
+from fixclip_diffusion.text_encoder import FixClipTextConfig, FixClipTextEncoder
+from fixclip_diffusion.token_report import TokenReport, token_report
+from fixclip_diffusion.tokenizer import FixClipTokenizer
 
 __all__ = [
     "FixClipStableDiffusionPipeline",

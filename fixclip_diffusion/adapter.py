@@ -31,6 +31,9 @@ class TextAdapter(nn.Module):
         num_layers: residual blocks.
         num_heads: heads of the self-attention.
         max_tokens: longest sequence of the `attention` kind.
+        conditioning: name of the conditioning that the adapter was trained with, which pipelines then use; None: any.
+        mask_padding: whether tokens of the `attention` kind attend to the text alone. Adapters of version 0.1 attended
+            to the padding behind it too.
 
     Raises:
         ValueError: an unknown kind, a size below 1, or heads that do not divide the width.
@@ -44,6 +47,8 @@ class TextAdapter(nn.Module):
         num_layers: int = 2,
         num_heads: int = 8,
         max_tokens: int = 248,
+        conditioning: str | None = None,
+        mask_padding: bool = False,
     ):
         super().__init__()
         if kind not in KINDS:
@@ -62,6 +67,8 @@ class TextAdapter(nn.Module):
             "num_layers": num_layers,
             "num_heads": num_heads,
             "max_tokens": max_tokens,
+            "conditioning": conditioning,
+            "mask_padding": mask_padding,
         }
         hidden_width = self.config["hidden_width"]
         if kind == "attention":
@@ -78,8 +85,13 @@ class TextAdapter(nn.Module):
         for block in self.blocks.children():
             block.reset_parameters()  # type: ignore[operator]
 
-    def forward(self, states_BTD: Tensor) -> Tensor:
-        """Text states (B, T, D) to adapted text states (B, T, D)."""
+    def forward(self, states_BTD: Tensor, text_BT: Tensor | None = None) -> Tensor:
+        """Hidden states (B, T, D) of one pass to adapted ones (B, T, D).
+
+        Args:
+            states_BTD: of the text encoder, behind its final LayerNorm.
+            text_BT: True for the text, False for the padding behind it; read with `mask_padding` only.
+        """
         if self.config["kind"] == "mlp":
             for block in self.blocks:
                 states_BTD = states_BTD + block(states_BTD)
@@ -90,8 +102,9 @@ class TextAdapter(nn.Module):
         # The stream of the blocks is kept apart from the states, so that positions do not leak into them.
         stream_BTD = states_BTD + self.position_embedding[:num_tokens]
         change_BTD = torch.zeros_like(states_BTD)
+        mask_B11T = text_BT[:, None, None] if self.config["mask_padding"] and text_BT is not None else None
         for block in self.blocks:
-            delta_BTD = block(stream_BTD)
+            delta_BTD = block(stream_BTD, mask_B11T)
             stream_BTD = stream_BTD + delta_BTD
             change_BTD = change_BTD + delta_BTD
         return states_BTD + change_BTD
@@ -161,9 +174,9 @@ class _AttentionBlock(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
         self.feed_forward.reset_parameters()
 
-    def forward(self, states_BTD: Tensor) -> Tensor:
+    def forward(self, states_BTD: Tensor, mask_B11T: Tensor | None = None) -> Tensor:
         qkv = self.in_proj(self.norm(states_BTD)).chunk(3, dim=-1)
         query, key, value = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in qkv)
-        mixed = nn.functional.scaled_dot_product_attention(query, key, value)
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask_B11T)
         delta_BTD = self.out_proj(mixed.transpose(1, 2).flatten(2))
         return delta_BTD + self.feed_forward(states_BTD + delta_BTD)

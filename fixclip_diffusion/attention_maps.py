@@ -13,48 +13,36 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fixclip_core.data.captions import split_sentences
-from fixclip_diffusion.conditioning import token_report
-from fixclip_diffusion.text_encoder import CleanText, FixClipTokenizer
+from fixclip_diffusion.prompt_encoder import PromptEncoder
 
 
 @dataclass(frozen=True)
 class Sentence:
-    """A sentence of a cleaned prompt and the text states that it was read into, over all windows."""
+    """A sentence of a cleaned prompt, and the rows of the embeds that are hidden states of its tokens."""
 
     text: str
     positions: tuple[int, ...]
 
 
-def sentence_positions(
-    tokenizer: FixClipTokenizer, prompt: str, num_states: int, context_length: int
-) -> list[Sentence]:
-    """Find the text states of each sentence.
+def sentence_positions(encoder: PromptEncoder, prompt: str) -> list[Sentence]:
+    """Find the rows of each sentence in the embeds of a prompt.
 
     Args:
-        tokenizer: as for the picture.
-        prompt: the prompt, after textual inversions were expanded.
-        num_states: T, the number of text states that the UNet got for this prompt.
-        context_length: tokens of one pass of the encoder; one pass gave all states where it exceeds T.
+        encoder: reads the prompt; the rows are those of its first text encoder.
+        prompt: any text.
 
     Returns:
-        The sentences in order; tokens behind the last state (a truncated prompt) have no position.
+        The sentences in order; tokens that are not read (behind the cut of `stock`) have no row.
     """
-    report = token_report(tokenizer, prompt, context_length)
-    one_pass = num_states <= context_length
-    placed: list[tuple[int, int]] = []  # (character, state) of each token
-    pieces = [(0, report.text)] if one_pass else [(window.start, window.text) for window in report.windows]
-    for index, (start, text) in enumerate(pieces):
-        offset = report.text.index(text, start)
-        spans = tokenizer(CleanText(text), add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        # State 0 of every pass is the start token; its last one is the end token.
-        room = min(context_length, num_states) - 2
-        placed += [(offset + int(a), index * context_length + 1 + i) for i, (a, _) in enumerate(spans[:room]) if text]
+    tokens = encoder.tokens(prompt)
+    token_L = encoder.conditioning.lay_out(tokens, encoder.encodings[0].context).token_L.tolist()
+    starts = [tokens.spans[token][0] if token >= 0 else -1 for token in token_L]
     return [
         Sentence(
-            report.text[start:end].strip(),
-            tuple(state for character, state in placed if start <= character < end and state < num_states),
+            tokens.text[start:end].strip(),
+            tuple(row for row, character in enumerate(starts) if start <= character < end),
         )
-        for start, end in split_sentences(report.text)
+        for start, end in split_sentences(tokens.text)
     ]
 
 
@@ -92,7 +80,10 @@ class AttentionRecorder:
             states_BTD = attention.norm_encoder_hidden_states(states_BTD)
         query = attention.head_to_batch_dim(attention.to_q(queries))
         key = attention.head_to_batch_dim(attention.to_k(states_BTD))
-        share_BHNT = attention.get_attention_scores(query, key).unflatten(0, (self._batch_size, -1))
+        mask = kwargs.get("attention_mask")  # hides rows that only fill up a batch, see `state_mask`
+        if mask is not None:
+            mask = attention.prepare_attention_mask(mask[-self._batch_size :], key.shape[1], self._batch_size)
+        share_BHNT = attention.get_attention_scores(query, key, mask).unflatten(0, (self._batch_size, -1))
         weights_TS = self._weights(states_BTD.shape[1]).to(share_BHNT)
         map_BSN = (share_BHNT.mean(1) @ weights_TS).transpose(1, 2).float()
         map_BSHW = map_BSN.unflatten(-1, layer_size(map_BSN.shape[-1], self._latent_size))
@@ -155,11 +146,10 @@ def record_sentences(
         width, height: of the picture, in pixels.
         batch_size: pictures drawn at once.
     """
-    expanded = pipe.maybe_convert_prompt(prompt, pipe.tokenizer)
-    context_length = pipe.text_encoder.context_length
 
     def weights(num_states: int) -> Tensor:
-        sentences = sentence_positions(pipe.tokenizer, expanded, num_states, context_length)
+        # Asked for while the pipeline runs, so that the conditioning is that of the call.
+        sentences = sentence_positions(pipe.prompt_encoder, prompt)
         weights_TS = torch.zeros(num_states, len(sentences))
         for index, sentence in enumerate(sentences):
             weights_TS[list(sentence.positions), index] = 1

@@ -1,152 +1,397 @@
-"""A prompt as the encoder sees it: how many tokens, where they stop being read, and the windows of a very long one."""
+"""How a prompt of any length is read: which of its tokens enter which pass of the text encoder, and which hidden states
+of which pass become `prompt_embeds`.
 
-from dataclasses import dataclass
+    PromptTokens --Conditioning.lay_out--> Layout --text encoder--> hidden states of each pass --Layout.join--> embeds
 
-from fixclip_core.data.captions import split_clauses, split_sentences
-from fixclip_diffusion.text_encoder import CLIP_CONTEXT_LENGTH, CleanText, FixClipTokenizer
+A prompt of 100 tokens, start and end included, is cut by `stock` (1 pass, 77 hidden states), split by `chunks` (2
+passes, 154 hidden states), read in overlapping windows by `overlap` (2 passes, 100 hidden states) and at once by
+`one_pass` (1 pass, 100 hidden states, or 248 with the encoder's own padding). Whoever asks "which hidden state is of
+which token" reads the Layout. This file needs torch alone.
 
-SPECIAL_TOKENS = 2  # start and end
+Shapes: n tokens of the prompt without start and end, N passes, P positions of a pass, L rows of the embeds, D width.
+"""
 
-Span = tuple[int, int]
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from enum import IntEnum
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+CLIP_CONTEXT_LENGTH = 77
+WINDOW_STRIDE = 35  # tokens between the starts of two overlapping windows
+SPECIAL_TOKENS = 2  # start and end of a pass
+PADDINGS = ("keep", "mask")
+
+
+class Break(IntEnum):
+    """How good a place behind a token is for the end of a pass; a pass ends at the best one that it reaches."""
+
+    NEVER = 0  # between the vectors of one textual inversion, or the bytes of one character
+    INSIDE_WORD = 1
+    WORD = 2
+    CLAUSE = 3
+    SENTENCE = 4
+    ALWAYS = 5  # A1111's BREAK
 
 
 @dataclass(frozen=True)
-class Window:
-    """One pass of the encoder: `text` is characters start..end of the report's text, num_tokens counts both ends."""
-
-    text: str
-    start: int
-    end: int
-    num_tokens: int
-
-
-@dataclass(frozen=True)
-class TokenReport:
-    """What becomes of a prompt.
+class PromptTokens:
+    """A prompt as n tokens, without start and end.
 
     Attributes:
-        text: the prompt as it is read, cleaned like CLIP's training texts.
-        num_tokens: its length in tokens, start and end included.
-        context_length: tokens of one pass of this encoder.
-        stock_cut: character of `text` at which a 77-token encoder stops reading, or None.
-        context_cut: the same for one pass of this encoder, or None.
-        windows: the passes that a prompt of this length takes with `long_prompt="windows"`.
+        text: the characters that `spans` refer to.
+        ids: n token ids.
+        spans: n pairs (start, end) of characters; the vectors of a textual inversion share one.
+        breaks: n values of `Break`, for the place behind each token.
+        weights: n prompt weights, 1.0 for ordinary text; see `prompt_weights`.
     """
 
     text: str
-    num_tokens: int
-    context_length: int
-    stock_cut: int | None
-    context_cut: int | None
-    windows: tuple[Window, ...]
+    ids: tuple[int, ...]
+    spans: tuple[tuple[int, int], ...]
+    breaks: tuple[int, ...]
+    weights: tuple[float, ...]
 
-    def __str__(self) -> str:
-        return self.describe()
-
-    def describe(self, long_prompt: str = "windows") -> str:
-        """The report in words, for a pipeline in this `long_prompt` mode."""
-        lines = [f"{self.num_tokens} tokens"]
-        if self.stock_cut is not None:
-            end = _quote(self.text[self.stock_cut :])
-            lines.append(f"  a {CLIP_CONTEXT_LENGTH}-token encoder stops before: {end}")
-        if self.context_cut is not None:
-            end = _quote(self.text[self.context_cut :])
-            what = "the rest is dropped" if long_prompt == "truncate" else f"read in {len(self.windows)} windows:"
-            lines.append(f"  {self.context_length} tokens end before: {end}; {what}")
-            if long_prompt != "truncate":
-                lines += [
-                    f"    {index}. {window.num_tokens} tokens, from {_quote(window.text)}"
-                    for index, window in enumerate(self.windows, 1)
-                ]
-        elif self.stock_cut is not None:
-            lines.append(f"  this one reads all of them: up to {self.context_length} in one pass")
-        return "\n".join(lines)
+    def __len__(self) -> int:
+        return len(self.ids)
 
 
-def _quote(text: str, length: int = 48) -> str:
-    text = text.strip()
-    return repr(text if len(text) <= length else text[:length].rstrip() + "…")
+@dataclass(frozen=True)
+class Context:
+    """What a text encoder and its tokenizer can take in one pass.
+
+    Attributes:
+        length: positions of a pass, start and end included: 77 of a stock CLIP, 248 of FIX-CLIP and Long-CLIP.
+        short_length: 77 where the original position embeddings are there and read texts of up to 77 tokens, else 0.
+        start_id, end_id, pad_id: special tokens.
+        padding: what becomes of the positions behind a text of more than `short_length` tokens that is read in one
+            pass: "keep" fills the pass up with pad tokens, and the UNet reads their hidden states too; "mask" ends the
+            embeds with the text.
+    """
+
+    length: int
+    short_length: int
+    start_id: int
+    end_id: int
+    pad_id: int
+    padding: str = "mask"
+
+    def __post_init__(self) -> None:
+        if self.padding not in PADDINGS:
+            raise ValueError(f"padding={self.padding!r}: valid are {', '.join(PADDINGS)}")
 
 
-def token_report(tokenizer: FixClipTokenizer, prompt: str, context_length: int | None = None) -> TokenReport:
-    """Count and place the tokens of a prompt.
+@dataclass(frozen=True)
+class Layout:
+    """Which token is read where, for one prompt.
 
-    Args:
-        tokenizer: gives the ids.
-        prompt: any text; a `CleanText` is taken as it is.
-        context_length: tokens of one pass; the tokenizer's own by default.
+    Attributes:
+        ids_NP: token ids of the passes.
+        token_NP: number of the prompt's token at each position, counted from 0; -1 for start, end and padding.
+        source_L: the position n * P + p whose hidden state becomes row l of the embeds.
+        weight_NP: prompt weight of each position; 1.0 for start, end and padding.
+    """
+
+    ids_NP: Tensor
+    token_NP: Tensor
+    source_L: Tensor
+    weight_NP: Tensor
+
+    def __len__(self) -> int:
+        """L, rows of the embeds."""
+        return len(self.source_L)
+
+    @property
+    def token_L(self) -> Tensor:
+        """Number of the token that each row of the embeds is the hidden state of, -1 for start, end and padding."""
+        return self.token_NP.flatten()[self.source_L]
+
+    @property
+    def num_read(self) -> int:
+        """Tokens of the prompt that are read; those behind them are dropped (every conditioning drops at the end)."""
+        return int(self.token_NP.max()) + 1 if self.token_NP.numel() else 0
+
+    @property
+    def is_weighted(self) -> bool:
+        return bool((self.weight_NP != 1).any())
+
+    def join(self, states_NPD: Tensor) -> Tensor:
+        """Hidden states of the passes (N, P, D) to rows of the embeds (L, D)."""
+        return states_NPD.flatten(0, 1)[self.source_L.to(states_NPD.device)]
+
+    def pass_tokens(self) -> list[tuple[int, int]]:
+        """First token and the one behind the last, of each pass; (0, 0) for a pass without any."""
+        found = [row[row >= 0] for row in self.token_NP]
+        return [(int(row[0]), int(row[-1]) + 1) if len(row) else (0, 0) for row in found]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Tokens first..stop-1 in one pass of `size` positions, padded behind the end token; rows `read` are kept."""
+
+    first: int
+    stop: int
+    size: int
+    read: range
+
+
+def _layout(tokens: PromptTokens, passes: Sequence[Pass], context: Context, pad_id: int) -> Layout:
+    width = max(item.size for item in passes)
+    ids_NP = torch.full((len(passes), width), pad_id)
+    token_NP = torch.full((len(passes), width), -1)
+    weight_NP = torch.ones(len(passes), width)
+    source: list[int] = []
+    for row, item in enumerate(passes):
+        count = item.stop - item.first
+        ids = [context.start_id, *tokens.ids[item.first : item.stop], context.end_id]
+        ids_NP[row, : count + SPECIAL_TOKENS] = torch.tensor(ids)
+        token_NP[row, 1 : count + 1] = torch.arange(item.first, item.stop)
+        weight_NP[row, 1 : count + 1] = torch.tensor(tokens.weights[item.first : item.stop])
+        source += [row * width + position for position in item.read]
+    return Layout(ids_NP, token_NP, torch.tensor(source), weight_NP)
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """A way to read prompts of any length; a value, in the registry `CONDITIONINGS` under its name.
+
+    A subclass says in `passes` what becomes of a text that does not fit into 77 tokens. One that fits is read in a
+    pass of 77 with its padding, as stock diffusers does, by every conditioning, if the encoder has its original
+    positions.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]  # of what it does with a text that does not fit
+    unit: ClassVar[str]  # what a pass is called in reports
+    needs_short: ClassVar[bool] = True  # reads with the original 77 positions
+
+    def check(self, context: Context) -> None:
+        """Refuse an encoder that this conditioning cannot use.
+
+        Raises:
+            ValueError: the encoder has no original positions.
+        """
+        if self.needs_short and not context.short_length:
+            raise ValueError(
+                f"conditioning={self.name!r} needs the original {CLIP_CONTEXT_LENGTH} position embeddings, and this "
+                f"text encoder reads every text with its {context.length} trained ones: use conditioning='one_pass'"
+            )
+
+    def lay_out(self, tokens: PromptTokens, context: Context) -> Layout:
+        """Passes for a prompt, and which of their hidden states become the embeds.
+
+        Raises:
+            ValueError: see `check`.
+        """
+        self.check(context)
+        segments = _segments(tokens)
+        layouts = [self._lay_out_segment(part, context) for part in segments]
+        if len(layouts) == 1:
+            return layouts[0]
+        return _concatenated(layouts, [len(part) for part in segments], context)
+
+    def _lay_out_segment(self, tokens: PromptTokens, context: Context) -> Layout:
+        num = len(tokens) + SPECIAL_TOKENS
+        if num <= context.short_length:
+            size = context.short_length
+            return _layout(tokens, [Pass(0, len(tokens), size, range(size))], context, context.pad_id)
+        return self.passes(tokens, context)
+
+    def passes(self, tokens: PromptTokens, context: Context) -> Layout:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Stock(Conditioning):
+    """Stock diffusers: what does not fit into 77 tokens is dropped."""
+
+    name = "stock"
+    summary = "cut at 77 tokens, as stock diffusers does"
+    unit = "pass of 77"
+
+    def passes(self, tokens: PromptTokens, context: Context) -> Layout:
+        size = context.short_length
+        return _layout(tokens, [Pass(0, size - SPECIAL_TOKENS, size, range(size))], context, context.pad_id)
+
+
+@dataclass(frozen=True)
+class Chunks(Conditioning):
+    """Windows of 77 one behind the other, each read by itself and with its padding: what compel and A1111 do.
+
+    A window ends at a sentence if it can, else at a clause, else at a word. 160 tokens in windows of 75, 70 and 15
+    become 3 x 77 = 231 rows.
+    """
+
+    name = "chunks"
+    summary = "read in windows of 77 tokens one behind the other, as compel and A1111 do"
+    unit = "window of 77"
+
+    def passes(self, tokens: PromptTokens, context: Context) -> Layout:
+        size = context.short_length
+        ranges = split(tokens, size - SPECIAL_TOKENS)
+        return _layout(tokens, [Pass(a, b, size, range(size)) for a, b in ranges], context, context.pad_id)
+
+
+@dataclass(frozen=True)
+class Overlap(Conditioning):
+    """Windows of 77 that begin every 35 tokens; each token's hidden state is taken from the first window that holds it.
+
+    There at least 40 tokens stand before it, or all there are, so no sentence is cut, and what a state tells of its
+    place does not depend on where sentences end. The start's state is the first window's, the end's the last one's: a
+    prompt of 160 tokens, start and end included, takes 4 windows and becomes 160 rows.
+    """
+
+    name = "overlap"
+    summary = "read in windows of 77 tokens that overlap, one hidden state for each token"
+    unit = "overlapping window of 77"
+
+    def passes(self, tokens: PromptTokens, context: Context) -> Layout:
+        size = context.short_length
+        passes: list[Pass] = []
+        read_until = 0
+        for first, stop in overlapping(tokens, size - SPECIAL_TOKENS, WINDOW_STRIDE):
+            begin = 0 if not passes else 1 + read_until - first
+            end = 1 + stop - first + (stop == len(tokens))
+            passes.append(Pass(first, stop, size, range(begin, end)))
+            read_until = stop
+        # What pads the last window is never read, and causal attention hides it from what is.
+        return _layout(tokens, passes, context, context.end_id)
+
+
+@dataclass(frozen=True)
+class OnePass(Conditioning):
+    """All positions of the encoder at once; a text of more than 248 tokens in passes that end as those of `chunks`
+    do."""
+
+    name = "one_pass"
+    summary = "read in one pass"
+    unit = "pass"
+    needs_short = False
+
+    def passes(self, tokens: PromptTokens, context: Context) -> Layout:
+        passes = []
+        for first, stop in split(tokens, context.length - SPECIAL_TOKENS):
+            num = stop - first + SPECIAL_TOKENS
+            size = context.length if context.padding == "keep" else num
+            passes.append(Pass(first, stop, size, range(size)))
+        return _layout(tokens, passes, context, context.pad_id)
+
+
+CONDITIONINGS: dict[str, Conditioning] = {item.name: item for item in (Stock(), Chunks(), Overlap(), OnePass())}
+# Names of version 0.1. "truncate" dropped what lies behind token 248; that text is read now.
+ALIASES = {
+    "truncate_77": "stock",
+    "windows_77": "chunks",
+    "overlap_77": "overlap",
+    "windows": "one_pass",
+    "truncate": "one_pass",
+}
+
+
+def get_conditioning(name: "str | Conditioning") -> Conditioning:
+    """The conditioning of that name, new or of version 0.1; a value is passed through.
 
     Raises:
-        ValueError: the prompt is not text.
+        ValueError: there is none of that name.
     """
-    if not isinstance(prompt, str):
-        raise ValueError(f"a prompt must be text, got {type(prompt).__name__}: {prompt!r}")
-    context_length = context_length or tokenizer.context_length
-    text = tokenizer.clean(prompt)
-    spans = _token_spans(tokenizer, text)
-    return TokenReport(
-        text=str(text),
-        num_tokens=len(spans) + SPECIAL_TOKENS,
-        context_length=context_length,
-        stock_cut=_cut(spans, CLIP_CONTEXT_LENGTH),
-        context_cut=_cut(spans, context_length),
-        windows=tuple(_windows(tokenizer, text, spans, context_length)),
-    )
+    if isinstance(name, Conditioning):
+        return name
+    found = CONDITIONINGS.get(ALIASES.get(name, name))
+    if found is None:
+        raise ValueError(f"conditioning={name!r}: valid are {', '.join(CONDITIONINGS)}")
+    return found
 
 
-def split_windows(tokenizer: FixClipTokenizer, text: CleanText, context_length: int) -> list[CleanText]:
-    """Cut a cleaned text into pieces of at most `context_length` tokens, start and end included.
+def renamed(conditioning: str | None, long_prompt: str | None) -> str | None:
+    """`conditioning`, or `long_prompt`, its name in version 0.1, with a warning that says the new name.
 
-    A piece ends at the last sentence end that fits, else at the last clause end, else at a word end, and
-    inside a word only if the word alone is longer. The pieces lose nothing but white space.
+    Raises:
+        ValueError: both are given.
     """
-    spans = _token_spans(tokenizer, text)
-    return [CleanText(window.text) for window in _windows(tokenizer, text, spans, context_length)]
+    if long_prompt is None:
+        return conditioning
+    if conditioning is not None:
+        raise ValueError(f"conditioning={conditioning!r} and long_prompt={long_prompt!r}: give conditioning= alone")
+    name = get_conditioning(long_prompt).name
+    change = ", which reads what lies behind token 248 too" if long_prompt == "truncate" else ""
+    warnings.warn(f"long_prompt={long_prompt!r} is now conditioning={name!r}{change}", FutureWarning, stacklevel=3)
+    return name
 
 
-def _token_spans(tokenizer: FixClipTokenizer, text: CleanText) -> list[Span]:
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    return [(int(start), int(end)) for start, end in encoded["offset_mapping"]]
-
-
-def _cut(spans: list[Span], context_length: int) -> int | None:
-    room = context_length - SPECIAL_TOKENS
-    return spans[room][0] if len(spans) > room else None
-
-
-def _windows(tokenizer: FixClipTokenizer, text: CleanText, spans: list[Span], context_length: int) -> list[Window]:
-    room = context_length - SPECIAL_TOKENS
-    if len(spans) <= room:
-        return [Window(str(text), 0, len(text), len(spans) + SPECIAL_TOKENS)]
-    ends_by_preference: list[list[int]] = [
-        [end for _, end in split_sentences(text)],
-        [end for _, end in split_clauses(text)],
-        [index + 1 for index, char in enumerate(text) if char.isspace()],
-    ]
-    windows: list[Window] = []
+def split(tokens: PromptTokens, room: int) -> list[tuple[int, int]]:
+    """Token ranges of at most `room` tokens, each ending at the best `Break` that it reaches; the last of equals."""
+    ranges: list[tuple[int, int]] = []
     first = 0
-    while first < len(spans):
-        stop = min(first + room, len(spans))
-        while True:
-            end = len(text) if stop == len(spans) else _best_end(ends_by_preference, spans, first, stop)
-            start = spans[first][0] if windows else 0
-            piece = CleanText(text[start:end].strip())
-            # Cutting inside a word can change its pieces, so the piece is counted as it will be read.
-            length = len(_token_spans(tokenizer, piece))
-            if length <= room or stop == first + 1:
-                break
-            stop = max(first + 1, stop - (length - room))
-        windows.append(Window(str(piece), start, end, length + SPECIAL_TOKENS))
-        first = next((i for i in range(first, len(spans)) if spans[i][0] >= end), len(spans))
-    return windows
+    while len(tokens) - first > room:
+        places = range(first, first + room)
+        best = max(tokens.breaks[i] for i in places)
+        # A textual inversion of more vectors than a pass holds has to be cut.
+        stop = next(i for i in reversed(places) if tokens.breaks[i] == best) + 1 if best else first + room
+        ranges.append((first, stop))
+        first = stop
+    return [*ranges, (first, len(tokens))] if first < len(tokens) or not ranges else ranges
 
 
-def _best_end(ends_by_preference: list[list[int]], spans: list[Span], first: int, stop: int) -> int:
-    """The last preferred character position behind token `first` at which the text up to token `stop` can end."""
-    lowest, limit = spans[first][1], spans[stop][0]
-    for ends in ends_by_preference:
-        fitting = [end for end in ends if lowest <= end <= limit]
-        if fitting:
-            return fitting[-1]
-    # Inside a word. The tokens of one character (the bytes of an emoji) share its span: stay on its border.
-    return max(lowest, limit)
+def overlapping(tokens: PromptTokens, room: int, stride: int) -> list[tuple[int, int]]:
+    """Token ranges of at most `room` tokens that begin every `stride` tokens, or a little earlier: no textual
+    inversion is cut that a window can hold whole."""
+    first, stop = 0, _whole(tokens, 0, min(room, len(tokens)))
+    ranges = [(first, stop)]
+    while stop < len(tokens):
+        begin = _whole(tokens, first, first + stride)
+        # A textual inversion of more than `stride` vectors is passed over whole.
+        first = begin if _is_whole(tokens, begin) else min(stop, _next_whole(tokens, begin))
+        later = _whole(tokens, first, min(first + room, len(tokens)))
+        # Past one that the window before could not hold, begin where that window ended.
+        if later <= stop:
+            first, later = stop, _whole(tokens, stop, min(stop + room, len(tokens)))
+        stop = later
+        ranges.append((first, stop))
+    return ranges
+
+
+def _is_whole(tokens: PromptTokens, place: int) -> bool:
+    """Whether a pass may end before token `place`."""
+    return place == len(tokens) or tokens.breaks[place - 1] != Break.NEVER
+
+
+def _whole(tokens: PromptTokens, first: int, stop: int) -> int:
+    """The last place in first+1..stop where a pass may end; `stop` if there is none."""
+    return next((place for place in range(stop, first, -1) if _is_whole(tokens, place)), stop)
+
+
+def _next_whole(tokens: PromptTokens, place: int) -> int:
+    return next(later for later in range(place, len(tokens) + 1) if _is_whole(tokens, later))
+
+
+def _segments(tokens: PromptTokens) -> list[PromptTokens]:
+    """The parts between BREAKs; spans still refer to the whole text."""
+    ends = [i + 1 for i, level in enumerate(tokens.breaks) if level == Break.ALWAYS and i + 1 < len(tokens)]
+    if not ends:
+        return [tokens]
+    per_token = [field.name for field in fields(PromptTokens) if field.name != "text"]
+    return [
+        replace(tokens, **{name: getattr(tokens, name)[a:b] for name in per_token})
+        for a, b in zip([0, *ends], [*ends, len(tokens)], strict=True)
+    ]
+
+
+def _concatenated(layouts: Sequence[Layout], lengths: Sequence[int], context: Context) -> Layout:
+    """One layout of the passes of all segments."""
+    width = max(item.ids_NP.shape[1] for item in layouts)
+    ids, tokens, weights, sources = [], [], [], []
+    num_passes = num_tokens = 0
+    for item, length in zip(layouts, lengths, strict=True):
+        missing = (0, width - item.ids_NP.shape[1])
+        ids.append(torch.nn.functional.pad(item.ids_NP, missing, value=context.pad_id))
+        token_NP = torch.where(item.token_NP < 0, -1, item.token_NP + num_tokens)
+        tokens.append(torch.nn.functional.pad(token_NP, missing, value=-1))
+        weights.append(torch.nn.functional.pad(item.weight_NP, missing, value=1.0))
+        row_L, place_L = item.source_L // item.ids_NP.shape[1], item.source_L % item.ids_NP.shape[1]
+        sources.append((row_L + num_passes) * width + place_L)
+        num_passes += len(item.ids_NP)
+        num_tokens += length
+    return Layout(torch.cat(ids), torch.cat(tokens), torch.cat(sources), torch.cat(weights))

@@ -14,11 +14,11 @@ from PIL import Image
 from fixclip_core import scenes
 from fixclip_core.files import write_atomically
 from fixclip_diffusion import builtin
-from fixclip_diffusion.conditioning import TokenReport, token_report
 from fixclip_diffusion.evaluation.generate import Drawing, Painter, System
 from fixclip_diffusion.evaluation.judges import scene_verdicts
 from fixclip_diffusion.evaluation.prompts import Prompt
-from fixclip_diffusion.text_encoder import FixClipTokenizer
+from fixclip_diffusion.token_report import TokenReport, token_report
+from fixclip_diffusion.tokenizer import FixClipTokenizer
 
 TRUTH = "ground truth"
 DRAWING = Drawing(steps=20, guidance_scale=2.0)
@@ -101,13 +101,13 @@ def unknown_words(text: str) -> list[str]:
 def systems_of(parts: builtin.ModelParts) -> list[System]:
     """From what stock diffusers does to the whole method, as far as the model has the parts."""
     systems = [
-        System("stock cut at 77", long_prompt="truncate_77"),
-        System("windows of 77", long_prompt="windows_77"),
-        System("overlapping windows", long_prompt="overlap_77"),
+        System("stock cut at 77", conditioning="stock"),
+        System("windows of 77", conditioning="chunks"),
+        System("overlapping windows", conditioning="overlap"),
     ]
     if parts.overlap_adapter is not None:
-        systems.append(System("overlap + adapter", adapter=parts.overlap_adapter, long_prompt="overlap_77"))
-    systems.append(System("stretched only"))
+        systems.append(System("overlap + adapter", adapter=parts.overlap_adapter, conditioning="overlap"))
+    systems.append(System("stretched only", conditioning="one_pass"))
     if parts.encoder is not None:
         systems.append(System("FIX-CLIP trained", parts.encoder))
     if parts.adapter is not None:

@@ -2,72 +2,81 @@
 
 import difflib
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import diffusers
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
-from diffusers.utils import scale_lora_layers, unscale_lora_layers
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from diffusers.schedulers import KarrasDiffusionSchedulers
 from safetensors import safe_open
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionModelWithProjection,
+)
 
 from fixclip_diffusion import builtin
 from fixclip_diffusion.adapter import TextAdapter
-from fixclip_diffusion.conditioning import TokenReport, split_windows, token_report
+from fixclip_diffusion.conditioning import get_conditioning, renamed
+from fixclip_diffusion.families import STABLE_DIFFUSION, TextEncoding, check_clip_skip
+from fixclip_diffusion.prompt_encoder import PromptEncoder, pad_states
+from fixclip_diffusion.prompt_weights import check_syntax
+from fixclip_diffusion.state_mask import mask_empty_states
 from fixclip_diffusion.text_encoder import (
-    CLIP_CONTEXT_LENGTH,
-    NO_WINDOW,
-    CleanText,
     FixClipTextConfig,
     FixClipTextEncoder,
-    FixClipTokenizer,
     check_folder_or_hub_name,
-    join_overlapping,
     load_clip_text_config,
-    overlapping_windows,
 )
+from fixclip_diffusion.token_report import TokenReport
+from fixclip_diffusion.tokenizer import FixClipTokenizer
 
-LongPrompt = Literal["windows", "truncate", "overlap_77", "windows_77", "truncate_77"]
-LONG_PROMPT_MODES: tuple[str, ...] = get_args(LongPrompt)
 LORA_NAME = "fixclip"  # of a whole model's LoRA, for `set_adapters` and `delete_adapters`
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "proxies")
 
 
 class FixClipStableDiffusionPipeline(StableDiffusionPipeline):
-    """`StableDiffusionPipeline` with the 248-token encoder.
+    """`StableDiffusionPipeline` that reads prompts of any length.
 
-    Prompts that fit into 77 tokens go through an encoder that was only stretched exactly as in the stock
-    pipeline; up to 248 tokens take one pass; longer ones are read in windows. Everything else is stock.
+    Prompts that fit into 77 tokens give exactly the picture of the stock pipeline, unless the encoder was trained. How
+    longer ones are read is the conditioning's affair. Everything else is stock. A prompt is drawn the same alone and in
+    a batch with longer ones.
 
     Args:
         text_encoder, tokenizer: the FixClip components, which belong together.
-        long_prompt: `windows` cuts a text of more than 248 tokens at sentence, clause or word ends and joins the
-            states; `truncate` drops the rest and says what was dropped. `windows_77` and `truncate_77` do the same
-            with the original 77 positions: what chunking tools and stock diffusers do, for comparison. `overlap_77`
-            reads a text of any length in windows of 77 that overlap, and joins one state for each token.
+        conditioning: how prompts are read that do not fit into 77 tokens: "overlap", "one_pass", "chunks" or "stock",
+            see `conditioning`. By default what the encoder or its adapter was trained for: "one_pass" for a trained
+            encoder, and for a base's own "overlap", the best that needs no training.
+        weights: syntax of prompt weights, "a1111" (`(word:1.3)`) or "compel" (`word++`); None takes prompts literally.
+        long_prompt: name of `conditioning` in version 0.1.
 
     Raises:
         ValueError: only one of text encoder and tokenizer is FixClip's, or they differ in length, or the
-            encoder's width is not the UNet's.
+            encoder's width is not the UNet's, or it cannot be read by that conditioning.
     """
+
+    family = STABLE_DIFFUSION
 
     def __init__(
         self,
-        vae: Any,
-        text_encoder: FixClipTextEncoder,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
         tokenizer: FixClipTokenizer,
         unet: UNet2DConditionModel,
-        scheduler: Any,
-        safety_checker: Any,
-        feature_extractor: Any,
-        image_encoder: Any = None,
+        scheduler: KarrasDiffusionSchedulers,
+        safety_checker: StableDiffusionSafetyChecker,
+        feature_extractor: CLIPImageProcessor,
+        image_encoder: CLIPVisionModelWithProjection = None,
         requires_safety_checker: bool = True,
-        long_prompt: str = "windows",
+        conditioning: str | None = None,
+        weights: str | None = None,
+        long_prompt: str | None = None,
     ):
         _check_components(text_encoder, tokenizer)
         if text_encoder is not None and unet is not None:
@@ -83,8 +92,12 @@ class FixClipStableDiffusionPipeline(StableDiffusionPipeline):
             image_encoder,
             requires_safety_checker,
         )
-        self.long_prompt = _check_long_prompt(long_prompt)
-        self.register_to_config(long_prompt=long_prompt)
+        name = renamed(conditioning, long_prompt)
+        self._conditioning = None if name is None else get_conditioning(name).name
+        self._weights = check_syntax(weights)
+        self.register_to_config(conditioning=self._conditioning, weights=weights, long_prompt=None)
+        if text_encoder is not None and tokenizer is not None:
+            self.prompt_encoder  # noqa: B018 -- refuses an encoder that this conditioning cannot use
 
     @classmethod
     def from_pretrained(
@@ -103,7 +116,7 @@ class FixClipStableDiffusionPipeline(StableDiffusionPipeline):
                 CLIPModel, or an encoder in memory. By default the whole model's, else the base's own, stretched.
             adapter: folder or hub name of a `TextAdapter`, or one in memory. By default the whole model's if the
                 encoder is, else the encoder's own, if any.
-            **kwargs: of `StableDiffusionPipeline.from_pretrained`, and `long_prompt`.
+            **kwargs: of `StableDiffusionPipeline.from_pretrained`, and `conditioning` and `weights`.
 
         Raises:
             ValueError: the base or the encoder is unknown, damaged or of another width than the UNet; an encoder
@@ -118,7 +131,10 @@ class FixClipStableDiffusionPipeline(StableDiffusionPipeline):
             parts = builtin.complete(base, encoder, adapter)
         base, adapter = builtin.resolve(parts.base), parts.adapter
         encoder = None if parts.encoder is None else builtin.resolve(parts.encoder)
-        _check_long_prompt(kwargs.get("long_prompt", "windows"))
+        conditioning = renamed(kwargs.get("conditioning"), kwargs.pop("long_prompt", None))
+        if conditioning is not None:
+            kwargs["conditioning"] = get_conditioning(conditioning).name
+        check_syntax(kwargs.get("weights"))
         _check_spelling(kwargs)
         hub_kwargs = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
         index = _load_index(base, hub_kwargs)
@@ -154,15 +170,50 @@ class FixClipStableDiffusionPipeline(StableDiffusionPipeline):
         source = pretrained_model_name_or_path_or_dict
         super().load_lora_weights(source if isinstance(source, dict) else builtin.resolve(source), *args, **kwargs)
 
-    @functools.wraps(StableDiffusionPipeline.__call__)
-    def __call__(self, *args: Any, long_prompt: LongPrompt | None = None, **kwargs: Any) -> Any:
-        if long_prompt is None:
-            return super().__call__(*args, **kwargs)
-        before, self.long_prompt = self.long_prompt, _check_long_prompt(long_prompt)
+    @property
+    def conditioning(self) -> str:
+        """Name of the conditioning that prompts are read by; may be set."""
+        return self.prompt_encoder.conditioning.name
+
+    @conditioning.setter
+    def conditioning(self, name: str | None) -> None:
+        before, self._conditioning = self._conditioning, None if name is None else get_conditioning(name).name
         try:
+            self.prompt_encoder  # noqa: B018
+        except ValueError:
+            self._conditioning = before
+            raise
+        self.register_to_config(conditioning=self._conditioning)
+
+    @property
+    def prompt_encoder(self) -> PromptEncoder:
+        """What turns prompts into embeds, made of the components as they are now."""
+        encodings = [
+            TextEncoding(getattr(self, tower.encoder), getattr(self, tower.tokenizer), tower)
+            for tower in self.family.towers
+        ]
+        return PromptEncoder(encodings, self._conditioning, self._weights)
+
+    @functools.wraps(StableDiffusionPipeline.__call__)
+    def __call__(
+        self,
+        *args: Any,
+        conditioning: str | None = None,
+        weights: str | None = None,
+        long_prompt: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The stock call; `conditioning` and `weights` are those of this call."""
+        conditioning = renamed(conditioning, long_prompt)
+        before = self._conditioning, self._weights
+        try:
+            if conditioning is not None:
+                self._conditioning = get_conditioning(conditioning).name
+            if weights is not None:
+                self._weights = check_syntax(weights)
             return super().__call__(*args, **kwargs)
         finally:
-            self.long_prompt = before
+            self._conditioning, self._weights = before
 
     @classmethod
     def load_lora_into_text_encoder(
@@ -188,16 +239,18 @@ class FixClipStableDiffusionPipeline(StableDiffusionPipeline):
         super().load_lora_into_text_encoder(state_dict, network_alphas, text_encoder, prefix=prefix, **kwargs)
 
     def token_report(self, prompt: str) -> TokenReport:
-        """Length of the prompt in tokens, where the 77th and the 248th fall, and the windows it takes."""
+        """Length of the prompt in tokens, where the 77th falls, and in which passes it is read.
+
+        Raises:
+            ValueError: the prompt is not text.
+        """
         if not isinstance(prompt, str):
             raise ValueError(f"token_report takes one text, got {type(prompt).__name__}")
-        return token_report(self.tokenizer, self.maybe_convert_prompt(prompt, self.tokenizer))
+        return self.prompt_encoder.report(prompt)
 
     def maybe_convert_prompt(self, prompt: str | list[str], tokenizer: FixClipTokenizer) -> Any:
-        """Stock expansion of textual inversions; a `CleanText` was expanded before and is left alone."""
-        if isinstance(prompt, list):
-            return [self.maybe_convert_prompt(text, tokenizer) for text in prompt]
-        return prompt if isinstance(prompt, CleanText) else super().maybe_convert_prompt(prompt, tokenizer)
+        """Nothing to do: the tokenizer expands textual inversions itself."""
+        return prompt
 
     def encode_prompt(
         self,
@@ -213,51 +266,33 @@ class FixClipStableDiffusionPipeline(StableDiffusionPipeline):
     ) -> tuple[Tensor, Tensor | None]:
         """The stock method for prompts of any length; both halves of guidance come out equally long.
 
-        The states may be passed to any other Stable Diffusion pipeline as prompt_embeds and
-        negative_prompt_embeds.
+        The embeds may be passed to any other Stable Diffusion pipeline as prompt_embeds and negative_prompt_embeds.
+        Rows behind a prompt that is shorter than others are 0; see `state_mask`.
 
         Returns:
-            Text states (B * num_images_per_prompt, T, D) of the prompts and, with guidance, of the negative prompts.
-            T is 77 if all texts fit and the encoder kept its original positions, else a multiple of 248, or of 77
-            with `windows_77`.
+            Hidden states (B * num_images_per_prompt, L, D) of the prompts and, with guidance, of the negative prompts.
+            L is 77 if all texts fit and the encoder kept its original positions, else as long as the longest needs.
 
         Raises:
-            ValueError: a prompt that is no text, another number of negative prompts, or a `_77` mode with an
-                encoder that was trained and has no original positions any more.
+            ValueError: a prompt that is no text, another number of negative prompts, or too large a clip_skip.
         """
-        layers = self.text_encoder.config.num_hidden_layers if self.text_encoder is not None else None
-        if clip_skip is not None and layers is not None and not 0 <= clip_skip <= layers:
-            raise ValueError(f"clip_skip={clip_skip}: this text encoder has {layers} layers to skip")
-        texts = self._as_clean_texts(prompt) if prompt_embeds is None else None
+        if self.text_encoder is not None:
+            check_clip_skip(clip_skip, self.text_encoder.config.num_hidden_layers)
+        texts = as_texts(prompt) if prompt_embeds is None else None
         batch_size = len(texts) if texts is not None else prompt_embeds.shape[0]  # type: ignore[union-attr]
-        negative_texts = None
+        if texts is not None:
+            encoded = self.prompt_encoder.encode([texts], device, clip_skip, lora_scale)
+            prompt_embeds = encoded.embeds_BLD
         if do_classifier_free_guidance and negative_prompt_embeds is None:
-            negative_texts = self._as_clean_texts("" if negative_prompt is None else negative_prompt)
-            if negative_prompt is None or isinstance(negative_prompt, str):
-                negative_texts = negative_texts * batch_size
-            elif len(negative_texts) != batch_size:
-                raise ValueError(f"{len(negative_texts)} negative prompts for {batch_size} prompts")
-        if texts is not None or negative_texts is not None:
-            given = prompt_embeds if prompt_embeds is not None else negative_prompt_embeds
-            context_length, windows = self._plan([*(texts or []), *(negative_texts or [])], given)
-            encode = functools.partial(
-                self._encode_windows,
-                context_length=context_length,
-                num_windows=windows,
-                device=device,
-                lora_scale=lora_scale,
-            )
-            if self.long_prompt == "overlap_77" and windows > 1:
-                encode = functools.partial(self._encode_overlapping, device=device, lora_scale=lora_scale)
-            if texts is not None:
-                prompt_embeds = encode(texts, clip_skip=clip_skip)
-            if negative_texts is not None:
-                # Stock diffusers reads negative prompts without clip_skip.
-                negative_prompt_embeds = encode(negative_texts)
-            if prompt_embeds is not None and negative_prompt_embeds is not None:
-                prompt_embeds, negative_prompt_embeds = self._pad_to_equal(
-                    prompt_embeds, negative_prompt_embeds, encode
-                )
+            negatives = negative_texts(negative_prompt, batch_size)
+            # Stock diffusers reads negative prompts without clip_skip.
+            negative_prompt_embeds = self.prompt_encoder.encode([negatives], device, None, lora_scale).embeds_BLD
+        if prompt_embeds is not None and negative_prompt_embeds is not None:
+            length = max(prompt_embeds.shape[1], negative_prompt_embeds.shape[1])
+            prompt_embeds = pad_states(prompt_embeds, length)
+            negative_prompt_embeds = pad_states(negative_prompt_embeds, length)
+        if self.unet is not None:
+            mask_empty_states(self.unet)
         return super().encode_prompt(
             None,
             device,
@@ -267,121 +302,37 @@ class FixClipStableDiffusionPipeline(StableDiffusionPipeline):
             negative_prompt_embeds=negative_prompt_embeds,
         )
 
-    def _as_clean_texts(self, prompt: str | list[str] | None) -> list[CleanText]:
-        prompts = [prompt] if isinstance(prompt, str) else prompt
-        if not isinstance(prompts, list) or not prompts or not all(isinstance(text, str) for text in prompts):
-            raise ValueError(f"a prompt must be a text or a list of texts, got {prompt!r}")
-        return [self.tokenizer.clean(self.maybe_convert_prompt(text, self.tokenizer)) for text in prompts]
 
-    def _plan(self, texts: list[CleanText], given_embeds: Tensor | None) -> tuple[int, int]:
-        """Tokens of a pass and the number of passes that hold the longest of the texts."""
-        short, context_length = self.text_encoder.short_context_length, self.text_encoder.context_length
-        mode = self.long_prompt
-        if mode.endswith("_77"):
-            if not short:
-                raise ValueError(f"long_prompt={mode!r} needs the original positions, which this encoder has not")
-            context_length = short
-        longest = max(len(ids) for ids in self.tokenizer(texts).input_ids)
-        if longest <= short and (given_embeds is None or given_embeds.shape[1] == short):
-            return short, 1
-        if longest <= context_length or mode.startswith("truncate"):
-            return context_length, 1
-        return context_length, max(len(split_windows(self.tokenizer, text, context_length)) for text in texts)
+def as_texts(prompt: str | Sequence[str] | None) -> list[str]:
+    """A prompt or a list of them, checked, as a list.
 
-    def _encode_windows(
-        self,
-        texts: list[CleanText],
-        context_length: int,
-        num_windows: int,
-        device: torch.device | str,
-        lora_scale: float | None = None,
-        clip_skip: int | None = None,
-    ) -> Tensor:
-        """Texts to states (B, num_windows * context_length, D), each window by the stock method."""
-        if num_windows == 1:
-            passes = [texts]
-        else:
-            windows = [split_windows(self.tokenizer, text, context_length) for text in texts]
-            filled = [[*pieces, *[CleanText("")] * (num_windows - len(pieces))] for pieces in windows]
-            passes = [list(column) for column in zip(*filled, strict=True)]
-        with self._context_length(context_length):
-            states = [
-                super(FixClipStableDiffusionPipeline, self).encode_prompt(
-                    column, device, 1, False, lora_scale=lora_scale, clip_skip=clip_skip
-                )[0]
-                for column in passes
-            ]
-        return torch.cat(states, dim=1)
-
-    def _encode_overlapping(
-        self,
-        texts: list[CleanText],
-        device: torch.device | str,
-        lora_scale: float | None = None,
-        clip_skip: int | None = None,
-    ) -> Tensor:
-        """Texts to states (B, T, D) of overlapping windows; T is 77 if all of them fit, else a multiple of 248."""
-        encoder = self.text_encoder
-        num_tokens_B = torch.tensor([len(ids) for ids in self.tokenizer(texts).input_ids])
-        longest = int(num_tokens_B.max())
-        fits = longest <= CLIP_CONTEXT_LENGTH
-        length = CLIP_CONTEXT_LENGTH if fits else -(-longest // encoder.context_length) * encoder.context_length
-        ids_BT = self.tokenizer(texts, padding="max_length", max_length=length, return_tensors="pt").input_ids
-        ids_BWT = overlapping_windows(ids_BT.to(device), num_tokens_B)
-
-        def encode(ids_WT: Tensor) -> Tensor:
-            if clip_skip is None:
-                return encoder(ids_WT).last_hidden_state
-            hidden = encoder(ids_WT, output_hidden_states=True).hidden_states[-(clip_skip + 1)]
-            return encoder.text_model.final_layer_norm(hidden)
-
-        if lora_scale is not None:
-            self._lora_scale = lora_scale  # read by LoRA layers, as in the stock method
-            scale_lora_layers(encoder, lora_scale)
-        try:
-            states_WTD = encode(ids_BWT[ids_BWT[..., 0] != NO_WINDOW])
-        finally:
-            if lora_scale is not None:
-                unscale_lora_layers(encoder, lora_scale)
-        states_BWTD = states_WTD.new_zeros(*ids_BWT.shape, states_WTD.shape[-1])
-        states_BWTD[ids_BWT[..., 0] != NO_WINDOW] = states_WTD
-        return join_overlapping(states_BWTD, num_tokens_B, length)
-
-    @contextmanager
-    def _context_length(self, context_length: int) -> Iterator[None]:
-        """The stock method pads and cuts at the tokenizer's `model_max_length`."""
-        before = self.tokenizer.model_max_length
-        self.tokenizer.model_max_length = context_length
-        try:
-            yield
-        finally:
-            self.tokenizer.model_max_length = before
-
-    @staticmethod
-    def _pad_to_equal(prompt_embeds: Tensor, negative_embeds: Tensor, encode: Any) -> tuple[Tensor, Tensor]:
-        """Continue the shorter half with the states of the empty text, so that nothing of the longer one is cut."""
-        length = max(prompt_embeds.shape[1], negative_embeds.shape[1])
-        padded = []
-        for embeds in (prompt_embeds, negative_embeds):
-            missing = length - embeds.shape[1]
-            if missing:
-                empty = encode([CleanText("")]).to(embeds)
-                empty = empty.repeat(embeds.shape[0], -(-missing // empty.shape[1]), 1)
-                embeds = torch.cat([embeds, empty[:, :missing]], dim=1)
-            padded.append(embeds)
-        return padded[0], padded[1]
+    Raises:
+        ValueError: it is neither, or the list is empty.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, list) or not prompts or not all(isinstance(text, str) for text in prompts):
+        raise ValueError(f"a prompt must be a text or a list of texts, got {prompt!r}")
+    return prompts
 
 
-def _check_long_prompt(value: str) -> str:
-    if value not in LONG_PROMPT_MODES:
-        raise ValueError(f"long_prompt={value!r}: valid are {', '.join(LONG_PROMPT_MODES)}")
-    return value
+def negative_texts(negative_prompt: str | list[str] | None, batch_size: int) -> list[str]:
+    """One negative prompt for each of `batch_size` prompts.
+
+    Raises:
+        ValueError: a list of another length.
+    """
+    texts = as_texts("" if negative_prompt is None else negative_prompt)
+    if negative_prompt is None or isinstance(negative_prompt, str):
+        return texts * batch_size
+    if len(texts) != batch_size:
+        raise ValueError(f"{len(texts)} negative prompts for {batch_size} prompts")
+    return texts
 
 
 def _check_spelling(kwargs: dict[str, Any]) -> None:
     """diffusers ignores an unknown argument with a line in the log; ours must not get lost that way."""
     for name in kwargs:
-        near = difflib.get_close_matches(name, ["encoder", "adapter", "long_prompt"], 1, cutoff=0.8)
+        near = difflib.get_close_matches(name, ["encoder", "adapter", "conditioning", "weights"], 1, cutoff=0.8)
         if near and near[0] != name and name not in ("text_encoder",):
             raise ValueError(f"unknown argument {name}=: did you mean {near[0]}=?")
 

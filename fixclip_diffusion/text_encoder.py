@@ -1,26 +1,21 @@
-"""The drop-in components: a CLIP text encoder of 248 tokens and its tokenizer.
+"""A CLIP text encoder of 248 tokens that any diffusers pipeline takes as `text_encoder`.
 
-Swap `text_encoder` and `tokenizer` of any diffusers pipeline that takes a CLIP text encoder for these two.
 Shapes: B batch, T tokens, D width.
 """
 
-import html
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import ftfy
 import torch
 from huggingface_hub.dataclasses import strict
-from tokenizers import Regex, normalizers, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
-    CLIPTokenizer,
     # diffusers looks these two up in the module that model_index.json names.
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -31,170 +26,48 @@ from transformers.utils import logging as transformers_logging
 from fixclip_core.model.positional import stretch_positions, stretched_length
 from fixclip_diffusion import builtin
 from fixclip_diffusion.adapter import TextAdapter
+from fixclip_diffusion.conditioning import CLIP_CONTEXT_LENGTH
 
 __all__ = [
-    "CleanText",
     "FixClipTextConfig",
     "FixClipTextEncoder",
-    "FixClipTokenizer",
     "PreTrainedModel",
     "PreTrainedTokenizerFast",
 ]
 
-CLIP_CONTEXT_LENGTH = 77
 CLIP_EOS_TOKEN_ID = 49407
-WINDOW_STRIDE = 35  # tokens between the beginnings of overlapping windows
-NO_WINDOW = -1  # fills the ids behind a text's last window
-# CLIP matches without regard to case, which makes the long ſ an s and loses the iota subscript U+0345, whose capital
-# is a letter while it is none itself.
-WORD_PATTERN = r"'[sſ]|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}\x{0345}]+"
-
-
-class CleanText(str):
-    """Text that is cleaned already; `FixClipTokenizer` takes it as it is (cleaning twice is not cleaning once)."""
-
-    __slots__ = ()
-
-
-class FixClipTokenizer(CLIPTokenizer):
-    """CLIP's tokenizer with 248 tokens and with the cleaning that CLIP's training texts went through.
-
-    Without that cleaning (ftfy, HTML entities twice, white space) the stock tokenizer gives other ids than
-    open_clip for curly quotes, entities and mojibake. The text is lowercased by the backend, not here, so
-    that mixed-case tokens of textual inversions are still found.
-
-    Args:
-        context_length: tokens of a full sequence, start and end included.
-        clean_text: False gives exactly the ids of the stock `CLIPTokenizer`.
-        **kwargs: of `CLIPTokenizer`; a stock folder's `model_max_length` gives way to `context_length`.
-    """
-
-    def __init__(
-        self,
-        vocab: str | dict[str, int] | None = None,
-        merges: str | list[Any] | None = None,
-        unk_token: str = "<|endoftext|>",
-        bos_token: str = "<|startoftext|>",
-        eos_token: str = "<|endoftext|>",
-        pad_token: str = "<|endoftext|>",
-        context_length: int = 248,
-        clean_text: bool = True,
-        **kwargs: Any,
-    ):
-        if context_length < 3:
-            raise ValueError(f"context_length={context_length}: at least 3 (start, one token, end)")
-        if vocab is None:  # transformers would go on with a vocabulary of no words
-            where = kwargs.get("name_or_path") or "tokenizer"
-            raise ValueError(
-                f'{where}: no tokenizer files there; a Stable Diffusion model keeps them in subfolder="tokenizer"'
-            )
-        kwargs["model_max_length"] = context_length
-        # A pad token that is an ordinary piece of the vocabulary ("!" in Stable Diffusion 2) must not become
-        # a special token: every "!" of a prompt would turn into padding.
-        plain_pad = str(pad_token) not in (str(unk_token), str(bos_token), str(eos_token))
-        if plain_pad and clean_text:
-            added = kwargs.get("added_tokens_decoder") or {}
-            kwargs["added_tokens_decoder"] = {
-                index: token for index, token in added.items() if str(token) != str(pad_token)
-            }
-        super().__init__(
-            vocab=vocab,
-            merges=merges,
-            unk_token=unk_token,
-            bos_token=bos_token,
-            eos_token=eos_token,
-            pad_token=eos_token if plain_pad and clean_text else pad_token,
-            context_length=context_length,
-            clean_text=clean_text,
-            **kwargs,
-        )
-        self.context_length = context_length
-        self.clean_text = clean_text
-        if clean_text:
-            self.pad_token = str(pad_token)
-            # ftfy has composed the text already; composing again after the entities would differ from CLIP.
-            self._tokenizer.normalizer = normalizers.Lowercase()
-            self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-                [
-                    pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="removed", invert=True),
-                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-                ]
-            )
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> Any:
-        """Stock loading, which takes built-in names too."""
-        name, kwargs = builtin.resolve_component(pretrained_model_name_or_path, "tokenizer", kwargs)
-        return super().from_pretrained(name, *args, **kwargs)
-
-    def clean(self, text: str) -> CleanText:
-        """The text as CLIP's training saw it, in its original case: ftfy, entities, white space."""
-        if isinstance(text, CleanText):
-            return text
-        if not self.clean_text:
-            return CleanText(text)
-        text = html.unescape(html.unescape(ftfy.fix_text(text)))
-        text = " ".join(text.split())
-        if "Σ" in text:
-            # The backend lowercases letter by letter and misses the final sigma. İ alone changes length.
-            lower = text.replace("İ", "I").lower()
-            text = "".join(low if char == "Σ" else char for char, low in zip(text, lower, strict=True))
-        return CleanText(text)
-
-    def tokenize(
-        self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs: Any
-    ) -> list[str]:
-        """Pieces of the vocabulary, added tokens in their own case.
-
-        The stock method gives added tokens in lower case, so diffusers misses mixed-case textual inversions of
-        several vectors.
-        """
-        ids = self._encode_plus(text, pair, add_special_tokens=add_special_tokens, **kwargs)["input_ids"]
-        added = self.added_tokens_decoder
-        return [
-            added[index].content if index in added else piece
-            for index, piece in zip(ids, self.convert_ids_to_tokens(ids), strict=True)
-        ]
-
-    def _encode_plus(self, text: Any, text_pair: Any = None, **kwargs: Any) -> Any:
-        if not kwargs.get("is_split_into_words"):
-            text = _map_text(self.clean, text)
-            text_pair = _map_text(self.clean, text_pair)
-        # Texts longer than one pass are this project's daily bread, not worth transformers' warning.
-        return super()._encode_plus(text=text, text_pair=text_pair, **{**kwargs, "verbose": False})
-
-
-def _map_text(function: Any, text: Any) -> Any:
-    if isinstance(text, str):
-        return function(text)
-    if isinstance(text, (list, tuple)):
-        return type(text)(_map_text(function, item) for item in text)
-    return text
 
 
 @strict
 class FixClipTextConfig(CLIPTextConfig):
-    """`CLIPTextConfig` plus what a stretched encoder needs.
+    """`CLIPTextConfig` plus what a long text encoder needs.
 
     Attributes:
         short_position_embeddings: rows of the original table of positions, kept for short texts; 0 without.
         adapter: configuration of the `TextAdapter`, or None.
+        conditioning: how pipelines read prompts with this encoder unless they are told otherwise, a name in
+            `conditioning.CONDITIONINGS`; None: `overlap` with the original positions, else `one_pass`.
+        padding: of the hidden states behind a text: "mask" makes them 0, and a UNet of our pipelines does not attend to
+            them; "keep" leaves them as they are, as encoders of version 0.1 and other projects' were trained.
     """
 
     model_type = "fixclip_text_model"
 
     short_position_embeddings: int = 0
     adapter: dict | None = None
+    conditioning: str | None = None
+    padding: str = "keep"
 
 
 AutoConfig.register(FixClipTextConfig.model_type, FixClipTextConfig, exist_ok=True)
 
 
 class FixClipTextEmbeddings(CLIPTextEmbeddings):
-    """Token and position embeddings, with the original positions for sequences that fit into them."""
+    """Token and position embeddings, with the original positions for texts that fit into them."""
 
     def __init__(self, config: FixClipTextConfig):
         super().__init__(config)
+        self.config = config
         self.short_position_embedding: nn.Embedding | None = None
         if config.short_position_embeddings:
             self.short_position_embedding = nn.Embedding(config.short_position_embeddings, config.hidden_size)
@@ -205,13 +78,32 @@ class FixClipTextEmbeddings(CLIPTextEmbeddings):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
+        """Ids (B, T) to embeddings (B, T, D).
+
+        T up to 77: the original positions. Longer: the long ones, but with `padding="mask"` a row whose text ends
+        before position 77 has the original ones there, so that its first 77 hidden states are those of T = 77.
+        """
         short = self.short_position_embedding
         given = input_ids if input_ids is not None else inputs_embeds
-        if short is None or position_ids is not None or given is None or given.shape[1] > short.num_embeddings:
+        if short is None or position_ids is not None or given is None:
             return super().forward(input_ids, position_ids, inputs_embeds)
         if inputs_embeds is None:
             inputs_embeds = self.token_embedding(input_ids)
-        return inputs_embeds + short(self.position_ids[:, : given.shape[1]])
+        num_tokens, limit = given.shape[1], short.num_embeddings
+        if num_tokens <= limit:
+            return inputs_embeds + short(self.position_ids[:, :num_tokens])
+        if self.config.padding != "mask" or input_ids is None or num_tokens > self.config.max_position_embeddings:
+            return super().forward(None, None, inputs_embeds)
+        long_1TD = self.position_embedding(self.position_ids[:, :num_tokens])
+        short_1TD = torch.cat([short(self.position_ids[:, :limit]), long_1TD[:, limit:]], dim=1)
+        fits_B11 = (text_lengths(input_ids, self.config.eos_token_id) <= limit)[:, None, None]
+        return inputs_embeds + torch.where(fits_B11, short_1TD, long_1TD)
+
+
+def text_lengths(ids_BT: Tensor, eos_token_id: int) -> Tensor:
+    """(B,) tokens of each row up to its first end-of-text token, that one included; T for a row without."""
+    end_BT = ids_BT == eos_token_id
+    return torch.where(end_BT.any(1), end_BT.int().argmax(1) + 1, ids_BT.shape[1])
 
 
 @contextmanager
@@ -245,11 +137,23 @@ class FixClipTextEncoder(CLIPTextModel):
         self.adapter: TextAdapter | None = None
         if config.adapter is not None:
             self.adapter = TextAdapter(**config.adapter)
-        self.text_model.final_layer_norm.register_forward_hook(self._apply_adapter)
+        self._text_BT: Tensor | None = None  # True up to each text's end, in the pass that runs or ran last
+        self.text_model.final_layer_norm.register_forward_hook(self._finish)
         self.post_init()
 
-    def _apply_adapter(self, module: nn.Module, inputs: tuple, states_BTD: Tensor) -> Tensor:
-        return states_BTD if self.adapter is None else self.adapter(states_BTD)
+    def _finish(self, module: nn.Module, inputs: tuple, states_BTD: Tensor) -> Tensor:
+        """Behind the final LayerNorm: the adapter, then zeros behind the text if the padding is masked."""
+        text_BT = self._text_BT
+        if text_BT is not None and text_BT.shape != states_BTD.shape[:2]:
+            text_BT = None  # diffusers' clip_skip calls the LayerNorm by itself, for the pass that ran last
+        if self.adapter is not None:
+            states_BTD = self.adapter(states_BTD, text_BT)
+        num_tokens, short = states_BTD.shape[1], self.short_context_length
+        if self.config.padding == "mask" and num_tokens > short and text_BT is not None:
+            fits_B1 = text_BT[:, short:].logical_not().all(1, keepdim=True) & (short > 0)
+            place_1T = torch.arange(num_tokens, device=states_BTD.device)[None]
+            states_BTD = states_BTD * (text_BT | (fits_B1 & (place_1T < short)))[..., None]
+        return states_BTD
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -271,10 +175,16 @@ class FixClipTextEncoder(CLIPTextModel):
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Token ids (B, T), T at most 248, to the outputs of `CLIPTextModel`; the states are the adapted ones.
+        """Token ids (B, T), T at most 248, to the outputs of `CLIPTextModel`.
 
-        `hidden_states[-1]` is the state before the final LayerNorm and the adapter, as in the stock class.
+        `last_hidden_state` went through the adapter. With `padding="mask"` and T > 77 it is 0 behind each text, or from
+        position 77 on for a text that ends before. `hidden_states[-1]` is the state before the final LayerNorm, as in
+        the stock class.
         """
+        self._text_BT = None
+        if input_ids is not None:
+            length_B1 = text_lengths(input_ids, self.config.eos_token_id)[:, None]
+            self._text_BT = torch.arange(input_ids.shape[1], device=input_ids.device)[None] < length_B1
         return self.text_model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
 
     @property
@@ -286,6 +196,13 @@ class FixClipTextEncoder(CLIPTextModel):
     def short_context_length(self) -> int:
         """Tokens up to which the original positions are used; 0 for an encoder that has none."""
         return self.config.short_position_embeddings
+
+    @property
+    def conditioning(self) -> str:
+        """The name of the conditioning for prompts that do not fit into 77 tokens: the adapter's, else the
+        encoder's."""
+        adapted = self.adapter.config["conditioning"] if self.adapter is not None else None
+        return adapted or self.config.conditioning or ("overlap" if self.short_context_length else "one_pass")
 
     def set_adapter_module(self, adapter: TextAdapter | None) -> None:
         """Put `adapter` behind the final LayerNorm, or take it away with None.
@@ -344,6 +261,8 @@ class FixClipTextEncoder(CLIPTextModel):
             num_hidden_layers=layers,
             max_position_embeddings=stretched_length(positions, keep, ratio) if stretch else positions,
             short_position_embeddings=positions if stretch else 0,
+            padding=getattr(config, "padding", "mask" if stretch else "keep"),
+            conditioning=getattr(config, "conditioning", None),
         )
         new_config = FixClipTextConfig(**values)
         new_config._attn_implementation = config._attn_implementation
@@ -444,54 +363,6 @@ def load_clip_text_config(name: str, **kwargs: Any) -> CLIPTextConfig | FixClipT
     )
 
 
-def overlapping_windows(ids_BT: Tensor, num_tokens_B: Tensor) -> Tensor:
-    """Ids (B, W, 77) of windows of 75 tokens that begin every 35 tokens, so that each overlaps the one before by 40.
-
-    A text that fits into 77 tokens is one window, with its padding. Windows behind a text's last are NO_WINDOW.
-
-    Args:
-        ids_BT: padded ids, T at least 77.
-        num_tokens_B: tokens of each text, start and end included, at most T.
-    """
-    size, room = CLIP_CONTEXT_LENGTH, CLIP_CONTEXT_LENGTH - 2
-    counts = num_overlapping(num_tokens_B).tolist()
-    ids_BWT = ids_BT.new_full((len(ids_BT), max(counts), size), NO_WINDOW)
-    for text, (ids_T, tokens, count) in enumerate(zip(ids_BT, num_tokens_B.tolist(), counts, strict=True)):
-        if count == 1:
-            ids_BWT[text, 0] = ids_T[:size]
-            continue
-        words_T, start, end = ids_T[1 : tokens - 1], ids_T[:1], ids_T[tokens - 1]
-        for window in range(count):
-            piece = torch.cat([start, words_T[WINDOW_STRIDE * window :][:room]])
-            # What pads the last window is never read: no token sees it, and `join_overlapping` leaves it out.
-            ids_BWT[text, window] = torch.cat([piece, end.repeat(size - len(piece))])
-    return ids_BWT
-
-
-def num_overlapping(num_tokens_B: Tensor) -> Tensor:
-    """(B,) windows of texts with so many tokens, start and end included."""
-    beyond_B = (num_tokens_B - CLIP_CONTEXT_LENGTH).clamp(min=0)
-    return 1 + -(-beyond_B // WINDOW_STRIDE)
-
-
-def join_overlapping(states_BWTD: Tensor, num_tokens_B: Tensor, length: int) -> Tensor:
-    """States (B, W, 77, D) of `overlapping_windows` to one state for each token: (B, length, D), 0 behind the text.
-
-    A token's state is that of the first window that holds it. There at least 40 tokens stand before it, or all there
-    are: so no sentence is cut, and what a state says of its place does not depend on where sentences end. The
-    start's state is the first window's, the end's the last one's. Zeros divert less of the attention of a UNet that was
-    trained on less padding than the encoder's padding does (docs/results.md). A text that fits into 77 tokens keeps it.
-    """
-    place_T = torch.arange(length, device=states_BWTD.device)
-    window_T = -(-(place_T - CLIP_CONTEXT_LENGTH + 2).clamp(min=0) // WINDOW_STRIDE)
-    num_tokens_B = num_tokens_B.to(place_T.device)
-    window_BT = torch.minimum(window_T, num_overlapping(num_tokens_B)[:, None] - 1)
-    offset_BT = (place_T - WINDOW_STRIDE * window_BT).clamp(max=CLIP_CONTEXT_LENGTH - 1)
-    text_B1 = torch.arange(len(states_BWTD), device=place_T.device)[:, None]
-    read_BT = place_T < num_tokens_B.clamp(min=CLIP_CONTEXT_LENGTH)[:, None]
-    return states_BWTD[text_B1, window_BT, offset_BT] * read_BT[..., None]
-
-
 def check_folder_or_hub_name(what: str, name: str) -> None:
     """Say so at once where a name can be neither; the hub client would retry, or explain its own rules.
 
@@ -511,5 +382,4 @@ def _where(name: str, kwargs: dict[str, Any]) -> str:
 
 
 # What model_index.json records; independent of how the package is cut into files.
-for _component in (FixClipTextEncoder, FixClipTokenizer):
-    _component.__module__ = "fixclip_diffusion"
+FixClipTextEncoder.__module__ = "fixclip_diffusion"

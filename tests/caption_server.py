@@ -59,7 +59,7 @@ class CaptionServer(ScenesServer):
 class FaultyHandler(Handler):
     server: CaptionServer
 
-    def do_GET(self):  # noqa: N802
+    def do_GET(self):
         if self.server.key and self.headers.get("Authorization") != f"Bearer {self.server.key}":
             self.send(401, {"error": {"message": f"wrong key {self.headers.get('Authorization')}"}})
         else:

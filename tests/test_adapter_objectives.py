@@ -6,11 +6,13 @@ import dataclasses
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from tiny_adapter import randomize, without_onednn  # noqa: F401
 from torch import nn
 
 from fixclip_diffusion import TextAdapter
 from fixclip_diffusion.adapter_training.objectives import (
+    CaptionStates,
     Denoiser,
     Features,
     adapter_losses,
@@ -19,6 +21,7 @@ from fixclip_diffusion.adapter_training.objectives import (
     snr_weight,
 )
 from fixclip_diffusion.adapter_training.recipe import ObjectivesSection
+from fixclip_diffusion.state_mask import mask_empty_states
 from fixclip_diffusion.tiny import WIDTH, unet
 
 SHORT, LONG = 5, 12
@@ -27,40 +30,54 @@ SHORT, LONG = 5, 12
 @pytest.fixture(scope="module")
 def tiny_unet():
     torch.manual_seed(1)
-    return unet().requires_grad_(False).eval()
+    model = unet().requires_grad_(False).eval()
+    mask_empty_states(model)
+    return model
+
+
+def one_pass(states, lengths, text=None):
+    """Captions (B, T, D) of one pass of `lengths` states each, all of them text unless said otherwise."""
+    place, length = torch.arange(states.shape[1])[None], torch.tensor(lengths)
+    own = place < length[:, None]
+    text = length if text is None else torch.tensor(text)
+    return CaptionStates(
+        states=states * own[..., None],
+        text=torch.where(own, (place < text[:, None]).long(), -1),
+        source=torch.where(own, place, -1),
+        size=length,
+    )
 
 
 @pytest.fixture(params=["epsilon", "v_prediction"])
 def denoiser(request, tiny_unet):
     torch.manual_seed(2)
     scheduler = DDPMScheduler(beta_schedule="scaled_linear", prediction_type=request.param)
-    empty = {SHORT: torch.randn(1, SHORT, WIDTH), LONG: torch.randn(1, LONG, WIDTH)}
+    empty = one_pass(torch.randn(1, SHORT, WIDTH), [SHORT], [2])
     return Denoiser(tiny_unet, scheduler, 0.18, 0.05, empty, torch.randn(1, SHORT, WIDTH))
 
 
 def make_features(count=4, seed=0):
     """The last sample's short caption does not fit the teacher, the first one's long caption is short."""
     torch.manual_seed(seed)
-    long_length = torch.tensor([SHORT] + [LONG] * (count - 1))
-    short_length = torch.tensor([SHORT] * (count - 1) + [LONG])
+    short = [SHORT] * (count - 1) + [LONG]
     states = torch.randn(2, count, LONG, WIDTH)
-    for part, length in zip(states, (long_length, short_length), strict=True):
-        for row, end in enumerate(length.tolist()):
-            part[row, end:] = 0
     return Features(
         mean=torch.randn(count, 4, 8, 8),
         logvar=torch.randn(count, 4, 8, 8) - 2,
-        long=states[0],
-        short=states[1],
-        long_length=long_length,
-        short_length=short_length,
+        long=one_pass(states[0], [SHORT] + [LONG] * (count - 1), [4] + [10] * (count - 1)),
+        short=one_pass(states[1], short),
         teacher=torch.randn(count, SHORT, WIDTH),
-        teacher_fits=short_length == SHORT,
+        teacher_fits=torch.tensor(short) == SHORT,
         seeds=torch.arange(100, 100 + count),
         keys=[str(i) for i in range(count)],
         skipped=[],
         windows=torch.randn(count, LONG, WIDTH),
     )
+
+
+def identity(states, text):
+    """An adapter that changes nothing."""
+    return states
 
 
 def section(**changes):
@@ -96,10 +113,9 @@ def plain_losses(adapter, features, denoiser, objectives):
             weight = weight if objectives.snr_gamma else 1.0
             short = bool(uniform[2, r] < objectives.short_share)
             dropped = bool(uniform[3, r] < objectives.caption_dropout)
-            length = int((features.short_length if short else features.long_length)[i])
-            states = (features.short if short else features.long)[i : i + 1, :length]
-            states = denoiser.empty[length] if dropped else states
-            adapted = adapter(states)
+            caption, row = (denoiser.empty, 0) if dropped else (features.short if short else features.long, i)
+            length = int(caption.size[row])
+            adapted = adapter(caption.states[row : row + 1, :length], caption.text[row : row + 1, :length] > 0)
             predicted = model(noisy[None], t, adapted).sample[0]
             name = "short" if short else "long"
             sums[name] = sums[name] + weight * (predicted - target).pow(2).mean()
@@ -109,7 +125,7 @@ def plain_losses(adapter, features, denoiser, objectives):
                 teacher = denoiser.empty_teacher if dropped else features.teacher[i : i + 1]
                 wanted = model(noisy[None], t, teacher).sample[0]
                 sums["prediction"] = sums["prediction"] + weight * (predicted - wanted).pow(2).mean()
-                wanted = torch.cat([teacher, torch.zeros(1, length - SHORT, WIDTH)], dim=1)
+                wanted = torch.cat([teacher[:, :length], torch.zeros(1, max(0, length - SHORT), WIDTH)], dim=1)
                 sums["states"] = sums["states"] + (adapted - wanted).pow(2).mean()
     shares = {"long": 0.5, "windows": 0.5 * 0.7} | dict.fromkeys(("short", "prediction", "states"), 0.5)
     losses = {name: value / (total * shares[name]) for name, value in sums.items()}
@@ -117,11 +133,16 @@ def plain_losses(adapter, features, denoiser, objectives):
 
 
 @pytest.mark.parametrize(
-    ("kind", "options"),
-    [("attention", {}), ("mlp", {"snr_gamma": None, "high_noise_share": 0.5, "noise_draws": 1})],
+    ("kind", "mask", "options"),
+    [
+        ("attention", False, {}),
+        ("attention", True, {}),
+        ("mlp", False, {"snr_gamma": None, "high_noise_share": 0.5, "noise_draws": 1}),
+    ],
 )
-def test_losses_and_gradients_are_those_of_the_formulas(denoiser, kind, options):
-    adapter = randomize(TextAdapter(WIDTH, kind, hidden_width=8, num_layers=1, num_heads=4, max_tokens=LONG))
+def test_losses_and_gradients_are_those_of_the_formulas(denoiser, kind, mask, options):
+    sizes = {"hidden_width": 8, "num_layers": 1, "num_heads": 4, "max_tokens": LONG, "mask_padding": mask}
+    adapter = randomize(TextAdapter(WIDTH, kind, **sizes))
     features, objectives = make_features(), section(**options)
     rows = draw(features, denoiser, objectives)
     if not options:
@@ -146,7 +167,7 @@ def test_losses_and_gradients_are_those_of_the_formulas(denoiser, kind, options)
 def test_the_adapter_runs_once_for_each_caption_whatever_the_number_of_draws(denoiser):
     features, seen = make_features(), []
 
-    def count(states_RTD):
+    def count(states_RTD, text_RT):
         seen.append(len(states_RTD))
         return states_RTD
 
@@ -154,25 +175,51 @@ def test_the_adapter_runs_once_for_each_caption_whatever_the_number_of_draws(den
     assert sum(seen) == 2 * len(features), "the long and the short caption of every sample"
     seen.clear()
     adapter_losses(count, features, denoiser, section(noise_draws=64))
-    assert 2 * len(features) < sum(seen) <= 2 * len(features) + 2, "and the empty one at each length"
+    assert sum(seen) == 2 * len(features) + 1, "and the empty one"
 
 
-def test_in_windows_the_adapter_sees_one_at_a_time(denoiser):
-    """The losses are those of an adapter that takes the windows apart itself, as the pipeline does."""
-    adapter, window = randomize(TextAdapter(WIDTH, "attention", hidden_width=8, num_heads=4, max_tokens=LONG)), 4
-    features = dataclasses.replace(
-        make_features(), long_length=torch.full((4,), LONG), short_length=torch.full((4,), 8)
-    )
-    denoiser = dataclasses.replace(denoiser, empty={window: torch.randn(1, window, WIDTH)})
+@pytest.mark.parametrize("mask", [False, True])
+def test_the_adapter_sees_one_pass_at_a_time(denoiser, mask):
+    """Captions of one to three passes whose rows are joined out of order and overlapping, each by itself and by
+    hand."""
+    torch.manual_seed(4)
+    sizes = {"hidden_width": 8, "num_heads": 4, "max_tokens": LONG, "mask_padding": mask}
+    adapter = randomize(TextAdapter(WIDTH, "attention", **sizes))
+    size, passes = 4, [1, 3, 2, 1]
+    states = torch.randn(4, 12, WIDTH)
+    text = torch.full((4, 12), -1)
+    source = torch.full((4, 7), -1)
+    for row, number in enumerate(passes):
+        text[row, : size * number] = torch.tensor([1, 1, 1, 0] * number)
+        states[row, size * number :] = 0
+        kept = [place for place in range(size * number) if place % size != 3][:7]
+        source[row, : len(kept)] = torch.tensor(kept)
+    captions = CaptionStates(states, text, source, torch.full((4,), size))
+    features = dataclasses.replace(make_features(), long=captions)
+    expected = []
+    for row, number in enumerate(passes):
+        parts = [
+            adapter(
+                states[row : row + 1, size * i : size * (i + 1)], text[row : row + 1, size * i : size * (i + 1)] > 0
+            )
+            for i in range(number)
+        ]
+        expected.append(torch.cat(parts, dim=1)[0, source[row][source[row] >= 0]])
+    read = []
 
-    def by_window(states_RTD):
-        return torch.cat([adapter(part) for part in states_RTD.split(window, dim=1)], dim=1)
+    class Reading(nn.Module):
+        dtype = torch.float32
 
-    losses = adapter_losses(adapter, features, dataclasses.replace(denoiser, window=window), section())
-    expected = adapter_losses(by_window, features, denoiser, section())
-    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-6)
-    at_once = adapter_losses(adapter, features, denoiser, section())
-    assert abs(at_once["loss"] - expected["loss"]) > 1e-4
+        def forward(self, noisy, timestep, states):
+            read.append(states)
+            return UNet2DConditionOutput(noisy)
+
+    seeing = dataclasses.replace(denoiser, unet=Reading())
+    only_long = section(short_share=0.0, caption_dropout=0.0, weight_windows=0.0, noise_draws=1)
+    adapter_losses(adapter, features, seeing, only_long)
+    for row, wanted in enumerate(expected):
+        torch.testing.assert_close(read[0][row, : len(wanted)], wanted, rtol=1e-4, atol=1e-5)
+        assert not read[0][row, len(wanted) :].any()
 
 
 def test_parts_of_a_batch_add_up(denoiser):
@@ -187,24 +234,22 @@ def test_parts_of_a_batch_add_up(denoiser):
 def test_an_adapter_that_changes_nothing_keeps_the_base(denoiser):
     """Where the encoder's short states are the teacher's, the identity has no distillation loss; a change has."""
     features = make_features()
-    alike = dataclasses.replace(
-        features, short=features.teacher, short_length=torch.tensor([SHORT] * 4), teacher_fits=torch.ones(4) > 0
-    )
-    denoiser = dataclasses.replace(denoiser, empty=denoiser.empty | {SHORT: denoiser.empty_teacher})
-    losses = adapter_losses(nn.Identity(), alike, denoiser, section())
+    alike = dataclasses.replace(features, short=one_pass(features.teacher, [SHORT] * 4), teacher_fits=torch.ones(4) > 0)
+    denoiser = dataclasses.replace(denoiser, empty=one_pass(denoiser.empty_teacher, [SHORT]))
+    losses = adapter_losses(identity, alike, denoiser, section())
     assert losses["loss_states"] == 0
     assert losses["loss_prediction"] < 1e-12
-    changed = adapter_losses(lambda states: states + 0.1, alike, denoiser, section())
+    changed = adapter_losses(lambda states, text: states + 0.1, alike, denoiser, section())
     assert changed["loss_states"] > 0.001
     assert changed["loss_prediction"] > 1e-9
 
 
 def test_only_losses_that_count_are_computed(denoiser):
     features = make_features()
-    only_long = adapter_losses(nn.Identity(), features, denoiser, section(short_share=0.0))
+    only_long = adapter_losses(identity, features, denoiser, section(short_share=0.0))
     assert set(only_long) == {"loss", "loss_long", "loss_windows"}
     no_teacher = {"weight_states": 0.0, "weight_prediction": 0.0, "weight_windows": 0.0}
-    without = adapter_losses(nn.Identity(), features, denoiser, section(**no_teacher))
+    without = adapter_losses(identity, features, denoiser, section(**no_teacher))
     assert set(without) == {"loss", "loss_long", "loss_short"}
 
 
@@ -223,8 +268,9 @@ def test_states_are_learnt_without_a_unet(denoiser):
     )
     assert set(without) == {"loss", "loss_states", "loss_windows"}
     torch.testing.assert_close(without["loss"], 0.4 * without["loss_states"] + 0.6 * without["loss_windows"])
-    wanted = dataclasses.replace(features, long=features.windows)
-    alike = adapter_losses(nn.Identity(), wanted, denoiser, section())
+    rows = torch.arange(LONG)[None, :, None] < features.long.size[:, None, None]
+    wanted = dataclasses.replace(features, long=dataclasses.replace(features.long, states=features.windows * rows))
+    alike = adapter_losses(identity, wanted, denoiser, section())
     assert alike["loss_windows"] == 0 < every["loss_windows"]
 
 
@@ -245,9 +291,9 @@ def test_teacher_predictions_are_computed_without_the_lora_and_without_gradient(
         yield
         inside.pop()
 
-    empty = {SHORT: torch.zeros(1, SHORT, WIDTH), LONG: torch.zeros(1, LONG, WIDTH)}
+    empty = one_pass(torch.zeros(1, SHORT, WIDTH), [SHORT])
     denoiser = Denoiser(Recording(), DDPMScheduler(), 1.0, 0.0, empty, torch.zeros(1, SHORT, WIDTH), base_unet)
-    adapter_losses(nn.Identity(), make_features(), denoiser, section())
+    adapter_losses(identity, make_features(), denoiser, section())
     assert set(calls) == {(False, True), (True, False)}
 
 

@@ -34,6 +34,7 @@ from fixclip_diffusion.adapter_training.recipe import AdapterRecipe
 from fixclip_diffusion.adapter_training.trainer import AdapterTrainer
 from fixclip_diffusion.evaluation import generate
 from fixclip_diffusion.evaluation.prompts import Prompt
+from fixclip_diffusion.state_mask import mask_empty_states
 from fixclip_diffusion.tiny import clip_text_config, unet
 
 ROOT = Path(__file__).parents[1]
@@ -250,7 +251,7 @@ def test_a_start_without_the_unet(recipe, encoder_folder, tmp_path, monkeypatch)
         for part in (UNet2DConditionModel, AutoencoderKL):
             patch.setattr(part, "forward", lambda *args, **kwargs: pytest.fail("not needed"))
             patch.setattr(part, "encode", lambda *args, **kwargs: pytest.fail("not needed"), raising=False)
-        start = AdapterTrainer(recipe("start", encoder, *states, "train.steps=30")).train()
+        start = AdapterTrainer(recipe("start", encoder, *states, "train.steps=60")).train()
     rows = metrics(tmp_path / "start")
     assert rows[0].keys() >= {"loss_windows", "loss_states"}
     assert not rows[0].keys() & {"loss_long", "loss_short", "loss_prediction"}
@@ -280,17 +281,16 @@ def test_a_trained_adapter_gives_the_same_picture_everywhere(recipe, sd1, encode
     assert np.array_equal(picture(again), wanted)
     stock = StableDiffusionPipeline.from_pretrained(tmp_path / "saved", safety_checker=None)
     assert type(stock) is StableDiffusionPipeline
-    assert np.array_equal(picture(stock), wanted)
+    mask_empty_states(stock.unet)  # it pads prompts to 248 tokens, and zeros stand behind the text
+    np.testing.assert_allclose(picture(stock).astype(int), wanted.astype(int), atol=1)
 
 
-@pytest.mark.parametrize(
-    ("kind", "mode"), [("mlp", "windows_77"), ("attention", "windows_77"), ("attention", "overlap_77")]
-)
+@pytest.mark.parametrize(("kind", "mode"), [("mlp", "chunks"), ("attention", "chunks"), ("attention", "overlap")])
 def test_an_adapter_for_windows_of_77_tokens(recipe, sd1, tmp_path, kind, mode):
     """Trained on scenes' captions of one to three windows; pipeline and evaluation apply it to each window."""
     chosen = recipe(
         "run",
-        f"model.long_prompt={mode}",
+        f"model.conditioning={mode}",
         f"adapter.kind={kind}",
         "data.source=scenes",
         "data.stop=8",
@@ -301,18 +301,18 @@ def test_an_adapter_for_windows_of_77_tokens(recipe, sd1, tmp_path, kind, mode):
     run = AdapterTrainer(chosen).prepare()
     assert "windows of 77 tokens" in run.plan()
     features = train.encode_batch(run.frozen, next(run.loader.epoch(0)), chosen.objectives)
-    assert len(set(features.long_length.tolist()) & {77, 154, 231, 308}) >= 3
+    assert len(set((features.long.source >= 0).sum(1).tolist())) >= 3
     reset_accelerator()
     adapter = AdapterTrainer(chosen).train()
     assert all(math.isfinite(value) for row in metrics(tmp_path / "run") for value in row.values())
 
-    pipe = FixClipStableDiffusionPipeline.from_pretrained(sd1, adapter=adapter, long_prompt=mode)
-    untuned = FixClipStableDiffusionPipeline.from_pretrained(sd1, long_prompt=mode)
+    pipe = FixClipStableDiffusionPipeline.from_pretrained(sd1, adapter=adapter, conditioning=mode)
+    untuned = FixClipStableDiffusionPipeline.from_pretrained(sd1, conditioning=mode)
     wanted, plain = picture_in_training(pipe), picture_in_training(untuned)
     assert not np.array_equal(wanted, plain)
     drawing = generate.Drawing(steps=2, size=16)
     for options, expected in ((f"adapter={adapter},", wanted), ("", plain)):
-        system = generate.parse_system(f"windows:{options}long_prompt={mode}")
+        system = generate.parse_system(f"windows:{options}conditioning={mode}")
         drawn = generate.Painter(str(sd1)).draw(system, [Prompt(PROMPT)], drawing)[0][0]
         assert np.array_equal(np.asarray(drawn), expected)
     # A run's sheets are drawn in windows too.
@@ -397,8 +397,8 @@ def test_attention_written_out_is_the_fused_one(recipe):
 
 
 def test_windows_need_original_positions(recipe, encoder_folder):
-    windows = "model.long_prompt=windows_77"
-    with pytest.raises(ValueError, match=r"model\.long_prompt=windows_77 needs .* 77 original positions, .* has none;"):
+    windows = "model.conditioning=chunks"
+    with pytest.raises(ValueError, match=r"model\.encoder=.*conditioning='chunks' needs the original 77"):
         AdapterTrainer(recipe("run", windows, f"model.encoder={encoder_folder}")).prepare()
 
 

@@ -8,6 +8,7 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler
 
 from fixclip_diffusion import FixClipStableDiffusionPipeline
 from fixclip_diffusion.attention_maps import layer_size, record_attention, record_sentences, sentence_positions
+from fixclip_diffusion.conditioning import CONDITIONINGS
 from fixclip_diffusion.preview import watch_steps
 
 LONG = tiny.sentences(14)
@@ -24,7 +25,8 @@ def pipes(base_folders):
 
 @pytest.fixture
 def pipe(pipes):
-    return pipes["sd1"]
+    yield pipes["sd1"]
+    pipes["sd1"].conditioning = None
 
 
 def draw(pipe, prompt, **kwargs):
@@ -34,7 +36,10 @@ def draw(pipe, prompt, **kwargs):
 
 
 def plain_maps(calls, weights_TS, latent_size, batch_size):
-    """The definition: softmax(q k / sqrt(d)) head by head, summed over the states of a group, averaged."""
+    """The definition: softmax(q k / sqrt(d)) head by head, summed over the states of a group, averaged.
+
+    The prompt is the longest text of its batch here, so that all of its states are its own.
+    """
     maps = []
     for attention, queries, states in calls:
         heads = []
@@ -49,14 +54,16 @@ def plain_maps(calls, weights_TS, latent_size, batch_size):
     return torch.stack(maps).mean(0)
 
 
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
 @pytest.mark.parametrize(
     ("guidance", "num_images", "size"), [(7.5, 1, (16, 16)), (1.0, 1, (16, 16)), (7.5, 2, (32, 16))]
 )
 @torch.no_grad()
-def test_maps_are_the_plain_attention(pipe, guidance, num_images, size):
+def test_maps_are_the_plain_attention(pipe, guidance, num_images, size, conditioning):
+    pipe.conditioning = conditioning
     width, height = size
     latent_size = (height // pipe.vae_scale_factor, width // pipe.vae_scale_factor)
-    weights_TS = torch.rand(248, 3)
+    weights_TS = torch.rand(pipe.token_report(LONG).num_states, 3)
     calls, hooks = [], []
     for name, module in pipe.unet.named_modules():
         if name.endswith("attn2"):
@@ -84,51 +91,56 @@ def test_maps_are_the_plain_attention(pipe, guidance, num_images, size):
     torch.testing.assert_close(recorder.maps(), expected, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
 @pytest.mark.parametrize("prompt", ["A cat. A dog.", LONG, VERY_LONG])
-def test_recording_leaves_the_picture_alone_and_reads_every_sentence(pipe, prompt):
-    plain = draw(pipe, prompt)
+def test_recording_leaves_the_picture_alone_and_reads_every_sentence(pipe, prompt, conditioning):
+    plain = draw(pipe, prompt, conditioning=conditioning)
     with record_sentences(pipe, prompt, 16, 16) as recorder:
-        recorded = draw(pipe, prompt)
+        recorded = draw(pipe, prompt, conditioning=conditioning)
     assert np.array_equal(plain, recorded)
     maps_SHW = recorder.maps()[0]
     assert len(maps_SHW) == prompt.count(".")
-    assert (maps_SHW.flatten(1).amax(1) > 0).all(), "a sentence behind token 77 or 248 has its map too"
+    read = maps_SHW.flatten(1).amax(1) > 0
+    if conditioning != "stock" or prompt.startswith("A cat"):
+        assert read.all(), "a sentence behind token 77 or 248 has its map too"
+    else:
+        assert read[0]
+        assert not read[-1], "a sentence that is not read has none"
     assert maps_SHW.sum(0).max() <= 1 + 1e-5, "the rest went to start, end and padding"
     assert not any(module._forward_hooks for module in pipe.unet.modules())
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
 @pytest.mark.parametrize("prompt", ["", "One cat.", LONG, VERY_LONG])
-def test_positions_are_those_of_the_ids(pipe, prompt):
-    """Decoding the ids at the found positions gives the sentences back."""
-    tokenizer = pipe.tokenizer
-    states = pipe.encode_prompt(prompt, "cpu", 1, False)[0]
-    num_states = states.shape[1]
-    context_length = min(num_states, 248)
-    sentences = sentence_positions(tokenizer, prompt, num_states, 248)
-    windows = [window.text for window in pipe.token_report(prompt).windows]
-    ids = [
-        token
-        for text in windows
-        for token in tokenizer(text, padding="max_length", max_length=context_length).input_ids
-    ]
-    assert len(ids) == num_states
+def test_each_sentence_has_the_states_of_its_own_tokens(pipe, prompt, conditioning):
+    """A sentence whose words are changed changes its own states, and in causal passes some of those behind, alone."""
+    pipe.conditioning = conditioning
+    sentences = sentence_positions(pipe.prompt_encoder, prompt)
+    layout = pipe.prompt_encoder.lay_out(prompt)
+    ids = layout.ids_NP.flatten()[layout.source_L]
     for sentence in sentences:
-        decoded = tokenizer.decode([ids[state] for state in sentence.positions])
-        assert decoded.replace(" ", "") == sentence.text.lower().replace(" ", "")
+        decoded = pipe.tokenizer.decode([int(ids[row]) for row in sentence.positions])
+        said = sentence.text.lower().replace(" ", "")
+        assert (
+            said.startswith(decoded.replace(" ", "")) if conditioning == "stock" else said == decoded.replace(" ", "")
+        )
+    if len(sentences) > 1:
+        first = pipe.encode_prompt(prompt, "cpu", 1, False)[0][0]
+        other = pipe.encode_prompt(prompt.replace("number 3.", "number 4."), "cpu", 1, False)[0][0]
+        changed = {row for row in range(len(first)) if not torch.equal(first[row], other[row])}
+        assert changed & set(sentences[3].positions)
+        assert not changed & {row for sentence in sentences[:3] for row in sentence.positions}
 
 
-def test_repeated_sentences_have_positions_of_their_own(pipe):
-    prompt = " ".join(["A red ball lies here."] * 60)
-    sentences = sentence_positions(pipe.tokenizer, prompt, 2 * 248, 248)
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_repeated_sentences_have_positions_of_their_own(pipe, conditioning):
+    pipe.conditioning = conditioning
+    sentences = sentence_positions(pipe.prompt_encoder, " ".join(["A red ball lies here."] * 60))
     positions = [state for sentence in sentences for state in sentence.positions]
     assert len(sentences) == 60
     assert positions == sorted(set(positions))
-
-
-def test_a_truncated_prompt_has_no_positions_behind_the_end(pipe):
-    sentences = sentence_positions(pipe.tokenizer, LONG, 77, 77)
-    assert max(state for sentence in sentences for state in sentence.positions) == 75
-    assert sentences[-1].positions == ()
+    assert max(positions) == 75 if conditioning == "stock" else max(positions) >= 60 * 6
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def test_a_model_without_lora_loads_without(model, tmp_path):
 def test_stock_diffusers_draws_the_same_from_the_base(embedded):
     stock = StableDiffusionPipeline.from_pretrained(builtin.resolve("builtin:scenes/base"))
     ours = FixClipStableDiffusionPipeline.from_pretrained("builtin:scenes/base")
-    assert np.array_equal(picture(stock), picture(ours, long_prompt="truncate_77"))
+    assert np.array_equal(picture(stock), picture(ours, conditioning="stock"))
     assert not np.array_equal(picture(stock), picture(ours))
 
 
@@ -210,7 +210,14 @@ def test_evaluation_with_the_whole_model(embedded, tmp_path):
     result = run("evaluate-images", "scenes:1", "--base", "builtin:scenes", *options)
     assert result.exit_code == 0, result.output
     systems = json.loads((tmp_path / "report.json").read_text())["settings"]["systems"]
-    assert [system["name"] for system in systems] == ["stock", "windows", "untuned", "adapted", "adapted+lora"]
+    assert [system["name"] for system in systems] == [
+        "stock",
+        "chunks",
+        "overlap",
+        "untuned",
+        "adapted",
+        "adapted+lora",
+    ]
     assert systems[-1]["lora"] == "builtin:scenes/lora"
     parts = "encoder=builtin:scenes/encoder,adapter=builtin:scenes/adapter,lora=builtin:scenes/lora"
     again = run("evaluate-images", "scenes:1", "--base", "builtin:scenes/base", "--system", f"all:{parts}", *options)
@@ -300,7 +307,7 @@ def test_demo_draws_what_evaluate_images_draws(model):
     ).images[0]
     assert np.array_equal(np.asarray(shown.rows["+ LoRA"][0].picture), np.asarray(wanted))
     assert len({own[0].picture.tobytes() for own in shown.rows.values()}) == len(SYSTEMS) + 1
-    assert demo.systems_of(builtin.ModelParts("b"))[-1] == System("stretched only")
+    assert demo.systems_of(builtin.ModelParts("b"))[-1] == System("stretched only", conditioning="one_pass")
 
 
 def test_demo_prompts_are_long_and_no_two_are_alike(model):
@@ -346,7 +353,7 @@ def test_embedded_weights_load_everywhere():
     # Loaded without a type, as users do: parts of two types would not draw.
     stock = StableDiffusionPipeline.from_pretrained(builtin.resolve("builtin:scenes/base"))
     ours = FixClipStableDiffusionPipeline.from_pretrained("builtin:scenes/base")
-    assert np.array_equal(picture(stock), picture(ours, long_prompt="truncate_77"))
+    assert np.array_equal(picture(stock), picture(ours, conditioning="stock"))
 
 
 @needs_weights

@@ -54,7 +54,7 @@ def test_generate_writes_what_python_makes(sd1, tmp_path, python_pictures):
     assert settings["seed"] == 7
     assert settings["steps"] == 2
     assert settings["size"] == [16, 16]
-    assert settings["long_prompt"] == "windows"
+    assert settings["conditioning"] == "overlap"
     assert settings["scheduler"] == "DDIMScheduler"
     assert image.text["parameters"] == (
         f"{LONG}\nNegative prompt: bad\nSteps: 2, CFG scale: 7.5, Seed: 7, Size: 16x16, Model: {sd1}"
@@ -100,22 +100,22 @@ def test_compare_shows_three_systems(sd1, tmp_path, python_pictures):
         assert result.exit_code == 0, result.output
         sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
         tiles = [sheet[-256::16, left : left + 256 : 16] for left in (0, 264, 528)]
-        assert np.array_equal(tiles[0], python_pictures(LONG, long_prompt="truncate_77"))
-        assert np.array_equal(tiles[1], python_pictures(LONG, long_prompt="windows_77"))
+        assert np.array_equal(tiles[0], python_pictures(LONG, conditioning="stock"))
+        assert np.array_equal(tiles[1], python_pictures(LONG, conditioning="chunks"))
         assert np.array_equal(tiles[2], python_pictures(LONG)) == (not extra)
 
 
 def test_long_prompt_mode(sd1, tmp_path, python_pictures):
     prompt = tiny.sentences(40)
-    for mode in ("windows", "truncate"):
+    for mode in ("one_pass", "chunks"):
         result = run("generate", prompt, "--base", sd1, *FAST, "--long-prompt", mode, "-o", tmp_path / "a.png")
         assert result.exit_code == 0, result.output
-        expected = python_pictures(prompt, long_prompt=mode)
+        expected = python_pictures(prompt, conditioning=mode)
         image = Image.open(tmp_path / "a.png")
         assert np.array_equal(np.asarray(image), expected)
-        assert json.loads(image.text["fixclip"])["long_prompt"] == mode
+        assert json.loads(image.text["fixclip"])["conditioning"] == mode
         assert ("the rest is dropped" in result.output) == (mode == "truncate")
-        assert ("windows" in result.output) == (mode == "windows")
+        assert f"conditioning {mode!r}" in result.output
 
 
 def test_pictures_of_an_earlier_run_are_kept(sd1, tmp_path, python_pictures):
@@ -143,7 +143,7 @@ def test_a_long_negative_prompt_is_reported(sd1, tmp_path):
         (["a", "--guidance", "-1"], "greater than or equal to 0"),
         (["a", "--num", "-1"], "greater than or equal to 1"),
         (["a", "--base", "/no/such/model"], "neither a folder nor a hub name"),
-        (["a", "--long-prompt", "chunks", "--base", "BASE"], "'chunks' is not one of 'windows', 'truncate'"),
+        (["a", "--conditioning", "chunk", "--base", "BASE"], "conditioning='chunk': valid are stock, chunks"),
         (["a", "--base", "BASE", "--encoder", "/no/such/encoder"], "neither a folder nor a hub name"),
         (["a", "--base", "BASE", "--encoder", "BASE/model_index.json"], "is a file; a folder or a hub name"),
         (["a", "--base", "BASE", "--device", "cuda:99"], "device 'cuda:99' cannot be used"),

@@ -112,16 +112,16 @@ def test_bad_prompt_files_are_named(tmp_path, name, content, check, message):
 
 
 def test_systems_of_the_command_line():
-    assert generate.parse_system("a+b:adapter=X/y,long_prompt=truncate") == System(
-        "a+b", adapter="X/y", long_prompt="truncate"
+    assert generate.parse_system("a+b:adapter=X/y,long_prompt=windows_77") == System(
+        "a+b", adapter="X/y", conditioning="chunks"
     )
     names = [s.name for s in generate.default_systems("E", "A", "L")]
-    assert names == ["stock", "windows", "untuned", "adapted", "adapted+lora"]
-    assert generate.default_systems(None, None, None)[0] == System("stock", long_prompt="truncate_77")
+    assert names == ["stock", "chunks", "overlap", "untuned", "adapted", "adapted+lora"]
+    assert generate.default_systems(None, None, None)[0] == System("stock", conditioning="stock")
     for text, message in (
-        ("a:adaptor=b", "'adaptor=b' is not KEY=VALUE with one of encoder, adapter, lora, long_prompt"),
+        ("a:adaptor=b", "'adaptor=b' is not KEY=VALUE with one of encoder, adapter, lora, conditioning"),
         ("a/b", "a name has letters"),
-        ("a:long_prompt=cut", "valid are windows, truncate"),
+        ("a:long_prompt=cut", "conditioning='cut': valid are stock, chunks"),
     ):
         with pytest.raises(ValueError, match=message):
             generate.parse_system(text)
@@ -142,7 +142,7 @@ def test_every_system_draws_what_its_pipeline_draws(sd1, parts, tmp_path):
     pictures = []
     for name, pipe, options in (
         ("stock", stock, {}),
-        ("windows", ours, {"long_prompt": "windows_77"}),
+        ("windows", ours, {"conditioning": "chunks"}),
         ("untuned", ours, {}),
         ("adapted", adapted, {}),
         ("adapted+lora", both, {}),
@@ -162,7 +162,7 @@ def test_every_system_draws_what_its_pipeline_draws(sd1, parts, tmp_path):
 def test_batches_draw_what_single_pictures_are(sd1):
     """Of prompts of several lengths, whose states cannot be stacked, in an order that mixes them."""
     prompts = [Prompt(text) for text in ("A cat.", LONG, "A dog.", LONG[::-1][:300], LONG + LONG, "A hat.")]
-    system = System("windows", long_prompt="windows_77")
+    system = System("windows", conditioning="chunks")
     one, several = (
         generate.Painter(str(sd1)).draw(
             system, prompts, Drawing(steps=2, guidance_scale=3.0, size=16, num_seeds=2, batch_size=batch_size)
@@ -180,7 +180,7 @@ def test_scores_are_cosines_by_sentence_and_zone(sd1, scorer, tokenizer):
     prompts = [Prompt(LONG), Prompt(SHORT)]
     drawing = Drawing(steps=1, size=16, num_seeds=2)
     result = run.evaluate_images(
-        str(sd1), prompts, [System("stock", long_prompt="truncate_77"), System("untuned")], drawing, scorer=encoder
+        str(sd1), prompts, [System("stock", conditioning="stock"), System("untuned")], drawing, scorer=encoder
     )
     pictures = generate.Painter(str(sd1)).draw(System("untuned"), prompts, drawing)
     images = torch.stack([encoder.preprocess(picture) for picture in pictures[0]])
@@ -280,7 +280,7 @@ def test_command(sd1, parts, scorer, tmp_path):
     assert found.code == 0, found.text
     assert "objects_right_after" in found.text
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert list(report["systems"]) == ["stock", "windows", "untuned", "adapted"]
+    assert list(report["systems"]) == ["stock", "chunks", "overlap", "untuned", "adapted"]
     assert {"whole", "sentence_after", "objects_right_before"} <= report["systems"]["adapted"].keys()
     assert report["settings"]["drawing"] == {
         "steps": 1, "guidance_scale": 3.0, "size": 32, "seed": 0, "num_seeds": 1, "negative_prompt": "",

@@ -10,36 +10,33 @@ import pytest
 import tiny_adapter
 import torch
 from diffusers import StableDiffusionPipeline
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_adapter import without_onednn  # noqa: F401
-from torch import nn
 
+from fixclip_core.training.trainer import make_accelerator
 from fixclip_diffusion import FixClipStableDiffusionPipeline
 from fixclip_diffusion.adapter_training import trainer as train
 from fixclip_diffusion.adapter_training.features import (
-    TokenIds,
-    WindowIds,
     empty_states,
     encode_batch,
     encode_captions,
     encode_for_teacher,
     encode_pictures,
     encode_windows_for_teacher,
-    num_tokens,
-    num_tokens_in_windows,
-    num_windows,
+    pack_layouts,
     picture_transform,
     tokenizer_digest,
+    tokens_of,
+    unpack_layouts,
     weights_digest,
 )
-from fixclip_diffusion.adapter_training.objectives import Features, adapter_losses
+from fixclip_diffusion.adapter_training.objectives.step import adapted_embeds
 from fixclip_diffusion.adapter_training.recipe import ObjectivesSection
-from fixclip_diffusion.text_encoder import NO_WINDOW, join_overlapping, num_overlapping, overlapping_windows
+from fixclip_diffusion.conditioning import CONDITIONINGS, Break, Context, PromptTokens
 
 ALL = ObjectivesSection()
 LONG, SHORT = tiny_adapter.caption(0), "A red horse."
@@ -61,7 +58,7 @@ def setup(sd1, models, tmp_path):
 
     def setup(*overrides, **changes):
         recipe = tiny_adapter.read(path, *overrides)
-        accelerator = train.make_accelerator(recipe.train, recipe.output)
+        accelerator = make_accelerator(recipe.train, recipe.output)
         return train.make_loader(recipe, dataclasses.replace(models, **changes), accelerator, 4, 16)
 
     return setup
@@ -74,168 +71,94 @@ def cached(tmp_path, *overrides):
 # -- encoding ------------------------------------------------------------------------------------------------
 
 
-def test_states_are_those_of_the_pipeline(sd1, models):
-    """Short captions by the original positions, long ones by all 248, and the teacher as stock reads them."""
-    pipe = FixClipStableDiffusionPipeline.from_pretrained(sd1)
+@torch.no_grad()
+@pytest.mark.parametrize("conditioning", [name for name in CONDITIONINGS if name != "stock"])
+@pytest.mark.parametrize("kind", [None, "mlp", "attention"])
+def test_training_reads_captions_as_the_pipeline_reads_prompts(sd1, models, conditioning, kind):
+    """One caption at a time and all together: embeds of prompts, of the empty one, and of the base's own encoder."""
+    frozen = dataclasses.replace(models, conditioning=conditioning)
+    width = models.text_encoder.config.hidden_size
+    adapter = identity = tiny_adapter.no_adapter
+    if kind is not None:
+        adapter = tiny_adapter.randomize(train.TextAdapter(width, kind, 16, 1, 4, mask_padding=True))
+    pipe = FixClipStableDiffusionPipeline.from_pretrained(
+        sd1, adapter=None if adapter is identity else adapter, conditioning=conditioning
+    )
     stock = StableDiffusionPipeline.from_pretrained(sd1, safety_checker=None)
-    ids = TokenIds(models.tokenizer)([LONG, SHORT, ""])
-    assert num_tokens(ids, models.tokenizer).tolist() == [len(pipe.tokenizer(t).input_ids) for t in (LONG, SHORT, "")]
-    states, length = encode_captions(models, ids)
-    teacher, fits = encode_for_teacher(models, ids)
-    assert length.tolist() == [248, 77, 77]
-    assert fits.tolist() == [False, True, True]
-    for row, text in enumerate((LONG, SHORT, "")):
-        theirs = pipe.encode_prompt(text, "cpu", 1, False)[0][0]
-        torch.testing.assert_close(states[row, : length[row]], theirs, rtol=1e-4, atol=1e-5)
-        assert not states[row, length[row] :].any()
+    texts = [SHORT, LONG, "", *(tiny_adapter.caption(i, sentences=n) for i, n in ((1, 16), (2, 21), (3, 40)))]
+    ids = pickle.loads(pickle.dumps(frozen.caption_ids))(texts)
+    together, length = adapted_embeds(adapter, encode_captions(frozen, ids), masks=True)
+    teacher, fits = encode_for_teacher(frozen, ids)
+    for row, text in enumerate(texts):
+        expected = pipe.encode_prompt(text, "cpu", 1, False)[0][0]
+        assert int(length[row]) == len(expected)
+        torch.testing.assert_close(together[row, : len(expected)], expected, rtol=1e-4, atol=1e-4)
+        assert not together[row, len(expected) :].any()
+        alone = encode_captions(frozen, frozen.caption_ids([text]))
+        torch.testing.assert_close(adapted_embeds(adapter, alone, masks=False)[0][0], expected, rtol=1e-4, atol=1e-4)
+        assert bool(fits[row]) == (len(pipe.tokenizer(text).input_ids) <= 77)
         if fits[row]:
-            torch.testing.assert_close(
-                teacher[row], stock.encode_prompt(text, "cpu", 1, False)[0][0], rtol=1e-4, atol=1e-5
-            )
+            base = stock.encode_prompt(text, "cpu", 1, False)[0][0]
+            torch.testing.assert_close(teacher[row], base, rtol=1e-4, atol=1e-5)
+    empty, empty_teacher = empty_states(frozen)
+    torch.testing.assert_close(
+        adapted_embeds(adapter, empty, masks=True)[0], pipe.encode_prompt("", "cpu", 1, False)[0], rtol=1e-4, atol=1e-4
+    )
+    torch.testing.assert_close(empty_teacher, teacher[2:3], rtol=1e-4, atol=1e-5)
 
 
-def test_an_encoder_without_original_positions_reads_248_tokens_always(models):
+def test_an_encoder_without_original_positions_reads_as_it_was_trained(models):
     trained = copy.deepcopy(models.text_encoder)
     trained.text_model.embeddings.short_position_embedding = None
     trained.config.short_position_embeddings = 0
-    _, length = encode_captions(dataclasses.replace(models, text_encoder=trained), TokenIds(models.tokenizer)([SHORT]))
-    assert length.tolist() == [248]
-
-
-def test_windows_are_those_of_the_pipeline(sd1, models):
-    """One to five of them: the states, those of the empty caption that guidance reads, and those with an adapter."""
-    frozen = dataclasses.replace(models, long_prompt="windows_77")
-    texts = [SHORT, LONG, tiny_adapter.caption(1, sentences=16), "", tiny_adapter.caption(2, sentences=30)]
-    assert isinstance(frozen.caption_ids, WindowIds)
-    ids = pickle.loads(pickle.dumps(frozen.caption_ids))(texts)
-    states, length = encode_captions(frozen, ids)
-    teacher, fits = encode_for_teacher(frozen, ids)
-    assert num_windows(ids).tolist() == [1, 2, 3, 1, 5]
-    assert length.tolist() == [77, 154, 231, 77, 385]
-    assert states.shape[1] == 385
-    assert fits.tolist() == [True, False, False, True, False]
-    denoiser = train.make_denoiser(frozen, has_lora=False)
-    assert denoiser.empty.keys() == {77}
-    adapter = tiny_adapter.randomize(train.TextAdapter(states.shape[-1], hidden_width=16))
-    pipe, adapted = (
-        FixClipStableDiffusionPipeline.from_pretrained(sd1, adapter=part, long_prompt="windows_77")
-        for part in (None, adapter)
-    )
-    for row, text in enumerate(texts):
-        theirs, empty = pipe.encode_prompt(text, "cpu", 1, True)
-        own = states[row : row + 1, : length[row]]
-        torch.testing.assert_close(own, theirs, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(denoiser.empty_caption(int(length[row])), empty, rtol=1e-4, atol=1e-5)
-        with torch.no_grad():
-            torch.testing.assert_close(
-                adapter(own), adapted.encode_prompt(text, "cpu", 1, False)[0], rtol=1e-4, atol=1e-4
-            )
-        assert not states[row, length[row] :].any()
-        if fits[row]:
-            torch.testing.assert_close(teacher[row], theirs[0], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(empty_states(frozen)[1], teacher[3:4], rtol=1e-4, atol=1e-5)
-
-
-def overlapping_states(stock, text, tokenizer):
-    """One state a token, each from a pass of its own: 75 tokens at most, of which 40 before it if there are."""
-    ids = tokenizer(text).input_ids[:248]
-    if len(tokenizer(text).input_ids) > 248:
-        ids[-1] = tokenizer.eos_token_id
-    if len(ids) <= 77:
-        padded = stock.tokenizer(text, padding="max_length", max_length=77, return_tensors="pt").input_ids
-        return stock.text_encoder(padded).last_hidden_state[0]
-    words, found = ids[1:-1], []
-    for index in range(len(words)):
-        start = next(s for s in range(0, 1000, 35) if index < s + 75)
-        piece = [ids[0], *words[start : start + 75], ids[-1]]
-        states = stock.text_encoder(torch.tensor([piece])).last_hidden_state[0]
-        found += [states[0]] if not found else []
-        found.append(states[1 + index - start])
-    return torch.stack([*found, states[-1]])
+    frozen = dataclasses.replace(models, text_encoder=trained)
+    assert frozen.prompt_encoder.conditioning.name == "one_pass"
+    num_tokens = len(models.tokenizer(SHORT).input_ids)
+    for padding, size in (("keep", 248), ("mask", num_tokens)):
+        trained.config.padding = padding
+        captions = encode_captions(frozen, frozen.caption_ids([SHORT, LONG]))
+        assert int(captions.size[0]) == size
+        assert int((captions.text[0] == 1).sum()) == num_tokens
 
 
 @torch.no_grad()
-def test_window_states_stand_where_their_tokens_stand(sd1, models):
-    """Against the stock encoder, token by token, and 0 for padding; a text that fits into 77 keeps its own."""
-    stock = StableDiffusionPipeline.from_pretrained(sd1, safety_checker=None)
+@pytest.mark.parametrize("conditioning", [name for name in CONDITIONINGS if name != "stock"])
+@pytest.mark.parametrize("padding", ["mask", "keep"])
+def test_window_states_stand_where_their_tokens_stand(sd1, models, conditioning, padding):
+    """Against the pipeline's overlapping windows, token by token; 0 for padding behind more than 77 tokens."""
+    encoder = copy.deepcopy(models.text_encoder)
+    encoder.config.padding = padding
+    frozen = dataclasses.replace(models, conditioning=conditioning, text_encoder=encoder)
+    pipe = FixClipStableDiffusionPipeline.from_pretrained(sd1, conditioning="overlap")
     texts = [SHORT, LONG, "", *(tiny_adapter.caption(i, sentences=n) for i, n in ((1, 16), (2, 21), (3, 30)))]
-    ids = models.caption_ids(texts)
-    states = encode_windows_for_teacher(models, ids)
-    assert states.shape[:2] == (len(texts), 248)
-    for row, text in enumerate(texts):
-        expected = overlapping_states(stock, text, models.tokenizer)
-        torch.testing.assert_close(states[row, : len(expected)], expected, rtol=1e-4, atol=1e-5)
-        assert not states[row, len(expected) :].any()
-    overlap = dataclasses.replace(models, long_prompt="overlap_77")
-    read = overlap.caption_ids(texts)
-    assert num_tokens_in_windows(read, models.tokenizer).tolist() == num_tokens(ids, models.tokenizer).tolist()
-    torch.testing.assert_close(encode_windows_for_teacher(overlap, read), states, rtol=1e-4, atol=1e-5)
-    behind = dataclasses.replace(models, long_prompt="windows_77")
-    read = behind.caption_ids(texts)
-    assert torch.equal(encode_windows_for_teacher(behind, read), encode_captions(behind, read)[0])
+    ids = frozen.caption_ids(texts)
+    states = encode_windows_for_teacher(frozen, ids)
+    for row, (text, layout) in enumerate(zip(texts, unpack_layouts(ids), strict=True)):
+        wanted = pipe.encode_prompt(text, "cpu", 1, False)[0][0]
+        for place, token in enumerate(layout.token_L.tolist()):
+            if token >= 0:
+                torch.testing.assert_close(states[row, place], wanted[token + 1], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(states[row, 0], wanted[0], rtol=1e-4, atol=1e-5)
+        if len(layout.ids_NP) == 1 and len(wanted) == 77:
+            torch.testing.assert_close(states[row, :77], wanted, rtol=1e-4, atol=1e-5)
+        elif len(layout.ids_NP) == 1:
+            torch.testing.assert_close(states[row, len(wanted) - 1], wanted[-1], rtol=1e-4, atol=1e-5)
+            assert not states[row, len(wanted) :].any()
 
 
-@settings(deadline=None, max_examples=200)
-@given(tokens=st.lists(st.integers(2, 400), min_size=1, max_size=4))
-def test_overlapping_windows_hold_every_token_once_in_their_join(tokens):
-    """Whatever the lengths, joining the windows' ids gives the ids; every token but the first ones has 40 before it."""
-    length = max(77, *tokens)
-    ids = torch.full((len(tokens), length), 9999)
-    for row, count in enumerate(tokens):
-        ids[row, : count - 1] = torch.arange(count - 1)
-    counts = torch.tensor(tokens)
-    windows = overlapping_windows(ids, counts)
-    assert windows.shape[1:] == (int(num_overlapping(counts).max()), 77)
-    place = torch.arange(77).expand(windows.shape)
-    joined = join_overlapping(torch.stack([windows, place], -1).float(), counts, length).long()
-    for row, count in enumerate(tokens):
-        assert torch.equal(joined[row, :count, 0], ids[row, :count])
-        assert not joined[row, max(count, 77) :].any()
-        assert (joined[row, 41 : count - 1, 1] >= 41).all()
-        assert int((windows[row, :, 0] != NO_WINDOW).sum()) == num_overlapping(counts)[row]
-
-
-@torch.no_grad()
-def test_overlapping_windows_are_those_of_the_pipeline(sd1, models):
-    """Prompt and empty prompt, with an adapter that sees one window at a time."""
-    frozen = dataclasses.replace(models, long_prompt="overlap_77")
-    adapter = tiny_adapter.randomize(train.TextAdapter(models.text_encoder.config.hidden_size, "attention", 16, 1, 4))
-    pipe = FixClipStableDiffusionPipeline.from_pretrained(sd1, adapter=adapter, long_prompt="overlap_77")
-    denoiser = train.make_denoiser(frozen, has_lora=False)
-    for number in (4, 9, 14, 20):
-        text = tiny_adapter.caption(number, sentences=number)
-        ids = frozen.caption_ids([text])
-        states, length = encode_captions(frozen, ids)
-        assert int(length) == states.shape[1] == 77 * int(num_windows(ids))
-        features = Features(
-            *[torch.zeros(1, 4, 8, 8)] * 2,
-            *[states] * 2,
-            *[length] * 2,
-            teacher=states,
-            teacher_fits=torch.tensor([False]),
-            seeds=torch.zeros(1, dtype=torch.long),
-            keys=[],
-            skipped=[],
-            long_tokens=num_tokens_in_windows(ids, frozen.tokenizer),
-            short_tokens=num_tokens_in_windows(ids, frozen.tokenizer),
-        )
-        wanted, empty = pipe.encode_prompt(text, "cpu", 1, True)
-        unet = Recording()
-        recording = dataclasses.replace(denoiser, unet=unet)
-        for dropout, expected in ((0.0, wanted), (0.999, empty)):
-            section = ObjectivesSection(short_share=0.0, caption_dropout=dropout)
-            adapter_losses(adapter, features, recording, section)
-            torch.testing.assert_close(unet.read, expected, rtol=1e-4, atol=1e-4)
-
-
-class Recording(nn.Module):
-    """In place of a UNet: remembers the text states."""
-
-    dtype = torch.float32
-
-    def forward(self, noisy, timestep, states):
-        self.read = states
-        return UNet2DConditionOutput(noisy)
+@settings(deadline=None, max_examples=50)
+@given(numbers=st.lists(st.integers(0, 400), min_size=1, max_size=4), name=st.sampled_from(sorted(CONDITIONINGS)))
+def test_packed_layouts_come_back(numbers, name):
+    context = Context(248, 77, 1, 2, 3)
+    layouts = []
+    for number in numbers:
+        spans, levels = ((0, 0),) * number, (int(Break.WORD),) * number
+        tokens = PromptTokens("", tuple(range(10, 10 + number)), spans, levels, (1.0,) * number)
+        layouts.append(CONDITIONINGS[name].lay_out(tokens, context))
+    for layout, again in zip(layouts, unpack_layouts(pack_layouts(layouts)), strict=True):
+        for field in ("ids_NP", "token_NP", "source_L", "weight_NP"):
+            assert torch.equal(getattr(layout, field), getattr(again, field))
+        assert list(tokens_of(again).ids) == list(range(10, 10 + layout.num_read))
 
 
 def test_pictures_become_the_latents_of_the_vae(models):
@@ -263,7 +186,7 @@ def test_digests_tell_weights_and_tokenizers_apart(models):
         parameter[0, 0] -= 1e-3
     other = copy.deepcopy(models.tokenizer)
     assert tokenizer_digest(other) == tokenizer_digest(models.tokenizer)
-    WindowIds(other)([LONG])  # the last call's padding does not count
+    other([LONG, SHORT], padding=True)  # the last call's padding does not count
     assert tokenizer_digest(other) == tokenizer_digest(models.tokenizer)
     other.add_tokens(["<new>"])
     assert tokenizer_digest(other) != tokenizer_digest(models.tokenizer)
@@ -272,20 +195,30 @@ def test_digests_tell_weights_and_tokenizers_apart(models):
 def test_only_what_the_objectives_read_is_encoded(setup, models):
     batch = next(setup().epoch(0))
     every, long = (encode_batch(models, batch, section) for section in (ALL, ObjectivesSection(short_share=0.0)))
-    assert torch.equal(every.long, long.long)
+    assert torch.equal(every.long.states, long.long.states)
     assert every.teacher_fits.all()
     assert not long.teacher_fits.any()
     assert long.short is long.long
     assert every.windows is None
     states = ObjectivesSection(weight_long=0, weight_prediction=0, weight_states=1, weight_windows=1)
     without_noise = encode_batch(models, batch, states)
-    assert without_noise.windows.shape == without_noise.long.shape
+    assert without_noise.windows.shape[1] == without_noise.long.source.shape[1]
     assert not without_noise.mean.any()
-    assert torch.equal(without_noise.long, every.long)
-    assert not torch.equal(every.short, long.short)
+    assert torch.equal(without_noise.long.states, every.long.states)
+    assert every.short.states.shape != long.short.states.shape
 
 
 # -- the cache -----------------------------------------------------------------------------------------------
+
+
+def assert_features_close(one, other):
+    """Tensors of features, and of the captions inside."""
+    for field in dataclasses.fields(one):
+        first, second = getattr(one, field.name), getattr(other, field.name)
+        if dataclasses.is_dataclass(first):
+            assert_features_close(first, second)
+        elif isinstance(first, torch.Tensor):
+            torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5, msg=field.name)
 
 
 @pytest.mark.parametrize("text", [False, True])
@@ -301,11 +234,7 @@ def test_cached_features_are_those_of_every_step(setup, models, tmp_path, text, 
             live = encode_batch(models, one, ALL)
             stored = other if text else encode_batch(models, other, ALL)
             assert live.keys == stored.keys
-            for field in dataclasses.fields(live):
-                if isinstance(getattr(live, field.name), torch.Tensor):
-                    torch.testing.assert_close(
-                        getattr(stored, field.name), getattr(live, field.name), rtol=1e-4, atol=1e-5, msg=field.name
-                    )
+            assert_features_close(stored, live)
 
 
 def test_window_states_are_cached_too(setup, models, tmp_path):
@@ -325,17 +254,16 @@ def test_windows_are_cached_too(setup, models, tmp_path):
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     rows = [{**row, "long": tiny_adapter.caption(i, sentences=3 + 2 * i)} for i, row in enumerate(rows)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    frozen = dataclasses.replace(models, long_prompt="windows_77")
-    windows = {"long_prompt": "windows_77"}
+    frozen = dataclasses.replace(models, conditioning="chunks")
+    windows = {"conditioning": "chunks"}
     plain, loader = setup(**windows), setup(*cached(tmp_path, "features.text=true", "data.workers=2"), **windows)
     lengths = set()
     for batch, stored in zip(plain.epoch(0), loader.epoch(0), strict=True):
         live = encode_batch(frozen, batch, ALL)
-        for name in ("long", "short", "long_length", "short_length", "teacher", "teacher_fits"):
-            torch.testing.assert_close(getattr(stored, name), getattr(live, name), rtol=1e-4, atol=1e-5, msg=name)
-        lengths |= set(live.long_length.tolist())
+        assert_features_close(stored, live)
+        lengths |= set((live.long.source >= 0).sum(1).tolist())
     assert lengths == {77, 154, 231, 308}
-    with pytest.raises(ValueError, match="this cache was made with another long_prompt; delete it"):
+    with pytest.raises(ValueError, match="this cache was made with another conditioning; delete it"):
         setup(*cached(tmp_path, "features.text=true"))
     latents = (f"features.folder={tmp_path / 'latents'}",)
     setup(*latents)
@@ -350,7 +278,7 @@ def test_half_precision_halves_the_files_and_costs_rounding_only(setup, tmp_path
     (half, first), (full, exact) = size_and_first("fp16"), size_and_first("fp32")
     assert half < 0.6 * full
     torch.testing.assert_close(first.mean, exact.mean, rtol=2e-3, atol=1e-3)
-    assert first.long.dtype == torch.float32
+    assert first.long.states.dtype == torch.float32
 
 
 def test_an_interrupted_cache_goes_on_where_it_stopped(setup, tmp_path):
@@ -440,5 +368,5 @@ def test_what_a_cache_cannot_hold_is_refused(sd1, tmp_path, override, message):
 def test_files_are_plain_safetensors(setup, tmp_path):
     setup(*cached(tmp_path, "features.text=true"))
     with safe_open(tmp_path / "cache" / "shard-00000.safetensors", framework="pt") as file:
-        assert {"mean", "logvar", "long", "short", "teacher"} < set(file.keys())
+        assert {"mean", "logvar", "long.states", "short.source", "teacher"} < set(file.keys())
         assert json.loads(file.metadata()["keys"])[2] == "2.png"

@@ -34,7 +34,15 @@ results["stock base"] = torch.equal(states(stock), states(local))
 saved = [cls.from_pretrained("someone/tiny-fixclip")
          for cls in (FixClipStableDiffusionPipeline, DiffusionPipeline, StableDiffusionPipeline)]
 expected = FixClipStableDiffusionPipeline.from_pretrained(sys.argv[2])
-results["saved pipeline"] = [torch.equal(states(pipe), states(expected)) for pipe in saved]
+
+def equal_one_pass(embeds):
+    # A stock pipeline pads to 248 tokens; zeros stand behind the text.
+    wanted = states(expected)
+    return torch.allclose(embeds[:, : wanted.shape[1]], wanted, atol=1e-5) and not embeds[:, wanted.shape[1] :].any()
+
+for pipe in (*saved[:2], expected):
+    pipe.conditioning = "one_pass"
+results["saved pipeline"] = [equal_one_pass(states(pipe)) for pipe in saved]
 results["classes"] = [type(pipe).__name__ for pipe in saved]
 
 parts = FixClipStableDiffusionPipeline.from_pretrained(
@@ -43,7 +51,7 @@ results["encoder and adapter"] = [parts.text_encoder.short_context_length, parts
 encoder = FixClipTextEncoder.from_pretrained("someone/tiny-fixclip", subfolder="text_encoder")
 tokenizer = FixClipTokenizer.from_pretrained("someone/tiny-fixclip", subfolder="tokenizer")
 ids = tokenizer([LONG], padding="max_length", return_tensors="pt").input_ids
-results["components"] = torch.equal(encoder(ids)[0], states(expected))
+results["components"] = equal_one_pass(encoder(ids)[0])
 
 def message(*args, **kwargs):
     try:

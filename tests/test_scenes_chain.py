@@ -22,7 +22,7 @@ from fixclip_core.training.recipe import load_recipe
 from fixclip_core.weights.read import load_fixclip
 from fixclip_diffusion.adapter_training.recipe import AdapterRecipe
 from fixclip_diffusion.evaluation.prompts import Prompt
-from fixclip_diffusion.text_encoder import FixClipTokenizer
+from fixclip_diffusion.tokenizer import FixClipTokenizer
 
 HERE = run.ROOT / run.HERE
 SMALL = {

@@ -60,11 +60,33 @@ def test_long_sequences_equal_a_stock_model_with_the_stretched_table(stock, leng
     name = "embeddings.position_embedding.weight"
     state[name] = stretch_positions(state[name])
     reference.load_state_dict(state)
+    encoder.config.padding = "keep"
     ids = random_ids(length)
     expected, actual = reference(ids, output_hidden_states=True), encoder(ids, output_hidden_states=True)
     for ours, theirs in zip(actual.hidden_states, expected.hidden_states, strict=True):
         assert torch.equal(ours, theirs)
     assert torch.equal(actual[0], expected[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["mlp", "attention", None])
+def test_masked_padding(stock, kind):
+    """0 behind a text; one that fits into 77 tokens has the states of a pass of 77, whatever stands beside it."""
+    encoder = FixClipTextEncoder.from_clip(stock)
+    if kind is not None:
+        encoder.set_adapter_module(trained_adapter(kind=kind, num_heads=4, mask_padding=True))
+    end = encoder.config.eos_token_id
+    ids = torch.full((3, 248), end)
+    for row, length in enumerate((20, 77, 150)):
+        ids[row, : length - 1] = torch.arange(1, length) % (end - 1)
+    states = encoder(ids).last_hidden_state
+    torch.testing.assert_close(states[:2, :77], encoder(ids[:2, :77]).last_hidden_state, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(states[2:, :150], encoder(ids[2:, :150]).last_hidden_state, rtol=1e-4, atol=1e-5)
+    assert not states[:2, 77:].any()
+    assert not states[2:, 150:].any()
+    assert states[:2, :77].any(-1).all()
+    encoder.config.padding = "keep"
+    assert encoder(ids).last_hidden_state.any(-1).all()
 
 
 def test_more_than_248_tokens_is_an_error(stock):
@@ -147,6 +169,7 @@ def test_made_from_every_kind_of_folder(tmp_path, positions, source):
 
 def test_saved_folder_is_read_by_the_stock_class(stock, tmp_path):
     encoder = FixClipTextEncoder.from_clip(stock)
+    encoder.config.padding = "keep"  # the stock class does no other
     encoder.save_pretrained(tmp_path)
     plain = CLIPTextModel.from_pretrained(tmp_path).eval()
     ids = random_ids(248)
@@ -157,6 +180,7 @@ def test_saved_folder_is_read_by_the_stock_class(stock, tmp_path):
 def test_adapter_acts_on_last_state_and_clip_skip_alike(stock, kind):
     plain = FixClipTextEncoder.from_clip(stock)
     adapted = FixClipTextEncoder.from_clip(stock)
+    plain.config.padding = adapted.config.padding = "keep"
     adapted.set_adapter_module(TextAdapter(32, kind=kind, num_heads=4))
     ids = random_ids(248)
     before, at_start = plain(ids, output_hidden_states=True), adapted(ids, output_hidden_states=True)
@@ -197,6 +221,7 @@ def test_an_adapter_that_does_not_fit_is_refused(stock, adapter, message):
 def test_gradients_reach_stretched_positions_and_adapter(stock):
     encoder = FixClipTextEncoder.from_clip(stock)
     encoder.set_adapter_module(trained_adapter())
+    encoder.config.padding = "keep"
     encoder(random_ids(248))[0].square().mean().backward()
     positions = encoder.text_model.embeddings.position_embedding.weight.grad
     assert (positions.abs().sum(1) > 0).all()

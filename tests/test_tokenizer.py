@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
 from fixclip_diffusion import FixClipTokenizer
-from fixclip_diffusion.text_encoder import CleanText
+from fixclip_diffusion.tokenizer import CleanText
 
 
 @pytest.fixture(scope="module", params=["<|endoftext|>", "!"])

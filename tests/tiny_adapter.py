@@ -57,6 +57,11 @@ def read(path, *overrides):
     return load_recipe(AdapterRecipe, path, overrides)
 
 
+def no_adapter(states, text):
+    """In place of an adapter: changes nothing."""
+    return states
+
+
 @torch.no_grad()
 def randomize(adapter, std=0.2, seed=0):
     """Weights that do something: a new adapter is the identity."""

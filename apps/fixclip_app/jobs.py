@@ -24,7 +24,7 @@ class Limits:
     """The most that one visitor may ask for."""
 
     characters: int = 20_000
-    windows: int = 4
+    tokens: int = 992
     steps: int = 100
     guidance_scale: float = 30.0
     side: int = 1024
@@ -80,12 +80,9 @@ def _check_text(name: str, text: Any, model: DemoModel, limits: Limits) -> None:
         raise ValueError(f"The {name} must be text.")
     if len(text) > limits.characters:
         raise ValueError(f"The {name} has {len(text):,} characters; this page takes at most {limits.characters:,}.")
-    report = model.pipe.token_report(text)
-    if len(report.windows) > limits.windows:
-        raise ValueError(
-            f"The {name} has {report.num_tokens:,} tokens; this page takes {limits.windows} windows of "
-            f"{report.context_length}, about {limits.windows * report.context_length:,} tokens."
-        )
+    num_tokens, most = model.pipe.token_report(text).num_tokens, limits.tokens
+    if num_tokens > most:
+        raise ValueError(f"The {name} has {num_tokens:,} tokens; this page takes at most {most:,}.")
 
 
 def _number(name: str, value: Any, least: float, most: float, whole: bool = False) -> float:
@@ -233,8 +230,7 @@ def _draw(
         )
     sentences: tuple[str, ...] = ()
     if maps is not None:
-        pipe = model.pipe
-        found = sentence_positions(pipe.tokenizer, settings.prompt, 0, pipe.text_encoder.context_length)
+        found = sentence_positions(system.pipe.prompt_encoder, settings.prompt)
         sentences = tuple(sentence.text for sentence in found)
     recorded = {name: value for name, value in asdict(settings).items() if name not in ("num_images", "heat_maps")}
     recorded |= {"seed": seed, "size": (settings.width, settings.height), "base": model.name, "system": system.label}

@@ -126,15 +126,15 @@ class DemoModel:
         systems = {}
         if reference.text_encoder.short_context_length:
             for key, label in (
-                ("truncate_77", "Stock, cut at 77 tokens"),
-                ("windows_77", "Base encoder in windows of 77"),
-                ("overlap_77", "Base encoder in overlapping windows"),
+                ("stock", "Stock, cut at 77 tokens"),
+                ("chunks", "Base encoder in windows of 77"),
+                ("overlap", "Base encoder in overlapping windows"),
             ):
-                systems[key] = System(label, reference, self._with_adapter(reference, None, long_prompt=key))
+                systems[key] = System(label, reference, self._with_adapter(reference, None, conditioning=key))
             if overlap_adapter is not None:
-                draw = self._with_adapter(reference, overlap_adapter, long_prompt="overlap_77")
+                draw = self._with_adapter(reference, overlap_adapter, conditioning="overlap")
                 systems["overlap_adapter"] = System("Overlapping windows + adapter", reference, draw)
-        systems["fixclip"] = System("FIX-CLIP", self.pipe, self._with_adapter(self.pipe, None, long_prompt="windows"))
+        systems["fixclip"] = System("FIX-CLIP", self.pipe, self._with_adapter(self.pipe, None, conditioning="one_pass"))
         parts = ["adapter"] if self.pipe.text_encoder.adapter is not None else []
         parts += ["LoRA"] if self.has_lora else []
         if parts:

@@ -72,7 +72,7 @@ def build(pool: DevicePool, limits: Limits | None = None, max_waiting: int = 32)
     def tokens(prompt: str) -> dict:
         """Count a prompt's tokens and say where a 77-token encoder and this one stop reading.
 
-        Returns num_tokens, context_length, stock_cut and context_cut (characters of `text`, or null) and windows.
+        Returns num_tokens, context_length, stock_cut and cut (characters of `text`, or null), conditioning and passes.
         """
         if not isinstance(prompt, str) or len(prompt) > limits.characters:
             raise gr.Error(f"The prompt must be text of at most {limits.characters:,} characters.")

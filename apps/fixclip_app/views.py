@@ -74,19 +74,30 @@ def token_view(report: TokenReport) -> str:
         count += f"A stock encoder reads all of it; {left} more tokens would fit.</p>"
         return count + (f'<div class="fc-text"><span class="fc-stock">{escape(text)}</span></div>' if text else "")
     unread = 100 * (len(text) - stock_cut) / len(text)
+    read_until = len(text) if report.cut is None else report.cut
+    how = "in one pass" if len(report.passes) == 1 else f"in {len(report.passes)} passes"
+    count += f"A stock encoder stops after 77 and never reads the last {unread:.0f} % of the text. "
     count += (
-        f"A stock encoder stops after 77 and never reads the last {unread:.0f} % of the text. FIX-CLIP reads it "
-        + ("in one pass." if len(report.windows) == 1 else f"in {len(report.windows)} windows.")
+        f"Conditioning “{escape(report.conditioning)}” reads it {how}." if report.cut is None else "So does this one."
     )
-    parts = [("fc-stock", text[:stock_cut]), ("", ""), ("fc-long", text[stock_cut : report.windows[0].end])]
-    for number, window in enumerate(report.windows[1:], 2):
-        parts.append(("fc-even" if number % 2 == 0 else "fc-odd", text[window.start : window.end]))
+    parts = [("fc-stock", text[:stock_cut]), ("", "")]
+    start = stock_cut
+    for number, item in enumerate(report.passes):
+        end = min(item.end, read_until)
+        if end > start:
+            kind = "fc-long" if len(parts) == 2 else "fc-even" if number % 2 else "fc-odd"
+            parts.append((kind, text[start:end]))
+            start = end
+    parts.append(("", text[start:]))
     cut = '<span class="fc-cut">✂ a stock encoder stops here</span> '
-    body = "".join(f'<span class="{kind}">{escape(part)}</span>' if kind else cut for kind, part in parts)
+    body = "".join(
+        f'<span class="{kind}">{escape(part)}</span>' if kind else escape(part) if part else cut for kind, part in parts
+    )
     key = '<span class="fc-stock">tokens 1 to 77</span>'
-    key += f'<span class="fc-long">up to {report.context_length}</span>'
-    if len(report.windows) > 1:
-        key += '<span class="fc-even">windows</span><span class="fc-odd">after that</span>'
+    if len(report.passes) == 1:
+        key += f'<span class="fc-long">up to {report.context_length}</span>'
+    else:
+        key += '<span class="fc-even">read in</span><span class="fc-odd">further passes</span>'
     return f'{count}</p><div class="fc-text" tabindex="0">{body}</div><p class="fc-key">{key}</p>'
 
 

@@ -1,4 +1,3 @@
-# ruff: noqa: N815 -- shape suffixes
 """FixClip: open_clip's towers with stretched text, regional prompts, a short branch and hierarchical features.
 
 The model turns a batch into features; losses and loops live elsewhere. Shapes: B batch, T tokens, D width,

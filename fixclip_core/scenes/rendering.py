@@ -25,11 +25,11 @@ class SpriteBank:
     starts[p // 3] down and starts[p % 3] right, and uses the masks of phase[p].
     """
 
-    masks_QMWW: Tensor  # noqa: N815
+    masks_QMWW: Tensor
     starts: tuple[int, int, int]
     phase: tuple[int, ...]
-    colours_C3: Tensor  # noqa: N815
-    backgrounds_K3: Tensor  # noqa: N815
+    colours_C3: Tensor
+    backgrounds_K3: Tensor
     background_index: dict[str, int]
     colour_index: dict[str, int]
     kind_index: dict[tuple[str, str], int]

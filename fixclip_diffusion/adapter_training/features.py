@@ -5,7 +5,8 @@ latents, so that every step samples them anew, and on demand the text states. fe
 with; a cache of other weights, preprocessing, tokenizer or captions is refused. A file appears when it is complete,
 so an interrupted run goes on where it stopped.
 
-Shape letters: B samples, C latent channels, H, W latent height and width, T tokens, D width.
+Shape letters: B samples, C latent channels, H, W latent height and width, N passes, P positions of a pass, S = N P
+positions of a caption, L rows of its embeds, D width.
 """
 
 import hashlib
@@ -13,7 +14,7 @@ import json
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,18 +36,24 @@ from fixclip_core.data.order import sample_range, sample_seeds
 from fixclip_core.data.samples import BadSampleError, Skipped
 from fixclip_core.data.sources import Source
 from fixclip_core.files import write_atomically
-from fixclip_diffusion.adapter_training.objectives import Features
+from fixclip_diffusion.adapter_training.objectives import CaptionStates, Features
 from fixclip_diffusion.adapter_training.recipe import AdapterRecipe, FeaturesSection, ObjectivesSection
-from fixclip_diffusion.conditioning import split_windows
-from fixclip_diffusion.text_encoder import (
+from fixclip_diffusion.conditioning import (
     CLIP_CONTEXT_LENGTH,
-    NO_WINDOW,
-    WINDOW_STRIDE,
-    FixClipTextEncoder,
-    FixClipTokenizer,
-    join_overlapping,
-    overlapping_windows,
+    SPECIAL_TOKENS,
+    Break,
+    Conditioning,
+    Context,
+    Layout,
+    Overlap,
+    PromptTokens,
+    Stock,
 )
+from fixclip_diffusion.families import TextEncoding
+from fixclip_diffusion.prompt_encoder import PromptEncoder, encode_passes
+from fixclip_diffusion.prompt_tokens import tokenize_prompt
+from fixclip_diffusion.text_encoder import FixClipTextEncoder, text_lengths
+from fixclip_diffusion.tokenizer import FixClipTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +69,12 @@ _OPEN_SHARDS = 16
 class FrozenModels:
     """What training reads and does not change.
 
-    `teacher` is the base's own text encoder, `scheduler` the noise schedule, `sampler` the base's own scheduler,
-    `long_prompt` how `text_encoder` reads long captions: see `BaseSection`.
+    Attributes:
+        vae, text_encoder, unet, tokenizer: of the base, the encoder being the one to adapt.
+        teacher: the base's own text encoder.
+        scheduler: the noise schedule.
+        sampler: the base's own scheduler, for pictures.
+        conditioning: how `text_encoder` reads captions; None: as it says itself.
     """
 
     vae: AutoencoderKL
@@ -73,26 +84,22 @@ class FrozenModels:
     scheduler: DDPMScheduler
     sampler: Any
     tokenizer: FixClipTokenizer
-    long_prompt: str = "windows"
+    conditioning: str | None = None
 
     @property
     def modules(self) -> list[nn.Module]:
         return [self.vae, self.text_encoder, self.teacher, self.unet]
 
     @property
-    def in_windows(self) -> bool:
-        """Whether captions are read in windows of 77 tokens."""
-        return self.long_prompt in ("windows_77", "overlap_77")
+    def prompt_encoder(self) -> PromptEncoder:
+        """Captions are read as the pipeline reads prompts."""
+        return PromptEncoder([TextEncoding(self.text_encoder, self.tokenizer)], self.conditioning)
 
     @property
-    def overlap(self) -> bool:
-        """Whether these windows overlap."""
-        return self.long_prompt == "overlap_77"
-
-    @property
-    def caption_ids(self) -> "TokenIds | WindowIds":
-        """Texts to the ids that the functions below read."""
-        return WindowIds(self.tokenizer, self.overlap) if self.in_windows else TokenIds(self.tokenizer)
+    def caption_ids(self) -> "CaptionIds":
+        """Texts to packed layouts, in the loading processes, which hold no model."""
+        encoder = self.prompt_encoder
+        return CaptionIds(self.tokenizer, encoder.conditioning, encoder.encodings[0].context)
 
 
 def write_attention_out(unet: UNet2DConditionModel, device: torch.device) -> None:
@@ -117,56 +124,51 @@ def picture_transform(resolution: int, random_crop: bool = False, flip: bool = F
 
 
 @dataclass(frozen=True)
-class TokenIds:
-    """Texts -> (B, context_length) ids, padded and cut as the pipeline does it."""
+class CaptionIds:
+    """Texts -> (B, 4, S) int64: layouts, so packed that they travel through a `Batch`; see `pack_layouts`."""
 
     tokenizer: FixClipTokenizer
+    conditioning: Conditioning
+    context: Context
 
     def __call__(self, texts: list[str]) -> Tensor:
-        return _padded_ids(self.tokenizer, texts, self.tokenizer.context_length)
+        layouts = [self.conditioning.lay_out(tokenize_prompt(self.tokenizer, text), self.context) for text in texts]
+        return pack_layouts(layouts)
 
 
-@dataclass(frozen=True)
-class WindowIds:
-    """Texts -> (B, W * 77) ids of W windows of 77 tokens, as many as the longest text has; see `num_windows`.
+def pack_layouts(layouts: Sequence[Layout]) -> Tensor:
+    """B layouts -> (B, 4, S) int64, filled up with -1: ids and token numbers of the N * P positions, the position that
+    each row of the embeds comes from, and the pass length P at every position.
 
-    Each window is cut and padded as the pipeline with long_prompt="windows_77" does it, or "overlap_77", which reads
-    248 tokens here at most. The ids behind a text's last window are NO_WINDOW.
+    S is the largest number of positions of a caption, which is never below its number of rows.
     """
-
-    tokenizer: FixClipTokenizer
-    overlap: bool = False
-
-    def __call__(self, texts: list[str]) -> Tensor:
-        if self.overlap:
-            ids_BT = TokenIds(self.tokenizer)(texts)
-            return overlapping_windows(ids_BT, num_tokens(ids_BT, self.tokenizer)).flatten(1)
-        clean = [self.tokenizer.clean(text) for text in texts]
-        windows = [split_windows(self.tokenizer, text, CLIP_CONTEXT_LENGTH) for text in clean]
-        ids = [_padded_ids(self.tokenizer, pieces, CLIP_CONTEXT_LENGTH).flatten() for pieces in windows]
-        return pad_sequence(ids, batch_first=True, padding_value=NO_WINDOW)
+    rows = []
+    for layout in layouts:
+        ids_S = layout.ids_NP.flatten()
+        source_S = torch.nn.functional.pad(layout.source_L, (0, len(ids_S) - len(layout)), value=-1)
+        size_S = torch.full_like(ids_S, layout.ids_NP.shape[1])
+        rows.append(torch.stack([ids_S, layout.token_NP.flatten(), source_S, size_S], dim=1))
+    return pad_sequence(rows, batch_first=True, padding_value=-1).transpose(1, 2).contiguous()
 
 
-def _padded_ids(tokenizer: FixClipTokenizer, texts: Sequence[str], length: int) -> Tensor:
-    options: dict[str, Any] = {"padding": "max_length", "truncation": True, "max_length": length}
-    return tokenizer(list(texts), **options, return_tensors="pt").input_ids
+def unpack_layouts(packed_B4S: Tensor) -> list[Layout]:
+    """The layouts that `pack_layouts` packed; all weights are 1."""
+    layouts = []
+    for ids_S, token_S, source_S, size_S in packed_B4S.cpu().unbind():
+        size = int(size_S[0])
+        ids_NP, token_NP = (part[size_S >= 0].unflatten(0, (-1, size)) for part in (ids_S, token_S))
+        layouts.append(Layout(ids_NP, token_NP, source_S[source_S >= 0], torch.ones(ids_NP.shape)))
+    return layouts
 
 
-def num_windows(ids_BT: Tensor) -> Tensor:
-    """(B,) windows of each text, from the ids of `WindowIds`."""
-    return (ids_BT[:, ::CLIP_CONTEXT_LENGTH] != NO_WINDOW).sum(1)
-
-
-def num_tokens_in_windows(ids_BT: Tensor, tokenizer: FixClipTokenizer) -> Tensor:
-    """(B,) tokens of each text, start and end included, from the ids of overlapping `WindowIds`."""
-    last_B = num_windows(ids_BT) - 1
-    last_BT = ids_BT.unflatten(1, (-1, CLIP_CONTEXT_LENGTH))[torch.arange(len(ids_BT), device=ids_BT.device), last_B]
-    return WINDOW_STRIDE * last_B + num_tokens(last_BT, tokenizer)
-
-
-def num_tokens(ids_BT: Tensor, tokenizer: FixClipTokenizer) -> Tensor:
-    """(B,) tokens of each text, start and end included."""
-    return (ids_BT == tokenizer.eos_token_id).int().argmax(1) + 1
+def tokens_of(layout: Layout) -> PromptTokens:
+    """The tokens that a layout reads, each once, for another encoder to read them."""
+    read_NP = layout.token_NP >= 0
+    ids = torch.zeros(layout.num_read, dtype=torch.long)
+    ids[layout.token_NP[read_NP]] = layout.ids_NP[read_NP]
+    count = len(ids)
+    levels = (int(Break.WORD),) * count
+    return PromptTokens("", tuple(ids.tolist()), ((0, 0),) * count, levels, (1.0,) * count)
 
 
 @torch.no_grad()
@@ -177,70 +179,71 @@ def encode_pictures(vae: AutoencoderKL, image_BCHW: Tensor) -> tuple[Tensor, Ten
 
 
 @torch.no_grad()
-def encode_captions(frozen: FrozenModels, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Ids of `frozen.caption_ids` to states (B, T, D) without adapter and how many (B,) of them; those behind are 0.
-
-    As in the pipeline, a caption that fits into the encoder's original positions is read with them, and so is each
-    window of `WindowIds`.
-    """
-    encoder = frozen.text_encoder
-    ids_BT = ids_BT.to(encoder.device)
-    if frozen.in_windows:
-        return _encode_windows(encoder, ids_BT)
-    fits_B = num_tokens(ids_BT, frozen.tokenizer) <= encoder.short_context_length
-    length_B = torch.where(fits_B, encoder.short_context_length, encoder.context_length)
-    states = torch.zeros((*ids_BT.shape, encoder.config.hidden_size), dtype=encoder.dtype, device=encoder.device)
-    for length in sorted(set(length_B.tolist())):
-        chosen = (length_B == length).nonzero()[:, 0]
-        states[chosen, :length] = encoder(ids_BT[chosen, :length]).last_hidden_state
-    return states[:, : int(length_B.max())], length_B
+def encode_captions(frozen: FrozenModels, packed_B4S: Tensor) -> CaptionStates:
+    """Captions, as `frozen.caption_ids` packs them, to the hidden states of their passes, without adapter."""
+    encoding = TextEncoding(frozen.text_encoder, frozen.tokenizer)
+    layouts = unpack_layouts(packed_B4S)
+    device = frozen.text_encoder.device
+    states, _ = encode_passes(lambda ids_NP: encoding(ids_NP.to(device)), layouts, encoding.context)
+    ends = encoding.context.end_id
+    text = [positions_of_text(layout.ids_NP, ends).flatten() for layout in layouts]
+    return CaptionStates(
+        states=pad_sequence([part.flatten(0, 1) for part in states], batch_first=True),
+        text=pad_sequence(text, batch_first=True, padding_value=-1).to(device),
+        source=pad_sequence([layout.source_L for layout in layouts], batch_first=True, padding_value=-1).to(device),
+        size=torch.tensor([layout.ids_NP.shape[1] for layout in layouts], device=device),
+    )
 
 
-def _encode_windows(encoder: FixClipTextEncoder, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
-    ids_BWT = ids_BT.unflatten(1, (-1, CLIP_CONTEXT_LENGTH))
-    shape = (*ids_BWT.shape, encoder.config.hidden_size)
-    states_BWTD = torch.zeros(shape, dtype=encoder.dtype, device=encoder.device)
-    read_BW = ids_BWT[..., 0] != NO_WINDOW
-    states_BWTD[read_BW] = encoder(ids_BWT[read_BW]).last_hidden_state
-    length_B = CLIP_CONTEXT_LENGTH * num_windows(ids_BT)
-    return states_BWTD.flatten(1, 2)[:, : int(length_B.max())], length_B
+def positions_of_text(ids_NP: Tensor, end_id: int) -> Tensor:
+    """(N, P) int64: 1 for the text of each pass, start and end included, 0 for the padding behind it."""
+    place_1P = torch.arange(ids_NP.shape[1])[None]
+    return (place_1P < text_lengths(ids_NP, end_id)[:, None]).long()
 
 
 @torch.no_grad()
-def encode_for_teacher(frozen: FrozenModels, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """States (B, S, D) of the base's own encoder, and whether (B,) each caption fits into its positions.
-
-    Args:
-        frozen: its teacher reads them.
-        ids_BT: of `frozen.caption_ids`.
-    """
-    teacher = frozen.teacher
-    ids_BT, length = ids_BT.to(teacher.device), teacher.short_context_length or CLIP_CONTEXT_LENGTH
-    fits_B = num_windows(ids_BT) == 1 if frozen.in_windows else num_tokens(ids_BT, frozen.tokenizer) <= length
-    return teacher(ids_BT[:, :length]).last_hidden_state, fits_B
+def encode_for_teacher(frozen: FrozenModels, packed_B4S: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states (B, 77, D) of the base's own encoder, and whether (B,) it reads all of each caption."""
+    teacher = TextEncoding(frozen.teacher, frozen.tokenizer)
+    # A base without its original positions cannot teach (`check_frozen`), but its states are recorded all the same.
+    context = replace(teacher.context, short_length=teacher.context.short_length or CLIP_CONTEXT_LENGTH)
+    tokens = [tokens_of(layout) for layout in unpack_layouts(packed_B4S)]
+    ids = torch.cat([Stock().lay_out(part, context).ids_NP for part in tokens])
+    fits = [len(part) + SPECIAL_TOKENS <= context.short_length for part in tokens]
+    return teacher(ids.to(frozen.teacher.device))[0], torch.tensor(fits, device=frozen.teacher.device)
 
 
 @torch.no_grad()
-def encode_windows_for_teacher(frozen: FrozenModels, ids_BT: Tensor) -> Tensor:
-    """States (B, T, D) of the base's own encoder, which reads each caption in windows of 77, every token at its place.
+def encode_windows_for_teacher(frozen: FrozenModels, packed_B4S: Tensor) -> Tensor:
+    """What each row of the captions' embeds would be if the base's own encoder read them in overlapping windows.
 
-    The windows overlap, see `join_overlapping`, unless the encoder's own are read one behind the other.
-
-    Args:
-        frozen: its teacher reads them.
-        ids_BT: of `frozen.caption_ids`.
+    (B, L, D): the hidden state of the same token, start or end; 0 for padding behind a text of more than 77 tokens. The
+    base's own padding is part of what it gives for a text that fits.
     """
-    ids_BT = ids_BT.to(frozen.teacher.device)
-    if frozen.in_windows and not frozen.overlap:
-        return _encode_windows(frozen.teacher, ids_BT)[0]
-    if frozen.overlap:
-        tokens_B = num_tokens_in_windows(ids_BT, frozen.tokenizer)
-    else:
-        tokens_B = num_tokens(ids_BT, frozen.tokenizer)
-        ids_BT = overlapping_windows(ids_BT, tokens_B).flatten(1)
-    states_BSD, _ = _encode_windows(frozen.teacher, ids_BT)
-    states_BWTD = states_BSD.unflatten(1, (-1, CLIP_CONTEXT_LENGTH))
-    return join_overlapping(states_BWTD, tokens_B, frozen.tokenizer.context_length)
+    teacher = TextEncoding(frozen.teacher, frozen.tokenizer)
+    layouts = unpack_layouts(packed_B4S)
+    taught = [Overlap().lay_out(tokens_of(layout), teacher.context) for layout in layouts]
+    device = frozen.teacher.device
+    states, _ = encode_passes(lambda ids_NP: teacher(ids_NP.to(device)), taught, teacher.context)
+    rows = []
+    for layout, other, part in zip(layouts, taught, states, strict=True):
+        known_LD = torch.cat([other.join(part), part.new_zeros(1, part.shape[-1])])
+        rows.append(known_LD[row_of_same_token(layout, other, teacher.context.end_id).to(device)])
+    return pad_sequence(rows, batch_first=True)
+
+
+def row_of_same_token(layout: Layout, other: Layout, end_id: int) -> Tensor:
+    """(L,) for each row of `layout`, the row of `other` that holds the same token; len(other) where there is none.
+
+    `other` has a row for every token: start, tokens, end, and perhaps padding.
+    """
+    none, place_L = len(other), layout.source_L % layout.ids_NP.shape[1]
+    is_text_L = positions_of_text(layout.ids_NP, end_id).flatten()[layout.source_L].bool()
+    row_L = torch.where(layout.token_L >= 0, layout.token_L + 1, torch.where(place_L == 0, 0, layout.num_read + 1))
+    # A text that fits into 77 tokens has the base's own padding behind it, at the same places.
+    fits = len(layout.ids_NP) == 1 and len(other) > layout.num_read + SPECIAL_TOKENS
+    padding_L = torch.where(place_L < none, place_L, none) if fits else torch.full_like(place_L, none)
+    return torch.where(is_text_L, row_L, padding_L)
 
 
 def encode_batch(frozen: FrozenModels, batch: Batch, objectives: ObjectivesSection) -> Features:
@@ -255,36 +258,20 @@ def encode_batch(frozen: FrozenModels, batch: Batch, objectives: ObjectivesSecti
         mean, logvar = batch.image.chunk(2, dim=1)
     else:
         mean, logvar = encode_pictures(frozen.vae, batch.image)
-    long, long_length = short, short_length = encode_captions(frozen, batch.long_ids)
+    long = short = encode_captions(frozen, batch.long_ids)
     if objectives.reads_short:
-        short, short_length = encode_captions(frozen, batch.short_ids)
-    teacher, fits = short, torch.zeros_like(short_length, dtype=torch.bool)
+        short = encode_captions(frozen, batch.short_ids)
+    teacher, fits = short.states[:, :1], torch.zeros(len(batch), dtype=torch.bool, device=short.states.device)
     if objectives.is_taught:
         teacher, fits = encode_for_teacher(frozen, batch.short_ids)
-    windows = None
-    if objectives.reads_windows:
-        windows = encode_windows_for_teacher(frozen, batch.long_ids)[:, : long.shape[1]]
-    tokens = {}
-    if frozen.overlap:
-        tokens["long_tokens"] = num_tokens_in_windows(batch.long_ids, frozen.tokenizer)
-        tokens["short_tokens"] = num_tokens_in_windows(batch.short_ids, frozen.tokenizer)
-    states = (long, short, long_length, short_length, teacher, fits)
-    return Features(mean, logvar, *states, batch.seeds, batch.keys, batch.skipped, windows, **tokens)
+    windows = encode_windows_for_teacher(frozen, batch.long_ids) if objectives.reads_windows else None
+    return Features(mean, logvar, long, short, teacher, fits, batch.seeds, batch.keys, batch.skipped, windows)
 
 
-def empty_states(frozen: FrozenModels) -> tuple[dict[int, Tensor], Tensor]:
-    """States of the empty caption: {tokens a pass: (1, T, D)} of the encoder, and (1, S, D) of the base's own.
-
-    In windows there is one kind of pass only.
-    """
-    encoder = frozen.text_encoder
-    ids_1T = frozen.caption_ids([""]).to(encoder.device)
-    lengths = {encoder.short_context_length, encoder.context_length} - {0}
-    if frozen.in_windows:
-        lengths = {CLIP_CONTEXT_LENGTH}
-    with torch.no_grad():
-        states = {length: encoder(ids_1T[:, :length]).last_hidden_state for length in sorted(lengths)}
-    return states, encode_for_teacher(frozen, ids_1T)[0]
+def empty_states(frozen: FrozenModels) -> tuple[CaptionStates, Tensor]:
+    """The empty caption's states of the encoder, and (1, 77, D) of the base's own."""
+    packed = frozen.caption_ids([""])
+    return encode_captions(frozen, packed), encode_for_teacher(frozen, packed)[0]
 
 
 # -- what a cache was made with ------------------------------------------------------------------------------
@@ -355,9 +342,7 @@ def cache_key(recipe: AdapterRecipe, frozen: FrozenModels, resolution: int) -> d
             "tokenizer": tokenizer_digest(frozen.tokenizer),
             "captions": recipe.captions.model_dump(mode="json"),
         }
-        # Said only then, so that caches from before there was a choice stay good.
-        if frozen.in_windows:
-            key["long_prompt"] = frozen.long_prompt
+        key["conditioning"] = asdict(frozen.caption_ids.context) | {"name": frozen.caption_ids.conditioning.name}
         if recipe.objectives.reads_windows:
             key["window states"] = True
     return key
@@ -501,17 +486,13 @@ class FeatureCache:
         mean, logvar = encode_pictures(frozen.vae, torch.stack(cast(list[Tensor], images)))
         tensors = {"mean": mean, "logvar": logvar}
         if self.section.text:
-            ids_BT = batches.tokenizer(cast(list[str], longs + shorts))
-            long, tensors["long_length"] = encode_captions(frozen, ids_BT[: len(rows)])
-            short, tensors["short_length"] = encode_captions(frozen, ids_BT[len(rows) :])
-            teacher, tensors["teacher_fits"] = encode_for_teacher(frozen, ids_BT[len(rows) :])
-            tensors |= {"long": long, "short": short, "teacher": teacher}
-            if frozen.overlap:
-                tokens = num_tokens_in_windows(ids_BT, frozen.tokenizer)
-                tensors |= {"long_tokens": tokens[: len(rows)], "short_tokens": tokens[len(rows) :]}
+            packed_B4S = batches.tokenizer(cast(list[str], longs + shorts))
+            long_ids, short_ids = packed_B4S[: len(rows)], packed_B4S[len(rows) :]
+            tensors |= encode_captions(frozen, long_ids).tensors("long")
+            tensors |= encode_captions(frozen, short_ids).tensors("short")
+            tensors["teacher"], tensors["teacher_fits"] = encode_for_teacher(frozen, short_ids)
             if self.key.get("window states"):
-                windows = encode_windows_for_teacher(frozen, ids_BT[: len(rows)])
-                tensors["windows"] = windows[:, : long.shape[1]]
+                tensors["windows"] = encode_windows_for_teacher(frozen, long_ids)
         dtype = DTYPES[self.section.dtype]
         return {name: (t.to(dtype) if t.is_floating_point() else t).cpu() for name, t in tensors.items()}
 
@@ -541,8 +522,9 @@ def _digest(value: Any) -> str:
 
 
 def _stacked(rows: list[Tensor]) -> Tensor:
-    """Rows of a batch; text states as long as the longest among them."""
-    return pad_sequence(rows, batch_first=True) if rows[0].ndim else torch.stack(rows)
+    """Rows of a batch; captions as long as the longest among them, filled up with 0, or -1 for positions."""
+    fill = 0 if rows[0].is_floating_point() else -1
+    return pad_sequence(rows, batch_first=True, padding_value=fill) if rows[0].ndim else torch.stack(rows)
 
 
 class _Samples(Dataset):
@@ -587,8 +569,10 @@ class CachedFeatures(Batches):
         if any(row is None for row in rows):
             return skipped
         tensors, keys, seeds = zip(*rows, strict=True)
-        joined = {name: _stacked([row[name] for row in tensors]) for name in tensors[0]}
-        return Features(**joined, seeds=torch.tensor(seeds), keys=list(keys), skipped=skipped)
+        joined: dict[str, Any] = {name: _stacked([row[name] for row in tensors]) for name in tensors[0]}
+        captions: dict[str, Any] = {name: CaptionStates.from_tensors(name, joined) for name in ("long", "short")}
+        joined = {name: value for name, value in joined.items() if "." not in name}
+        return Features(**joined, **captions, seeds=torch.tensor(seeds), keys=list(keys), skipped=skipped)
 
     def load(self, epoch: int, index: int) -> Any:
         tensors, key = self.cache.read(index)

@@ -1,12 +1,13 @@
 """The recipe of `train_adapter.py`: what `load_recipe` checks an adapter.yaml against."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from fixclip_core.data.config import CaptionsSection, DataSection
 from fixclip_core.section import Section
 from fixclip_core.training.recipe import OptimSection, OutputSection, RunSection
+from fixclip_diffusion.conditioning import get_conditioning
 
 
 class BaseSection(Section):
@@ -16,12 +17,25 @@ class BaseSection(Section):
     encoder: str | None = Field(
         default=None, description="text encoder: folder, hub or built-in name; null: the base's"
     )
-    long_prompt: Literal["windows", "overlap_77", "windows_77"] = Field(
-        default="windows",
-        description="captions of more than 77 tokens: in one pass of 248, cut behind it; or in windows of 77 on the "
-        "encoder's original positions, as the pipeline of that long_prompt reads them: windows_77 one behind the other "
-        "as compel does, all of them; overlap_77 one state for each of 248 tokens",
+    conditioning: str | None = Field(
+        default=None,
+        description="how captions of more than 77 tokens are read: overlap, one_pass or chunks, see "
+        "`fixclip_diffusion.conditioning`; null: as the encoder says. The adapter remembers it",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_old_name(cls, values: Any) -> Any:
+        """`long_prompt` is the name of `conditioning` in recipes of version 0.1."""
+        if isinstance(values, dict) and "long_prompt" in values:
+            values = {**values, "conditioning": values["long_prompt"]}
+            del values["long_prompt"]
+        return values
+
+    @field_validator("conditioning")
+    @classmethod
+    def _check_conditioning(cls, name: str | None) -> str | None:
+        return None if name is None else get_conditioning(name).name
 
 
 class AdapterSection(Section):
@@ -31,6 +45,7 @@ class AdapterSection(Section):
     hidden_width: int = Field(default=0, ge=0, description="of the hidden layers; 0: 2 D for mlp, 4 D for attention")
     num_layers: int = Field(default=2, ge=1)
     num_heads: int = Field(default=8, ge=1)
+    mask_padding: bool = Field(default=True, description="attention leaves the padding behind a text out")
     start_from: str | None = Field(default=None, description="adapter folder whose weights to go on from")
 
 
@@ -41,7 +56,7 @@ class LoraSection(Section):
 
 
 class ObjectivesSection(Section):
-    """What is minimised; every weight is that of a mean over the draws it speaks of. See `objectives`."""
+    """What is minimised; every weight is that of a mean over the draws it speaks of. See the package `objectives`."""
 
     weight_long: float = Field(default=1.0, ge=0, description="noise prediction with long captions")
     weight_short: float = Field(default=0.0, ge=0, description="noise prediction with short captions")

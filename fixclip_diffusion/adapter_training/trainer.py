@@ -43,20 +43,21 @@ from fixclip_diffusion.adapter_training.features import (
     CachedLatents,
     FeatureCache,
     FrozenModels,
-    TokenIds,
     cache_key,
     check_made_for,
     empty_states,
     encode_batch,
     fingerprint,
-    num_tokens,
     picture_transform,
     write_attention_out,
 )
 from fixclip_diffusion.adapter_training.objectives import Denoiser, Features, adapter_losses, noise_target
 from fixclip_diffusion.adapter_training.recipe import AdapterRecipe, BaseSection, ObjectivesSection
+from fixclip_diffusion.conditioning import CLIP_CONTEXT_LENGTH
 from fixclip_diffusion.pipeline import FixClipStableDiffusionPipeline
-from fixclip_diffusion.text_encoder import CLIP_CONTEXT_LENGTH, FixClipTextEncoder, FixClipTokenizer
+from fixclip_diffusion.state_mask import mask_empty_states
+from fixclip_diffusion.text_encoder import FixClipTextEncoder
+from fixclip_diffusion.tokenizer import FixClipTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +121,7 @@ class AdapterTrainer(Trainer):
 
     def build_model(self) -> Trainable:
         recipe = self.recipe
-        given = self.models and replace(self.models, long_prompt=recipe.model.long_prompt)
+        given = self.models and replace(self.models, conditioning=recipe.model.conditioning)
         frozen = self.frozen = given or load_frozen(recipe.model)
         check_frozen(frozen, recipe)
         self.made_for = fingerprint(frozen.text_encoder, frozen.tokenizer)
@@ -204,13 +205,13 @@ class AdapterTrainer(Trainer):
             if not self.references:
                 with self.denoiser.base_unet():
                     if frozen.teacher.short_context_length:
-                        self.references["stock"] = self.generate_samples(frozen.teacher, "truncate_77")
-                    self.references["untuned"] = self.generate_samples(frozen.text_encoder, frozen.long_prompt)
+                        self.references["stock"] = self.generate_samples(frozen.teacher, "stock")
+                    self.references["untuned"] = self.generate_samples(frozen.text_encoder, frozen.conditioning)
             try:
                 # The encoder casts what it is given, and the adapter in training must stay in float32.
                 frozen.text_encoder.set_adapter_module(copy.deepcopy(module.adapter))
                 with self.lora_weights(module):
-                    current = self.generate_samples(frozen.text_encoder, frozen.long_prompt)
+                    current = self.generate_samples(frozen.text_encoder, frozen.conditioning)
             finally:
                 frozen.text_encoder.set_adapter_module(None)
             columns = {**self.references, "current": current}
@@ -234,7 +235,7 @@ class AdapterTrainer(Trainer):
             for parameter, value in zip(self.module.lora, before, strict=True):
                 parameter.copy_(value)
 
-    def generate_samples(self, encoder: FixClipTextEncoder, long_prompt: str) -> list[Image.Image]:
+    def generate_samples(self, encoder: FixClipTextEncoder, conditioning: str | None) -> list[Image.Image]:
         section, frozen = self.recipe.samples, self.frozen
         tokenizer = frozen.tokenizer
         if tokenizer.context_length != encoder.context_length:
@@ -249,7 +250,7 @@ class AdapterTrainer(Trainer):
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
-            long_prompt=long_prompt,
+            conditioning=conditioning,
         )
         pipe.set_progress_bar_config(disable=True)
         return [
@@ -273,9 +274,7 @@ class AdapterTrainer(Trainer):
         return {
             "base": f"{recipe.model.base}, {cast(Any, frozen.scheduler.config).prediction_type}",
             "encoder": f"{recipe.model.encoder or 'the base encoder'}, "
-            + ("overlapping " if frozen.overlap else "")
-            + (f"windows of {CLIP_CONTEXT_LENGTH}" if frozen.in_windows else f"{frozen.text_encoder.context_length}")
-            + " tokens",
+            + f"long captions {frozen.prompt_encoder.conditioning.summary}",
             "trained": f"{trained / 1e6:.2f}M parameters: {recipe.adapter.kind} adapter"
             + (f", LoRA of rank {recipe.lora.rank}" if recipe.lora.rank else ""),
             "data": f"{len(self.loader.batches.order)} samples, {len(self.loader)} batches an epoch, "
@@ -345,7 +344,7 @@ def load_frozen(section: BaseSection) -> FrozenModels:
         teacher.set_adapter_module(None)
     schedule = DDPMScheduler.from_config(pipe.scheduler.config)
     return FrozenModels(
-        pipe.vae, encoder, teacher, pipe.unet, schedule, pipe.scheduler, pipe.tokenizer, section.long_prompt
+        pipe.vae, encoder, teacher, pipe.unet, schedule, pipe.scheduler, pipe.tokenizer, section.conditioning
     )
 
 
@@ -375,13 +374,10 @@ def check_frozen(frozen: FrozenModels, recipe: AdapterRecipe) -> None:
             f"has {frozen.teacher.short_context_length or 'none'} of its original positions; give a stock base, or set "
             "objectives.weight_windows to 0"
         )
-    positions = frozen.text_encoder.short_context_length
-    if frozen.in_windows and positions != CLIP_CONTEXT_LENGTH:
-        raise ValueError(
-            f"model.long_prompt={frozen.long_prompt} needs an encoder with its {CLIP_CONTEXT_LENGTH} original "
-            f"positions, and {recipe.model.encoder or recipe.model.base!r} has {positions or 'none'}; set "
-            "model.long_prompt=windows"
-        )
+    try:
+        frozen.prompt_encoder  # noqa: B018 -- refuses an encoder that this conditioning cannot use
+    except ValueError as error:
+        raise ValueError(f"model.encoder={recipe.model.encoder or recipe.model.base!r}: {error}") from None
 
 
 def make_adapter(recipe: AdapterRecipe, frozen: FrozenModels, made_for: dict[str, str]) -> TextAdapter:
@@ -393,7 +389,8 @@ def make_adapter(recipe: AdapterRecipe, frozen: FrozenModels, made_for: dict[str
     section, encoder = recipe.adapter, frozen.text_encoder
     if section.start_from is None:
         sizes = section.model_dump(exclude={"start_from"})
-        adapter = TextAdapter(encoder.config.hidden_size, max_tokens=encoder.context_length, **sizes)
+        name = frozen.prompt_encoder.conditioning.name
+        adapter = TextAdapter(encoder.config.hidden_size, max_tokens=encoder.context_length, conditioning=name, **sizes)
     else:
         adapter = TextAdapter.from_pretrained(section.start_from)
         if adapter.config["width"] != encoder.config.hidden_size:
@@ -402,6 +399,7 @@ def make_adapter(recipe: AdapterRecipe, frozen: FrozenModels, made_for: dict[str
                 f"encoder of width {encoder.config.hidden_size}"
             )
         check_made_for(Path(builtin.resolve(section.start_from)), made_for)
+        adapter.config["conditioning"] = frozen.prompt_encoder.conditioning.name
     return adapter
 
 
@@ -443,6 +441,7 @@ def make_denoiser(frozen: FrozenModels, has_lora: bool) -> Denoiser:
 
     config = cast(Any, frozen.vae.config)
     empty, empty_teacher = empty_states(frozen)
+    mask_empty_states(frozen.unet)
     return Denoiser(
         unet=frozen.unet,
         scheduler=frozen.scheduler,
@@ -451,8 +450,6 @@ def make_denoiser(frozen: FrozenModels, has_lora: bool) -> Denoiser:
         empty=empty,
         empty_teacher=empty_teacher,
         base_unet=without_lora if has_lora else nullcontext,
-        window=CLIP_CONTEXT_LENGTH if frozen.in_windows else 0,
-        joined=frozen.tokenizer.context_length if frozen.overlap else 0,
     )
 
 
@@ -494,7 +491,7 @@ def warn_of_short_captions(loaded: Batches, tokenizer: FixClipTokenizer, looked_
             longs.append(loaded.captions(0, loaded.order.index(0, position))[1])
         except BadSampleError:
             continue  # counted and reported when its turn comes
-    if longs and int(num_tokens(TokenIds(tokenizer)(longs), tokenizer).max()) <= CLIP_CONTEXT_LENGTH:
+    if longs and max(map(len, tokenizer(longs).input_ids)) <= CLIP_CONTEXT_LENGTH:
         logger.warning(
             "%s: all of %d captions fit into %d tokens; nothing can be learnt about the tokens after them",
             loaded.config.source,

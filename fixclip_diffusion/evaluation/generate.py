@@ -15,10 +15,12 @@ from tqdm import tqdm
 from fixclip_diffusion import builtin
 from fixclip_diffusion.adapter import TextAdapter
 from fixclip_diffusion.adapter_training.features import check_made_for, fingerprint, write_attention_out
+from fixclip_diffusion.conditioning import get_conditioning
 from fixclip_diffusion.evaluation.prompts import Prompt
-from fixclip_diffusion.pipeline import LONG_PROMPT_MODES, FixClipStableDiffusionPipeline
+from fixclip_diffusion.pipeline import FixClipStableDiffusionPipeline
 
-SYSTEM_KEYS = ("encoder", "adapter", "lora", "long_prompt")
+SYSTEM_KEYS = ("encoder", "adapter", "lora", "conditioning")
+OLD_KEYS = {"long_prompt": "conditioning"}  # of version 0.1
 
 
 @dataclass(frozen=True)
@@ -30,28 +32,29 @@ class System:
         encoder: text encoder, a folder, hub or built-in name; None for the base's own, stretched.
         adapter: folder, hub or built-in name of an adapter; None for the encoder's own, if any.
         lora: what `load_lora_weights` reads, or a built-in name; None for none.
-        long_prompt: see `FixClipStableDiffusionPipeline`.
+        conditioning: how prompts are read, see `FixClipStableDiffusionPipeline`; None: as encoder or adapter say.
     """
 
     name: str
     encoder: str | None = None
     adapter: str | None = None
     lora: str | None = None
-    long_prompt: str = "windows"
+    conditioning: str | None = None
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w+. -]+", self.name):
             raise ValueError(f"system {self.name!r}: a name has letters, digits, spaces and _ + . - only")
-        if self.long_prompt not in LONG_PROMPT_MODES:
-            raise ValueError(
-                f"system {self.name!r}: long_prompt={self.long_prompt!r}: valid are {', '.join(LONG_PROMPT_MODES)}"
-            )
+        if self.conditioning is not None:
+            try:
+                object.__setattr__(self, "conditioning", get_conditioning(self.conditioning).name)
+            except ValueError as error:
+                raise ValueError(f"system {self.name!r}: {error}") from None
 
 
 def default_systems(encoder: str | None, adapter: str | None, lora: str | None) -> list[System]:
     """Stock and compel-like windows of the base, then ours as far as its parts are given."""
-    systems = [System("stock", long_prompt="truncate_77"), System("windows", long_prompt="windows_77")]
-    systems.append(System("untuned", encoder))
+    systems = [System(name, conditioning=name) for name in ("stock", "chunks", "overlap")]
+    systems.append(System("untuned", encoder, conditioning="one_pass"))
     if adapter is not None:
         systems.append(System("adapted", encoder, adapter))
     if lora is not None:
@@ -60,7 +63,7 @@ def default_systems(encoder: str | None, adapter: str | None, lora: str | None) 
 
 
 def parse_system(text: str) -> System:
-    """`NAME` or `NAME:encoder=...,adapter=...,lora=...,long_prompt=...`.
+    """`NAME` or `NAME:encoder=...,adapter=...,lora=...,conditioning=...`.
 
     Raises:
         ValueError: an unknown key, or a bad name or mode.
@@ -69,6 +72,7 @@ def parse_system(text: str) -> System:
     values: dict[str, str] = {}
     for option in filter(None, options.split(",")):
         key, equals, value = option.partition("=")
+        key = OLD_KEYS.get(key, key)
         if key not in SYSTEM_KEYS or not equals or not value:
             raise ValueError(f"system {text!r}: {option!r} is not KEY=VALUE with one of {', '.join(SYSTEM_KEYS)}")
         values[key] = value
@@ -115,16 +119,16 @@ class Painter:
             ValueError: a part cannot be loaded, does not fit the base, or the adapter was made for another encoder.
         """
         pipe = FixClipStableDiffusionPipeline.from_pretrained(
-            self.base, encoder=system.encoder, long_prompt=system.long_prompt, dtype=torch.float32, **self.shared
+            self.base, encoder=system.encoder, dtype=torch.float32, **self.shared
         )
-        if system.long_prompt.endswith("_77") and not pipe.text_encoder.short_context_length:
-            raise ValueError(
-                f"system {system.name!r}: {system.long_prompt} needs an encoder with its original positions"
-            )
         if system.adapter is not None:
             adapter = TextAdapter.from_pretrained(system.adapter)
             check_made_for(Path(builtin.resolve(system.adapter)), fingerprint(pipe.text_encoder, pipe.tokenizer))
             pipe.text_encoder.set_adapter_module(adapter)
+        try:
+            pipe.conditioning = system.conditioning
+        except ValueError as error:
+            raise ValueError(f"system {system.name!r}: {error}") from None
         pipe.to(self.device, self.dtype)
         write_attention_out(pipe.unet, self.device)
         self.shared |= {"vae": pipe.vae, "unet": pipe.unet}

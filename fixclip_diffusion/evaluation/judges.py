@@ -14,7 +14,7 @@ from torch import Tensor
 from fixclip_core import scenes
 from fixclip_core.evaluation.encoders import Encoder, encode_images, encode_texts
 from fixclip_diffusion.evaluation.prompts import Prompt
-from fixclip_diffusion.text_encoder import FixClipTokenizer
+from fixclip_diffusion.tokenizer import FixClipTokenizer
 
 
 @torch.no_grad()

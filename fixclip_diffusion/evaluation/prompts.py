@@ -12,7 +12,7 @@ from typing import get_args
 
 from fixclip_core import scenes
 from fixclip_core.data.captions import split_sentences
-from fixclip_diffusion.text_encoder import FixClipTokenizer
+from fixclip_diffusion.tokenizer import FixClipTokenizer
 
 ZONES: tuple[str, ...] = get_args(scenes.Zone)
 SCENES_PREFIX = "scenes:"

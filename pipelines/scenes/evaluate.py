@@ -24,25 +24,23 @@ from fixclip_core.weights.read import load_fixclip
 from fixclip_diffusion.evaluation.generate import Drawing, Painter, System
 from fixclip_diffusion.evaluation.judges import as_tensor, scene_verdicts
 from fixclip_diffusion.evaluation.prompts import Prompt
-from fixclip_diffusion.text_encoder import FixClipTokenizer
+from fixclip_diffusion.tokenizer import FixClipTokenizer
 
 OUT = Path("outputs/scenes")
 BASE, ENCODER = str(OUT / "base"), str(OUT / "encoder_diffusers")
 SYSTEMS = {
-    "stock": System("stock", long_prompt="truncate_77"),
-    "windows": System("windows", long_prompt="windows_77"),
-    "overlap": System("overlap", long_prompt="overlap_77"),
-    "stretched": System("stretched"),
+    "stock": System("stock", conditioning="stock"),
+    "windows": System("windows", conditioning="chunks"),
+    "overlap": System("overlap", conditioning="overlap"),
+    "stretched": System("stretched", conditioning="one_pass"),
     "trained": System("trained", ENCODER),
     "adapter": System("adapter", ENCODER, str(OUT / "adapter/adapter")),
     "lora": System("lora", ENCODER, str(OUT / "adapter/adapter"), str(OUT / "lora/lora")),
-    "windows_adapter": System(
-        "windows_adapter", adapter=str(OUT / "adapter_windows/adapter"), long_prompt="windows_77"
+    "windows_adapter": System("windows_adapter", adapter=str(OUT / "adapter_windows/adapter"), conditioning="chunks"),
+    "overlap_adapter": System("overlap_adapter", adapter=str(OUT / "adapter_overlap/adapter"), conditioning="overlap"),
+    "stretched_adapter": System(
+        "stretched_adapter", adapter=str(OUT / "adapter_stretched/adapter"), conditioning="one_pass"
     ),
-    "overlap_adapter": System(
-        "overlap_adapter", adapter=str(OUT / "adapter_overlap/adapter"), long_prompt="overlap_77"
-    ),
-    "stretched_adapter": System("stretched_adapter", adapter=str(OUT / "adapter_stretched/adapter")),
 }
 DRAWING = Drawing(steps=20, guidance_scale=2.0, batch_size=16)
 

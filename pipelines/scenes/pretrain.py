@@ -1,4 +1,3 @@
-# ruff: noqa: N815 -- shape suffixes
 """Pre-train the miniature's base: what stands in for the years of GPU time behind CLIP and Stable Diffusion.
 
 `accelerate launch pipelines/scenes/pretrain.py STAGE RECIPE [section.key=value ...]`, with four stages: `clip`

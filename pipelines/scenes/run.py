@@ -106,8 +106,8 @@ def controls() -> list[Stage]:
         adapter("adapter_stretched_start", ["base"], *stretched, recipe="adapter_start"),
         adapter("adapter_stretched", ["adapter_stretched_start"], *stretched, start),
         *(
-            adapter(name, ["base"], *stretched, f"model.long_prompt={mode}", "adapter.start_from=null")
-            for name, mode in (("adapter_windows", "windows_77"), ("adapter_overlap", "overlap_77"))
+            adapter(name, ["base"], *stretched, f"model.conditioning={mode}", "adapter.start_from=null")
+            for name, mode in (("adapter_windows", "chunks"), ("adapter_overlap", "overlap"))
         ),
     ]
 

@@ -1,0 +1,57 @@
+"""The base as a teacher of short captions: its noise predictions, and its text encoder's hidden states.
+
+g is the base's own text encoder, f the one to adapt, A the adapter. Only captions that fit into g's 77 tokens count,
+and the empty one. Shapes: R draws, L rows of the embeds, D width.
+"""
+
+import torch
+from torch import Tensor
+
+from fixclip_diffusion.adapter_training.objectives.step import Step, mean_square, mean_square_of_rows
+
+
+class Prediction:
+    """|UNet(x_t, t, A(f(short))) - UNet(x_t, t, g(short))|^2, the second without LoRA and without gradient."""
+
+    name = "prediction"
+
+    def __call__(self, step: Step) -> Tensor:
+        rows = step.taught
+        if not len(rows):
+            return step.weight.new_zeros(())
+        with torch.no_grad(), step.denoiser.base_unet():
+            wanted = step.denoiser.predict(step.noisy[rows], step.draws.timestep[rows], step.teacher)
+        return (step.weight[rows] * mean_square(step.predicted[rows] - wanted)).sum()
+
+
+class States:
+    """|A(f(short)) - g(short)|^2 over the rows of the embeds, where g has 77, and 0 is wanted of rows behind them."""
+
+    name = "states"
+
+    def __call__(self, step: Step) -> Tensor:
+        rows = step.taught
+        if not len(rows):
+            return step.weight.new_zeros(())
+        return mean_square_of_rows(
+            step.embeds[rows].float() - as_long(step.teacher.float(), step.embeds.shape[1]), step.length[rows]
+        ).sum()
+
+
+class Windows:
+    """|A(f(long)) - w(long)|^2, where w is the hidden state of the same token by g, which reads the caption in
+    overlapping windows of 77; 0 is wanted of padding. It needs no UNet, so that a run of it alone is a cheap start for
+    the others."""
+
+    name = "windows"
+
+    def __call__(self, step: Step) -> Tensor:
+        rows = (~step.draws.short & ~step.draws.dropped).nonzero()[:, 0]
+        assert step.features.windows is not None
+        wanted_RLD = as_long(step.features.windows[step.draws.sample[rows]].float(), step.embeds.shape[1])
+        return mean_square_of_rows(step.embeds[rows].float() - wanted_RLD, step.length[rows]).sum()
+
+
+def as_long(states_RLD: Tensor, length: int) -> Tensor:
+    """The states cut or filled up with zeros to `length` rows."""
+    return torch.nn.functional.pad(states_RLD, (0, 0, 0, length - states_RLD.shape[1]))

@@ -1,0 +1,120 @@
+"""One step's draws with their embeds; what every objective reads."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fixclip_diffusion.adapter_training.objectives.draws import CaptionStates, Denoiser, Draws, Features
+
+
+@dataclass
+class Step:
+    """R draws of a batch.
+
+    Attributes:
+        draws, features, denoiser: see there.
+        embeds: (R, L, D) what the UNet reads: adapted hidden states, 0 behind a caption's own rows.
+        length: (R,) rows of each.
+        noisy, target: (R, C, H, W) noisy latents, and what the UNet is to predict.
+        weight: (R,) of each draw's noise prediction.
+    """
+
+    draws: Draws
+    features: Features
+    denoiser: Denoiser
+    embeds: Tensor
+    length: Tensor
+    noisy: Tensor
+    target: Tensor
+    weight: Tensor
+
+    @cached_property
+    def predicted(self) -> Tensor:
+        """(R, C, H, W); the UNet runs once, for the first objective that asks."""
+        return self.denoiser.predict(self.noisy, self.draws.timestep, self.embeds)
+
+    @cached_property
+    def taught(self) -> Tensor:
+        """Numbers of the draws whose caption the base's own encoder reads whole: short ones that fit, and the empty
+        one."""
+        fits_R = self.draws.dropped | self.features.teacher_fits[self.draws.sample]
+        return (self.draws.short & fits_R).nonzero()[:, 0]
+
+    @cached_property
+    def teacher(self) -> Tensor:
+        """(taught draws, 77, D) hidden states of the base's own encoder."""
+        rows = self.taught
+        states = self.features.teacher[self.draws.sample[rows]]
+        return torch.where(self.draws.dropped[rows, None, None], self.denoiser.empty_teacher.to(states), states)
+
+
+class Objective(Protocol):
+    """A term of the loss: its name in the recipe (`weight_NAME`) and in the log, and its sum over the draws it is
+    about."""
+
+    name: str
+
+    def __call__(self, step: Step) -> Tensor: ...
+
+
+def mean_square(difference: Tensor) -> Tensor:
+    """(R,) mean over all but the first dimension."""
+    return difference.square().flatten(1).mean(1)
+
+
+def mean_square_of_rows(difference_RLD: Tensor, length_R: Tensor) -> Tensor:
+    """(R,) mean over the first `length` rows of each draw and over D."""
+    used_RL = torch.arange(difference_RLD.shape[1], device=length_R.device) < length_R[:, None]
+    sum_R = (difference_RLD.square() * used_RL[..., None]).flatten(1).sum(1)
+    return sum_R / (length_R * difference_RLD.shape[-1])
+
+
+def caption_states(draws: Draws, features: Features, denoiser: Denoiser) -> tuple[CaptionStates, Tensor]:
+    """Each caption that some draw reads, once, and the number (R,) of every draw's caption among them."""
+    caption_R = torch.where(draws.dropped, -1, 2 * draws.sample + draws.short.long())
+    captions_C, number_R = caption_R.unique(return_inverse=True)
+    count = len(features)
+    everyone = CaptionStates.cat(
+        [features.long, features.short, denoiser.empty.map(lambda t: t.to(features.seeds.device))]
+    )
+    is_short = captions_C % 2
+    rows_C = torch.where(captions_C < 0, 2 * count, captions_C // 2 + count * is_short)
+    return everyone[rows_C], number_R
+
+
+def adapted_embeds(adapter: Callable[..., Tensor], captions: CaptionStates, masks: bool) -> tuple[Tensor, Tensor]:
+    """Hidden states through the adapter, pass by pass, and joined: embeds (C, L, D), and the length (C,) of each.
+
+    Args:
+        adapter: hidden states (N, P, D) and the text's positions (N, P) to hidden states.
+        captions: C captions.
+        masks: whether the adapter leaves padding out; else it must see passes of their own length only.
+    """
+    states_CSD = torch.zeros_like(captions.states)
+    sizes = sorted(set(captions.size.tolist()))
+    groups = [captions.size == size for size in sizes] if not masks else [captions.size > 0]
+    for group_C in groups:
+        members = group_C.nonzero()[:, 0]
+        part, size = captions[members], int(captions.size[members].max())
+        # One pass of a caption has its own length; several have the length of them all.
+        single_C = part.size == (part.text >= 0).sum(1)
+        if masks and not bool((single_C | (part.size == size)).all()):
+            return adapted_embeds(adapter, captions, masks=False)
+        states_MSD, text_MS = part.states, part.text
+        missing = -states_MSD.shape[1] % size
+        states_MSD = torch.nn.functional.pad(states_MSD, (0, 0, 0, missing))
+        text_MS = torch.nn.functional.pad(text_MS, (0, missing), value=-1)
+        states_NPD, text_NP = (x.unflatten(1, (-1, size)).flatten(0, 1) for x in (states_MSD, text_MS))
+        read_N = (text_NP >= 0).any(1)
+        adapted_NPD = torch.zeros_like(states_NPD)
+        adapted_NPD[read_N] = adapter(states_NPD[read_N], text_NP[read_N] > 0).to(adapted_NPD.dtype)
+        adapted_MSD = adapted_NPD.unflatten(0, (len(members), -1)).flatten(1, 2)[:, : captions.states.shape[1]]
+        states_CSD = states_CSD.index_copy(0, members, adapted_MSD)
+    length_C = (captions.source >= 0).sum(1)
+    source_CL = captions.source[:, : int(length_C.max())]
+    embeds_CLD = states_CSD.gather(1, source_CL.clamp(min=0)[..., None].expand(-1, -1, states_CSD.shape[-1]))
+    return embeds_CLD * (source_CL >= 0)[..., None], length_C

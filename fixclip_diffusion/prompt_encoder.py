@@ -1,0 +1,187 @@
+"""Prompts of any length to the embeds that a UNet reads; every pipeline, training and report goes through here.
+
+    texts --tokenize_prompt--> tokens --Conditioning.lay_out--> Layout --text encoders--> hidden states --join--> embeds
+
+Shapes: B prompts, N passes, P positions of a pass, L rows of the embeds, D width, E width of the pooled vector.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from fixclip_diffusion.conditioning import Conditioning, Context, Layout, PromptTokens, get_conditioning
+from fixclip_diffusion.families import TextEncoding, lora_scale_of
+from fixclip_diffusion.prompt_tokens import tokenize_prompt
+from fixclip_diffusion.prompt_weights import check_syntax, weigh
+from fixclip_diffusion.token_report import TokenReport, report_of
+
+PASSES_AT_ONCE = 64  # bounds memory: 64 passes of 77 tokens
+Encode = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class PromptEmbeds:
+    """What the UNet reads of B prompts.
+
+    Attributes:
+        embeds_BLD: hidden states, of several text encoders side by side; rows behind a prompt's own are 0.
+        pooled_BE: the first pass's pooled vector, None without one. For a text that one pass reads it is that of the
+            whole text; else it is what stock diffusers (with a cut) and compel give.
+        layouts: B rows of one layout for each text encoder.
+    """
+
+    embeds_BLD: Tensor
+    pooled_BE: Tensor | None
+    layouts: tuple[tuple[Layout, ...], ...]
+
+
+class PromptEncoder:
+    """Text encoders, a conditioning and a syntax of prompt weights.
+
+    Args:
+        encodings: the text encoders with their tokenizers.
+        conditioning: how prompts are read; by default as the first encoder says.
+        weights: syntax of prompt weights, "a1111" or "compel"; None takes prompts literally.
+
+    Raises:
+        ValueError: an unknown conditioning or syntax, or one that an encoder cannot be read by.
+    """
+
+    def __init__(
+        self,
+        encodings: Sequence[TextEncoding],
+        conditioning: str | Conditioning | None = None,
+        weights: str | None = None,
+    ):
+        self.encodings = tuple(encodings)
+        self.conditioning = get_conditioning(conditioning or default_conditioning(encodings[0].encoder))
+        self.weights = check_syntax(weights)
+        for encoding in self.encodings:
+            self.conditioning.check(encoding.context)
+
+    def tokens(self, prompt: str, number: int = 0) -> PromptTokens:
+        """The prompt as tokens of text encoder `number`."""
+        return tokenize_prompt(self.encodings[number].tokenizer, prompt, self.weights)
+
+    def lay_out(self, prompt: str, number: int = 0) -> Layout:
+        """Which token of the prompt text encoder `number` reads where."""
+        return self.conditioning.lay_out(self.tokens(prompt, number), self.encodings[number].context)
+
+    def report(self, prompt: str, number: int = 0) -> TokenReport:
+        """What becomes of the prompt in text encoder `number`."""
+        tokens, context = self.tokens(prompt, number), self.encodings[number].context
+        return report_of(tokens, self.conditioning.lay_out(tokens, context), self.conditioning, context)
+
+    def encode(
+        self,
+        prompts: Sequence[Sequence[str]],
+        device: torch.device | str | None = None,
+        clip_skip: int | None = None,
+        lora_scale: float | None = None,
+    ) -> PromptEmbeds:
+        """Embeds of B prompts.
+
+        Args:
+            prompts: B texts for each text encoder; all encoders read the first list if there is one only.
+            device: where the passes run; by default where each encoder is.
+            clip_skip: see `TextEncoding`.
+            lora_scale: factor of the text encoders' LoRA layers.
+
+        Raises:
+            ValueError: a prompt that is no text or cannot be parsed, too large a clip_skip, or lists of unequal
+                lengths.
+        """
+        lists = list(prompts) if len(prompts) == len(self.encodings) else [prompts[0]] * len(self.encodings)
+        if len({len(texts) for texts in lists}) != 1:
+            raise ValueError(f"prompts for the text encoders differ in number: {[len(texts) for texts in lists]}")
+        columns: list[list[Layout]] = []
+        states: list[list[Tensor]] = []
+        pooled_BE: Tensor | None = None
+        with lora_scale_of([encoding.encoder for encoding in self.encodings], lora_scale):
+            for number, (encoding, texts) in enumerate(zip(self.encodings, lists, strict=True)):
+                layouts = [self.lay_out(text, number) for text in texts]
+                rows, pooled = self._encode(encoding, layouts, device, clip_skip)
+                columns.append(layouts)
+                states.append(rows)
+                pooled_BE = pooled if pooled is not None else pooled_BE
+        embeds = [pad_sequence(rows, batch_first=True) for rows in states]
+        longest = max(part.shape[1] for part in embeds)
+        embeds_BLD = torch.cat([pad_states(part, longest) for part in embeds], dim=-1)
+        return PromptEmbeds(embeds_BLD, pooled_BE, tuple(zip(*columns, strict=True)))
+
+    def _encode(
+        self,
+        encoding: TextEncoding,
+        layouts: Sequence[Layout],
+        device: torch.device | str | None,
+        clip_skip: int | None,
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Rows (L, D) of each prompt and pooled vectors (B, E)."""
+
+        context = encoding.context
+
+        def encode(ids_NP: Tensor, mask_NP: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+            to = device or encoding.encoder.device
+            return encoding(ids_NP.to(to), None if mask_NP is None else mask_NP.to(to), clip_skip)
+
+        passes, pooled = encode_passes(encode, layouts, context)
+        rows = []
+        for layout, states_NPD in zip(layouts, passes, strict=True):
+            if self.weights is not None and layout.is_weighted:
+                empty_1P = _padded(
+                    torch.tensor([[context.start_id, context.end_id]]), states_NPD.shape[1], context.pad_id
+                )
+                empty_PD = encode(empty_1P)[0][0]
+                states_NPD = weigh(states_NPD, layout, self.weights, lambda *x: encode(*x)[0], empty_PD)
+            rows.append(layout.join(states_NPD))
+        return rows, None if pooled is None else torch.stack(pooled)
+
+
+def default_conditioning(encoder: object) -> str:
+    """The conditioning that an encoder asks for; a stock encoder is untrained for long texts, so its windows
+    overlap."""
+    return getattr(encoder, "conditioning", None) or "overlap"
+
+
+def encode_passes(
+    encode: Encode, layouts: Sequence[Layout], context: Context
+) -> tuple[list[Tensor], list[Tensor] | None]:
+    """Hidden states (N, P, D) of each layout's passes, and the pooled vector (E,) of each one's first pass.
+
+    Passes of up to 77 positions run together and longer ones run together, `PASSES_AT_ONCE` at a time. Causal attention
+    hides the padding from the text, so that each pass gives what it would give alone.
+
+    Args:
+        encode: ids (N, P) to hidden states (N, P, D) and pooled vectors (N, E) or None.
+        layouts: of the prompts.
+        context: of the text encoder.
+    """
+    states: list[Tensor] = [torch.empty(0)] * len(layouts)
+    pooled: list[Tensor] = []
+    order: list[int] = []
+    is_short = [layout.ids_NP.shape[1] <= context.short_length for layout in layouts]
+    for kind in sorted(set(is_short), reverse=True):
+        members = [number for number, short in enumerate(is_short) if short == kind]
+        size = max(layouts[number].ids_NP.shape[1] for number in members)
+        ids_NP = torch.cat([_padded(layouts[number].ids_NP, size, context.pad_id) for number in members])
+        outputs = [encode(part_NP) for part_NP in ids_NP.split(PASSES_AT_ONCE)]
+        counts = [len(layouts[number].ids_NP) for number in members]
+        for number, part in zip(members, torch.cat([out[0] for out in outputs]).split(counts), strict=True):
+            states[number] = part[:, : layouts[number].ids_NP.shape[1]]
+        if outputs[0][1] is not None:
+            pooled += [part[0] for part in torch.cat([cast(Tensor, out[1]) for out in outputs]).split(counts)]
+            order += members
+    return states, [pooled[order.index(number)] for number in range(len(layouts))] if pooled else None
+
+
+def _padded(ids_NP: Tensor, size: int, pad_id: int) -> Tensor:
+    return torch.nn.functional.pad(ids_NP, (0, size - ids_NP.shape[1]), value=pad_id)
+
+
+def pad_states(states_BLD: Tensor, length: int) -> Tensor:
+    """Rows of zeros behind the states, up to `length` rows."""
+    return torch.nn.functional.pad(states_BLD, (0, 0, 0, length - states_BLD.shape[1]))

@@ -1,0 +1,129 @@
+"""What becomes of a prompt: its length in tokens, where a stock encoder stops, and the passes that read it."""
+
+from dataclasses import dataclass
+
+from fixclip_diffusion.conditioning import (
+    CLIP_CONTEXT_LENGTH,
+    SPECIAL_TOKENS,
+    Conditioning,
+    Context,
+    Layout,
+    PromptTokens,
+    get_conditioning,
+)
+from fixclip_diffusion.prompt_tokens import tokenize_prompt
+from fixclip_diffusion.tokenizer import FixClipTokenizer
+
+
+@dataclass(frozen=True)
+class ReadPass:
+    """One pass of the encoder: it reads characters start..end of the report's text; num_tokens counts both ends."""
+
+    text: str
+    start: int
+    end: int
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class TokenReport:
+    """What a conditioning makes of a prompt.
+
+    Attributes:
+        text: the prompt as it is read: cleaned like CLIP's training texts, without the syntax of prompt weights.
+        num_tokens: its length in tokens, start and end included.
+        conditioning: name of the conditioning.
+        context_length: positions of the encoder.
+        stock_cut: character of `text` at which a 77-token encoder stops reading; None if it reads all.
+        cut: the same for this conditioning.
+        passes: the passes of the encoder, which overlap with `overlap`.
+        num_states: L, rows of the prompt's embeds.
+    """
+
+    text: str
+    num_tokens: int
+    conditioning: str
+    context_length: int
+    stock_cut: int | None
+    cut: int | None
+    passes: tuple[ReadPass, ...]
+    num_states: int
+
+    def __str__(self) -> str:
+        return self.describe()
+
+    def describe(self) -> str:
+        """The report in words."""
+        lines = [f"{self.num_tokens} tokens"]
+        if self.stock_cut is None:
+            return lines[0]
+        lines.append(f"  a {CLIP_CONTEXT_LENGTH}-token encoder stops before: {_quote(self.text[self.stock_cut :])}")
+        how = get_conditioning(self.conditioning)
+        if self.cut is not None:
+            lines.append(f"  conditioning {how.name!r}: {how.summary}; dropped from: {_quote(self.text[self.cut :])}")
+        elif len(self.passes) == 1:
+            lines.append(f"  conditioning {how.name!r}: {how.summary} of up to {self.context_length} tokens, all of it")
+        else:
+            lines.append(f"  conditioning {how.name!r}: {how.summary}; all of it, in {len(self.passes)}:")
+            lines += [
+                f"    {number}. {item.num_tokens} tokens, from {_quote(item.text)}"
+                for number, item in enumerate(self.passes, 1)
+            ]
+        return "\n".join(lines)
+
+
+def _quote(text: str, length: int = 48) -> str:
+    text = text.strip()
+    return repr(text if len(text) <= length else text[:length].rstrip() + "…")
+
+
+def token_report(
+    tokenizer: FixClipTokenizer,
+    prompt: str,
+    conditioning: str | Conditioning = "overlap",
+    context: Context | None = None,
+    weights: str | None = None,
+) -> TokenReport:
+    """Count and place the tokens of a prompt.
+
+    Args:
+        tokenizer: gives the ids.
+        prompt: any text; a `CleanText` is taken as it is.
+        conditioning: how the prompt is read.
+        context: of the encoder; by default an untrained one of the tokenizer's length, with its original positions.
+        weights: syntax of prompt weights, see `prompt_weights.parse_weights`.
+
+    Raises:
+        ValueError: the prompt is not text, the weights cannot be parsed, or the encoder cannot be read that way.
+    """
+    tokens = tokenize_prompt(tokenizer, prompt, weights)
+    if context is None:
+        special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        context = Context(tokenizer.context_length, CLIP_CONTEXT_LENGTH, *special)
+    how = get_conditioning(conditioning)
+    return report_of(tokens, how.lay_out(tokens, context), how, context)
+
+
+def report_of(tokens: PromptTokens, layout: Layout, conditioning: Conditioning, context: Context) -> TokenReport:
+    """The report of a prompt that is laid out already."""
+    room = CLIP_CONTEXT_LENGTH - SPECIAL_TOKENS
+    passes = []
+    for first, stop in layout.pass_tokens():
+        start = tokens.spans[first][0] if first else 0
+        end = len(tokens.text) if stop == len(tokens) else tokens.spans[stop - 1][1]
+        passes.append(ReadPass(tokens.text[start:end].strip(), start, end, stop - first + SPECIAL_TOKENS))
+    return TokenReport(
+        text=tokens.text,
+        num_tokens=len(tokens) + SPECIAL_TOKENS,
+        conditioning=conditioning.name,
+        context_length=context.length,
+        stock_cut=_character(tokens, room),
+        cut=_character(tokens, layout.num_read),
+        passes=tuple(passes),
+        num_states=len(layout),
+    )
+
+
+def _character(tokens: PromptTokens, number: int) -> int | None:
+    """First character of token `number`; None behind the last token."""
+    return tokens.spans[number][0] if number < len(tokens) else None

@@ -1,0 +1,153 @@
+"""Prompt weights: both syntaxes, against the tools that they come from."""
+
+import pytest
+import tiny
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fixclip_diffusion import FixClipStableDiffusionPipeline
+from fixclip_diffusion.conditioning import CONDITIONINGS, Break
+from fixclip_diffusion.prompt_weights import Fragment, parse_weights
+
+LONG = tiny.sentences(14)
+
+
+@pytest.fixture(scope="module", params=["sd1", "sd2"])
+def pipe(base_folders, request):
+    return FixClipStableDiffusionPipeline.from_pretrained(base_folders[request.param])
+
+
+def weighted(pipe, prompt, weights, conditioning="overlap"):
+    pipe._weights, pipe._conditioning = weights, conditioning
+    try:
+        with torch.no_grad():
+            return pipe.encode_prompt(prompt, "cpu", 1, False)[0]
+    finally:
+        pipe._weights = pipe._conditioning = None
+
+
+# -- A1111 ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a red cat", [("a red cat", 1.0)]),
+        ("a (red) cat", [("a ", 1.0), ("red", 1.1), (" cat", 1.0)]),
+        ("a ((red)) [blue] cat", [("a ", 1.0), ("red", 1.21), (" ", 1.0), ("blue", 1 / 1.1), (" cat", 1.0)]),
+        ("(red:1.3) and (blue: .5 )", [("red", 1.3), (" and ", 1.0), ("blue", 0.5)]),
+        ("(a (b:2) c:1.5)", [("a ", 1.5), ("b", 3.0), (" c", 1.5)]),
+        (r"\(red\) \[b\] \\ c", [(r"(red) [b] \ c", 1.0)]),
+        ("open (red cat", [("open ", 1.0), ("red cat", 1.1)]),
+        ("close) it] 3:4 a:b", [("close) it] 3:4 a:b", 1.0)]),
+        ("[red:1.3]", [("red:1.3", 1 / 1.1)]),
+        ("(:1.3)", [("", 1.0)]),
+        ("", [("", 1.0)]),
+        ("BREAKFAST (at:1.2)", [("BREAKFAST ", 1.0), ("at", 1.2)]),
+    ],
+)
+def test_syntax_of_a1111(text, expected):
+    found = parse_weights(text, "a1111")
+    assert [fragment.text for fragment in found] == [text for text, _ in expected]
+    assert [fragment.weight for fragment in found] == pytest.approx([weight for _, weight in expected])
+
+
+def test_break_ends_a_pass():
+    assert parse_weights("a cat BREAK a dog", "a1111") == [
+        Fragment("a cat ", 1.0, ends_pass=True),
+        Fragment("a dog", 1.0),
+    ]
+    assert [fragment.ends_pass for fragment in parse_weights("BREAK a", "a1111")] == [False]
+
+
+@given(text=st.text(alphabet="ab()[]:\\1.5 BREAK,", max_size=60))
+def test_any_text_parses_and_loses_nothing_but_syntax(text):
+    found = parse_weights(text, "a1111")
+    letters = "".join(char for fragment in found for char in fragment.text if char in "ab,")
+    assert letters == "".join(char for char in text.replace("BREAK", "") if char in "ab,") or "BREAK" in text
+    assert all(fragment.weight > 0 or ":0" in text or "." in text for fragment in found)
+
+
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_a1111_weights_multiply_states_and_restore_the_mean_of_each_pass(pipe, conditioning):
+    """By hand: every pass by itself."""
+    prompt = f"(A red cat:1.5) sits. {LONG} A [blue] dog."
+    encoder = pipe.prompt_encoder.__class__(pipe.prompt_encoder.encodings, conditioning, "a1111")
+    layout = encoder.lay_out(prompt)
+    with torch.no_grad():
+        expected = []
+        for ids, weight in zip(layout.ids_NP, layout.weight_NP, strict=True):
+            states = pipe.text_encoder(ids[None])[0][0]
+            scaled = states * weight[:, None]
+            expected.append(scaled * states.mean() / scaled.mean() if (weight != 1).any() else states)
+        rows = layout.join(torch.stack(expected))
+    torch.testing.assert_close(weighted(pipe, prompt, "a1111", conditioning)[0], rows, rtol=1e-4, atol=1e-4)
+    assert layout.is_weighted
+    read = layout.token_L[layout.token_L >= 0]
+    heavy = {int(token) for token in range(3)}
+    assert {int(t) for t in read if float(layout.weight_NP[layout.token_NP == t][0]) == 1.5} == heavy
+
+
+def test_text_without_weights_is_left_alone_to_the_bit(pipe):
+    for syntax in ("a1111", "compel"):
+        assert torch.equal(weighted(pipe, "a red cat", syntax), weighted(pipe, "a red cat", None))
+        assert torch.equal(weighted(pipe, LONG, syntax), weighted(pipe, LONG, None))
+
+
+def test_no_syntax_takes_brackets_literally(pipe):
+    literal = pipe.prompt_encoder.tokens("a (red:1.3) cat")
+    assert literal.text == "a (red:1.3) cat"
+    assert set(literal.weights) == {1.0}
+    assert Break.ALWAYS not in pipe.prompt_encoder.tokens("a BREAK b").breaks
+
+
+# -- compel --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def compel(pipe):
+    from compel import Compel
+    from diffusers import StableDiffusionPipeline
+
+    stock = StableDiffusionPipeline.from_pretrained(pipe._name_or_path, safety_checker=None)
+    return Compel(tokenizer=stock.tokenizer, text_encoder=stock.text_encoder)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "a red cat",
+        "a red++ cat on a (wooden boat)1.3",
+        "a red- cat on a (wooden boat)0.5, with a (green hat)1.2",
+        "a (red cat)0.0 and a dog--",
+        "(a (very)1.2 red cat)1.1 sleeps",
+        "",
+    ],
+)
+def test_compels_weights_are_compels(pipe, compel, prompt):
+    with torch.no_grad():
+        expected = compel(prompt)
+    torch.testing.assert_close(weighted(pipe, prompt, "compel"), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_compels_weights_count_beyond_token_77_too(pipe, conditioning):
+    plain, heavy, light = (
+        weighted(pipe, f"{LONG} A {word} hat.", "compel", conditioning)
+        for word in ("green", "(green)1.5", "(green)0.5")
+    )
+    changed = conditioning != "stock"
+    assert (not torch.equal(plain, heavy)) == changed
+    assert (not torch.equal(plain, light)) == changed
+
+
+@pytest.mark.parametrize("prompt", ['("a cat", "a dog").blend(0.3, 0.7)', '("a cat", "a dog").and()'])
+def test_what_is_no_weight_is_refused_with_compels_name(prompt):
+    with pytest.raises(ValueError, match=r"asks for more than weights .* with compel itself"):
+        parse_weights(prompt, "compel")
+
+
+def test_unknown_syntax():
+    with pytest.raises(ValueError, match="weights='comp': valid are 'a1111', 'compel', and None for literal text"):
+        parse_weights("a", "comp")
