@@ -34,7 +34,10 @@ def evaluate(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the report as JSON.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images or texts a step.")] = 64,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 2,
-    precision: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="Of the encoder's passes.")] = "fp32",
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16", "fp16"],
+        typer.Option(help="Of the encoder's passes; auto: bf16 where the device has instructions for it."),
+    ] = "fp32",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; default: the fastest there is.")] = None,
 ) -> None:
     """Retrieval (R@1, 5, 10 both ways) on your data or a benchmark, or zero-shot classification."""
@@ -55,10 +58,9 @@ def evaluate(
         refuse(ctx, "does not act on a benchmark, which fixes its images and texts", *of_own_data)
     if output is not None:
         prepare_output(output)
-    import torch
-
     from fixclip_core.data.config import DataConfig
     from fixclip_core.data.sources import open_source
+    from fixclip_core.device import best_device, choose_precision
     from fixclip_core.evaluation.benchmarks import load_benchmark
     from fixclip_core.evaluation.classification import classification_report, read_classnames
     from fixclip_core.evaluation.encoders import load_encoder
@@ -67,8 +69,12 @@ def evaluate(
     from fixclip_core.evaluation.retrieval import retrieval_report
     from fixclip_core.evaluation.twins import format_choices, twin_scenes, twins_report
 
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "precision": precision}
+    device = device or best_device()
+    options: dict[str, Any] = {
+        "batch_size": batch_size,
+        "workers": workers,
+        "precision": choose_precision(precision, device),
+    }
     # Data first: a wrong folder should not cost loading a model.
     chosen = load_benchmark(benchmark, data or "", partial) if benchmark else None
     source = None
@@ -78,7 +84,7 @@ def evaluate(
         part = {"image_root": image_root, "start": start, "stop": stop}
         source = open_source(DataConfig.model_validate({"source": data, **keys, **part}))
     names = read_classnames(classnames) if classnames else None
-    encoder = load_encoder(model, model_name=model_name, pretrained=pretrained, device=device or best)
+    encoder = load_encoder(model, model_name=model_name, pretrained=pretrained, device=device)
     if chosen is not None:
         items: Any = BenchmarkItems(chosen, encoder.preprocess)
         report = retrieval_report(encoder, items, chosen.name, chosen.protocol, **options)

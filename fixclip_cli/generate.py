@@ -14,10 +14,10 @@ def load_pipeline(base: str, encoder: str | None, adapter: str | None, device: s
     """The pipeline, on the fastest device there is unless one is named."""
     import torch
 
+    from fixclip_core.device import best_device
     from fixclip_diffusion import FixClipStableDiffusionPipeline
 
-    fastest = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = device or fastest
+    device = device or best_device()
     torch_dtype = getattr(torch, dtype or ("float16" if device.startswith("cuda") else "float32"))
     pipe = FixClipStableDiffusionPipeline.from_pretrained(base, encoder=encoder, adapter=adapter, dtype=torch_dtype)
     try:

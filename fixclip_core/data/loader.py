@@ -8,7 +8,6 @@ Shape letters: B samples of this rank, C channels, H height, W width, T tokens.
 """
 
 import logging
-import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +33,7 @@ from fixclip_core.data.samples import (
     describe_skipped,
 )
 from fixclip_core.data.sources import Source, open_source
+from fixclip_core.device import loading_workers
 
 logger = logging.getLogger(__name__)
 
@@ -239,13 +239,11 @@ class Loader:
         """
         if not 0 <= start <= len(self):
             raise ValueError(f"start={start}: an epoch has {len(self)} batches")
-        # More workers than cores only get in each other's way; batches do not depend on their number.
-        workers = min(self.config.workers, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 64)
         loader = DataLoader(
             self.batches,
             batch_size=None,
             sampler=[(epoch, number) for number in range(start, len(self))],
-            num_workers=workers,
+            num_workers=loading_workers(self.config.workers),  # batches do not depend on their number
             pin_memory=self.pin_memory,
             generator=torch.Generator().manual_seed(self.config.seed),  # leaves the global one alone
         )

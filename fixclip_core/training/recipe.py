@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import ErrorDetails
 
+from fixclip_core.device import AnyPrecision
 from fixclip_core.section import Section
 
 RecipeT = TypeVar("RecipeT", bound=BaseModel)
@@ -215,8 +216,9 @@ class RunSection(Section):
     epochs: int = Field(default=1, ge=1, description="passes over the data; ignored where steps is set")
     steps: int | None = Field(default=None, ge=1, description="optimiser steps of the whole run")
     batch_size: int = Field(default=256, ge=1, description="samples a step over all processes")
-    precision: Literal["fp32", "bf16", "fp16"] = Field(
-        default="bf16", description="of the computation; weights are fp32"
+    precision: AnyPrecision = Field(
+        default="auto",
+        description="of the computation, weights are fp32; auto: bf16 where the device has instructions for it",
     )
     gradient_checkpointing: bool = False
     compile: bool = Field(default=False, description="torch.compile the transformer blocks")

@@ -30,6 +30,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from fixclip_core.data.samples import describe_skipped
+from fixclip_core.device import choose_precision
 from fixclip_core.files import lock_folder
 from fixclip_core.training.checkpoint import (
     check_folder,
@@ -124,11 +125,12 @@ class Trainer:
     schedule: LambdaLR
     ema: AveragedModel | None
     total_steps: int
+    cpu = False  # True: whatever else the machine has
 
     def __init__(self, recipe: Any):
-        self.recipe = recipe
+        self.recipe = recipe = with_precision(recipe, self.cpu)
         self.folder = Path(recipe.output.folder)
-        self.accelerator = make_accelerator(recipe.train, recipe.output)
+        self.accelerator = make_accelerator(recipe.train, recipe.output, cpu=self.cpu)
         self.state = TrainState()
         self.batch_size, rest = divmod(recipe.train.batch_size, self.accelerator.num_processes)
         if rest:
@@ -437,7 +439,7 @@ class Trainer:
 
 def smoke(trainer: type[Trainer], recipe: Any) -> None:
     """Train two steps in a temporary folder."""
-    process = PartialState()
+    process, recipe = PartialState(cpu=trainer.cpu), with_precision(recipe, trainer.cpu)
     folder = broadcast_object_list([tempfile.mkdtemp() if process.is_main_process else None])[0]
     try:
         trainer.smoke_trainer(recipe, folder).train(resume="none")
@@ -446,13 +448,24 @@ def smoke(trainer: type[Trainer], recipe: Any) -> None:
             shutil.rmtree(folder)
 
 
+def with_precision(recipe: Any, cpu: bool = False) -> Any:
+    """The recipe with what `train.precision=auto` means on the main process's device, which is logged."""
+    if recipe.train.precision != "auto":
+        return recipe
+    process = PartialState(cpu=cpu)
+    precision = broadcast_object_list([choose_precision("auto", process.device)])[0]
+    if process.is_main_process:
+        logger.info("train.precision=auto: %s on %s", precision, process.device.type)
+    return changed(recipe, {"train": {"precision": precision}})
+
+
 def changed(recipe: Any, changes: dict[str, dict[str, Any]]) -> Any:
     """A recipe with other values: {section: {field: value}}, not validated again."""
     sections = {name: getattr(recipe, name).model_copy(update=update) for name, update in changes.items()}
     return recipe.model_copy(update=sections)
 
 
-def make_accelerator(run: RunSection, output: OutputSection) -> Accelerator:
+def make_accelerator(run: RunSection, output: OutputSection, *, cpu: bool = False) -> Accelerator:
     """An Accelerator with the recipe's precision and trackers; the rest comes from Accelerate's own config.
 
     Raises:
@@ -465,6 +478,7 @@ def make_accelerator(run: RunSection, output: OutputSection) -> Accelerator:
             f"output.trackers={list(output.trackers)}: {', '.join(missing)} cannot be imported; install it"
         )
     return Accelerator(
+        cpu=cpu,
         mixed_precision="no" if run.precision == "fp32" else run.precision,
         log_with=list(output.trackers) or None,
         project_dir=output.folder,

@@ -35,6 +35,7 @@ from fixclip_core.data.loader import Batch, Batches, LoadedSample
 from fixclip_core.data.order import sample_range, sample_seeds
 from fixclip_core.data.samples import BadSampleError, Skipped
 from fixclip_core.data.sources import Source
+from fixclip_core.device import loading_workers
 from fixclip_core.files import write_atomically
 from fixclip_diffusion.adapter_training.objectives import CaptionStates, Features
 from fixclip_diffusion.adapter_training.recipe import AdapterRecipe, FeaturesSection, ObjectivesSection
@@ -446,7 +447,7 @@ class FeatureCache:
         loader = DataLoader(
             _Samples(batches, [index for number in mine for index in self._range(number)]),
             batch_size=None,
-            num_workers=workers,
+            num_workers=loading_workers(workers),
             generator=torch.Generator().manual_seed(0),  # leaves the global one alone
         )
         samples = iter(tqdm(loader, "caching", unit="sample", disable=rank != 0 or not mine))

@@ -580,6 +580,7 @@ class StageTrainer(Trainer):
     """Trains a stage; `module` is it. What comes out is a folder in the standard layout of its library."""
 
     recipe: StageRecipe
+    cpu = True  # models of this size are no faster on a GPU
 
     def __init__(self, recipe: StageRecipe):
         if recipe.train.steps is None:
