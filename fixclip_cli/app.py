@@ -53,6 +53,7 @@ def _with_one_line_errors(
         args.remove("--traceback")
     interrupted = "interrupted"
     try:
+        refuse_other_encodings(args)
         code = main(args, standalone_mode=False, **kwargs)
     except (*USER_ERRORS, ModuleNotFoundError) as error:
         message = describe(error)
@@ -67,6 +68,25 @@ def _with_one_line_errors(
     if standalone_mode:
         sys.exit(code)
     return code
+
+
+def refuse_other_encodings(args: Sequence[str]) -> None:
+    """Refuse arguments that were no UTF-8: no file, no picture's metadata and no tokenizer could hold them.
+
+    Raises:
+        ValueError: names the argument, with its foreign bytes as \\udcXX.
+    """
+    for argument in args:
+        if not argument.isascii() and not _is_text(argument):
+            raise ValueError(f"argument {argument!a} is not UTF-8; look at the terminal's encoding (LANG)")
+
+
+def _is_text(argument: str) -> bool:
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def describe(error: Exception) -> str:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from fixclip_cli.app import ModelNameOption, app
+from fixclip_core.files import prepare_folder
 
 
 @app.command(short_help="Make a FixClip folder of any CLIP.")
@@ -23,8 +24,7 @@ def convert(
     from fixclip_core.weights.read import load_fixclip
 
     fields = parse_fields(field or [])
-    if output.exists() and any(output.iterdir()):
-        raise ValueError(f"{output} exists and is not empty; nothing was written")
+    prepare_folder(output, empty=True)
     model = load_fixclip(source, model_name, **fields)
     model.save_pretrained(output)
     typer.echo(f"{output}: {model.config.context_length} tokens, {model.config.num_prompts} regional prompts")
@@ -73,5 +73,6 @@ def export(
     if find_fixclip(run) is None:
         best = f"; the best so far is in {run / 'best'}" if find_fixclip(run / "best") else ""
         raise ValueError(f"{run}: no FixClip there; expected model/ or config.json and model.safetensors{best}")
+    prepare_folder(output, empty=True)
     for line in write(load_fixclip(run), output, formats or FORMATS, getattr(torch, dtype)):
         typer.echo(line)

@@ -1,9 +1,11 @@
 """Files: written so that no reader meets half of one, in folders that one process at a time writes to; safe JSON."""
 
+import glob
 import json
 import os
 import platform
 import shlex
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
+_GIB = 2**30
 LOCK = ".lock"
 HOLDER = ".lock.json"
 LOCK_PATIENCE = 6.0  # seconds; the loading processes of a killed training hold its lock for up to 5 more
@@ -22,11 +25,17 @@ LOCK_PATIENCE = 6.0  # seconds; the loading processes of a killed training hold 
 def write_atomically(path: Path, content: bytes | Callable[[Path], Any]) -> None:
     """Write a file that is, at any moment, either absent, the old one or complete.
 
+    What a killed process of this machine left of an earlier try is removed.
+
     Args:
         path: the file; its folder exists.
         content: its bytes, or a function that writes them to the path it is given.
+
+    Raises:
+        OSError: the disk is full or gone, with the file's name; what was there before is untouched.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    _remove_abandoned(path)
+    temporary = path.with_name(_temporary_name(path, os.getpid()))
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
@@ -38,9 +47,35 @@ def write_atomically(path: Path, content: bytes | Callable[[Path], Any]) -> None
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None and error.errno is not None:
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+        if type(error).__name__ == "SafetensorError":  # its only word for a full disk
+            raise OSError(f"{path}: {error}") from error
         raise
+
+
+def _temporary_name(path: Path, pid: int | str) -> str:
+    return f".{path.name}.{platform.node()}.{pid}.tmp"
+
+
+def _remove_abandoned(path: Path) -> None:
+    start, end = _temporary_name(path, "|").split("|")
+    for other in path.parent.glob(f"{glob.escape(start)}*{end}"):
+        pid = other.name.removeprefix(start).removesuffix(end)
+        if pid.isdecimal() and not _is_running(int(pid)):
+            other.unlink(missing_ok=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
 
 
 def prepare_output(path: Path) -> None:
@@ -57,6 +92,38 @@ def prepare_output(path: Path) -> None:
             pass
     except OSError as error:
         raise ValueError(f"output {str(path)!r} cannot be written: {error}") from error
+
+
+def prepare_folder(folder: Path, needed_bytes: int = 0, *, empty: bool = False) -> None:
+    """Make an output folder, try it out and compare its free space: before the work, not at hour nine.
+
+    Args:
+        folder: to write into.
+        needed_bytes: that will be written.
+        empty: refuse a folder that holds anything.
+
+    Raises:
+        ValueError: it is a file, holds something although it must be empty, cannot be made or written to, or has less
+            than `needed_bytes` left.
+    """
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"output {str(folder)!r} is a file; name a folder")
+        if empty and folder.exists() and any(folder.iterdir()):
+            raise ValueError(f"output {str(folder)!r} exists and is not empty; nothing was written")
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"probe")
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:
+        raise ValueError(f"output {str(folder)!r} cannot be written to: {error.strerror}") from None
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise ValueError(
+            f"{folder}: too little disk space: {free / _GIB:.2f} GiB free, {needed_bytes / _GIB:.2f} GiB needed; "
+            "keep fewer checkpoints or choose another output folder"
+        )
 
 
 def lock_folder(folder: Path) -> "BaseFileLock":

@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import command_line
 import numpy as np
 import pytest
 import tiny
@@ -22,11 +23,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny_adapter import without_onednn  # noqa: F401
 from transformers import CLIPTextModel
-from typer.testing import CliRunner
 
-from fixclip_cli.main import app
 from fixclip_core.training.checkpoint import list_checkpoints
-from fixclip_core.training.recipe import load_recipe
+from fixclip_core.training.recipe import builtin_recipes, load_recipe
 from fixclip_core.training.trainer import smoke
 from fixclip_diffusion import FixClipStableDiffusionPipeline, TextAdapter
 from fixclip_diffusion.adapter_training import trainer as train
@@ -465,8 +464,9 @@ def test_poisoned_steps_are_skipped_and_stop_the_run(recipe, tmp_path):
         run.denoiser.empty_teacher.fill_(math.nan)
         run.frozen.teacher.text_model.final_layer_norm.bias.fill_(math.nan)
     before = {name: p.detach().clone() for name, p in run.module.named_parameters()}
-    with pytest.raises(FloatingPointError, match="step 5: 3 steps in a row without a finite gradient"):
+    with pytest.raises(FloatingPointError, match="step 5: 3 steps in a row without a finite gradient") as caught:
         run.fit()
+    assert "step-00000004 is whole: the same command goes on from step 4" in str(caught.value)
     assert_equal(before, dict(run.module.named_parameters()))
 
 
@@ -474,7 +474,7 @@ def test_poisoned_steps_are_skipped_and_stop_the_run(recipe, tmp_path):
 
 
 def run_command(*arguments):
-    return CliRunner().invoke(app, ["train", "adapter", *map(str, arguments)])
+    return command_line.run("train", "adapter", *arguments)
 
 
 def test_command(recipe_file, tmp_path):
@@ -512,9 +512,9 @@ def test_smoke(recipe):
     smoke(AdapterTrainer, recipe("run", "model.long_prompt=windows_77"))
 
 
-def test_the_recipe_of_stable_diffusion_is_valid():
-    chosen = load_recipe(AdapterRecipe, "builtin:vit_l14_stable_diffusion")
-    assert chosen.model.base == "stable-diffusion-v1-5/stable-diffusion-v1-5"
+def test_shipped_recipes_are_valid():
+    for name in builtin_recipes(AdapterRecipe):
+        assert load_recipe(AdapterRecipe, name, ["data.source=my.jsonl"]).data.source == "my.jsonl"
 
 
 def test_sizes_of_the_random_stable_diffusion():

@@ -15,7 +15,6 @@ from accelerate import Accelerator
 
 from fixclip_core.training.checkpoint import (
     MANIFEST,
-    check_folder,
     damage,
     find_resume,
     latest_valid,
@@ -168,17 +167,6 @@ def test_kill_9_while_saving_leaves_only_whole_checkpoints(tmp_path):
         assert checkpoints
         assert [damage(path) for _, path in checkpoints] == [None] * len(checkpoints)
         assert sorted(path.name for path in copy.iterdir()) == [path.name for _, path in checkpoints]
-
-
-def test_folder_checks(tmp_path):
-    check_folder(tmp_path / "new" / "folder", 1000)
-    assert not list((tmp_path / "new" / "folder").iterdir())
-    with pytest.raises(ValueError, match=r"too little disk space: .* GiB free, 1000000.00 GiB needed"):
-        check_folder(tmp_path, 10**6 * 2**30)
-    (tmp_path / "file").touch()
-    for unwritable in (tmp_path / "file", tmp_path / "file" / "below", "/proc/fixclip"):
-        with pytest.raises(ValueError, match="cannot be written to"):
-            check_folder(type(tmp_path)(unwritable), 0)
 
 
 def test_estimate_matches_what_is_written(run, tmp_path):

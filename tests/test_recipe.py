@@ -236,7 +236,7 @@ def test_the_documentation_lists_every_field():
 
 @pytest.mark.parametrize("name", builtin_recipes(EncoderRecipe))
 def test_shipped_recipes_are_valid(name):
-    assert load(name, "output.folder=elsewhere").output.folder == "elsewhere"
+    assert load(name, "output.folder=elsewhere", "data.source=my.jsonl").output.folder == "elsewhere"
     text = builtin_recipes(EncoderRecipe)[name].read_text()
     assert name in text.split("method:")[0]  # the command stands on top
 

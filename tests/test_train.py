@@ -13,19 +13,22 @@ import textwrap
 import time
 from pathlib import Path
 
+import command_line
 import open_clip
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
+from test_files import full_disk
 
-from fixclip_cli.main import app
+from fixclip_core import files
 from fixclip_core.data.config import DataConfig
+from fixclip_core.device import supports_bf16
 from fixclip_core.evaluation.retrieval import retrieval_metrics
 from fixclip_core.model.config import FixClipConfig
 from fixclip_core.model.fixclip import FixClip
+from fixclip_core.training import trainer
 from fixclip_core.training.checkpoint import damage, list_checkpoints
 from fixclip_core.training.encoder import trainer as train
 from fixclip_core.training.encoder.recipe import EncoderRecipe
@@ -121,11 +124,11 @@ def reset_accelerator():
 def run_until(recipe, step, resume="auto"):
     """Train, with the whole run's schedule, and stop after some steps as if the power went."""
     reset_accelerator()
-    trainer = EncoderTrainer(recipe).prepare()
-    trainer.start(resume)
-    trainer.total_steps = step
-    trainer.fit()
-    return trainer
+    run = EncoderTrainer(recipe).prepare()
+    run.start(resume)
+    run.total_steps = step
+    run.fit()
+    return run
 
 
 def weights(folder):
@@ -226,6 +229,8 @@ def test_changes_and_conflicts_on_resume(recipe, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         run_until(recipe("run", "optim.lr=5e-4", "eval.source=null"), 3)
     assert "optim.lr was 0.001 when this run started and is 0.0005 now" in caplog.text
+    rows = metrics(tmp_path / "run")  # and it counts: two steps of warm-up, then a cosine over six
+    assert [row["lr"] for row in rows] == pytest.approx([5e-4, 1e-3, 5e-4])
     with pytest.raises(ValueError, match=r"--resume none: .* newer checkpoints \(step-00000002, step-00000003\)"):
         run_until(recipe("run"), 3, resume="none")
     with pytest.raises(ValueError, match=r"newer checkpoints \(step-00000003\)"):
@@ -370,16 +375,74 @@ def test_skipped_steps_are_counted_and_stop_the_run_when_in_a_row():
         count_step(state, False, limit=3)
 
 
-def test_a_diverged_run_stops_and_saves_nothing_poisoned(recipe, tmp_path):
-    with pytest.raises(FloatingPointError, match="3 steps in a row"):
-        EncoderTrainer(recipe("run", "optim.lr=1e30", "optim.lr_new=1e30", "train.steps=9", "eval.source=null")).train()
+@pytest.mark.parametrize("save_every", [1, 100])
+def test_a_diverged_run_says_what_is_whole_and_saves_nothing_poisoned(recipe_file, tmp_path, save_every):
+    options = ["optim.lr=1e30", "optim.lr_new=1e30", "train.steps=9", "eval.source=null", "output.keep_last=1"]
+    result = command(recipe_file(), *options, f"output.save_every={save_every}")
+    assert result.exit_code == 1
+    error = result.stderr.splitlines()[-1]
+    assert error.startswith("error: step ")
+    assert "3 steps in a row without a finite gradient" in error
+    assert "It would diverge again: lower optim.lr" in error
     rows = metrics(tmp_path / "run")
     assert rows[-1]["skipped_steps"] >= 2
     assert rows[-1]["grad_norm"] is None  # JSON has no NaN
-    for _, path in list_checkpoints(tmp_path / "run" / "checkpoints"):
+    checkpoints = list_checkpoints(tmp_path / "run" / "checkpoints")
+    if save_every == 1:
+        ((step, path),) = checkpoints
+        assert f"{path} is whole: the same command goes on from step {step}" in error
         assert damage(path) is None
         assert all(torch.isfinite(tensor).all() for tensor in load_file(path / "model.safetensors").values())
+    else:
+        assert not checkpoints
+        assert f"There is no checkpoint in {tmp_path / 'run'} yet: the same command starts over" in error
     assert not (tmp_path / "run" / "model").exists()
+
+
+def test_ctrl_c_says_how_to_go_on(recipe_file, tmp_path, monkeypatch):
+    seed_step = trainer.seed_step
+
+    def seed_or_interrupt(seed, step, rank):
+        if step == 3:
+            signal.raise_signal(signal.SIGINT)
+        seed_step(seed, step, rank)
+
+    monkeypatch.setattr(trainer, "seed_step", seed_or_interrupt)
+    result = command(recipe_file(), "eval.source=null")
+    assert result.exit_code == 130
+    path = tmp_path / "run" / "checkpoints" / "step-00000002"
+    expected = f"interrupted at step 3. {path} is whole: the same command goes on from step 2"
+    assert result.stderr.splitlines()[-1] == expected
+
+
+def test_a_full_disk_ends_in_one_line_and_costs_no_checkpoint(recipe_file, tmp_path):
+    """Of the operating system's own errors; the run goes on once there is space."""
+    options = ["eval.source=null", "output.save_every=1"]
+    run_until(load_recipe(EncoderRecipe, recipe_file(), options), 2)
+    reset_accelerator()
+    with full_disk(1_000_000):
+        result = command(recipe_file(), *options)
+    assert result.exit_code == 1
+    error = result.stderr.splitlines()[-1]
+    assert error.startswith("error: step 3: ")
+    assert "step-00000003 could not be written" in error
+    assert "step-00000002 is whole: the same command goes on from step 2" in error
+    names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert names == {"step-00000001", "step-00000002"}
+    reset_accelerator()
+    EncoderTrainer(load_recipe(EncoderRecipe, recipe_file(), options)).train()
+    assert (tmp_path / "run" / "model").exists()
+
+
+def test_a_second_training_into_a_folder_is_refused(recipe_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "LOCK_PATIENCE", 0.1)
+    (tmp_path / "run").mkdir()
+    lock = files.lock_folder(tmp_path / "run")
+    result = command(recipe_file())
+    lock.release()
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'run'}: process {os.getpid()} on ")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_poisoned_weights_are_not_saved(recipe):
@@ -436,12 +499,32 @@ def test_the_recipe_reaches_every_setting_of_model_and_data(recipe):
     }
 
 
+def test_a_share_of_the_data_is_held_out(recipe):
+    """Its first samples; what that means is written down with the run."""
+    run = EncoderTrainer(recipe("run", "eval={held_out: 0.2, every: 3, batch_size: 4}", "data.start=5")).prepare()
+    held_out, trained = (loader.config for loader in (run.eval_loader, run.loader))
+    assert (held_out.start, held_out.stop, held_out.source) == (5, 8, "scenes")
+    assert (trained.start, trained.stop) == (8, 20)
+    assert (run.recipe.eval.stop, run.recipe.eval.held_out, run.recipe.data.start) == (8, None, 8)
+    with pytest.raises(ValueError, match=r"eval\.held_out=0\.5: it is a share of the data; set eval\.source=null"):
+        recipe("run", "eval.held_out=0.5")
+
+
+def test_the_precision_that_auto_means_is_written_down(recipe, tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        run = run_until(recipe("run", "train.precision=auto", "eval.source=null"), 1)
+    expected = "bf16" if supports_bf16(torch.device("cpu")) else "fp32"
+    assert run.accelerator.mixed_precision == {"bf16": "bf16", "fp32": "no"}[expected]
+    assert load_recipe(EncoderRecipe, tmp_path / "run" / "recipe.yaml").train.precision == expected
+    assert f"train.precision=auto: {expected} on cpu" in caplog.text
+
+
 def test_groups_have_their_learning_rates_and_no_decay_where_none_belongs(recipe):
     clip = train.build_clip(recipe())
     optim = OptimSection(lr=1.0, lr_new=2.0, weight_decay=3.0)
-    trainer = EncoderTrainer(recipe())
-    trainer.module = clip
-    groups = parameter_groups(clip, trainer.is_new, trainer.no_decay, optim)
+    run = EncoderTrainer(recipe())
+    run.module = clip
+    groups = parameter_groups(clip, run.is_new, run.no_decay, optim)
     found = {}
     for group in groups:
         for parameter in group["params"]:
@@ -538,7 +621,7 @@ def test_loss_curves_are_drawn(tmp_path):
 
 
 def command(*arguments):
-    return CliRunner().invoke(app, ["train", "encoder", *map(str, arguments)])
+    return command_line.run("train", "encoder", *arguments)
 
 
 def test_dry_run_prints_the_plan_and_trains_nothing(recipe_file, tmp_path):
@@ -554,6 +637,27 @@ def test_smoke_trains_two_steps_and_leaves_nothing(recipe_file, tmp_path):
     assert result.exit_code == 0, result.output
     assert "Smoke test passed" in result.output
     assert not (tmp_path / "run").exists()
+
+
+def test_traceback_shows_where_an_error_arose(recipe_file):
+    result = command(recipe_file(), "data.source=missing.jsonl", "--traceback")
+    assert result.exit_code == 1
+    assert "Traceback (most recent call last)" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error: missing.jsonl: ")
+
+
+def test_one_s_own_data_needs_no_override_but_its_source(tmp_path, clip_folder, monkeypatch):
+    result = command("builtin:own_data")
+    assert result.exit_code == 1
+    assert "builtin:own_data: data.source: the recipe leaves it to you: data.source=..." in result.stderr
+    monkeypatch.chdir(tmp_path)
+    base = [f"model.name={clip_folder}", "model.pretrained=null", "model.num_groups=2", "model.first_group=1"]
+    result = command("builtin:own_data", "data.source=scenes", "data.stop=300", *base, "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "294 samples, 1 batches an epoch" in result.stdout
+    listed = command_line.run("train", "--list")
+    assert {line.split()[0] for line in listed.stdout.splitlines()} == {"encoder", "adapter"}
+    assert "encoder  builtin:own_data" in listed.stdout
 
 
 def test_wrong_recipes_end_with_one_message(recipe_file):

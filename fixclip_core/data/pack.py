@@ -31,7 +31,7 @@ from fixclip_core.data.order import sample_range
 from fixclip_core.data.samples import BadSampleError, Sample, Skipped, check_captions, decode_image
 from fixclip_core.data.sources import Source, open_source
 from fixclip_core.data.sources.shards import write_index
-from fixclip_core.files import write_atomically
+from fixclip_core.files import prepare_folder, write_atomically
 
 # Stored as they are; anything else becomes a PNG.
 KEPT_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -95,10 +95,11 @@ def pack(config: DataConfig, out: Path, options: PackOptions, workers: int = 1) 
     source = open_source(config)
     samples = sample_range(source.sizes, config)
     state, is_new = out / ".pack", not out.exists()
-    if out.exists() and not state.exists() and any(out.iterdir()):
+    if out.is_dir() and not state.exists() and any(out.iterdir()):
         raise ValueError(f"{out}: the folder is not empty and not from a pack; choose a new one")
+    prepare_folder(out)
     try:
-        state.mkdir(parents=True, exist_ok=True)
+        state.mkdir(exist_ok=True)
         with FileLock(state / "lock", timeout=_LOCK_SECONDS):
             _check_options(state / "options.json", config, options, len(samples))
             report = _pack_shards(source, samples, out, options, workers)

@@ -11,19 +11,18 @@ import logging
 import os
 import re
 import shutil
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8,})")
-_GIB = 2**30
 
 
 def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, *, keep_last: int) -> Path:
@@ -43,10 +42,15 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, *, keep_l
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(temporary))
-    accelerator.wait_for_everyone()
+    try:
+        accelerator.save_state(str(temporary))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            _seal(temporary)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"{path} could not be written ({error})") from error
     if accelerator.is_main_process:
-        _seal(temporary)
         _rename(temporary, path)
         for _, old in list_checkpoints(folder)[:-keep_last]:
             _remove(old)
@@ -159,28 +163,6 @@ def training_state_bytes(model: torch.nn.Module, *, ema: bool = False) -> int:
     weights = sum(p.numel() * p.element_size() for p in [*model.parameters(), *model.buffers()])
     moments = sum(2 * p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     return weights * (2 if ema else 1) + moments
-
-
-def check_folder(folder: Path, needed_bytes: int) -> None:
-    """Fail now rather than at hour nine: create the folder, write to it, and compare its free space.
-
-    Raises:
-        ValueError: it cannot be created or written to, or has less than `needed_bytes` left.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(b"probe")
-            probe.flush()
-            os.fsync(probe.fileno())
-    except OSError as error:
-        raise ValueError(f"{folder}: the output folder cannot be written to: {error.strerror}") from None
-    free = shutil.disk_usage(folder).free
-    if free < needed_bytes:
-        raise ValueError(
-            f"{folder}: too little disk space: {free / _GIB:.2f} GiB free, {needed_bytes / _GIB:.2f} GiB needed "
-            "for the checkpoints; keep fewer or choose another output folder"
-        )
 
 
 def _temporary_name(path: Path) -> Path:

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import ErrorDetails
 
@@ -59,6 +59,8 @@ def load_recipe(schema: type[RecipeT], path: str | Path, overrides: Sequence[str
         sources[location] = "command line"
     try:
         values = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise ValueError(f"{name}: {error.full_key}: the recipe leaves it to you: {error.full_key}=...") from None
     except OmegaConfBaseException as error:
         source = sources.get(tuple(str(error.full_key).split(".")), name)
         raise ValueError(f"{source}: {error.full_key}: {str(error).splitlines()[0]}") from None

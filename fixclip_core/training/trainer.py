@@ -31,9 +31,8 @@ from tqdm import tqdm
 
 from fixclip_core.data.samples import describe_skipped
 from fixclip_core.device import choose_precision
-from fixclip_core.files import lock_folder
+from fixclip_core.files import lock_folder, prepare_folder, write_atomically
 from fixclip_core.training.checkpoint import (
-    check_folder,
     find_resume,
     list_checkpoints,
     load_checkpoint,
@@ -169,12 +168,12 @@ class Trainer:
             ValueError: see `train`.
         """
         recipe, accelerator = self.recipe, self.accelerator
-        self._on_main(lambda: check_folder(self.folder, 0))
+        self._on_main(lambda: prepare_folder(self.folder))
         torch.manual_seed(recipe.seed)
         with accelerator.local_main_process_first():  # the others find its download
             self.module = self.build_model()
         self.loader = self.build_data()
-        self._on_main(lambda: check_folder(self.folder, self.needed_disk()))
+        self._on_main(lambda: prepare_folder(self.folder, self.needed_disk()))
         if accelerator.state.deepspeed_plugin is not None:  # it cannot ask a loader that it does not prepare
             accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = self.batch_size
         groups = parameter_groups(self.module, self.is_new, self.no_decay, recipe.optim)
@@ -213,7 +212,7 @@ class Trainer:
             remove_unfinished(checkpoints)
             if path is not None and (self.folder / RECIPE).exists():
                 _warn_of_changes(self.recipe, self.folder / RECIPE)
-            (self.folder / RECIPE).write_text(recipe_yaml(self.recipe), encoding="utf-8")
+            write_atomically(self.folder / RECIPE, recipe_yaml(self.recipe).encode())
         self._start_trackers()
 
     def fit(self) -> None:
@@ -397,7 +396,7 @@ class Trainer:
         held: list[BaseFileLock] = []
 
         def lock() -> None:
-            check_folder(self.folder, 0)
+            prepare_folder(self.folder)
             held.append(lock_folder(self.folder))
 
         self._on_main(lock)

@@ -480,7 +480,13 @@ class FeatureCache:
         for name in parts[0] if parts else ():
             tensors[name] = _stacked([row for part in parts for row in part[name]]).contiguous()
         metadata = {"key": self._sample_keys[number], "skipped": json.dumps(skipped), "keys": json.dumps(keys)}
-        write_atomically(self._path(number), save(tensors, metadata))
+        try:
+            write_atomically(self._path(number), save(tensors, metadata))
+        except OSError as error:
+            raise OSError(
+                f"features.folder={str(self.folder)!r}: {error}. The files before it are whole: the same command "
+                "goes on from them"
+            ) from error
 
     def _encode(self, rows: Sequence[LoadedSample], batches: Batches, frozen: FrozenModels) -> dict[str, Tensor]:
         images, longs, shorts = ([row[i] for row in rows] for i in range(3))

@@ -4,7 +4,6 @@ import copy
 import json
 import logging
 import math
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -63,6 +62,7 @@ logger = logging.getLogger(__name__)
 
 ADAPTER = "adapter"
 LORA = "lora"
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 SAMPLES = "samples"
 CROSS_ATTENTION = r".*attn2\.(to_q|to_k|to_v|to_out\.0)"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -511,10 +511,8 @@ def save_lora(unet: UNet2DConditionModel, lora_state: Mapping[str, Tensor], fold
     """Write a LoRA of the UNet in diffusers' format; a file there before is replaced in one step."""
     layers = get_peft_model_state_dict(unet, {**unet.state_dict(), **lora_state})
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial") as partial:
-        StableDiffusionPipeline.save_lora_weights(partial, convert_state_dict_to_diffusers(layers))
-        for file in Path(partial).iterdir():
-            file.replace(folder / file.name)
+    save, layers = StableDiffusionPipeline.save_lora_weights, convert_state_dict_to_diffusers(layers)
+    write_atomically(folder / LORA_WEIGHTS, lambda path: save(path.parent, layers, weight_name=path.name))
 
 
 def sample_sheet(columns: Mapping[str, list[Image.Image]], prompts: list[str]) -> Image.Image:

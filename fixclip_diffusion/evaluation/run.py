@@ -10,8 +10,7 @@ import torch
 from PIL import Image
 
 from fixclip_core.evaluation.encoders import Encoder
-from fixclip_core.files import write_atomically
-from fixclip_core.training.checkpoint import check_folder
+from fixclip_core.files import prepare_folder, write_atomically
 from fixclip_diffusion.evaluation.generate import Drawing, Painter, System, save_pictures
 from fixclip_diffusion.evaluation.judges import scene_verdicts, text_scores
 from fixclip_diffusion.evaluation.prompts import Prompt, sentences
@@ -58,7 +57,7 @@ def evaluate_images(
         with painter.pipeline(system) as pipe:
             tokenizer = pipe.tokenizer
     if folder is not None:
-        check_folder(folder, 0)
+        prepare_folder(folder)
     parts = [sentences(prompt.text, tokenizer) for prompt in prompts]
     rows: list[dict[str, Any]] = [
         {"prompt": prompt.text, "sentences": [asdict(s) for s in own], "systems": {}}

@@ -63,6 +63,12 @@ class EvalSection(SourceSection):
     source: str | None = Field(  # type: ignore[assignment]
         default=None, min_length=1, description="as data.source; null: no evaluation"
     )
+    held_out: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="in place of a source: share of the data, its first samples, at most 1000, that is not trained on",
+    )
     every: int = Field(default=1000, ge=1, description="steps between two evaluations; the last step always has one")
     batch_size: int = Field(default=64, ge=1, description="samples a pass in each process")
 
@@ -87,6 +93,8 @@ class EncoderRecipe(Section):
     @model_validator(mode="after")
     def _check(self) -> "EncoderRecipe":
         train, model = self.train, self.model
+        if self.eval.held_out is not None and self.eval.source is not None:
+            raise ValueError(f"eval.held_out={self.eval.held_out}: it is a share of the data; set eval.source=null")
         aligned = model.num_groups - model.first_group + 1
         if self.method == "fixclip" and model.num_groups and aligned < 1:
             raise ValueError(f"model.first_group={model.first_group}: it must lie between 1 and {model.num_groups}")

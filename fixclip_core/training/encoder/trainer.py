@@ -14,6 +14,8 @@ from tqdm import tqdm
 
 from fixclip_core.data.config import DataConfig
 from fixclip_core.data.loader import Batch, Loader, build_loader
+from fixclip_core.data.order import sample_range
+from fixclip_core.data.sources import open_source
 from fixclip_core.evaluation.retrieval import retrieval_metrics
 from fixclip_core.model.config import FINE_TUNE, LONG_CLIP
 from fixclip_core.model.fixclip import MAX_LOG_SCALE, FixClip
@@ -71,6 +73,7 @@ class EncoderTrainer(Trainer):
         return clip
 
     def build_data(self) -> Loader:
+        self.recipe = hold_out(self.recipe)
         loader = self._loader(data_config(self.recipe, self.batch_size), augment=True)
         if self.recipe.eval.source is not None:
             self.eval_loader = self._loader(eval_data_config(self.recipe), augment=False)
@@ -283,6 +286,23 @@ def model_fields(recipe: EncoderRecipe) -> dict[str, Any]:
     return fields | {"fixclip": {}, "longclip": LONG_CLIP, "finetune": FINE_TUNE}[recipe.method]
 
 
+def hold_out(recipe: EncoderRecipe, most: int = 1000) -> EncoderRecipe:
+    """The recipe with `eval.held_out` written out: the first samples of the data are evaluated on, the rest trained on.
+
+    Raises:
+        ValueError: the data cannot be opened.
+    """
+    share, data = recipe.eval.held_out, recipe.data
+    if share is None:
+        return recipe
+    config = data_config(recipe, 1)
+    samples = sample_range(open_source(config).sizes, config)
+    middle = samples.start + max(1, min(most, round(share * len(samples))))
+    source = data.model_dump(include={"source", "image_root", "start"})
+    evaluated = {**source, "stop": middle, "held_out": None}
+    return changed(recipe, {"data": {"start": middle}, "eval": evaluated})
+
+
 def data_config(recipe: EncoderRecipe, batch_size: int) -> DataConfig:
     fields = recipe.data.model_dump() | recipe.captions.model_dump()
     return DataConfig(**fields, batch_size=batch_size, seed=recipe.seed)
@@ -290,7 +310,7 @@ def data_config(recipe: EncoderRecipe, batch_size: int) -> DataConfig:
 
 def eval_data_config(recipe: EncoderRecipe) -> DataConfig:
     """Held-out pairs in their order, whole long captions, nothing filtered."""
-    fields: dict[str, Any] = recipe.eval.model_dump(exclude={"every"})
+    fields: dict[str, Any] = recipe.eval.model_dump(exclude={"every", "held_out"})
     fields |= recipe.data.model_dump(include={"workers", "max_bad_share", "cache_dir", "cache_gb", "draft"})
     fields["short_caption"] = "given" if recipe.captions.short_caption == "given" else "first_sentence"
     return DataConfig(**fields, shuffle=False, last_batch="wrap")
@@ -325,7 +345,14 @@ def smoke_recipe(recipe: EncoderRecipe, folder: str | Path, batch_size: int = 4)
         "data": {"source": "scenes", "image_root": None, "start": 0, "stop": 2 * batch_size, "workers": 0},
         "captions": {"short_caption": "first_sentence", "filter_captions": False},
         "train": {"steps": 2, "batch_size": batch_size, "micro_batch_size": micro},
-        "eval": {"source": "scenes", "image_root": None, "start": 0, "stop": batch_size, "batch_size": batch_size},
+        "eval": {
+            "source": "scenes",
+            "image_root": None,
+            "start": 0,
+            "stop": batch_size,
+            "held_out": None,
+            "batch_size": batch_size,
+        },
         "output": {"folder": str(folder), "log_every": 1, "keep_last": 1, "trackers": []},
     }
     return changed(recipe, changes)
