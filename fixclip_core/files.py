@@ -108,16 +108,16 @@ def prepare_folder(folder: Path, needed_bytes: int = 0, *, empty: bool = False) 
     """
     try:
         if folder.exists() and not folder.is_dir():
-            raise ValueError(f"output {str(folder)!r} is a file; name a folder")
+            raise ValueError(f"{folder} is a file; name a folder")
         if empty and folder.exists() and any(folder.iterdir()):
-            raise ValueError(f"output {str(folder)!r} exists and is not empty; nothing was written")
+            raise ValueError(f"{folder} exists and is not empty; nothing was written")
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(b"probe")
             probe.flush()
             os.fsync(probe.fileno())
     except OSError as error:
-        raise ValueError(f"output {str(folder)!r} cannot be written to: {error.strerror}") from None
+        raise ValueError(f"{folder} cannot be written to: {error.strerror}") from None
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise ValueError(

@@ -260,7 +260,7 @@ def test_what_cannot_be_drawn_is_named_first(sd1, parts, tmp_path):
         with pytest.raises(ValueError, match=message):
             run.evaluate_images(str(sd1), prompts, systems, drawing, folder=tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    with pytest.raises(ValueError, match="/proc/out: the output folder cannot be written to"):
+    with pytest.raises(ValueError, match="/proc/out cannot be written to"):
         run.evaluate_images(str(sd1), prompts, [System("a")], drawing, folder=Path("/proc/out"))
 
 

@@ -89,12 +89,12 @@ def test_an_output_folder_is_tried_out(tmp_path):
     prepare_folder(tmp_path / "new" / "folder", 1000)
     assert not list((tmp_path / "new" / "folder").iterdir())
     prepare_folder(tmp_path / "new" / "folder", empty=True)
-    with pytest.raises(ValueError, match="new' exists and is not empty; nothing was written"):
+    with pytest.raises(ValueError, match="new exists and is not empty; nothing was written"):
         prepare_folder(tmp_path / "new", empty=True)
     with pytest.raises(ValueError, match=r"too little disk space: .* GiB free, 1000000.00 GiB needed"):
         prepare_folder(tmp_path, 10**6 * 2**30)
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="file' is a file; name a folder"):
+    with pytest.raises(ValueError, match="file is a file; name a folder"):
         prepare_folder(tmp_path / "file")
     for unwritable in (tmp_path / "file" / "below", Path("/proc/fixclip")):
         with pytest.raises(ValueError, match="cannot be written to"):

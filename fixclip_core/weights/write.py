@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fixclip_core.files import prepare_folder
 from fixclip_core.model.fixclip import FixClip
 from fixclip_core.weights.names import to_transformers_names
 from fixclip_core.weights.read import ClipCheckpoint, preprocess_config
@@ -71,7 +70,8 @@ def export(
     folder = Path(folder)
     if unknown := [name for name in formats if name not in FORMATS]:
         raise ValueError(f"format {unknown[0]!r}: valid are {', '.join(FORMATS)}")
-    prepare_folder(folder, empty=True)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not empty; nothing was written")
     checkpoint = plain_clip(model)
     writers: dict[str, Callable[[Path], str]] = {
         "fixclip": lambda out: _write_fixclip(model, out),
