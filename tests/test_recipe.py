@@ -93,7 +93,10 @@ def test_interpolation(write):
         (MINIMAL + "train: {steps: '${nowhere}'}\n", r"Interpolation key 'nowhere' not found"),
         (MINIMAL + "model: {name: '???'}\n", "duplicate key"),
         ("data: {source: scenes}\n", r"model: missing"),
-        ("model: {name: '???'}\ndata: {source: scenes}\n", r"yaml:1: model.name: Missing mandatory value"),
+        (
+            "model: {name: '???'}\ndata: {source: scenes}\n",
+            r"yaml:1: model.name: the recipe leaves it to you: model.name=",
+        ),
         ("model: {}\ndata: {source: scenes}\n", r"yaml:1: model.name: missing"),
         ("- 1\n", r"a recipe is a mapping of sections"),
         ("", r"model: missing"),

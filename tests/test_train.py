@@ -649,7 +649,7 @@ def test_traceback_shows_where_an_error_arose(recipe_file):
 def test_one_s_own_data_needs_no_override_but_its_source(tmp_path, clip_folder, monkeypatch):
     result = command("builtin:own_data")
     assert result.exit_code == 1
-    assert "builtin:own_data: data.source: the recipe leaves it to you: data.source=..." in result.stderr
+    assert ": data.source: the recipe leaves it to you: data.source=..." in result.stderr
     monkeypatch.chdir(tmp_path)
     base = [f"model.name={clip_folder}", "model.pretrained=null", "model.num_groups=2", "model.first_group=1"]
     result = command("builtin:own_data", "data.source=scenes", "data.stop=300", *base, "--dry-run")

@@ -59,11 +59,11 @@ def load_recipe(schema: type[RecipeT], path: str | Path, overrides: Sequence[str
         sources[location] = "command line"
     try:
         values = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
-    except MissingMandatoryValue as error:
-        raise ValueError(f"{name}: {error.full_key}: the recipe leaves it to you: {error.full_key}=...") from None
     except OmegaConfBaseException as error:
-        source = sources.get(tuple(str(error.full_key).split(".")), name)
-        raise ValueError(f"{source}: {error.full_key}: {str(error).splitlines()[0]}") from None
+        key = str(error.full_key)
+        left = isinstance(error, MissingMandatoryValue)
+        reason = f"the recipe leaves it to you: {key}=..." if left else str(error).splitlines()[0]
+        raise ValueError(f"{sources.get(tuple(key.split('.')), name)}: {key}: {reason}") from None
     try:
         return schema.model_validate(values)
     except ValidationError as error:
