@@ -12,7 +12,7 @@ from accelerate import DistributedType, PartialState
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fixclip_core.data.config import DataConfig
+from fixclip_core.data.config import DataConfig, SourceSection
 from fixclip_core.data.loader import Batch, Loader, build_loader
 from fixclip_core.data.order import sample_range
 from fixclip_core.data.sources import open_source
@@ -298,7 +298,7 @@ def hold_out(recipe: EncoderRecipe, most: int = 1000) -> EncoderRecipe:
     config = data_config(recipe, 1)
     samples = sample_range(open_source(config).sizes, config)
     middle = samples.start + max(1, min(most, round(share * len(samples))))
-    source = data.model_dump(include={"source", "image_root", "start"})
+    source = data.model_dump(include=set(SourceSection.model_fields))
     evaluated = {**source, "stop": middle, "held_out": None}
     return changed(recipe, {"data": {"start": middle}, "eval": evaluated})
 
