@@ -95,7 +95,7 @@ class PromptEncoder:
             ValueError: a prompt that is no text or cannot be parsed, too large a clip_skip, or lists of unequal
                 lengths.
         """
-        lists = list(prompts) if len(prompts) == len(self.encodings) else [prompts[0]] * len(self.encodings)
+        lists = list(prompts) if len(prompts) > 1 else [prompts[0]] * len(self.encodings)
         if len({len(texts) for texts in lists}) != 1:
             raise ValueError(f"prompts for the text encoders differ in number: {[len(texts) for texts in lists]}")
         columns: list[list[Layout]] = []

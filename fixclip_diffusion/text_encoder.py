@@ -49,6 +49,9 @@ class FixClipTextConfig(CLIPTextConfig):
             `conditioning.CONDITIONINGS`; None: `overlap` with the original positions, else `one_pass`.
         padding: of the hidden states behind a text: "mask" makes them 0, and a UNet of our pipelines does not attend to
             them; "keep" leaves them as they are, as encoders of version 0.1 and other projects' were trained.
+        hidden_state: which hidden state the UNet reads, and so which one adapter and padding are about: "last" behind
+            the final LayerNorm (Stable Diffusion 1 and 2), "penultimate", which enters the last layer (Stable Diffusion
+            XL).
     """
 
     model_type = "fixclip_text_model"
@@ -57,6 +60,7 @@ class FixClipTextConfig(CLIPTextConfig):
     adapter: dict | None = None
     conditioning: str | None = None
     padding: str = "keep"
+    hidden_state: str = "last"
 
 
 AutoConfig.register(FixClipTextConfig.model_type, FixClipTextConfig, exist_ok=True)
@@ -117,32 +121,36 @@ def _quiet_loading() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
 
 
-class FixClipTextEncoder(CLIPTextModel):
-    """A CLIP text encoder of 248 tokens that fits wherever diffusers takes a `CLIPTextModel`.
+class LongTextEncoder(CLIPPreTrainedModel):
+    """What both text encoders of 248 tokens have in common: positions, adapter, padding, and where they are made of.
 
-    It wraps a real child `text_model`, because diffusers' clip_skip and all common LoRA layouts look for one.
-    The adapter sits behind the final LayerNorm, so that `last_hidden_state` and clip_skip both go through it
-    and no pipeline can forget it.
+    They wrap a real child `text_model`, because diffusers' clip_skip and all common LoRA layouts look for one. The
+    adapter sits behind the hidden state that the UNet reads, so that no pipeline can forget it.
     """
 
     config: FixClipTextConfig
     config_class = FixClipTextConfig
     base_model_prefix = "text_model"
+    text_model: CLIPTextModel
+    stock_class: type[CLIPPreTrainedModel]
 
-    def __init__(self, config: FixClipTextConfig):
-        CLIPPreTrainedModel.__init__(self, config)
-        self.text_model = CLIPTextModel._from_config(config)
+    def _prepare(self) -> None:
+        """The part of construction that follows the stock class's."""
+        config = self.config
         self.text_model.embeddings = FixClipTextEmbeddings(config)
         self.text_model.post_init()
         self.adapter: TextAdapter | None = None
         if config.adapter is not None:
             self.adapter = TextAdapter(**config.adapter)
         self._text_BT: Tensor | None = None  # True up to each text's end, in the pass that runs or ran last
-        self.text_model.final_layer_norm.register_forward_hook(self._finish)
+        self.text_model.final_layer_norm.register_forward_hook(self._finish_last)
         self.post_init()
 
-    def _finish(self, module: nn.Module, inputs: tuple, states_BTD: Tensor) -> Tensor:
-        """Behind the final LayerNorm: the adapter, then zeros behind the text if the padding is masked."""
+    def _finish_last(self, module: nn.Module, inputs: tuple, states_BTD: Tensor) -> Tensor:
+        return self._finish(states_BTD) if self.config.hidden_state == "last" else states_BTD
+
+    def _finish(self, states_BTD: Tensor) -> Tensor:
+        """The adapter, then zeros behind the text if the padding is masked."""
         text_BT = self._text_BT
         if text_BT is not None and text_BT.shape != states_BTD.shape[:2]:
             text_BT = None  # diffusers' clip_skip calls the LayerNorm by itself, for the pass that ran last
@@ -155,11 +163,24 @@ class FixClipTextEncoder(CLIPTextModel):
             states_BTD = states_BTD * (text_BT | (fits_B1 & (place_1T < short)))[..., None]
         return states_BTD
 
+    def _find_texts(self, input_ids: Tensor | None) -> None:
+        self._text_BT = None
+        if input_ids is not None:
+            length_B1 = text_lengths(input_ids, self.config.eos_token_id)[:, None]
+            self._text_BT = torch.arange(input_ids.shape[1], device=input_ids.device)[None] < length_B1
+
+    def _finish_penultimate(self, output: Any) -> Any:
+        if self.config.hidden_state == "penultimate" and output.hidden_states is not None:
+            *first, penultimate_BTD, last_BTD = output.hidden_states
+            output.hidden_states = (*first, self._finish(penultimate_BTD), last_BTD)
+        return output
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        adapter = self._modules.get("adapter")  # the stock constructor initialises before there is one
         if isinstance(module, TextAdapter):
             module.reset_parameters()
-        elif not any(module is part for part in (self.adapter.modules() if self.adapter is not None else ())):
+        elif adapter is None or not any(module is part for part in adapter.modules()):
             super()._init_weights(module)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -167,25 +188,6 @@ class FixClipTextEncoder(CLIPTextModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.text_model.embeddings.token_embedding = value
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Token ids (B, T), T at most 248, to the outputs of `CLIPTextModel`.
-
-        `last_hidden_state` went through the adapter. With `padding="mask"` and T > 77 it is 0 behind each text, or from
-        position 77 on for a text that ends before. `hidden_states[-1]` is the state before the final LayerNorm, as in
-        the stock class.
-        """
-        self._text_BT = None
-        if input_ids is not None:
-            length_B1 = text_lengths(input_ids, self.config.eos_token_id)[:, None]
-            self._text_BT = torch.arange(input_ids.shape[1], device=input_ids.device)[None] < length_B1
-        return self.text_model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
 
     @property
     def context_length(self) -> int:
@@ -205,7 +207,7 @@ class FixClipTextEncoder(CLIPTextModel):
         return adapted or self.config.conditioning or ("overlap" if self.short_context_length else "one_pass")
 
     def set_adapter_module(self, adapter: TextAdapter | None) -> None:
-        """Put `adapter` behind the final LayerNorm, or take it away with None.
+        """Put `adapter` behind the hidden state that the UNet reads, or take it away with None.
 
         Raises:
             ValueError: the adapter's width is not the encoder's, or it reads fewer tokens than the encoder.
@@ -229,20 +231,23 @@ class FixClipTextEncoder(CLIPTextModel):
         keep: int = 20,
         ratio: int = 4,
         num_hidden_layers: int | None = None,
-    ) -> "FixClipTextEncoder":
+        hidden_state: str | None = None,
+    ) -> Any:
         """Make the encoder from a CLIP text model in memory; its weights are copied.
 
         A model of at most 77 positions is stretched and keeps its own table for short texts. One with more
         (Long-CLIP, an exported FIX-CLIP) is taken as it is.
 
         Args:
-            source: the text model, with or without projection; the projection is left out.
+            source: the text model; its projection is left out by `FixClipTextEncoder` and needed by
+                `FixClipTextEncoderWithProjection`.
             keep, ratio: see `stretch_positions`.
             num_hidden_layers: keep only the first layers. Stable Diffusion 2 reads ViT-H's penultimate layer,
                 that is 23 of 24 layers.
+            hidden_state: see `FixClipTextConfig`; by default the source's own, "last" for stock models.
 
         Raises:
-            ValueError: more layers are asked for than the model has; keep or ratio out of range.
+            ValueError: more layers are asked for than the model has; keep or ratio out of range; no projection.
         """
         text_model = getattr(source, "text_model", source)
         config = source.config
@@ -263,6 +268,7 @@ class FixClipTextEncoder(CLIPTextModel):
             short_position_embeddings=positions if stretch else 0,
             padding=getattr(config, "padding", "mask" if stretch else "keep"),
             conditioning=getattr(config, "conditioning", None),
+            hidden_state=hidden_state or getattr(config, "hidden_state", "last"),
         )
         new_config = FixClipTextConfig(**values)
         new_config._attn_implementation = config._attn_implementation
@@ -277,6 +283,10 @@ class FixClipTextEncoder(CLIPTextModel):
             state["embeddings.short_position_embedding.weight"] = own
             state["embeddings.position_embedding.weight"] = stretch_positions(own, keep, ratio)
         encoder.text_model.load_state_dict(state)
+        if hasattr(encoder, "text_projection"):
+            if not hasattr(source, "text_projection"):
+                raise ValueError(f"a {type(source).__name__} has no text projection, and {cls.__name__} needs one")
+            encoder.text_projection.load_state_dict(source.text_projection.state_dict())
         return encoder.train(source.training)
 
     @classmethod
@@ -295,17 +305,17 @@ class FixClipTextEncoder(CLIPTextModel):
                 CLIPTextModelWithProjection or whole CLIPModel.
             keep, ratio: see `stretch_positions`; used for models of at most 77 positions only.
             **kwargs: of `PreTrainedModel.from_pretrained` (dtype, subfolder, revision, cache_dir, ...);
-                `num_hidden_layers` cuts the last layers off.
+                `num_hidden_layers` cuts the last layers off, `hidden_state` is that of `from_clip`.
 
         Raises:
             ValueError: there is no CLIP text model there, or some of its weights are missing or damaged.
         """
         name, kwargs = builtin.resolve_component(pretrained_model_name_or_path, "text_encoder", kwargs)
         return_info = kwargs.pop("output_loading_info", False)
-        layers = kwargs.pop("num_hidden_layers", None)
+        layers, hidden_state = kwargs.pop("num_hidden_layers", None), kwargs.pop("hidden_state", None)
         config = load_clip_text_config(name, **kwargs)
         ours = isinstance(config, FixClipTextConfig)
-        loader: Any = super() if ours else CLIPTextModel
+        loader: Any = super() if ours else cls.stock_class
         try:
             with _quiet_loading():
                 model, info = loader.from_pretrained(name, *args, config=config, output_loading_info=True, **kwargs)
@@ -322,8 +332,71 @@ class FixClipTextEncoder(CLIPTextModel):
                 raise ValueError(
                     f"text encoder {_where(name, kwargs)} has {config.num_hidden_layers} layers, {layers} are wanted"
                 )
-            model = cls.from_clip(model, keep, ratio, layers)
+            model = cls.from_clip(model, keep, ratio, layers, hidden_state)
+        elif hidden_state is not None and hidden_state != model.config.hidden_state:
+            raise ValueError(
+                f"text encoder {_where(name, kwargs)} was made for hidden_state={model.config.hidden_state!r}, and "
+                f"this base reads {hidden_state!r}"
+            )
         return (model, info) if return_info else model
+
+
+class FixClipTextEncoder(LongTextEncoder, CLIPTextModel):
+    """A CLIP text encoder of 248 tokens that fits wherever diffusers takes a `CLIPTextModel`."""
+
+    stock_class = CLIPTextModel
+
+    def __init__(self, config: FixClipTextConfig):
+        CLIPPreTrainedModel.__init__(self, config)
+        self.text_model = CLIPTextModel._from_config(config)
+        self._prepare()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Token ids (B, T), T at most 248, to the outputs of `CLIPTextModel`.
+
+        `last_hidden_state` went through the adapter. With `padding="mask"` and T > 77 it is 0 behind each text, or from
+        position 77 on for a text that ends before. `hidden_states[-1]` is the state before the final LayerNorm, as in
+        the stock class. With `hidden_state="penultimate"` all this holds for `hidden_states[-2]` instead.
+        """
+        self._find_texts(input_ids)
+        output = self.text_model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs
+        )
+        return self._finish_penultimate(output)
+
+
+class FixClipTextEncoderWithProjection(LongTextEncoder, CLIPTextModelWithProjection):
+    """The same with the projected end-of-text state, in place of a `CLIPTextModelWithProjection`."""
+
+    stock_class = CLIPTextModelWithProjection
+
+    def __init__(self, config: FixClipTextConfig):
+        CLIPTextModelWithProjection.__init__(self, config)
+        self._prepare()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Token ids (B, T), T at most 248, to the outputs of `CLIPTextModelWithProjection`; see `FixClipTextEncoder`.
+
+        `text_embeds` (B, E) is the projection of the end-of-text state, which no adapter changes with
+        `hidden_state="penultimate"`.
+        """
+        self._find_texts(input_ids)
+        output = CLIPTextModelWithProjection.forward(
+            self, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs
+        )
+        return self._finish_penultimate(output)
 
 
 _CONFIG_KWARGS = (
@@ -382,4 +455,5 @@ def _where(name: str, kwargs: dict[str, Any]) -> str:
 
 
 # What model_index.json records; independent of how the package is cut into files.
-FixClipTextEncoder.__module__ = "fixclip_diffusion"
+for _component in (FixClipTextEncoder, FixClipTextEncoderWithProjection):
+    _component.__module__ = "fixclip_diffusion"

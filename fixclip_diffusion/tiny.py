@@ -3,9 +3,15 @@
 import json
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 WIDTH = 32
 
@@ -108,4 +114,40 @@ def stable_diffusion(tokenizer: CLIPTokenizer, kind: str = "sd1", seed: int = 0)
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
+        )
+
+
+def stable_diffusion_xl(
+    tokenizer: CLIPTokenizer, tokenizer_2: CLIPTokenizer, seed: int = 0
+) -> StableDiffusionXLPipeline:
+    """A stock pipeline in the manner of Stable Diffusion XL: encoders of widths 32 and 48, a pooled vector of 24.
+
+    Args:
+        tokenizer, tokenizer_2: with one vocabulary; CLIP-L pads with the end token, bigG with id 0.
+        seed: of the random weights; the global generator is left as it was.
+    """
+    ids: dict[str, object] = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    second = {"hidden_size": 48, "intermediate_size": 96, "projection_dim": 24, "hidden_act": "gelu"}
+    conditions = {
+        "cross_attention_dim": WIDTH + 48,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 24 + 6 * 8,
+        "use_linear_projection": True,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return StableDiffusionXLPipeline(
+            vae=vae(),
+            text_encoder=CLIPTextModel(clip_text_config(**ids)),
+            text_encoder_2=CLIPTextModelWithProjection(clip_text_config(**{**ids, **second})),
+            tokenizer=tokenizer,
+            tokenizer_2=tokenizer_2,
+            unet=unet(**conditions),
+            scheduler=scheduler(),
+            add_watermarker=False,
         )

@@ -1,0 +1,246 @@
+"""Components of a base, loaded and checked for pipelines of every family.
+
+What does not fit is found out from configurations, before any weights are fetched.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from safetensors import safe_open
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from fixclip_diffusion import builtin
+from fixclip_diffusion.adapter import TextAdapter
+from fixclip_diffusion.conditioning import get_conditioning, renamed
+from fixclip_diffusion.families import Family, Tower
+from fixclip_diffusion.prompt_weights import check_syntax
+from fixclip_diffusion.text_encoder import (
+    FixClipTextConfig,
+    FixClipTextEncoder,
+    FixClipTextEncoderWithProjection,
+    LongTextEncoder,
+    check_folder_or_hub_name,
+    load_clip_text_config,
+)
+from fixclip_diffusion.tokenizer import FixClipTokenizer
+
+HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "proxies")
+OWN_ARGUMENTS = ("encoder", "encoder_2", "adapter", "conditioning", "weights")
+
+
+def encoder_class(tower: Tower) -> type[LongTextEncoder]:
+    return FixClipTextEncoderWithProjection if tower.pooled else FixClipTextEncoder
+
+
+def load_components(
+    family: Family,
+    base: str,
+    encoders: dict[str, Any],
+    adapters: dict[str, Any],
+    kwargs: dict[str, Any],
+) -> dict[str, Any]:
+    """Arguments for diffusers' `from_pretrained`: `kwargs` with text encoders, tokenizers and adapters of the family.
+
+    Args:
+        family: of the pipeline.
+        base: folder or hub name.
+        encoders: {tower's component name: folder, hub name or module}; what is missing is the base's own.
+        adapters: {tower's component name: folder, hub name or `TextAdapter`}.
+        kwargs: of the caller; a text encoder or tokenizer in it is taken as it is.
+
+    Raises:
+        ValueError: the base is of another family or damaged, a component is unknown or does not fit the others.
+    """
+    kwargs = dict(kwargs)
+    for name, module in encoders.items():
+        if name in kwargs:
+            raise ValueError(f"pass either {name.removeprefix('text_')}= or {name}=, not both")
+        if isinstance(module, torch.nn.Module):
+            kwargs[name] = module
+    conditioning = renamed(kwargs.get("conditioning"), kwargs.pop("long_prompt", None))
+    if conditioning is not None:
+        kwargs["conditioning"] = get_conditioning(conditioning).name
+    check_syntax(kwargs.get("weights"))
+    check_spelling(kwargs)
+    hub_kwargs = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
+    index = load_index(family, base, hub_kwargs)
+    towers = [tower for tower in family.towers if index.get(tower.encoder, [None])[0] is not None]
+    widths: dict[str, int] = {}
+    plans: dict[str, dict[str, Any]] = {}
+    for tower in towers:
+        if kwargs.get(tower.encoder) is not None:
+            kwargs[tower.encoder] = as_long(kwargs[tower.encoder], tower)
+            widths[tower.encoder] = kwargs[tower.encoder].config.hidden_size
+        elif tower.encoder not in kwargs:
+            plans[tower.encoder] = plan_encoder(base, tower, encoders.get(tower.encoder), kwargs, hub_kwargs)
+            widths[tower.encoder] = plans[tower.encoder].pop("width")
+    if len(widths) == len(towers):
+        check_width(widths, _unet_width(base, kwargs, hub_kwargs))
+    for tower in towers:
+        if tower.encoder in plans:
+            plan = plans[tower.encoder]
+            kwargs[tower.encoder] = encoder_class(tower).from_pretrained(plan.pop("name"), **plan)
+        encoder = kwargs[tower.encoder]
+        if tower.tokenizer not in kwargs and encoder is not None:
+            kwargs[tower.tokenizer] = FixClipTokenizer.from_pretrained(
+                base, subfolder=tower.tokenizer, context_length=encoder.context_length, **hub_kwargs
+            )
+        check_pair(tower, encoder, kwargs.get(tower.tokenizer))
+        adapter = adapters.get(tower.encoder)
+        if adapter is not None:
+            if encoder is None:
+                raise ValueError(f"adapter= needs a text encoder, but {tower.encoder}=None was passed")
+            if not isinstance(adapter, TextAdapter):
+                adapter = TextAdapter.from_pretrained(adapter, **hub_kwargs)
+            encoder.set_adapter_module(adapter)
+    return kwargs
+
+
+def check_spelling(kwargs: dict[str, Any]) -> None:
+    """diffusers ignores an unknown argument with a line in the log; ours must not get lost that way.
+
+    Raises:
+        ValueError: an argument is nearly one of ours.
+    """
+    for name in kwargs:
+        near = difflib.get_close_matches(name, OWN_ARGUMENTS, 1, cutoff=0.8)
+        if near and near[0] != name and name not in ("text_encoder", "text_encoder_2"):
+            raise ValueError(f"unknown argument {name}=: did you mean {near[0]}=?")
+
+
+def check_pair(tower: Tower, text_encoder: Any, tokenizer: Any) -> None:
+    """Refuse a long text encoder without its tokenizer, and the other way round.
+
+    Raises:
+        ValueError: one of both is not FixClip's, or they differ in length.
+    """
+    if text_encoder is None or tokenizer is None:
+        return
+    wanted = encoder_class(tower)
+    if not isinstance(text_encoder, wanted) or not isinstance(tokenizer, FixClipTokenizer):
+        raise ValueError(
+            f"{tower.encoder} is a {type(text_encoder).__name__} and {tower.tokenizer} a {type(tokenizer).__name__}: "
+            f"this pipeline needs {wanted.__name__} and FixClipTokenizer together, else prompts stay cut at 77 tokens; "
+            "from_pretrained(base) makes both"
+        )
+    if text_encoder.context_length != tokenizer.context_length:
+        raise ValueError(
+            f"the text encoder reads {text_encoder.context_length} tokens and the tokenizer gives "
+            f"{tokenizer.context_length}; pass context_length={text_encoder.context_length} to the tokenizer"
+        )
+
+
+def check_width(widths: dict[str, int], unet_width: Any) -> None:
+    """Refuse text encoders whose hidden states the UNet cannot read.
+
+    Raises:
+        ValueError: their widths do not add up to the UNet's.
+    """
+    if not isinstance(unet_width, int) or sum(widths.values()) == unet_width:
+        return
+    if len(widths) > 1:
+        parts = " + ".join(f"{width} ({name})" for name, width in widths.items())
+        raise ValueError(
+            f"the text encoders are {parts} = {sum(widths.values())} wide, but the UNet's cross-attention takes "
+            f"{unet_width}: Stable Diffusion XL needs a ViT-L/14 (768) and a ViT-bigG/14 (1280)"
+        )
+    raise ValueError(
+        f"the text encoder is {sum(widths.values())} wide, but the UNet's cross-attention takes {unet_width}: "
+        "Stable Diffusion 1.x needs a ViT-L/14 (768), 2.x a ViT-H/14 (1024)"
+    )
+
+
+def as_long(text_encoder: Any, tower: Tower) -> LongTextEncoder:
+    """A text encoder in memory as one of ours; a stock one is stretched.
+
+    Raises:
+        ValueError: it is no CLIP text model.
+    """
+    if isinstance(text_encoder, encoder_class(tower)):
+        return text_encoder
+    if isinstance(text_encoder, (CLIPTextModel, CLIPTextModelWithProjection)):
+        return encoder_class(tower).from_clip(text_encoder, hidden_state=tower.output)
+    raise ValueError(f"{tower.encoder} is a {type(text_encoder).__name__}; a CLIP text model is needed")
+
+
+def load_index(family: Family, base: str, hub_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """model_index.json of a base, checked: a model of the family whose local weights are readable.
+
+    Raises:
+        ValueError: there is none, it is of another family, or files are missing or damaged.
+    """
+    folder = Path(base)
+    if folder.is_dir() and not (folder / "model_index.json").is_file():
+        raise ValueError(f"base {base!r} is a folder without model_index.json: not a diffusers model")
+    check_folder_or_hub_name("base", base)
+    try:
+        index = dict(DiffusionPipeline.load_config(base, **hub_kwargs))
+    except Exception as error:
+        raise ValueError(
+            f"base {base!r}: its model_index.json could not be read, from a folder or from the hub ({error})"
+        ) from error
+    parts = [part for tower in family.towers for part in (tower.encoder, tower.tokenizer)]
+    missing = [name for name in ("vae", "unet", "scheduler", *parts) if name not in index]
+    if missing or ("text_encoder_2" in index) != ("text_encoder_2" in parts):
+        raise ValueError(
+            f"base {base!r} is a {index.get('_class_name')}, not a {family.name} model"
+            + (f": it has no {', '.join(missing)}" if missing else "")
+        )
+    if folder.is_dir():
+        _check_local_weights(folder, index)
+    return index
+
+
+def _check_local_weights(folder: Path, index: dict[str, Any]) -> None:
+    for name, value in index.items():
+        if isinstance(value, list) and value[0] is not None:
+            if not (folder / name).is_dir():
+                raise ValueError(f"base {str(folder)!r}: model_index.json names {name}, but there is no such folder")
+            for file in sorted((folder / name).glob("*.safetensors")):
+                try:
+                    with safe_open(file, framework="pt"):
+                        pass
+                except Exception as error:
+                    raise ValueError(f"base {str(folder)!r}: {name}/{file.name} is damaged ({error})") from error
+
+
+def _unet_width(base: str, kwargs: dict[str, Any], hub_kwargs: dict[str, Any]) -> Any:
+    unet = kwargs.get("unet")
+    if unet is not None:
+        return unet.config.cross_attention_dim
+    try:
+        return UNet2DConditionModel.load_config(base, subfolder="unet", **hub_kwargs).get("cross_attention_dim")
+    except Exception as error:
+        raise ValueError(f"base {base!r}: unet/config.json could not be read ({error})") from error
+
+
+def plan_encoder(
+    base: str, tower: Tower, encoder: str | Path | None, kwargs: dict[str, Any], hub_kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Arguments of the encoder's `from_pretrained`, its `name`, and its `width`, from configurations alone."""
+    own = {"subfolder": tower.encoder, **hub_kwargs}
+    own_config = load_clip_text_config(base, **own)
+    name, where = base, own
+    if encoder is not None:
+        name = builtin.resolve(encoder)
+        # `fixclip export` writes text_encoder/ beside tokenizer/; its parent folder is welcome too.
+        subfolder = next(
+            (s for s in (tower.encoder, "text_encoder") if (Path(name) / s / "config.json").is_file()), None
+        )
+        where = {key: value for key, value in hub_kwargs.items() if key != "revision"}
+        where |= {} if subfolder is None else {"subfolder": subfolder}
+    config = own_config if encoder is None else load_clip_text_config(name, **where)
+    plan: dict[str, Any] = {"name": name, "width": config.hidden_size, "hidden_state": tower.output, **where}
+    dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+    dtype = dtype.get(tower.encoder, dtype.get("default")) if isinstance(dtype, dict) else dtype
+    plan["dtype"] = dtype or torch.float32
+    if encoder is None and kwargs.get("variant") is not None:
+        plan["variant"] = kwargs["variant"]
+    layers = own_config.num_hidden_layers
+    if tower.output == "last" and not isinstance(config, FixClipTextConfig) and config.num_hidden_layers > layers:
+        # Stable Diffusion 2 reads ViT-H's penultimate layer: its own encoder lacks the last one.
+        plan["num_hidden_layers"] = layers
+    return plan

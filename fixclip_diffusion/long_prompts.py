@@ -1,0 +1,195 @@
+"""What every pipeline for long prompts does, whatever its base."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fixclip_diffusion import builtin
+from fixclip_diffusion.conditioning import get_conditioning, renamed
+from fixclip_diffusion.families import Family, TextEncoding, Tower, check_clip_skip
+from fixclip_diffusion.loading import check_pair, check_width
+from fixclip_diffusion.prompt_encoder import PromptEmbeds, PromptEncoder, pad_states
+from fixclip_diffusion.prompt_weights import check_syntax
+from fixclip_diffusion.state_mask import mask_empty_states
+from fixclip_diffusion.token_report import TokenReport
+from fixclip_diffusion.tokenizer import FixClipTokenizer
+
+
+class LongPromptMixin:
+    """Goes before a stock diffusers pipeline: reads prompts by a conditioning; `family` says with which text
+    encoders."""
+
+    family: ClassVar[Family]
+    _conditioning: str | None = None
+    _weights: str | None = None
+
+    def _check_text(self, **components: Any) -> None:
+        """Called before the stock constructor.
+
+        Raises:
+            ValueError: text encoders and tokenizers do not belong together, or do not fit the UNet.
+        """
+        widths = {}
+        for tower in self.family.towers:
+            check_pair(tower, components.get(tower.encoder), components.get(tower.tokenizer))
+            if components.get(tower.encoder) is not None:
+                widths[tower.encoder] = components[tower.encoder].config.hidden_size
+        if widths and components.get("unet") is not None:
+            check_width(widths, components["unet"].config.cross_attention_dim)
+
+    def _set_reading(self, conditioning: str | None, weights: str | None, long_prompt: str | None) -> None:
+        """Called behind the stock constructor.
+
+        Raises:
+            ValueError: an unknown conditioning or syntax, or one that an encoder cannot be read by.
+        """
+        name = renamed(conditioning, long_prompt)
+        self._conditioning = None if name is None else get_conditioning(name).name
+        self._weights = check_syntax(weights)
+        self.register_to_config(  # type: ignore[attr-defined]
+            conditioning=self._conditioning, weights=weights, long_prompt=None
+        )
+        if all(getattr(self, part) is not None for tower in self.towers for part in (tower.encoder, tower.tokenizer)):
+            self.prompt_encoder  # noqa: B018 -- refuses an encoder that this conditioning cannot use
+
+    @property
+    def towers(self) -> list[Tower]:
+        """The family's text encoders that this model has; the refiner of Stable Diffusion XL lacks the first one."""
+        present = [tower for tower in self.family.towers if getattr(self, tower.encoder) is not None]
+        return present or list(self.family.towers)
+
+    @property
+    def conditioning(self) -> str:
+        """Name of the conditioning that prompts are read by; may be set."""
+        return self.prompt_encoder.conditioning.name
+
+    @conditioning.setter
+    def conditioning(self, name: str | None) -> None:
+        before, self._conditioning = self._conditioning, None if name is None else get_conditioning(name).name
+        try:
+            self.prompt_encoder  # noqa: B018
+        except ValueError:
+            self._conditioning = before
+            raise
+        self.register_to_config(conditioning=self._conditioning)  # type: ignore[attr-defined]
+
+    @property
+    def prompt_encoder(self) -> PromptEncoder:
+        """What turns prompts into embeds, made of the components as they are now."""
+        encodings = [TextEncoding(getattr(self, t.encoder), getattr(self, t.tokenizer), t) for t in self.towers]
+        return PromptEncoder(encodings, self._conditioning, self._weights)
+
+    def __call__(
+        self,
+        *args: Any,
+        conditioning: str | None = None,
+        weights: str | None = None,
+        long_prompt: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The stock call; `conditioning` and `weights` are those of this call."""
+        conditioning = renamed(conditioning, long_prompt)
+        before = self._conditioning, self._weights
+        try:
+            if conditioning is not None:
+                self._conditioning = get_conditioning(conditioning).name
+            if weights is not None:
+                self._weights = check_syntax(weights)
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self._conditioning, self._weights = before
+
+    def token_report(self, prompt: str) -> TokenReport:
+        """Length of the prompt in tokens, where the 77th falls, and in which passes it is read.
+
+        Raises:
+            ValueError: the prompt is not text.
+        """
+        if not isinstance(prompt, str):
+            raise ValueError(f"token_report takes one text, got {type(prompt).__name__}")
+        return self.prompt_encoder.report(prompt)
+
+    def maybe_convert_prompt(self, prompt: str | list[str], tokenizer: FixClipTokenizer) -> Any:
+        """Nothing to do: the tokenizer expands textual inversions itself."""
+        return prompt
+
+    def load_lora_weights(
+        self, pretrained_model_name_or_path_or_dict: str | Path | dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """Stock loading, which takes built-in names too."""
+        source = pretrained_model_name_or_path_or_dict
+        source = source if isinstance(source, dict) else builtin.resolve(source)
+        super().load_lora_weights(source, *args, **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def load_lora_into_text_encoder(
+        cls,
+        state_dict: dict[str, Any],
+        network_alphas: Any,
+        text_encoder: Any,
+        prefix: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Stock loading; the flat keys that LoRAs of transformers 5 carry are given the child's name.
+
+        A LoRA for the UNet alone is no reason for the warning that stock diffusers gives.
+        """
+        prefix = cls.text_encoder_name if prefix is None else prefix  # type: ignore[attr-defined]
+        if not any(key.startswith(f"{prefix}.") for key in state_dict):
+            return
+        flat = f"{prefix}.encoder."
+        state_dict = {
+            f"{prefix}.text_model.{key.removeprefix(f'{prefix}.')}" if key.startswith(flat) else key: value
+            for key, value in state_dict.items()
+        }
+        super().load_lora_into_text_encoder(  # type: ignore[misc]
+            state_dict, network_alphas, text_encoder, prefix=prefix, **kwargs
+        )
+
+    def _encode(
+        self,
+        prompts: Sequence[list[str]],
+        device: torch.device | str | None,
+        clip_skip: int | None,
+        lora_scale: float | None,
+    ) -> PromptEmbeds:
+        encoder = self.prompt_encoder
+        for encoding in encoder.encodings:
+            check_clip_skip(clip_skip, encoding.encoder.config.num_hidden_layers)
+        return encoder.encode(prompts, device, clip_skip, lora_scale)
+
+    def _equally_long(self, *embeds: Tensor | None) -> list[Tensor | None]:
+        """All of them filled up with zeros to the longest, which the UNet is told to pass over."""
+        length = max((part.shape[1] for part in embeds if part is not None), default=0)
+        if getattr(self, "unet", None) is not None:
+            mask_empty_states(self.unet)  # type: ignore[attr-defined]
+        return [None if part is None else pad_states(part, length) for part in embeds]
+
+
+def as_texts(prompt: str | Sequence[str] | None) -> list[str]:
+    """A prompt or a list of them, checked, as a list.
+
+    Raises:
+        ValueError: it is neither, or the list is empty.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, list) or not prompts or not all(isinstance(text, str) for text in prompts):
+        raise ValueError(f"a prompt must be a text or a list of texts, got {prompt!r}")
+    return prompts
+
+
+def negative_texts(negative_prompt: str | list[str] | None, batch_size: int) -> list[str]:
+    """One negative prompt for each of `batch_size` prompts.
+
+    Raises:
+        ValueError: a list of another length.
+    """
+    texts = as_texts("" if negative_prompt is None else negative_prompt)
+    if negative_prompt is None or isinstance(negative_prompt, str):
+        return texts * batch_size
+    if len(texts) != batch_size:
+        raise ValueError(f"{len(texts)} negative prompts for {batch_size} prompts")
+    return texts

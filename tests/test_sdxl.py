@@ -1,0 +1,258 @@
+"""FixClipStableDiffusionXLPipeline against the stock pipeline, on tiny real models."""
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
+
+from fixclip_diffusion import (
+    FixClipStableDiffusionPipeline,
+    FixClipStableDiffusionXLPipeline,
+    FixClipTextEncoder,
+    FixClipTextEncoderWithProjection,
+    TextAdapter,
+)
+from fixclip_diffusion.conditioning import CONDITIONINGS
+from fixclip_diffusion.tiny import stable_diffusion_xl
+
+SHORT = "A red horse near a boat"
+LONG = tiny.sentences(14)
+VERY_LONG = tiny.sentences(40)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("sdxl")
+    stable_diffusion_xl(tiny.clip_tokenizer(), tiny.clip_tokenizer(pad_token="!")).save_pretrained(path)
+    return path
+
+
+def quiet(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def stock(folder):
+    return quiet(StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False))
+
+
+@pytest.fixture(scope="module")
+def shared(folder):
+    return quiet(FixClipStableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False))
+
+
+@pytest.fixture
+def ours(shared):
+    yield shared
+    shared.conditioning = None
+
+
+def picture(pipe, prompt=None, seed=1, **kwargs):
+    batch = len(prompt) if isinstance(prompt, list) else 1
+    count = batch * kwargs.get("num_images_per_prompt", 1)
+    generator = [torch.Generator().manual_seed(seed + i) for i in range(count)]
+    settings = {"num_inference_steps": 2, "height": 16, "width": 16, "output_type": "np", "generator": generator}
+    return pipe(prompt, **{**settings, **kwargs}).images
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"prompt": SHORT},
+        {"prompt": SHORT, "negative_prompt": "bad, blurry"},
+        {"prompt": SHORT, "negative_prompt": ""},
+        {"prompt": SHORT, "prompt_2": "a green house", "negative_prompt": "bad", "negative_prompt_2": "ugly"},
+        {"prompt": SHORT, "guidance_scale": 1.0},
+        {"prompt": [SHORT, "a cat"], "negative_prompt": ["bad", "x"], "clip_skip": 1},
+        {"prompt": ["a", "b c"], "num_images_per_prompt": 2},
+        {"prompt": "word " * 75, "negative_prompt": "word " * 75},
+        {"prompt": ""},
+    ],
+    ids=lambda arguments: "-".join(arguments) + f"-{len(str(arguments))}",
+)
+def test_short_prompts_are_bit_identical_to_stock(stock, ours, arguments):
+    assert np.array_equal(picture(ours, **arguments), picture(stock, **arguments))
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_empty_negative_prompts_are_zeros_where_the_base_says_so(stock, ours, zeros):
+    for pipe in (stock, ours):
+        pipe.register_to_config(force_zeros_for_empty_prompt=zeros)
+    try:
+        assert np.array_equal(picture(ours, SHORT), picture(stock, SHORT))
+        negative = ours.encode_prompt(LONG)[1]
+        assert negative.any() != zeros
+    finally:
+        for pipe in (stock, ours):
+            pipe.register_to_config(force_zeros_for_empty_prompt=True)
+
+
+def test_stock_conditioning_is_stock_for_long_prompts_too(stock, ours):
+    arguments = {"prompt": LONG, "negative_prompt": VERY_LONG}
+    expected = picture(stock, **arguments)
+    assert np.array_equal(picture(ours, **arguments, conditioning="stock"), expected)
+    assert not np.array_equal(picture(ours, **arguments), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+@pytest.mark.parametrize("clip_skip", [None, 1])
+def test_both_encoders_are_aligned_token_by_token(ours, conditioning, clip_skip):
+    """Each half of a row is the hidden state of the same token, as the encoder alone gives it for its pass."""
+    ours.conditioning = conditioning
+    embeds, _, pooled, _ = ours.encode_prompt(LONG, clip_skip=clip_skip)
+    layouts = [ours.prompt_encoder.lay_out(LONG, number) for number in (0, 1)]
+    assert torch.equal(layouts[0].token_L, layouts[1].token_L)
+    assert torch.equal(layouts[0].source_L, layouts[1].source_L)
+    start = 0
+    for number, encoder in enumerate((ours.text_encoder, ours.text_encoder_2)):
+        layout, width = layouts[number], encoder.config.hidden_size
+        states = encoder(layout.ids_NP, output_hidden_states=True).hidden_states[-(clip_skip or 0) - 2]
+        torch.testing.assert_close(embeds[0, :, start : start + width], layout.join(states), rtol=1e-4, atol=1e-5)
+        start += width
+    assert start == embeds.shape[-1] == ours.unet.config.cross_attention_dim
+    wanted = ours.text_encoder_2(layouts[1].ids_NP[:1]).text_embeds
+    torch.testing.assert_close(pooled, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_the_pads_are_the_tokenizers_own(ours):
+    pads = [ours.prompt_encoder.lay_out(SHORT, number).ids_NP[0, -1] for number in (0, 1)]
+    assert [int(pad) for pad in pads] == [49407, 0]
+
+
+@torch.no_grad()
+def test_pooled_vectors_are_those_of_stock_and_compel_for_several_passes_and_of_the_whole_text_for_one(stock, ours):
+    from compel import Compel, ReturnedEmbeddingsType
+
+    cut = stock.encode_prompt(LONG)[2]
+    compel = Compel(
+        tokenizer=[stock.tokenizer, stock.tokenizer_2],
+        text_encoder=[stock.text_encoder, stock.text_encoder_2],
+        returned_embeddings_type=ReturnedEmbeddingsType.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED,
+        requires_pooled=[False, True],
+        truncate_long_prompts=False,
+    )
+    torch.testing.assert_close(compel(LONG)[1], cut, rtol=1e-4, atol=1e-5)
+    pooled = {}
+    for name in CONDITIONINGS:
+        ours.conditioning = name
+        pooled[name] = ours.encode_prompt(LONG)[2]
+    torch.testing.assert_close(pooled["stock"], cut, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(pooled["overlap"], cut, rtol=1e-4, atol=1e-5)
+    # The end-of-text state of the first window, which here ends at a sentence before token 77.
+    first = ours.prompt_encoder.__class__(ours.prompt_encoder.encodings, "chunks").lay_out(LONG, 1).ids_NP[:1]
+    torch.testing.assert_close(pooled["chunks"], ours.text_encoder_2(first).text_embeds, rtol=1e-4, atol=1e-5)
+    other = LONG.replace("number 13", "number 12")
+    ours.conditioning = "one_pass"
+    assert not torch.allclose(ours.encode_prompt(other)[2], pooled["one_pass"]), "the last sentence counts"
+
+
+def test_unequal_second_prompts(ours):
+    for prompt, second in ((LONG, SHORT), (SHORT, LONG)):
+        embeds, negative, _, _ = ours.encode_prompt(prompt, second, negative_prompt="bad")
+        assert embeds.shape == negative.shape
+        assert embeds.shape[1] == len(ours.prompt_encoder.lay_out(LONG))
+        assert picture(ours, prompt, prompt_2=second).shape == (1, 16, 16, 3)
+    with pytest.raises(ValueError, match=r"prompts for the text encoders differ in number: \[2, 1\]"):
+        ours.encode_prompt(["a", "b"], ["c"])
+
+
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_each_prompt_of_a_batch_is_drawn_as_if_alone(ours, conditioning):
+    prompts, negatives = [SHORT, VERY_LONG, LONG], ["bad", LONG, "x"]
+    together = picture(ours, prompts, negative_prompt=negatives, conditioning=conditioning)
+    for number, (prompt, negative) in enumerate(zip(prompts, negatives, strict=True)):
+        alone = picture(ours, prompt, seed=1 + number, negative_prompt=negative, conditioning=conditioning)
+        np.testing.assert_allclose(together[number], alone[0], atol=1e-4)
+
+
+def test_weights(ours):
+    for syntax, prompt in (("a1111", f"{LONG} A (red:1.5) cat"), ("compel", f"{LONG} A (red)1.5 cat")):
+        plain = picture(ours, f"{LONG} A red cat")
+        assert not np.array_equal(picture(ours, prompt, weights=syntax), plain)
+        assert np.array_equal(picture(ours, f"{LONG} A red cat", weights=syntax), plain)
+
+
+def adapter_of(width, seed):
+    torch.manual_seed(seed)
+    adapter = TextAdapter(width, "attention", num_heads=4, mask_padding=True)
+    for parameter in adapter.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return adapter
+
+
+def test_adapters_of_both_encoders_act_on_the_states_that_the_unet_reads(ours, folder, tmp_path):
+    """Saved inside the encoders, so that stock loading keeps them; the pooled vector stays the base's."""
+    pair = (adapter_of(32, 0), adapter_of(48, 1))
+    pipe = quiet(FixClipStableDiffusionXLPipeline.from_pretrained(folder, adapter=pair, add_watermarker=False))
+    plain, adapted = ours.encode_prompt(LONG), pipe.encode_prompt(LONG)
+    assert not torch.allclose(plain[0], adapted[0])
+    assert torch.equal(plain[2], adapted[2])
+    encoder, layout = pipe.text_encoder, pipe.prompt_encoder.lay_out(LONG)
+    with torch.no_grad():
+        before = ours.text_encoder(layout.ids_NP, output_hidden_states=True).hidden_states[-2]
+        text = torch.arange(77)[None] < (layout.ids_NP == encoder.config.eos_token_id).int().argmax(1)[:, None] + 1
+        wanted = layout.join(pair[0](before, text))
+    torch.testing.assert_close(adapted[0][0, :, :32], wanted, rtol=1e-4, atol=1e-4)
+    pipe.save_pretrained(tmp_path / "saved")
+    for part, adapter in zip(("text_encoder", "text_encoder_2"), pair, strict=True):
+        adapter.save_pretrained(tmp_path / "adapter" / part)
+    expected = picture(pipe, LONG)
+    again = quiet(FixClipStableDiffusionXLPipeline.from_pretrained(tmp_path / "saved", add_watermarker=False))
+    assert np.array_equal(picture(again, LONG), expected)
+    plainly = quiet(DiffusionPipeline.from_pretrained(tmp_path / "saved", add_watermarker=False))
+    assert type(plainly) is FixClipStableDiffusionXLPipeline
+    assert np.array_equal(picture(plainly, LONG), expected)
+    by_folder = FixClipStableDiffusionXLPipeline.from_pretrained(
+        folder, adapter=tmp_path / "adapter", add_watermarker=False
+    )
+    assert np.array_equal(picture(quiet(by_folder), LONG), expected)
+
+
+def test_stock_pipelines_read_248_tokens_with_both_components_swapped(folder, ours):
+    """Short prompts keep stock's states; behind the text stand zeros."""
+    pipe = quiet(StableDiffusionXLPipeline(**{**ours.components, "add_watermarker": False}))
+    embeds = pipe.encode_prompt(SHORT)[0]
+    assert embeds.shape[1] == 248
+    torch.testing.assert_close(embeds[:, :77], ours.encode_prompt(SHORT)[0], rtol=1e-4, atol=1e-5)
+    assert not embeds[:, 77:].any()
+    assert picture(pipe, LONG).shape == (1, 16, 16, 3)
+
+
+def test_a_long_encoder_beside_a_stock_one_is_one_clear_error(stock, ours):
+    parts = {**stock.components, "text_encoder": ours.text_encoder, "tokenizer": ours.tokenizer}
+    with pytest.raises(ValueError, match="text_encoder_2 is a CLIPTextModelWithProjection and tokenizer_2 a CLIPTok"):
+        FixClipStableDiffusionXLPipeline(**parts, add_watermarker=False)
+
+
+def test_bad_bases_and_encoders(folder, sd1, tmp_path):
+    with pytest.raises(ValueError, match=r"is a StableDiffusionXLPipeline, not a Stable Diffusion 1\.x or 2\.x"):
+        FixClipStableDiffusionPipeline.from_pretrained(folder)
+    with pytest.raises(ValueError, match="is a StableDiffusionPipeline, not a Stable Diffusion XL model: it has no"):
+        FixClipStableDiffusionXLPipeline.from_pretrained(sd1)
+    with pytest.raises(ValueError, match=r"encoders are 48 \(text_encoder\) \+ 48 \(text_encoder_2\) = 96 wide"):
+        FixClipStableDiffusionXLPipeline.from_pretrained(folder, encoder=folder / "text_encoder_2")
+    with pytest.raises(ValueError, match="expected text_encoder/ or text_encoder_2/ in it, each an adapter"):
+        FixClipStableDiffusionXLPipeline.from_pretrained(folder, adapter=tmp_path)
+    with pytest.raises(ValueError, match="adapter of width 48 on a text encoder of width 32"):
+        FixClipStableDiffusionXLPipeline.from_pretrained(folder, adapter=(adapter_of(48, 0), None))
+
+
+def test_round_trip_of_the_encoder_with_projection(stock, tmp_path):
+    encoder = FixClipTextEncoderWithProjection.from_clip(stock.text_encoder_2, hidden_state="penultimate")
+    encoder.save_pretrained(tmp_path)
+    again = FixClipTextEncoderWithProjection.from_pretrained(tmp_path)
+    assert again.config.hidden_state == "penultimate"
+    state, state_again = encoder.state_dict(), again.state_dict()
+    assert state.keys() == state_again.keys()
+    assert all(torch.equal(state[name], state_again[name]) for name in state)
+    ids = torch.randint(0, 49000, (2, 77))
+    ids[:, -1] = encoder.config.eos_token_id
+    for ours, theirs in zip(encoder(ids).to_tuple(), stock.text_encoder_2(ids).to_tuple(), strict=True):
+        assert torch.equal(ours, theirs)
+    with pytest.raises(ValueError, match="a CLIPTextModel has no text projection"):
+        FixClipTextEncoderWithProjection.from_clip(stock.text_encoder)
+    with pytest.raises(ValueError, match="made for hidden_state='penultimate', and this base reads 'last'"):
+        FixClipTextEncoder.from_pretrained(tmp_path, hidden_state="last")
