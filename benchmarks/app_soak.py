@@ -96,7 +96,7 @@ def wrong(gallery: list, info: dict, prompt: str, seed: int, pixels: dict, lock:
     if not gallery[0]["caption"].endswith(f"seed {seed}"):
         return f"caption of another job: {gallery[0]['caption']}"
     with Image.open(gallery[0]["image"]) as image:
-        settings = json.loads(image.text["fixclip"])
+        settings = json.loads(image.info["fixclip"])
         digest = hashlib.sha256(image.tobytes()).hexdigest()
     if (settings["prompt"], settings["seed"]) != (prompt, seed):
         return f"picture of another job: {settings}"

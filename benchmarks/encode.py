@@ -116,13 +116,13 @@ def main(
     diffusers_logging.set_verbosity_error()
     torch_dtype = getattr(torch, dtype)
     if one:
-        system, length = one.split(",")
+        system, tokens = one.split(",")
         encode = build(system, width, layers, torch_dtype)
         # The first prompt brings in libraries and buffers that stay.
         with torch.no_grad():
             encode("a")
             before = reset_peak()
-            encode(prompt_of(int(length)))
+            encode(prompt_of(int(tokens)))
         print(json.dumps(reset_peak(peak_first=True) - before))
         return
     times = measure_times(width, layers, torch_dtype, rounds)

@@ -37,7 +37,7 @@ import open_clip
 import torch
 import torch.nn.functional as F
 import typer
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from fixclip_core.model.config import FINE_TUNE, LONG_CLIP, HiddenState
@@ -161,7 +161,7 @@ def aligned_step(setting: Setting, state: HiddenState) -> Step:
     return model.parameters(), step
 
 
-def open_clip_at_248(setting: Setting) -> tuple[nn.Module, SimpleNamespace]:
+def open_clip_at_248(setting: Setting) -> tuple[Any, SimpleNamespace]:
     model = open_clip.create_model(setting.model, force_context_length=CONTEXT_LENGTH).to(setting.device)
     return model, random_batch(setting, open_clip.get_model_config(setting.model)["vision_cfg"]["image_size"])
 

@@ -141,8 +141,8 @@ class FixClipConfig:
 
 
 # Rivals as configurations of the same code.
-LONG_CLIP = {"num_prompts": 0, "num_groups": 0, "short_branch": "pca", "pca_rank": 32}
-FINE_TUNE = {"num_prompts": 0, "num_groups": 0, "short_branch": "off"}
+LONG_CLIP: dict[str, Any] = {"num_prompts": 0, "num_groups": 0, "short_branch": "pca", "pca_rank": 32}
+FINE_TUNE: dict[str, Any] = {"num_prompts": 0, "num_groups": 0, "short_branch": "off"}
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -49,7 +49,8 @@ from fixclip_core.training.optim import check_finite
 from fixclip_core.training.recipe import OptimSection, OutputSection, RunSection, Section, load_recipe
 from fixclip_core.training.trainer import Trainer, changed
 from fixclip_diffusion import tiny
-from fixclip_diffusion.adapter_training.objectives import HIGH_NOISE_FROM, noise_target
+from fixclip_diffusion.adapter_training.objectives import noise_target
+from fixclip_diffusion.adapter_training.objectives.draws import HIGH_NOISE_FROM
 
 CONTEXT_LENGTH = 77
 MAX_LOG_SCALE = math.log(100.0)
@@ -129,8 +130,8 @@ def scenes_tokenizer(words: Sequence[str] = scenes.vocabulary()) -> CLIPTokenize
             pieces[at : at + 2] = ["".join(best)]
     merges = [pair for pair in clip.bpe_ranks if pair in needed]
     letters = list(clip.byte_encoder.values())
-    pieces = dict.fromkeys([*letters, *(letter + "</w>" for letter in letters), *map("".join, merges)])
-    vocab = {piece: index for index, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
+    kept = dict.fromkeys([*letters, *(letter + "</w>" for letter in letters), *map("".join, merges)])
+    vocab = {piece: index for index, piece in enumerate([*kept, "<|startoftext|>", "<|endoftext|>"])}
     return CLIPTokenizer(vocab=vocab, merges=merges, pad_token="<|endoftext|>", model_max_length=CONTEXT_LENGTH)
 
 

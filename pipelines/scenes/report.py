@@ -130,8 +130,9 @@ def load(name: str, system: str) -> list[Judged]:
     for number, row in enumerate(json.loads(file.read_text())["prompts"]):
         for seed, (right, shape, colour) in enumerate(zip(row["right"], row["shape"], row["colour"], strict=True)):
             for zone, end, *marks in zip(row["zones"], row["ends"], right, shape, colour, strict=True):
-                flags = [mark == "1" for mark in marks]
-                found.append(Judged((number, seed), zone, end, *flags, len(right), row["tokens"]))
+                is_right, has_shape, has_colour = (mark == "1" for mark in marks)
+                picture, objects = (number, seed), len(right)
+                found.append(Judged(picture, zone, end, is_right, has_shape, has_colour, objects, row["tokens"]))
     return found
 
 
