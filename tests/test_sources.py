@@ -592,6 +592,30 @@ def test_extensions_of_shards_can_be_named(tmp_path):
     assert (sample.image, sample.long, sample.short) == (picture(0), caption(2), caption(3))
 
 
+def test_shards_that_only_the_index_names_are_not_silent(tmp_path, caplog):
+    folder = write_shards(tmp_path / "in", [2, 3])
+    (folder / "s-01.tar").unlink()
+    assert len(read_all(folder)) == 2
+    assert "1 shards of its index are not there, the first is s-01.tar" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("scenes:3", ["image_root", "image_key", "caption_key", "short_key"]),
+        ("s.tar", ["image_root"]),
+        ("folder", ["image_root", "image_key"]),
+    ],
+)
+def test_fields_that_would_not_act_are_refused(tmp_path, monkeypatch, source, names):
+    write_tar(tmp_path / "s.tar", ["a.png", "a.txt"])
+    write_pair(tmp_path / "folder", "0.png")
+    monkeypatch.chdir(tmp_path)
+    for name in names:
+        with pytest.raises(ValueError, match=rf"{name}='x' does not act on .*: leave it out, or null"):
+            open_source(DataConfig.model_validate({"source": source, name: "x"}))
+
+
 def test_samples_beyond_the_index_are_not_silent(tmp_path, caplog):
     folder = write_shards(tmp_path / "in", [5])
     index = json.loads((folder / "index.json").read_text())

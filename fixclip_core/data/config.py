@@ -1,6 +1,6 @@
 """What to train on and in which order: the sections `data` and `captions` of a recipe, and what a loader needs."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -33,6 +33,20 @@ class SourceSection(Section):
         if self.stop is not None and self.stop <= self.start:
             raise ValueError(f"stop={self.stop}: it must be larger than start={self.start}")
         return self
+
+    def refuse(self, kind: str, *names: str) -> None:
+        """Raise ValueError if any of these fields is set: it would not act on this kind of source."""
+        for name in names:
+            if (value := getattr(self, name)) is not None:
+                raise ValueError(f"{name}={value!r} does not act on {kind}, as {self.source} is: leave it out, or null")
+
+
+# Fields of a section that reads scenes, whatever it read before; the number of scenes is its `stop`.
+READ_SCENES: dict[str, Any] = {
+    "source": "scenes",
+    "start": 0,
+    **dict.fromkeys(["image_root", "image_key", "caption_key", "short_key"]),
+}
 
 
 class DataSection(SourceSection):

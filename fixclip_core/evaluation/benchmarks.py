@@ -4,13 +4,15 @@ Scores of one benchmark differ between papers by split, number of captions and c
 benchmark carries its protocol with it, and an incomplete folder is an error rather than a better score.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
+
+from fixclip_core.data.sources.manifest import jsonl_items
+from fixclip_core.files import parse_json
 
 # What a loader yields: an image file and its captions.
 Pair = tuple[Path, list[str]]
@@ -200,20 +202,14 @@ def _folder(path: Path, what: str) -> Path:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}") from None
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    item = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}:{number}: no JSON: {error}") from None
-                yield f"{path}:{number}", item
+    for number, item in jsonl_items(path):
+        yield f"{path}:{number}", item
 
 
 def _require(item: Any, keys: tuple[str, ...], place: object) -> None:

@@ -3,7 +3,6 @@
 Shape letters: B batch, C classes, I images, E embedding width.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +16,7 @@ from fixclip_core.evaluation.encoders import Encoder, Precision, autocast, encod
 from fixclip_core.evaluation.items import PictureFiles
 from fixclip_core.evaluation.report import skipped_report
 from fixclip_core.evaluation.retrieval import TIE_RULE, TIE_TOLERANCE
+from fixclip_core.files import parse_json
 
 
 def classification_report(
@@ -114,8 +114,8 @@ def read_classnames(path: Path) -> dict[str, str]:
         ValueError: the file is missing or holds something else.
     """
     try:
-        names = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        names = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path}: no readable JSON: {error}") from None
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise ValueError(f"{path}: expected an object of class folder to class name")

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from fixclip_core.data.config import DataConfig
+from fixclip_core.data.config import READ_SCENES, DataConfig
 from fixclip_core.data.loader import Batch, Batches, Loader
 from fixclip_core.data.samples import BadSampleError
 from fixclip_core.data.sources import open_source
@@ -533,7 +533,7 @@ def smoke_recipe(recipe: AdapterRecipe, folder: str | Path, batch_size: int = 2)
     changes: dict[str, dict[str, Any]] = {
         "model": {"encoder": None},
         "adapter": {"start_from": None},
-        "data": {"source": "scenes", "image_root": None, "start": 0, "stop": 2 * batch_size, "workers": 0},
+        "data": {**READ_SCENES, "stop": 2 * batch_size, "workers": 0},
         "captions": {"short_caption": "first_sentence", "filter_captions": False},
         "features": {"folder": None},
         # Half of a few draws: so that both kinds of captions have their turn.

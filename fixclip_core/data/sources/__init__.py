@@ -49,12 +49,14 @@ def open_source(config: DataConfig, captioned: bool = True) -> Source:
     name = config.source
     path = Path(name).expanduser()
     if name.partition(":")[0] in SCENES:
+        config.refuse("scenes", "image_root", "image_key", "caption_key", "short_key")
         return SceneSource(config)
     if path.is_dir():
         return _open_folder(path, config, captioned)
     if path.suffix.lower() in MANIFEST_EXTENSIONS and "://" not in name:
         root = Path(config.image_root).expanduser() if config.image_root else path.parent
         return RowSource(pack_rows(read_manifest(path, config, captioned)), root, path)
+    config.refuse("shards", "image_root")
     urls = [match for url in expand_urls(name) for match in matches(url)]
     if all(url.startswith("pipe:") or url.split("?")[0].endswith(".tar") for url in urls):
         return ShardSource(urls, config)
@@ -68,6 +70,7 @@ def open_source(config: DataConfig, captioned: bool = True) -> Source:
 def _open_folder(path: Path, config: DataConfig, captioned: bool) -> Source:
     if is_dataset(path):
         return ArrowSource(path, config, captioned)
+    config.refuse("a folder", "image_root")
     shards = shards_in(path)
     if shards:
         return ShardSource(shards, config)

@@ -16,7 +16,8 @@ from fixclip_core.files import parse_json
 
 def is_dataset(folder: Path) -> bool:
     """Whether `Dataset.save_to_disk` or `DatasetDict.save_to_disk` made the folder."""
-    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
+    is_split = (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+    return is_split or (folder / "dataset_dict.json").is_file()
 
 
 class ArrowSource:

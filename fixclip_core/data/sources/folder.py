@@ -37,6 +37,7 @@ def folder_rows(folder: Path, config: DataConfig, captioned: bool = True) -> Ite
     if metadata and not texts:
         yield from _metadata_rows(folder, metadata, set(images), config, captioned)
         return
+    config.refuse("a folder of images and text files", "image_key")
     if others:
         logger.warning("%s: other files than images are left out: %s", folder, count_extensions(others))
     for image in images:

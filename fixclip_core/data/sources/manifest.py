@@ -37,7 +37,7 @@ def read_manifest(path: Path, config: DataConfig | None = None, captioned: bool 
     readers = {".json": _json_items, ".csv": _csv_items, ".tsv": _csv_items, ".parquet": _parquet_items}
     columns: Columns | None = None
     try:
-        for line, item in readers.get(path.suffix.lower(), _jsonl_items)(path):
+        for line, item in readers.get(path.suffix.lower(), jsonl_items)(path):
             if not isinstance(item, dict):
                 raise ValueError(f"{path}:{line}: expected an object with `image` and `long`, got {reprlib.repr(item)}")
             if columns is None:
@@ -130,7 +130,12 @@ def _answer(conversation: Any) -> Any:
 # -- readers: (line, item) of each item of a file ------------------------------------------------------------
 
 
-def _jsonl_items(path: Path) -> Iterator[tuple[int, Any]]:
+def jsonl_items(path: Path) -> Iterator[tuple[int, Any]]:
+    """(line, item) of a file of one JSON value a line; blank lines are passed over.
+
+    Raises:
+        ValueError: a line is not JSON in UTF-8, or nested too deeply.
+    """
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:

@@ -106,6 +106,10 @@ def write_index(folder: Path, sizes: dict[str, int]) -> None:
 
 
 def shards_in(folder: Path) -> list[str]:
+    """The tars in a folder; those that only its index.json names are counted in a warning."""
+    missing = [name for name in _listed_sizes(str(folder)) if not (folder / name).exists()]
+    if missing:
+        logger.warning("%s: %d shards of its index are not there, the first is %s", folder, len(missing), missing[0])
     return sorted(str(path) for path in folder.glob("*.tar") if not is_system_file(path.name))
 
 

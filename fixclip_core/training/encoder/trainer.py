@@ -12,7 +12,7 @@ from accelerate import DistributedType, PartialState
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fixclip_core.data.config import DataConfig, SourceSection
+from fixclip_core.data.config import READ_SCENES, DataConfig, SourceSection
 from fixclip_core.data.loader import Batch, Loader, build_loader
 from fixclip_core.data.order import sample_range
 from fixclip_core.data.sources import open_source
@@ -342,17 +342,10 @@ def smoke_recipe(recipe: EncoderRecipe, folder: str | Path, batch_size: int = 4)
     micro = recipe.train.micro_batch_size and max(1, batch_size // 2)
     changes: dict[str, dict[str, Any]] = {
         "model": {"pretrained": None},
-        "data": {"source": "scenes", "image_root": None, "start": 0, "stop": 2 * batch_size, "workers": 0},
+        "data": {**READ_SCENES, "stop": 2 * batch_size, "workers": 0},
         "captions": {"short_caption": "first_sentence", "filter_captions": False},
         "train": {"steps": 2, "batch_size": batch_size, "micro_batch_size": micro},
-        "eval": {
-            "source": "scenes",
-            "image_root": None,
-            "start": 0,
-            "stop": batch_size,
-            "held_out": None,
-            "batch_size": batch_size,
-        },
+        "eval": {**READ_SCENES, "stop": batch_size, "held_out": None, "batch_size": batch_size},
         "output": {"folder": str(folder), "log_every": 1, "keep_last": 1, "trackers": []},
     }
     return changed(recipe, changes)
