@@ -17,18 +17,19 @@ HierarchyBranch = Literal["long", "short"]
 HiddenState = Literal["last", "penultimate"]
 
 
-@dataclass(frozen=True)
-class FixClipConfig:
-    """The model's shape and the modules that are on; training settings live in the recipe.
+# The least of what counts something.
+LEAST = {"keep": 0, "ratio": 1, "lora_rank": 0, "num_prompts": 0, "pca_rank": 1, "num_groups": 0, "first_group": 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Modules:
+    """What FIX-CLIP changes of its base: the fields that a recipe's `model` section and `FixClipConfig` share.
 
     Args:
-        clip: open_clip's model configuration of the base (embed_dim, vision_cfg, text_cfg, quick_gelu).
-        preprocess: open_clip's preprocessing (size, mean, std, interpolation, resize_mode).
         keep: text positions that are copied and stay frozen, whatever the others start as.
         ratio: rows made of each later position; the base's 77 become keep + (77 - keep) * ratio.
         positions: what the text positions start as: "stretched" as in the paper, or "kept": the base's rows as they are
             and copies of the last 35 behind them, as many rows as stretching makes.
-        context_length: tokens the text tower reads; follows from keep and ratio, so it may be left out.
         lora_rank: rank of the change of the text tower's matrices; all else of it stays the base's, except for the
             positions and the text projection. 0: every weight is trained.
         num_prompts: regional prompts M in each image layer; 0 turns them off.
@@ -43,17 +44,11 @@ class FixClipConfig:
         num_groups: groups G of consecutive layers for hierarchical alignment; 0 turns it off.
         first_group: first group K, counted from 1, whose features are aligned; K..G count.
         hierarchy_branch: the branch whose layers are aligned.
-
-    Raises:
-        ValueError: a value is out of its range; the message names it and what is valid.
     """
 
-    clip: dict[str, Any]
-    preprocess: dict[str, Any] = field(default_factory=dict)
     keep: int = 20
     ratio: int = 4
     positions: PositionStart = "stretched"
-    context_length: int | None = None
     lora_rank: int = 0
     num_prompts: int = 4
     prompt_flow: PromptFlow = "carry"
@@ -64,6 +59,33 @@ class FixClipConfig:
     num_groups: int = 4
     first_group: int = 3
     hierarchy_branch: HierarchyBranch = "long"
+
+
+def wrong_module(name: str, value: Any) -> str | None:
+    """Why a field of `Modules` cannot have a value of the right type, None if it can; `FixClipConfig` asks for more."""
+    if name in LEAST and value < LEAST[name]:
+        return f"it must be at least {LEAST[name]}"
+    if name == "mask_ratio" and not 0 < value < 1:
+        return "it must lie between 0 and 1, both excluded"
+    return None
+
+
+@dataclass(frozen=True)
+class FixClipConfig(Modules):
+    """The model's shape and the modules that are on; training settings live in the recipe.
+
+    Args:
+        clip: open_clip's model configuration of the base (embed_dim, vision_cfg, text_cfg, quick_gelu).
+        preprocess: open_clip's preprocessing (size, mean, std, interpolation, resize_mode).
+        context_length: tokens the text tower reads; follows from keep and ratio, so it may be left out.
+
+    Raises:
+        ValueError: a value is out of its range; the message names it and what is valid.
+    """
+
+    clip: dict[str, Any]
+    preprocess: dict[str, Any] = field(default_factory=dict)
+    context_length: int | None = None
 
     def __post_init__(self) -> None:
         # JSON's own types, so that a configuration equals what is read back, and is nobody else's dict.
@@ -84,16 +106,10 @@ class FixClipConfig:
         _check_choice("short_branch", self.short_branch, get_args(ShortBranch))
         _check_choice("masking", self.masking, get_args(Masking))
         _check_choice("hierarchy_branch", self.hierarchy_branch, get_args(HierarchyBranch))
-        if self.lora_rank < 0:
-            raise ValueError(f"lora_rank={self.lora_rank}: it must be 0 (off) or more")
-        if self.num_prompts < 0:
-            raise ValueError(f"num_prompts={self.num_prompts}: it must be 0 (off) or more")
-        if not 0 < self.mask_ratio < 1:
-            raise ValueError(f"mask_ratio={self.mask_ratio}: it must lie between 0 and 1, both excluded")
-        if self.pca_rank < 1:
-            raise ValueError(f"pca_rank={self.pca_rank}: it must be at least 1")
-        if self.num_groups < 0:
-            raise ValueError(f"num_groups={self.num_groups}: it must be 0 (off) or more")
+        for module in dataclasses.fields(Modules):
+            value = getattr(self, module.name)
+            if reason := wrong_module(module.name, value):
+                raise ValueError(f"{module.name}={value}: {reason}")
         if self.num_groups and not 1 <= self.first_group <= self.num_groups:
             raise ValueError(f"first_group={self.first_group}: it must lie between 1 and {self.num_groups}")
         if self.num_groups and self.hierarchy_branch == "short" and not self.short_is_encoded:

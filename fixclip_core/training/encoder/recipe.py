@@ -1,35 +1,29 @@
 """The recipe of the encoder's training: what `load_recipe` checks an encoder.yaml against."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from fixclip_core.data.config import CaptionsSection, DataSection, SourceSection
-from fixclip_core.model.config import HiddenState, HierarchyBranch, Masking, PromptFlow, ShortBranch
-from fixclip_core.model.positional import PositionStart
+from fixclip_core.model.config import HiddenState, Modules, wrong_module
 from fixclip_core.section import Section
 from fixclip_core.training.recipe import OptimSection, OutputSection, RunSection
 
 
-class ModelSection(Section):
-    """The base CLIP and FIX-CLIP's modules; see `FixClipConfig` for what each does."""
+class ModelSection(Section, Modules):  # type: ignore[misc]  # a Section is frozen, too
+    """The base CLIP, and FIX-CLIP's modules as `Modules` describes them."""
 
     name: str = Field(min_length=1, description="open_clip's model name, hf-hub:..., or weights on disk")
     pretrained: str | None = Field(default=None, description="open_clip's tag or a weights file; null: random weights")
     cache_dir: str | None = None
-    keep: int = Field(default=20, ge=0)
-    ratio: int = Field(default=4, ge=1)
-    positions: PositionStart = Field(default="stretched", description="what the text positions start as")
-    lora_rank: int = Field(default=0, ge=0, description="of the change of the text tower's matrices; 0: train them")
-    num_prompts: int = Field(default=4, ge=0, description="regional prompts a layer; 0: off")
-    prompt_flow: PromptFlow = "carry"
-    short_branch: ShortBranch = Field(default="masked", description="what the short caption meets")
-    masking: Masking = "replace"
-    mask_ratio: float = Field(default=0.75, gt=0, lt=1)
-    pca_rank: int = Field(default=32, ge=1, description="of the pca short branch")
-    num_groups: int = Field(default=4, ge=0, description="layer groups of the hierarchical alignment; 0: off")
-    first_group: int = Field(default=3, ge=1, description="first group whose features are aligned")
-    hierarchy_branch: HierarchyBranch = "long"
+
+    @field_validator("*")
+    @classmethod
+    def _check_module(cls, value: Any, info: ValidationInfo) -> Any:
+        if reason := wrong_module(str(info.field_name), value):
+            raise PydanticCustomError("module", "{reason}", {"reason": reason})
+        return value
 
 
 class TrainSection(RunSection):
