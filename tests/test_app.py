@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from concurrent.futures import CancelledError
 from contextlib import aclosing
 from dataclasses import replace
@@ -40,7 +41,9 @@ from fixclip_app.jobs import (
     settings_from_link,
     steps_with_previews,
 )
+from fixclip_app.listeners import ARRIVED
 from fixclip_app.model import DemoModel, DevicePool, ModelChoice, default_choice, draws_scenes
+from fixclip_app.page import LISTENERS
 from fixclip_app.views import heat_map_view, judge, token_view, verdict_view
 from gradio_client import Client
 from gradio_client.exceptions import AppError
@@ -446,6 +449,62 @@ def test_the_line_is_bounded_and_loses_nobody(model, tmp_path):
             assert not any(job.done() for job in jobs)
         assert [job.result(timeout=30)[1]["seed"] for job in jobs] == [0, 1, 2]
         client.close()
+
+
+def test_jobs_whose_sender_is_gone_are_not_drawn(model, unet_calls, tmp_path, monkeypatch):
+    """Five POSTs that nobody reads the answer of, one that a visitor waits for: the visitor's alone is drawn."""
+    monkeypatch.setattr(LISTENERS, "patience", 1000)
+    data = ["A cat.", "", 2, 7.5, 32, 32, 0, 1, False]
+    with serve(model, tmp_path) as (url, pool):
+        client = Client(url, verbose=False)
+        with pool.borrow(lambda: None):
+            for _ in range(5):
+                assert httpx.post(f"{url}gradio_api/call/generate", json={"data": data}).status_code == 200
+            job = client.submit(prompt="A cat.", **FAST, api_name="/generate")
+            wait_until(lambda: LISTENERS._open)
+            monkeypatch.setattr(LISTENERS, "patience", 0)
+        gallery, info, _ = job.result(timeout=60)
+        assert len(gallery) == 1
+        assert len(unet_calls) == info["steps"] == 2
+        client.close()
+
+
+def test_a_page_that_closes_ends_its_running_job(model, unet_calls, tmp_path, monkeypatch):
+    monkeypatch.setattr(LISTENERS, "patience", 0)
+    pool = DevicePool([model])
+    request = types.SimpleNamespace(headers={ARRIVED: "0"}, session_hash="a visitor")
+    LISTENERS.opened("a visitor")
+    values = check_settings({**FULL, "prompt": LONG, "steps": 100}, model, Limits())
+
+    async def close_after_three_steps():
+        jobs = run(pool, lambda model, emit: generate(values, model, emit), lambda: LISTENERS.waits(request))
+        async with aclosing(jobs) as events:
+            async for event in events:
+                if event.step == 3:
+                    LISTENERS.closed("a visitor")
+
+    with pytest.raises(ValueError, match="Nobody waited"):
+        asyncio.run(close_after_three_steps())
+    assert len(unet_calls) < 100
+    assert not LISTENERS._open
+
+
+def test_reading_a_prompt_leaves_the_event_loop_free(client, model, monkeypatch):
+    """Every count of tokens runs in a thread without an event loop, so no visitor waits for another's text."""
+    loops, count = [], model.token_report
+
+    def spy(prompt):
+        loops.append(asyncio._get_running_loop())
+        return count(prompt)
+
+    monkeypatch.setattr(model, "token_report", spy)
+    with pytest.raises(AppError, match="this page takes"):
+        client.predict(prompt=". " * 4500, **FAST, api_name="/generate")
+    client.predict(prompt="A cat.", **FAST, api_name="/generate")
+    client.predict(prompt="A cat.", **FAST, api_name="/compare")
+    client.predict("A cat.", api_name="/tokens")
+    assert len(loops) >= 4
+    assert set(loops) == {None}
 
 
 def test_twenty_clients_lose_no_job_and_mix_up_no_result(served, unet_calls):

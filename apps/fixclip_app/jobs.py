@@ -80,7 +80,7 @@ def _check_text(name: str, text: Any, model: DemoModel, limits: Limits) -> None:
         raise ValueError(f"The {name} must be text.")
     if len(text) > limits.characters:
         raise ValueError(f"The {name} has {len(text):,} characters; this page takes at most {limits.characters:,}.")
-    num_tokens, most = model.pipe.token_report(text).num_tokens, limits.tokens
+    num_tokens, most = model.token_report(text).num_tokens, limits.tokens
     if num_tokens > most:
         raise ValueError(f"The {name} has {num_tokens:,} tokens; this page takes at most {most:,}.")
 
@@ -119,7 +119,7 @@ def settings_from_link(fragment: str, defaults: dict[str, Any], model: DemoModel
 
 
 class StoppedError(Exception):
-    """The visitor pressed Stop or left."""
+    """The visitor pressed Stop."""
 
 
 @dataclass(frozen=True)
@@ -147,35 +147,42 @@ Event = Progress | Picture
 Emit = Callable[[Event], None]
 
 
-async def run(pool: DevicePool, work: Callable[[DemoModel, Emit], None]) -> AsyncGenerator[Event, None]:
+async def run(
+    pool: DevicePool, work: Callable[[DemoModel, Emit], None], is_wanted: Callable[[], bool] = lambda: True
+) -> AsyncGenerator[Event, None]:
     """Do `work` in a thread on a free device and pass on what it emits.
 
-    When the iteration is closed or cancelled, the work ends at its next `emit`; nobody waits for it.
+    When the iteration is closed or cancelled, the work ends at its next `emit`; nobody waits for it. It ends there, or
+    while it waits for a device, also once `is_wanted` says no.
 
     Raises:
-        ValueError: out of memory, and what `work` raises.
+        ValueError: out of memory, nobody wants the result, and what `work` raises.
     """
     loop, stopped = asyncio.get_running_loop(), threading.Event()
     events: asyncio.Queue[Event | Exception | None] = asyncio.Queue()
 
-    def check_stopped() -> None:
+    def check_wanted() -> None:
         if stopped.is_set():
             raise StoppedError
+        if not is_wanted():
+            raise ValueError("Nobody waited for this result any more, so it was not drawn.")
 
-    def emit(event: Event | Exception | None) -> None:
-        check_stopped()
+    def send(event: Event | Exception | None) -> None:
         loop.call_soon_threadsafe(events.put_nowait, event)
 
+    def emit(event: Event) -> None:
+        check_wanted()
+        send(event)
+
     def body() -> None:
-        with contextlib.suppress(StoppedError):
-            try:
-                with pool.borrow(check_stopped) as model:
-                    work(model, emit)
-                emit(None)
-            except StoppedError:
-                raise
-            except Exception as error:
-                emit(readable(error))
+        try:
+            with pool.borrow(check_wanted) as model:
+                work(model, emit)
+            send(None)
+        except StoppedError:
+            pass
+        except Exception as error:
+            send(readable(error))
 
     threading.Thread(target=body, daemon=True, name="fixclip-job").start()
     try:

@@ -1,9 +1,11 @@
 """The models behind the page, and the systems that it compares."""
 
 import contextlib
+import copy
 import json
 import queue
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from PIL import Image
 
 from fixclip_cli.generate import default_size
 from fixclip_core.scenes import long_caption, sample_scene
-from fixclip_diffusion import FixClipStableDiffusionPipeline, FixClipTextEncoder, TextAdapter, builtin
+from fixclip_diffusion import FixClipStableDiffusionPipeline, FixClipTextEncoder, TextAdapter, TokenReport, builtin
 from fixclip_diffusion.attention_maps import record_sentences
 from fixclip_diffusion.tiny import stable_diffusion, train_tokenizer
 
@@ -107,16 +109,17 @@ class DemoModel:
         if builtin.complete(choice.base, choice.encoder).encoder is not None:
             base = builtin.base_of(choice.base)
             base_encoder = FixClipTextEncoder.from_pretrained(base, subfolder="text_encoder", dtype=dtype)
-            reference = self._with_encoder(base_encoder.to(device))
+            reference = self._with(text_encoder=base_encoder.to(device))
         whole = builtin.whole_model(choice.base)
         overlap_adapter = None
         if whole is not None and whole.overlap_adapter is not None:
             overlap_adapter = TextAdapter.from_pretrained(whole.overlap_adapter).to(device, dtype).eval()
         self.systems = self._systems(reference, overlap_adapter)
+        self._reader, self._lock = self._with(tokenizer=copy.deepcopy(self.pipe.tokenizer)), threading.Lock()
 
-    def _with_encoder(self, encoder: FixClipTextEncoder) -> FixClipStableDiffusionPipeline:
-        parts = {**self.pipe.components, "text_encoder": encoder}
-        pipe = FixClipStableDiffusionPipeline(**parts, requires_safety_checker=False)
+    def _with(self, **components: Any) -> FixClipStableDiffusionPipeline:
+        """The pipeline with other components."""
+        pipe = FixClipStableDiffusionPipeline(**{**self.pipe.components, **components}, requires_safety_checker=False)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
@@ -159,6 +162,11 @@ class DemoModel:
                     pipe.unet.enable_lora()
 
         return draw
+
+    def token_report(self, prompt: str) -> TokenReport:
+        """`pipe.token_report`, from any thread while the pipeline draws: tokenizers are not for two at once."""
+        with self._lock:
+            return self._reader.token_report(prompt)
 
     @property
     def best(self) -> System:
@@ -250,6 +258,7 @@ class DevicePool:
             except queue.Empty:
                 continue
         try:
+            check_stopped()
             yield model
         finally:
             self._free.put(model)

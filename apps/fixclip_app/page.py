@@ -1,5 +1,6 @@
 """The page and its API. Lets visitors describe pictures; never reads what they send as a path or a program."""
 
+import asyncio
 import contextlib
 import tempfile
 import time
@@ -10,14 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from starlette.middleware import Middleware
 
 from fixclip_cli.pictures import save_png
 
 from .jobs import Event, Limits, Picture, Progress, Settings, check_settings, compare, generate, run, settings_from_link
+from .listeners import Listeners, TrackListeners
 from .model import DevicePool
 from .views import STYLE, heat_map_view, judge, token_view, verdict_view, verdict_words
 
 DEVICE_QUEUE = "device"
+LISTENERS = Listeners()  # of all pages that this process serves; sessions have random names
 THEME = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 # A link pasted over the current one changes the fragment only, which does not load the page anew.
 HEAD = "<script>window.addEventListener('hashchange', () => location.reload())</script>"
@@ -60,14 +64,15 @@ def build(pool: DevicePool, limits: Limits | None = None, max_waiting: int = 32)
     examples = model.examples()
     width, height = model.default_size
 
-    def checked(**values: Any) -> Settings:
+    async def checked(**values: Any) -> Settings:
+        """Checks tokenize what a visitor wrote: in a thread, so that no other visitor waits for it."""
         try:
-            return check_settings(values, model, limits)
+            return await asyncio.to_thread(check_settings, values, model, limits)
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
 
     def show_tokens(prompt: str) -> str:
-        return token_view(model.pipe.token_report((prompt or "")[: limits.characters]))
+        return token_view(model.token_report((prompt or "")[: limits.characters]))
 
     def tokens(prompt: str) -> dict:
         """Count a prompt's tokens and say where a 77-token encoder and this one stop reading.
@@ -76,7 +81,7 @@ def build(pool: DevicePool, limits: Limits | None = None, max_waiting: int = 32)
         """
         if not isinstance(prompt, str) or len(prompt) > limits.characters:
             raise gr.Error(f"The prompt must be text of at most {limits.characters:,} characters.")
-        return asdict(model.pipe.token_report(prompt))
+        return asdict(model.token_report(prompt))
 
     async def generate_pictures(
         prompt: str,
@@ -88,9 +93,10 @@ def build(pool: DevicePool, limits: Limits | None = None, max_waiting: int = 32)
         seed: float,
         num_images: float,
         heat_maps: bool,
+        request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008 - how gradio passes it
     ) -> AsyncGenerator[tuple[Any, ...], None]:
-        settings = checked(
+        settings = await checked(
             prompt=prompt,
             negative_prompt=negative_prompt,
             steps=steps,
@@ -103,11 +109,13 @@ def build(pool: DevicePool, limits: Limits | None = None, max_waiting: int = 32)
         )
         started = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="fixclip-") as folder:
-            async with contextlib.aclosing(_draw(pool, generate, settings, Path(folder), progress)) as updates:
+            drawing = _draw(pool, generate, settings, Path(folder), progress, request)
+            async with contextlib.aclosing(drawing) as updates:
                 async for shown, pictures in updates:  # noqa: B007 - the last ones are used below
                     yield shown, gr.skip(), gr.skip()
-            info = _info(settings, pictures, model.pipe.token_report(prompt).num_tokens, started)
-            yield shown, info, heat_map_view(pictures, f"fc-{uuid.uuid4().hex[:8]}")
+            report = await asyncio.to_thread(model.token_report, prompt)
+            maps = await asyncio.to_thread(heat_map_view, pictures, f"fc-{uuid.uuid4().hex[:8]}")
+            yield shown, _info(settings, pictures, report.num_tokens, started), maps
 
     async def compare_systems(
         prompt: str,
@@ -117,9 +125,10 @@ def build(pool: DevicePool, limits: Limits | None = None, max_waiting: int = 32)
         width: float,
         height: float,
         seed: float,
+        request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008 - how gradio passes it
     ) -> AsyncGenerator[tuple[Any, ...], None]:
-        settings = checked(
+        settings = await checked(
             prompt=prompt,
             negative_prompt=negative_prompt,
             steps=steps,
@@ -129,16 +138,17 @@ def build(pool: DevicePool, limits: Limits | None = None, max_waiting: int = 32)
             seed=seed,
         )
         started = time.monotonic()
-        report = model.pipe.token_report(prompt)
+        report = await asyncio.to_thread(model.token_report, prompt)
         with tempfile.TemporaryDirectory(prefix="fixclip-") as folder:
-            async with contextlib.aclosing(_draw(pool, compare, settings, Path(folder), progress)) as updates:
+            drawing = _draw(pool, compare, settings, Path(folder), progress, request)
+            async with contextlib.aclosing(drawing) as updates:
                 async for shown, pictures in updates:  # noqa: B007 - the last ones are used below
                     yield shown, gr.skip(), gr.skip()
             info = _info(settings, pictures, report.num_tokens, started)
             if model.scenes:
-                info["verdicts"] = _verdicts(report.text, pictures)
-            table = verdict_view(report.text, pictures, report.stock_cut) if model.scenes else ""
-            yield shown, info, table
+                info["verdicts"] = await asyncio.to_thread(_verdicts, report.text, pictures)
+                table = await asyncio.to_thread(verdict_view, report.text, pictures, report.stock_cut)
+            yield shown, info, table if model.scenes else ""
 
     def restore(fragment: str) -> list[Any]:
         return list(settings_from_link(fragment or "", defaults, model, limits).values())
@@ -292,33 +302,39 @@ def _said(words: str) -> str:
 
 
 async def _draw(
-    pool: DevicePool, work: Callable[..., None], settings: Settings, folder: Path, progress: gr.Progress
+    pool: DevicePool,
+    work: Callable[..., None],
+    settings: Settings,
+    folder: Path,
+    progress: gr.Progress,
+    request: gr.Request,
 ) -> AsyncGenerator[tuple[list[tuple[Any, str]], list[Picture]], None]:
     """After each preview and each picture: what to show, its files in `folder`, and the pictures so far."""
     pictures: list[Picture] = []
     files: list[tuple[Any, str]] = []
     progress(0, desc="Waiting for the device")
     try:
-        async with contextlib.aclosing(run(pool, lambda model, emit: work(settings, model, emit))) as events:
+        jobs = run(pool, lambda model, emit: work(settings, model, emit), lambda: LISTENERS.waits(request))
+        async with contextlib.aclosing(jobs) as events:
             async for event in events:
-                shown = _take(event, pictures, files, folder, progress)
+                if isinstance(event, Picture):
+                    file = folder / f"fixclip-{len(pictures) + 1}-seed{event.settings['seed']}.png"
+                    await asyncio.to_thread(save_png, event.image, file, event.settings)
+                    pictures.append(event)
+                    files.append((str(file), event.label))
+                shown = _shown(event, files, progress)
                 if shown:
                     yield shown, pictures
     except ValueError as error:
         raise gr.Error(str(error), print_exception=False) from error
 
 
-def _take(
-    event: Event, pictures: list[Picture], files: list[tuple[Any, str]], folder: Path, progress: gr.Progress
-) -> list[tuple[Any, str]] | None:
-    if isinstance(event, Progress):
-        progress((event.step, event.steps), desc="Drawing", unit="steps")
-        return [*files, (event.preview, "forming")] if event.preview else None
-    file = folder / f"fixclip-{len(pictures) + 1}-seed{event.settings['seed']}.png"
-    save_png(event.image, file, event.settings)
-    pictures.append(event)
-    files.append((str(file), event.label))
-    return list(files)
+def _shown(event: Event, files: list[tuple[Any, str]], progress: gr.Progress) -> list[tuple[Any, str]] | None:
+    """What the gallery shows after this event; None for no change."""
+    if not isinstance(event, Progress):
+        return list(files)
+    progress((event.step, event.steps), desc="Drawing", unit="steps")
+    return [*files, (event.preview, "forming")] if event.preview else None
 
 
 def _info(settings: Settings, pictures: list[Picture], num_tokens: int, started: float) -> dict[str, Any]:
@@ -355,6 +371,7 @@ def launch(page: gr.Blocks, **kwargs: Any) -> Any:
             "max_file_size": 1,  # nothing here takes uploads
             "run_history": False,  # would keep prompts in browsers that others may use
             "footer_links": ["api", "settings"],
+            "app_kwargs": {"middleware": [Middleware(TrackListeners, listeners=LISTENERS)]},
             **kwargs,
         }
     )
