@@ -5,10 +5,19 @@ from typing import Annotated
 
 import typer
 from diffusers.utils import logging as diffusers_logging
-from fixclip_app.model import DemoModel, DevicePool, ModelChoice, available_device, default_choice
+from fixclip_app.model import DemoModel, DevicePool, ModelChoice, default_choice
 from fixclip_app.page import Limits, build, launch
 
-from fixclip_cli.app import Command
+from fixclip_cli.app import (
+    Command,
+    ConditioningOption,
+    EmbeddingOption,
+    LoraOption,
+    SchedulerOption,
+    WeightsOption,
+    refuse,
+)
+from fixclip_cli.models import fastest_device
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -17,7 +26,7 @@ def load(choice: ModelChoice | None, devices: list[str] | None) -> DevicePool:
     """The chosen model, or the default one, on each device."""
     # diffusers warns of every cut prompt; what visitors write does not belong in the server's log.
     diffusers_logging.set_verbosity_error()
-    names = devices or [available_device()]
+    names = devices or [fastest_device()]
     with default_choice() if choice is None else contextlib.nullcontext(choice) as chosen:
         try:
             return DevicePool([DemoModel(chosen, name) for name in names])
@@ -27,9 +36,15 @@ def load(choice: ModelChoice | None, devices: list[str] | None) -> DevicePool:
 
 @app.command(cls=Command)
 def main(
+    ctx: typer.Context,
     base: Annotated[str | None, typer.Option(help="Stable Diffusion 1.x or 2.x: a folder or a hub name.")] = None,
     encoder: Annotated[str | None, typer.Option(help="FIX-CLIP text encoder: a folder or hub name.")] = None,
     adapter: Annotated[str | None, typer.Option(help="Adapter on the text states: a folder or hub name.")] = None,
+    lora: LoraOption = None,
+    embedding: EmbeddingOption = None,
+    scheduler: SchedulerOption = None,
+    weights: WeightsOption = None,
+    conditioning: ConditioningOption = None,
     scenes: Annotated[
         bool | None, typer.Option(help="It draws the scenes world: show the checker. Default: as the folder says.")
     ] = None,
@@ -43,9 +58,25 @@ def main(
     max_waiting: Annotated[int, typer.Option(min=1, help="Jobs that may wait in line.")] = 32,
 ) -> None:
     """Open the demo page."""
-    if base is None and (encoder is not None or adapter is not None):
-        raise ValueError("--encoder and --adapter need the --base that they belong to")
-    choice = None if base is None else ModelChoice(base, encoder, adapter, scenes)
+    if base is None:
+        refuse(
+            ctx,
+            "needs the --base that it belongs to",
+            *("encoder", "adapter", "lora", "embedding", "scheduler", "weights", "conditioning", "scenes"),
+        )
+        choice = None
+    else:
+        choice = ModelChoice(
+            base,
+            encoder,
+            adapter,
+            tuple(lora or ()),
+            tuple(embedding or ()),
+            scheduler,
+            weights,
+            conditioning,
+            scenes=scenes,
+        )
     page = build(load(choice, device), Limits(side=max_side), max_waiting)
     launch(page, server_name=host, server_port=port, share=share)
 

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -181,6 +181,28 @@ DEFAULT_OUTPUT = "outputs"
 BaseOption = Annotated[str, typer.Option(help="Stable Diffusion 1.x or 2.x: a folder, a hub name or builtin:scenes.")]
 EncoderOption = Annotated[str | None, typer.Option(help="FIX-CLIP or Long-CLIP text encoder: a folder or hub name.")]
 AdapterOption = Annotated[str | None, typer.Option(help="Adapter on the text states: a folder or hub name.")]
+LoraOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="SOURCE[:SCALE]", help="LoRA: file, folder or hub name, like style.safetensors:0.7; repeat."),
+]
+EmbeddingOption = Annotated[
+    list[str] | None, typer.Option(help="Textual inversion: a file, whose name is its token, or a hub name; repeat.")
+]
+SchedulerOption = Annotated[
+    str | None, typer.Option(help="A scheduler of diffusers, like EulerAncestralDiscrete; default: the model's own.")
+]
+WeightsOption = Annotated[
+    Literal["a1111", "compel"] | None,
+    typer.Option(help="Prompt weights: a1111 reads (word:1.3), compel reads word++; default: text is literal."),
+]
+ConditioningOption = Annotated[
+    str | None,
+    typer.Option(
+        "--conditioning",
+        "--long-prompt",
+        help="How more than 77 tokens are read: overlap, one_pass, chunks or stock; default: as the encoder says.",
+    ),
+]
 
 ImageRoot = Annotated[str | None, typer.Option(help="What image paths are relative to [manifest's folder].")]
 ImageKey = Annotated[str | None, typer.Option(help="Column or, in shards, extension of the image.")]
@@ -228,4 +250,17 @@ def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
         raise ValueError(f"{prompt_file or 'standard input'}: {reason}") from error
     if not text.strip():
         raise ValueError("the prompt is empty")
-    return text.strip()
+    return check_text(text.strip(), "prompt")
+
+
+def check_text(text: str, name: str) -> str:
+    """Pass a text through that can be written to a file; a terminal of another encoding can pass half characters.
+
+    Raises:
+        ValueError: it holds lone surrogates.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the {name} is not a text in UTF-8: {text!r}") from error
+    return text

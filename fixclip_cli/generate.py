@@ -1,117 +1,188 @@
 """`fixclip generate` and `fixclip tokens`."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from fixclip_cli.app import DEFAULT_OUTPUT, AdapterOption, BaseOption, EncoderOption, app, parse_size, read_prompt
-from fixclip_cli.pictures import label_row, output_files, save_png
+from fixclip_cli.app import (
+    DEFAULT_OUTPUT,
+    AdapterOption,
+    BaseOption,
+    ConditioningOption,
+    EmbeddingOption,
+    EncoderOption,
+    LoraOption,
+    SchedulerOption,
+    WeightsOption,
+    app,
+    check_text,
+    parse_size,
+    read_prompt,
+    refuse,
+)
+from fixclip_cli.models import (
+    ModelOptions,
+    base_options,
+    embedding_tokens,
+    load_pipeline,
+)
+from fixclip_cli.pictures import label_row, options_of, output_files, read_settings, save_png
 
 
-def load_pipeline(base: str, encoder: str | None, adapter: str | None, device: str | None, dtype: str | None) -> Any:
-    """The pipeline, on the fastest device there is unless one is named."""
-    import torch
-
-    from fixclip_core.device import best_device
-    from fixclip_diffusion import FixClipStableDiffusionPipeline
-
-    device = device or best_device()
-    torch_dtype = getattr(torch, dtype or ("float16" if device.startswith("cuda") else "float32"))
-    pipe = FixClipStableDiffusionPipeline.from_pretrained(base, encoder=encoder, adapter=adapter, dtype=torch_dtype)
-    try:
-        return pipe.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} cannot be used: {error}") from error
+def _draw_again(ctx: typer.Context, picture: Path | None) -> Path | None:
+    """The settings of a picture become the defaults of all options."""
+    if picture is not None:
+        ctx.default_map = {**(ctx.default_map or {}), **options_of(read_settings(picture))}
+    return picture
 
 
 @app.command()
 def generate(
+    ctx: typer.Context,
     prompt: Annotated[str | None, typer.Argument(help="The prompt, of any length; - reads standard input.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from a text file.")] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="Many prompts: a text file with one a line, or .jsonl with `prompt`.")
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            callback=_draw_again, is_eager=True, help="Draw a picture again: its settings, but for options given here."
+        ),
+    ] = None,
     base: BaseOption = "stable-diffusion-v1-5/stable-diffusion-v1-5",
     encoder: EncoderOption = None,
     adapter: AdapterOption = None,
+    lora: LoraOption = None,
+    embedding: EmbeddingOption = None,
     negative: Annotated[str, typer.Option(help="What the picture should not show; of any length too.")] = "",
+    weights: WeightsOption = None,
+    conditioning: ConditioningOption = None,
     steps: Annotated[int, typer.Option(min=1, max=999, help="Denoising steps.")] = 30,
     guidance: Annotated[float, typer.Option(min=0.0, max=100.0, help="Guidance scale.")] = 7.5,
+    scheduler: SchedulerOption = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Picture i starts from seed + i.")] = 0,
     size: Annotated[str | None, typer.Option(help="512 or 512x768 (width x height); default: the model's own.")] = None,
-    num: Annotated[int, typer.Option(min=1, max=1000, help="Number of pictures.")] = 1,
-    conditioning: Annotated[
-        str | None,
-        typer.Option(
-            "--conditioning",
-            "--long-prompt",
-            help="How more than 77 tokens are read: overlap, one_pass, chunks or stock; default: as the encoder says.",
-        ),
-    ] = None,
+    num: Annotated[int, typer.Option(min=1, max=1000, help="Pictures of each prompt.")] = 1,
     device: Annotated[str | None, typer.Option(help="cuda, mps or cpu; default: the fastest there is.")] = None,
     dtype: Annotated[
         Literal["float32", "float16", "bfloat16"] | None, typer.Option(help="Default: float16 on cuda, else float32.")
     ] = None,
     compare: Annotated[
-        bool, typer.Option("--compare", help="One sheet: stock (truncated) | chunked | FIX-CLIP, the same seed.")
+        bool,
+        typer.Option(
+            "--compare", help="One sheet, the same seed: stock | chunks | overlap | the encoder's own, if trained."
+        ),
     ] = False,
     output: Annotated[str, typer.Option("--output", "-o", help="A .png file or a folder.")] = DEFAULT_OUTPUT,
 ) -> None:
-    """Make pictures from a prompt of any length."""
-    text = read_prompt(prompt, prompt_file)
-    width_height = parse_size(size) if size else None
-    files = output_files(output, [f"seed{seed + index}" for index in range(num)])
-    from importlib.metadata import version
-
-    from fixclip_diffusion import builtin
-
-    pipe = load_pipeline(base, encoder, adapter, device, dtype)
-    pipe.conditioning = conditioning
+    """Make pictures from prompts of any length."""
+    texts = _texts(ctx, prompt, prompt_file, prompts)
+    check_text(negative, "negative prompt")
+    if negative and guidance <= 1:
+        raise ValueError(f"--negative acts with a --guidance above 1 only, and it is {guidance:g}")
     if compare:
-        same = encoder is None and adapter is None and builtin.base_of(base) == base
-        reference = pipe if same else load_pipeline(builtin.base_of(base), None, None, device, dtype)
-        systems = comparison(reference, pipe)
-    else:
-        systems = {"FIX-CLIP": pipe}
+        refuse(ctx, "does not act with --compare, which draws with each of them", "conditioning")
+    width_height = parse_size(size) if size else None
+    numbers = [""] if prompts is None else [f"{index:05d}-" for index in range(len(texts))]
+    files = output_files(output, [f"{number}seed{seed + i}" for number in numbers for i in range(num)])
+    options = ModelOptions(
+        base, encoder, adapter, tuple(lora or ()), tuple(embedding or ()), scheduler, weights, conditioning
+    )
+    pipe = load_pipeline(options, device, dtype)
+    _check_embeddings_act(pipe, [*texts, negative])
     settings = {
-        "prompt": text,
         "negative_prompt": negative,
         "steps": steps,
         "guidance_scale": guidance,
-        "seed": seed,
         "size": width_height or default_size(pipe),
-        "base": base,
-        "encoder": encoder,
-        "adapter": adapter,
-        "conditioning": pipe.conditioning,
+        **describe_model(options, pipe),
+    }
+    systems: dict[str, Callable[..., Any]] = {pipe.conditioning: pipe}
+    if compare:
+        systems = comparison(options, pipe, device, dtype)
+        del settings["conditioning"]  # one for each of the systems
+    if negative:
+        typer.echo(f"negative prompt: {pipe.token_report(negative)}")
+    for number, text in enumerate(texts):
+        typer.echo(pipe.token_report(text))
+        for i, file in enumerate(files[number * num : (number + 1) * num]):
+            draw_and_save(systems, {"prompt": text, "seed": seed + i, **settings}, file)
+
+
+def _texts(ctx: typer.Context, prompt: str | None, prompt_file: Path | None, prompts: str | None) -> list[str]:
+    source = ctx.get_parameter_source("prompt")
+    if source is not None and source.name == "DEFAULT_MAP" and (prompt_file or prompts):
+        prompt = None  # that of --config
+    if prompts is None:
+        return [read_prompt(prompt, prompt_file)]
+    if prompt is not None or prompt_file is not None:
+        raise ValueError("give a PROMPT, --prompt-file or --prompts, one of them")
+    from fixclip_diffusion.evaluation.prompts import read_prompts
+
+    return [check_text(item.text, "prompt") for item in read_prompts(prompts, check_scenes=False)]
+
+
+def _check_embeddings_act(pipe: Any, texts: list[str]) -> None:
+    for token in embedding_tokens(pipe):
+        if not any(token.lower() in text.lower() for text in texts):
+            raise ValueError(f"--embedding: its token {token!r} is in no prompt, so it would not act; write it there")
+
+
+def describe_model(options: ModelOptions, pipe: Any) -> dict[str, Any]:
+    """What is recorded of the model in a picture: enough to load it again."""
+    from importlib.metadata import version
+
+    return {
+        "base": options.base,
+        "encoder": options.encoder,
+        "adapter": options.adapter,
+        "loras": list(options.loras),
+        "embeddings": list(options.embeddings),
+        "conditioning": options.conditioning or pipe.conditioning,
+        "weights": options.weights,
         "scheduler": type(pipe.scheduler).__name__,
         "dtype": str(pipe.unet.dtype).removeprefix("torch."),
         "version": version("fixclip"),
     }
-    typer.echo(pipe.token_report(text))
-    if negative:
-        typer.echo(f"negative prompt: {pipe.token_report(negative)}")
-    for index, file in enumerate(files):
-        draw_and_save(systems, {**settings, "seed": seed + index}, file)
 
 
-def comparison(reference: Any, pipe: Any) -> dict[str, Callable[..., Any]]:
-    """Stock, chunked and ours as functions of the same arguments; `reference` has the base's own encoder."""
-    from diffusers.utils import logging as diffusers_logging
+def comparison(
+    options: ModelOptions, pipe: Any, device: str | None = None, dtype: str | None = None
+) -> dict[str, Callable[..., Any]]:
+    """Every conditioning that needs no training, on the base's own encoder, and `pipe` if it has more than that.
 
-    def stock(**kwargs: Any) -> Any:
-        """Without the warning: that it drops the end is what this column shows."""
-        verbosity = diffusers_logging.get_verbosity()
-        diffusers_logging.set_verbosity_error()
-        try:
-            return reference(conditioning="stock", **kwargs)
-        finally:
-            diffusers_logging.set_verbosity(verbosity)
+    Raises:
+        ValueError: the base's own encoder has no original positions.
+    """
+    from fixclip_diffusion.conditioning import CONDITIONINGS
 
-    return {
-        "stock, cut at 77 tokens": stock,
-        "chunks of 77 tokens": lambda **kwargs: reference(conditioning="chunks", **kwargs),
-        "FIX-CLIP": lambda **kwargs: pipe(**kwargs),
+    plain = base_options(options)
+    has_own = (plain.base, plain.encoder, plain.adapter) != (options.base, options.encoder, options.adapter)
+    reference = load_pipeline(plain, device, dtype) if has_own else pipe
+    if not reference.text_encoder.short_context_length:
+        raise ValueError(f"--compare: the encoder of {plain.base!r} was trained for long texts and cannot show others")
+    systems: dict[str, Callable[..., Any]] = {
+        name: lambda name=name, **kwargs: reference(conditioning=name, **kwargs)
+        for name, item in CONDITIONINGS.items()
+        if item.needs_short
     }
+    if has_own or pipe.text_encoder.adapter is not None:
+        systems[own_label(pipe)] = pipe
+    return systems
+
+
+def own_label(pipe: Any) -> str:
+    """`trained encoder + adapter + LoRA`, as far as a pipeline has them; "overlap + adapter" on a base's encoder."""
+    from fixclip_diffusion.pipeline import LORA_NAME
+
+    parts = [pipe.conditioning if pipe.text_encoder.short_context_length else "trained encoder"]
+    parts += ["adapter"] if pipe.text_encoder.adapter is not None else []
+    parts += ["LoRA"] if any(LORA_NAME in names for names in pipe.get_list_adapters().values()) else []
+    return " + ".join(parts)
 
 
 def default_size(pipe: Any) -> tuple[int, int]:
@@ -121,19 +192,26 @@ def default_size(pipe: Any) -> tuple[int, int]:
 
 
 def draw(system: Callable[..., Any], settings: dict[str, Any]) -> Any:
-    """One picture of one system; the same settings give the same starting noise to each."""
+    """One picture of one system; the same settings give the same starting noise to each.
+
+    Raises:
+        ValueError: out of memory.
+    """
     import torch
 
     width, height = settings["size"]
-    return system(
-        prompt=settings["prompt"],
-        negative_prompt=settings["negative_prompt"],
-        num_inference_steps=settings["steps"],
-        guidance_scale=settings["guidance_scale"],
-        width=width,
-        height=height,
-        generator=torch.Generator("cpu").manual_seed(settings["seed"]),
-    ).images[0]
+    try:
+        return system(
+            prompt=settings["prompt"],
+            negative_prompt=settings["negative_prompt"],
+            num_inference_steps=settings["steps"],
+            guidance_scale=settings["guidance_scale"],
+            width=width,
+            height=height,
+            generator=torch.Generator("cpu").manual_seed(settings["seed"]),
+        ).images[0]
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"out of memory at {width}x{height}: try a smaller --size, or --dtype float16") from error
 
 
 def draw_and_save(systems: dict[str, Callable[..., Any]], settings: dict[str, Any], file: Path) -> list[Any]:
@@ -150,16 +228,25 @@ def tokens(
     prompt: Annotated[str | None, typer.Argument(help="The prompt; - reads standard input.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from a text file.")] = None,
     base: BaseOption = "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    conditioning: ConditioningOption = None,
+    weights: WeightsOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Count a prompt's tokens and show where a stock encoder stops reading. Needs the base's tokenizer only."""
     text = read_prompt(prompt, prompt_file)
+    from dataclasses import asdict
+
     from huggingface_hub import hf_hub_download
 
     from fixclip_diffusion import builtin
+    from fixclip_diffusion.conditioning import get_conditioning
+    from fixclip_diffusion.prompt_weights import check_syntax
     from fixclip_diffusion.text_encoder import check_folder_or_hub_name
     from fixclip_diffusion.token_report import token_report
     from fixclip_diffusion.tokenizer import FixClipTokenizer
 
+    how = get_conditioning(conditioning or "overlap")
+    check_syntax(weights)
     base = builtin.resolve(builtin.base_of(base))
     check_folder_or_hub_name("base", base)
     if not Path(base).is_dir():  # one file first: the tokenizer alone would try a dozen before it gives up
@@ -167,4 +254,6 @@ def tokens(
             hf_hub_download(base, "tokenizer/tokenizer_config.json")
         except Exception as error:
             raise ValueError(f"base {base!r}: its tokenizer could not be read from the hub ({error})") from error
-    typer.echo(token_report(FixClipTokenizer.from_pretrained(base, subfolder="tokenizer"), text))
+    tokenizer = FixClipTokenizer.from_pretrained(base, subfolder="tokenizer")
+    report = token_report(tokenizer, text, how, weights=weights)
+    typer.echo(json.dumps(asdict(report), ensure_ascii=False, indent=1) if as_json else report)

@@ -60,6 +60,48 @@ def save_png(image: Any, path: Path, settings: dict[str, Any]) -> None:
             raise
 
 
+def read_settings(path: Path) -> dict[str, Any]:
+    """What `save_png` wrote into a picture.
+
+    Raises:
+        ValueError: the file is no picture, or carries no settings of this program.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            image.load()
+            text = image.info.get("fixclip")
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ValueError(f"{path}: it cannot be read as a picture: {error}") from error
+    try:
+        settings = json.loads(text or "")
+        if not isinstance(settings["prompt"], str):
+            raise TypeError("its prompt is no text")
+    except (TypeError, ValueError, KeyError) as error:
+        raise ValueError(f"{path}: it carries no settings of `fixclip generate`") from error
+    return settings
+
+
+def options_of(settings: dict[str, Any]) -> dict[str, Any]:
+    """Recorded settings as parameters of `generate`; those of version 0.1 too."""
+    compared = len(settings.get("systems") or ()) > 1
+    size = settings.get("size")
+    found = {
+        "prompt": settings["prompt"],
+        "negative": settings.get("negative_prompt"),
+        "guidance": settings.get("guidance_scale"),
+        "size": None if size is None else f"{size[0]}x{size[1]}",
+        "lora": settings.get("loras"),
+        "embedding": settings.get("embeddings"),
+        "conditioning": None if compared else settings.get("conditioning", settings.get("long_prompt")),
+        "compare": compared or None,
+    }
+    same = ("steps", "seed", "base", "encoder", "adapter", "weights", "scheduler", "dtype")
+    found |= {name: settings.get(name) for name in same}
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def parameters_text(settings: dict[str, Any]) -> str:
     """The settings in the layout that common Stable Diffusion front ends read from a PNG."""
     lines = [settings["prompt"]]

@@ -16,6 +16,7 @@ from fixclip_diffusion import builtin
 from fixclip_diffusion.adapter import TextAdapter
 from fixclip_diffusion.conditioning import get_conditioning, renamed
 from fixclip_diffusion.families import Family, Tower
+from fixclip_diffusion.fingerprint import MADE_FOR, warn_of_another_encoder
 from fixclip_diffusion.prompt_weights import check_syntax
 from fixclip_diffusion.text_encoder import (
     FixClipTextConfig,
@@ -81,8 +82,8 @@ def load_components(
         check_width(widths, _unet_width(base, kwargs, hub_kwargs))
     for tower in towers:
         if tower.encoder in plans:
-            plan = plans[tower.encoder]
-            kwargs[tower.encoder] = encoder_class(tower).from_pretrained(plan.pop("name"), **plan)
+            arguments = {key: value for key, value in plans[tower.encoder].items() if key != "name"}
+            kwargs[tower.encoder] = encoder_class(tower).from_pretrained(plans[tower.encoder]["name"], **arguments)
         encoder = kwargs[tower.encoder]
         if tower.tokenizer not in kwargs and encoder is not None:
             kwargs[tower.tokenizer] = FixClipTokenizer.from_pretrained(
@@ -94,9 +95,24 @@ def load_components(
             if encoder is None:
                 raise ValueError(f"adapter= needs a text encoder, but {tower.encoder}=None was passed")
             if not isinstance(adapter, TextAdapter):
-                adapter = TextAdapter.from_pretrained(adapter, **hub_kwargs)
+                source, adapter = adapter, TextAdapter.from_pretrained(adapter, **hub_kwargs)
+                _warn_of_another_encoder(source, tower, encoder, kwargs[tower.tokenizer], plans.get(tower.encoder))
             encoder.set_adapter_module(adapter)
     return kwargs
+
+
+def _warn_of_another_encoder(
+    adapter: str | Path, tower: Tower, encoder: Any, tokenizer: Any, plan: dict[str, Any] | None
+) -> None:
+    """Log it if the adapter was made for another text encoder than this one, which was loaded by `plan`, or given."""
+    folder = Path(builtin.resolve(adapter))
+    if not (folder / MADE_FOR).is_file():
+        return
+    if encoder.dtype != torch.float32 and plan is not None:  # digests are those of float32
+        arguments = {key: value for key, value in plan.items() if key != "name"}
+        encoder = encoder_class(tower).from_pretrained(plan["name"], **{**arguments, "dtype": torch.float32})
+    if encoder.dtype == torch.float32:
+        warn_of_another_encoder(folder, encoder, tokenizer, "the given one" if plan is None else str(plan["name"]))
 
 
 def check_spelling(kwargs: dict[str, Any]) -> None:

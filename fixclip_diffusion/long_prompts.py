@@ -10,7 +10,16 @@ from torch import Tensor
 from fixclip_diffusion import builtin
 from fixclip_diffusion.conditioning import get_conditioning, renamed
 from fixclip_diffusion.families import Family, TextEncoding, Tower, check_clip_skip
-from fixclip_diffusion.loading import check_pair, check_width
+from fixclip_diffusion.loading import HUB_KWARGS, check_pair, check_width
+from fixclip_diffusion.lora import (
+    LORA_NAME,
+    LORAS_KEY,
+    load_saved_loras,
+    lora_models,
+    save_loras,
+    scale_of,
+    without_lora_layers,
+)
 from fixclip_diffusion.prompt_encoder import PromptEmbeds, PromptEncoder, pad_states
 from fixclip_diffusion.prompt_weights import check_syntax
 from fixclip_diffusion.state_mask import mask_empty_states
@@ -119,10 +128,42 @@ class LongPromptMixin:
     def load_lora_weights(
         self, pretrained_model_name_or_path_or_dict: str | Path | dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        """Stock loading, which takes built-in names too."""
+        """Stock loading, which takes built-in names too, and leaves the model's own LoRA acting beside the new one.
+
+        Stock diffusers lets the LoRA that was loaded last act alone; `set_adapters` decides otherwise.
+        """
         source = pretrained_model_name_or_path_or_dict
         source = source if isinstance(source, dict) else builtin.resolve(source)
+        pipe: Any = self
+        before = [name for name in pipe.get_active_adapters() if name == LORA_NAME]
+        scales = [scale_of(pipe, name) for name in before]
         super().load_lora_weights(source, *args, **kwargs)  # type: ignore[misc]
+        new = [name for name in pipe.get_active_adapters() if name != LORA_NAME]
+        if before and new:
+            pipe.set_adapters([*before, *new], [*scales, *(scale_of(pipe, name) for name in new)])
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """Stock saving. Loaded LoRAs are not mixed into the weights: each is a file in the folder lora/.
+
+        `from_pretrained` of this class loads them again, with their weights of `set_adapters`. Stock diffusers reads
+        the folder without them, and one by `pipe.load_lora_weights(folder, subfolder="lora", weight_name=...)`.
+
+        Raises:
+            ValueError: see `lora.save_loras`.
+        """
+        pipe: Any = self
+        saved = save_loras(pipe, Path(save_directory))
+        if saved or LORAS_KEY in pipe.config:
+            pipe.register_to_config(**{LORAS_KEY: saved})
+        with without_lora_layers(list(lora_models(pipe).values())):
+            super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
+    def _load_saved_loras(self, base: str, kwargs: dict[str, Any]) -> None:
+        """Called by `from_pretrained` with its arguments: the LoRAs that `save_pretrained` wrote."""
+        hub_kwargs = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
+        saved = self.load_config(base, **hub_kwargs).get(LORAS_KEY)  # type: ignore[attr-defined]
+        if saved:
+            load_saved_loras(self, base, saved, **hub_kwargs)
 
     @classmethod
     def load_lora_into_text_encoder(

@@ -17,10 +17,10 @@ from fixclip_diffusion.adapter import TextAdapter
 from fixclip_diffusion.families import STABLE_DIFFUSION
 from fixclip_diffusion.loading import load_components
 from fixclip_diffusion.long_prompts import LongPromptMixin, as_texts, negative_texts
+from fixclip_diffusion.lora import LORA_NAME
 from fixclip_diffusion.text_encoder import FixClipTextEncoder
 from fixclip_diffusion.tokenizer import FixClipTokenizer
 
-LORA_NAME = "fixclip"  # of a whole model's LoRA, for `set_adapters` and `delete_adapters`
 
 
 class FixClipStableDiffusionPipeline(LongPromptMixin, StableDiffusionPipeline):
@@ -101,6 +101,7 @@ class FixClipStableDiffusionPipeline(LongPromptMixin, StableDiffusionPipeline):
             raise ValueError("pass either encoder= or text_encoder=, not both")
         if isinstance(encoder, torch.nn.Module):
             kwargs["text_encoder"], encoder = encoder, None
+        given = "text_encoder" in kwargs
         parts = builtin.ModelParts(builtin.base_of(base), adapter=adapter)
         if "text_encoder" not in kwargs:
             parts = builtin.complete(base, encoder, adapter)
@@ -113,6 +114,8 @@ class FixClipStableDiffusionPipeline(LongPromptMixin, StableDiffusionPipeline):
             raise ValueError(f"base {base!r} could not be loaded: {error}") from error
         if parts.lora is not None and pipe.unet is not None:
             pipe.load_lora_weights(parts.lora, adapter_name=LORA_NAME)
+        elif parts.encoder is None and not given:
+            pipe._load_saved_loras(base, kwargs)
         return pipe
 
     def encode_prompt(

@@ -117,11 +117,15 @@ class FixClipStableDiffusionXLPipeline(LongPromptMixin, StableDiffusionXLPipelin
                     f"adapter {str(adapter)!r}: expected text_encoder/ or text_encoder_2/ in it, each an adapter"
                 )
             adapters = {name: Path(adapter) / name for name in names}
+        is_own = not encoders and not {"text_encoder", "text_encoder_2"} & kwargs.keys()
         kwargs = load_components(cls.family, str(base), encoders, adapters, kwargs)
         try:
-            return super().from_pretrained(base, **kwargs)
+            pipe = super().from_pretrained(base, **kwargs)
         except Exception as error:
             raise ValueError(f"base {str(base)!r} could not be loaded: {error}") from error
+        if is_own:
+            pipe._load_saved_loras(str(base), kwargs)
+        return pipe
 
     def encode_prompt(
         self,

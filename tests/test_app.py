@@ -296,7 +296,7 @@ def test_compare_runs_each_system(client, model):
     caption = long_caption(sample_scene(3, num_objects=9), 3).text
     gallery, info, table = client.predict(prompt=caption, seed=2, **FAST, api_name="/compare")
     labels = ["Stock, cut at 77 tokens", "Base encoder in windows of 77", "Base encoder in overlapping windows"]
-    labels += ["FIX-CLIP", "FIX-CLIP + adapter"]
+    labels += ["Chosen encoder", "Chosen encoder + adapter"]
     assert [picture["system"] for picture in info["pictures"]] == labels
     assert [item["caption"].split(",")[0] for item in gallery] == [label.split(",")[0] for label in labels]
     assert len({pixels(item).tobytes() for item in gallery}) == 5
@@ -382,7 +382,7 @@ def test_an_encoder_without_its_old_positions_has_no_stock_rows(model, tmp_path)
     values = json.loads(config.read_text())
     config.write_text(json.dumps({**values, "short_position_embeddings": 0}))
     trained = DemoModel(ModelChoice(str(tmp_path)), "cpu")
-    assert list(trained.systems) == ["fixclip", "adapter"]
+    assert list(trained.systems) == ["encoder", "adapter"]
 
 
 # The line, stopping, many visitors --------------------------------------------------------------------------
@@ -593,7 +593,7 @@ def test_without_embedded_weights_the_page_says_that_it_draws_noise(tmp_path, mo
 
 
 def test_the_embedded_model_opens_with_its_checker(tmp_path, monkeypatch):
-    """The comparison: stock and windows of the base, the encoder alone, everything."""
+    """The comparison, of five columns at most: stock and windows of the base, with their adapter, and everything."""
     write_model(tmp_path / "scenes")
     monkeypatch.setattr(builtin, "FOLDER", tmp_path)
     with default_choice() as choice:
@@ -604,17 +604,15 @@ def test_the_embedded_model_opens_with_its_checker(tmp_path, monkeypatch):
         "Base encoder in windows of 77",
         "Base encoder in overlapping windows",
         "Overlapping windows + adapter",
-        "FIX-CLIP",
-        "FIX-CLIP + adapter + LoRA",
+        "Trained encoder + adapter + LoRA",
     ]
-    base, encoder = "builtin:scenes/base", "builtin:scenes/encoder"
+    base = "builtin:scenes/base"
     load = FixClipStableDiffusionPipeline.from_pretrained
     wanted = [
         load(base, conditioning="stock"),
         load(base, conditioning="chunks"),
         load(base, conditioning="overlap"),
         load(base, adapter="builtin:scenes/overlap_adapter", conditioning="overlap"),
-        load(base, encoder),
         load("builtin:scenes"),
     ]
     prompt, settings = model.examples()[0], {"num_inference_steps": 2, "guidance_scale": 2.0, "width": 72, "height": 72}

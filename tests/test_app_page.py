@@ -250,8 +250,8 @@ def test_compare_shows_the_systems_and_the_verdicts(open_page):
         "Stock, cut at 77 tokens",
         "Base encoder in windows of 77",
         "Base encoder in overlapping windows",
-        "FIX-CLIP",
-        "FIX-CLIP + adapter",
+        "Chosen encoder",
+        "Chosen encoder + adapter",
     ]
     rows = page.locator("#verdicts tbody tr")
     expect(rows).to_have_count(9 + 2)

@@ -1,5 +1,6 @@
 """The command line, on tiny real models."""
 
+import inspect
 import json
 import os
 import re
@@ -14,12 +15,16 @@ import tiny
 import torch
 import typer
 from command_line import error_of, run
+from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
 from PIL import Image
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from fixclip_cli.app import Commands, errors_exit_with, parse_size
+from fixclip_cli.generate import generate
 from fixclip_cli.pictures import label_row, output_files
 from fixclip_diffusion import FixClipStableDiffusionPipeline, FixClipTextEncoder, TextAdapter
+from fixclip_diffusion.adapter_training.trainer import add_lora, save_lora
 
 LONG = tiny.sentences(14)
 FAST = ["--steps", "2", "--size", "16"]
@@ -88,21 +93,112 @@ def test_several_pictures(sd1, tmp_path, python_pictures):
             assert np.array_equal(np.asarray(Image.open(tmp_path / name)), python_pictures("a cat", seed))
 
 
-def test_compare_shows_three_systems(sd1, tmp_path, python_pictures):
+def test_compare_shows_every_conditioning_and_what_was_trained(sd1, tmp_path, python_pictures):
     arguments = ["generate", LONG, "--base", sd1, *FAST, "--compare", "-o", tmp_path / "sheet.png"]
     encoder = FixClipTextEncoder.from_pretrained(sd1, subfolder="text_encoder", keep=30, ratio=5)
     encoder.save_pretrained(tmp_path / "encoder")
     adapter = TextAdapter(32)
     torch.nn.init.normal_(adapter.blocks[0].fc2.weight)
     adapter.save_pretrained(tmp_path / "adapter")
+    own = FixClipStableDiffusionPipeline.from_pretrained(
+        sd1, encoder=tmp_path / "encoder", adapter=tmp_path / "adapter"
+    )
+    trained = own(LONG, num_inference_steps=2, width=16, height=16, generator=torch.Generator().manual_seed(0)).images[
+        0
+    ]
     for extra in ([], ["--encoder", tmp_path / "encoder", "--adapter", tmp_path / "adapter"]):
         result = run(*arguments, *extra)
         assert result.exit_code == 0, result.output
-        sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
-        tiles = [sheet[-256::16, left : left + 256 : 16] for left in (0, 264, 528)]
-        assert np.array_equal(tiles[0], python_pictures(LONG, conditioning="stock"))
-        assert np.array_equal(tiles[1], python_pictures(LONG, conditioning="chunks"))
-        assert np.array_equal(tiles[2], python_pictures(LONG)) == (not extra)
+        image = Image.open(tmp_path / "sheet.png")
+        names = ["stock", "chunks", "overlap", *(["overlap + adapter"] if extra else [])]
+        settings = json.loads(image.text["fixclip"])
+        assert settings["systems"] == names
+        assert "conditioning" not in settings
+        tiles = [np.asarray(image)[-256::16, 264 * i : 264 * i + 256 : 16] for i in range(len(names))]
+        for name, tile in zip(names[:3], tiles, strict=False):
+            assert np.array_equal(tile, python_pictures(LONG, conditioning=name))
+        if extra:
+            assert np.array_equal(tiles[3], trained)
+    again = run("generate", "--config", tmp_path / "sheet.png", "-o", tmp_path / "again.png")
+    assert again.exit_code == 0, again.output
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "again.png")), np.asarray(image))
+
+
+@pytest.fixture(scope="module")
+def styles(sd1, tmp_path_factory):
+    """A LoRA of the UNet and a textual inversion of two vectors."""
+    folder = tmp_path_factory.mktemp("styles")
+    unet = UNet2DConditionModel.from_pretrained(sd1, subfolder="unet")
+    torch.manual_seed(5)
+    state = {name: 0.05 * torch.randn_like(parameter) for name, parameter in add_lora(unet, 2).items()}
+    save_lora(unet, state, folder / "lora")
+    save_file({"emb": torch.randn(2, 32)}, folder / "MyCat.safetensors")
+    return folder
+
+
+def test_every_option_acts_and_is_recorded(sd1, tmp_path, styles):
+    """All options of `generate` in one call, against Python; then the picture is drawn again from what it says."""
+    options = {
+        "base": sd1,
+        "negative": "grey",
+        "lora": f"{styles / 'lora'}:0.5",
+        "embedding": styles / "MyCat.safetensors",
+        "weights": "a1111",
+        "conditioning": "chunks",
+        "steps": 3,
+        "guidance": 3.5,
+        "scheduler": "eulerdiscrete",
+        "seed": 5,
+        "size": "16x24",
+        "num": 2,
+        "device": "cpu",
+        "dtype": "float32",
+        "output": tmp_path / "out",
+    }
+    prompt = f"a (red:1.4) mycat. {LONG}"
+    elsewhere = {"prompt", "prompt_file", "prompts", "config", "encoder", "adapter", "compare"}  # in other tests
+    assert set(inspect.signature(generate).parameters) == {"ctx", *options, *elsewhere}
+    result = run("generate", prompt, *(word for name, value in options.items() for word in (f"--{name}", value)))
+    assert result.exit_code == 0, result.output
+
+    pipe = FixClipStableDiffusionPipeline.from_pretrained(sd1, weights="a1111", conditioning="chunks")
+    pipe.load_lora_weights(styles / "lora", adapter_name="style")
+    pipe.set_adapters("style", 0.5)
+    pipe.load_textual_inversion(styles / "MyCat.safetensors", token="MyCat")
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    for seed in (5, 6):
+        expected = pipe(
+            prompt, negative_prompt="grey", num_inference_steps=3, guidance_scale=3.5, width=16, height=24,
+            generator=torch.Generator().manual_seed(seed),
+        ).images[0]  # fmt: skip
+        image = Image.open(tmp_path / "out" / f"seed{seed}.png")
+        assert np.array_equal(np.asarray(image), np.asarray(expected))
+        settings = json.loads(image.text["fixclip"])
+        assert settings == {
+            "prompt": prompt, "seed": seed, "negative_prompt": "grey", "steps": 3, "guidance_scale": 3.5,
+            "size": [16, 24], "base": str(sd1), "encoder": None, "adapter": None, "loras": [str(options["lora"])],
+            "embeddings": [str(options["embedding"])], "conditioning": "chunks", "weights": "a1111",
+            "scheduler": "EulerDiscreteScheduler", "dtype": "float32", "systems": ["chunks"],
+            "version": settings["version"],
+        }  # fmt: skip
+    again = run("generate", "--config", tmp_path / "out" / "seed6.png", "-o", tmp_path / "again.png")
+    assert again.exit_code == 0, again.output
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "again.png")), np.asarray(image))
+    other = run("generate", "a MyCat", "--config", tmp_path / "again.png", "--seed", 7, "-o", tmp_path / "other.png")
+    assert other.exit_code == 0, other.output
+    changed = json.loads(Image.open(tmp_path / "other.png").text["fixclip"])
+    assert {name for name in settings if changed[name] != settings[name]} == {"prompt", "seed"}
+
+
+def test_a_file_of_many_prompts(sd1, tmp_path, python_pictures):
+    (tmp_path / "prompts.txt").write_text("a cat\n\na dog\n")
+    result = run("generate", "--prompts", tmp_path / "prompts.txt", "--base", sd1, *FAST, "--num", 2, "-o", tmp_path)
+    assert result.exit_code == 0, result.output
+    for number, prompt in enumerate(("a cat", "a dog")):
+        for seed in (0, 1):
+            image = Image.open(tmp_path / f"0000{number}-seed{seed}.png")
+            assert image.text["prompt"] == prompt
+            assert np.array_equal(np.asarray(image), python_pictures(prompt, seed))
 
 
 def test_long_prompt_mode(sd1, tmp_path, python_pictures):
@@ -114,7 +210,6 @@ def test_long_prompt_mode(sd1, tmp_path, python_pictures):
         image = Image.open(tmp_path / "a.png")
         assert np.array_equal(np.asarray(image), expected)
         assert json.loads(image.text["fixclip"])["conditioning"] == mode
-        assert ("the rest is dropped" in result.output) == (mode == "truncate")
         assert f"conditioning {mode!r}" in result.output
 
 
@@ -152,10 +247,23 @@ def test_a_long_negative_prompt_is_reported(sd1, tmp_path):
         (["a", "--base", "BASE", "-o", "/proc/nowhere/a.png"], "cannot be written"),
         (["a", "--base", "/no/such/model", "-o", "/proc/a.png"], "cannot be written"),  # before the model is loaded
         (["a", "-o", ""], "output '': name a .png file or a folder"),
+        (["a", "--compare", "--conditioning", "chunks"], "--conditioning does not act with --compare"),
+        (["a", "--negative", "b", "--guidance", "1"], "--negative acts with a --guidance above 1 only"),
+        (["a", "--prompts", "b.txt"], "one of them"),
+        (["--prompts", "/no/such/file"], "not a readable text file"),
+        (["caf\udce9"], "the prompt is not a text in UTF-8"),
+        (["a", "--negative", "caf\udce9"], "the negative prompt is not a text in UTF-8"),
+        (["--config", "/no/such.png"], "/no/such.png: it cannot be read as a picture"),
+        (["a", "--config", "BASE/model_index.json"], "it cannot be read as a picture"),
+        (["a", "--base", "BASE", "--scheduler", "Eulr"], "--scheduler Eulr: valid are DDIM, DDPM"),
+        (["a", "--base", "BASE", "--lora", "/no/such:0.5"], "--lora /no/such: it cannot be loaded"),
+        (["a", "--base", "BASE", "--embedding", "/no/such"], "--embedding /no/such: it cannot be loaded"),
+        (["a", "--base", "BASE", "--embedding", "STYLES/MyCat.safetensors"], "its token 'MyCat' is in no prompt"),
+        (["(a:b)", "--base", "BASE", "--weights", "a1"], "'a1' is not one of 'a1111', 'compel'"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(sd1, arguments, message):
-    arguments = [argument.replace("BASE", str(sd1)) for argument in arguments]
+def test_bad_input_is_one_line_and_exit_code_2(sd1, styles, arguments, message):
+    arguments = [argument.replace("BASE", str(sd1)).replace("STYLES", str(styles)) for argument in arguments]
     result = run("generate", *arguments, "--steps", "1", *([] if "--size" in arguments else ["--size", "16"]))
     assert message in error_of(result)
 
@@ -194,6 +302,19 @@ def test_tokens_needs_only_the_tokenizer(sd1, tmp_path):
     result = run("tokens", LONG, "--base", tmp_path)
     assert result.exit_code == 0, result.output
     assert "132 tokens" in result.output
+
+
+def test_tokens_as_json(sd1):
+    result = run(
+        "tokens", f"(red:1.3) {LONG}", "--base", sd1, "--conditioning", "chunks", "--weights", "a1111", "--json"
+    )
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.output)
+    assert report["conditioning"] == "chunks"
+    assert report["text"] == f"red {LONG}"
+    assert report["num_tokens"] == 133
+    assert len(report["passes"]) == 2
+    assert report["num_states"] == 154
 
 
 @pytest.mark.parametrize("base", ["vae", "nowhere", "someone/nothing"])

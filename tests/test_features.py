@@ -29,14 +29,13 @@ from fixclip_diffusion.adapter_training.features import (
     encode_windows_for_teacher,
     pack_layouts,
     picture_transform,
-    tokenizer_digest,
     tokens_of,
     unpack_layouts,
-    weights_digest,
 )
 from fixclip_diffusion.adapter_training.objectives.step import adapted_embeds
 from fixclip_diffusion.adapter_training.recipe import ObjectivesSection
 from fixclip_diffusion.conditioning import CONDITIONINGS, Break, Context, PromptTokens
+from fixclip_diffusion.fingerprint import tokenizer_digest, weights_digest
 
 ALL = ObjectivesSection()
 LONG, SHORT = tiny_adapter.caption(0), "A red horse."

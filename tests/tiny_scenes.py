@@ -9,8 +9,8 @@ from transformers import CLIPTextModel
 
 from fixclip_core.scenes import long_caption, sample_scene
 from fixclip_diffusion import FixClipTextEncoder, FixClipTokenizer, TextAdapter, tiny
-from fixclip_diffusion.adapter_training.features import MADE_FOR, fingerprint
 from fixclip_diffusion.adapter_training.trainer import add_lora, save_lora
+from fixclip_diffusion.fingerprint import MADE_FOR, fingerprint
 
 
 def write_model(folder):

@@ -13,6 +13,7 @@ from urllib.parse import parse_qs
 import torch
 from PIL import Image
 
+from fixclip_cli.generate import describe_model
 from fixclip_diffusion.attention_maps import sentence_positions
 from fixclip_diffusion.preview import watch_steps
 
@@ -240,7 +241,8 @@ def _draw(
         found = sentence_positions(system.pipe.prompt_encoder, settings.prompt)
         sentences = tuple(sentence.text for sentence in found)
     recorded = {name: value for name, value in asdict(settings).items() if name not in ("num_images", "heat_maps")}
-    recorded |= {"seed": seed, "size": (settings.width, settings.height), "base": model.name, "system": system.label}
+    recorded |= {"seed": seed, "size": (settings.width, settings.height), **describe_model(system.options, system.pipe)}
+    recorded |= {"base": model.choice.name or system.options.base, "system": system.label}
     label = f"{system.label}, seed {seed}"
     return Picture(image, label, system.label, recorded, sentences, maps)
 

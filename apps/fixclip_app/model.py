@@ -8,7 +8,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,20 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from fixclip_cli.generate import default_size
+from fixclip_cli.models import ModelOptions, base_options, load_pipeline
 from fixclip_core.scenes import long_caption, sample_scene
 from fixclip_diffusion import FixClipStableDiffusionPipeline, FixClipTextEncoder, TextAdapter, TokenReport, builtin
 from fixclip_diffusion.attention_maps import record_sentences
+from fixclip_diffusion.pipeline import LORA_NAME
 from fixclip_diffusion.tiny import stable_diffusion, train_tokenizer
 
 SCENES_FLAG = "_scenes_world"
+MOST_COLUMNS = 5
+UNTRAINED = {
+    "stock": "Stock, cut at 77 tokens",
+    "chunks": "Base encoder in windows of 77",
+    "overlap": "Base encoder in overlapping windows",
+}
 
 EXAMPLES = (
     "A wooden table stands by the window. On the left there is a blue vase with three yellow tulips, and next to "
@@ -46,16 +54,13 @@ EXAMPLES = (
 
 
 @dataclass(frozen=True)
-class ModelChoice:
-    """Which model the page shows; base, encoder and adapter are folders, hub names or built-in names.
+class ModelChoice(ModelOptions):
+    """Which model the page shows.
 
     `scenes` says that it draws the scenes world, so that the checker can judge its pictures; None reads
     `"_scenes_world": true` from the base's model_index.json. `notice` is told to visitors.
     """
 
-    base: str
-    encoder: str | None = None
-    adapter: str | None = None
     scenes: bool | None = None
     notice: str = ""
     name: str = ""
@@ -80,11 +85,12 @@ def default_choice() -> Iterator[ModelChoice]:
 
 @dataclass(frozen=True)
 class System:
-    """One way to read a prompt; `draw` takes the arguments of the pipeline, and runs `pipe`."""
+    """One way to read a prompt: `draw` takes the arguments of the pipeline and runs `pipe`; `options` would load it."""
 
     label: str
     pipe: FixClipStableDiffusionPipeline
     draw: Callable[..., Any]
+    options: ModelOptions
 
 
 class DemoModel:
@@ -95,71 +101,94 @@ class DemoModel:
     """
 
     def __init__(self, choice: ModelChoice, device: str):
-        dtype = torch.float16 if device.startswith("cuda") else torch.float32
-        self.pipe = FixClipStableDiffusionPipeline.from_pretrained(
-            choice.base, encoder=choice.encoder, adapter=choice.adapter, dtype=dtype
-        ).to(device)
+        self.pipe = load_pipeline(choice, device)
         self.pipe.set_progress_bar_config(disable=True)
         self.choice = choice
         self.name = choice.name or " + ".join(part for part in (choice.base, choice.encoder, choice.adapter) if part)
         self.notice = choice.notice
         self.scenes = choice.scenes if choice.scenes is not None else draws_scenes(choice.base)
-        self.has_lora = bool(self.pipe.get_list_adapters())
-        reference = self.pipe
-        if builtin.complete(choice.base, choice.encoder).encoder is not None:
-            base = builtin.base_of(choice.base)
-            base_encoder = FixClipTextEncoder.from_pretrained(base, subfolder="text_encoder", dtype=dtype)
-            reference = self._with(text_encoder=base_encoder.to(device))
-        whole = builtin.whole_model(choice.base)
-        overlap_adapter = None
-        if whole is not None and whole.overlap_adapter is not None:
-            overlap_adapter = TextAdapter.from_pretrained(whole.overlap_adapter).to(device, dtype).eval()
-        self.systems = self._systems(reference, overlap_adapter)
+        self.has_lora = any(LORA_NAME in names for names in self.pipe.get_list_adapters().values())
+        systems = self._untrained_systems(device) | self._own_systems()
+        if len(systems) > MOST_COLUMNS:  # the encoder without its adapter says least
+            del systems["encoder"]
+        self.systems = systems
         self._reader, self._lock = self._with(tokenizer=copy.deepcopy(self.pipe.tokenizer)), threading.Lock()
 
     def _with(self, **components: Any) -> FixClipStableDiffusionPipeline:
         """The pipeline with other components."""
-        pipe = FixClipStableDiffusionPipeline(**{**self.pipe.components, **components}, requires_safety_checker=False)
+        options: dict[str, Any] = {"conditioning": self.choice.conditioning, "weights": self.choice.weights}
+        if "text_encoder" in components:
+            options["conditioning"] = None
+        parts = {**self.pipe.components, **components}
+        pipe = FixClipStableDiffusionPipeline(**parts, requires_safety_checker=False, **options)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    def _systems(
-        self, reference: FixClipStableDiffusionPipeline, overlap_adapter: TextAdapter | None
-    ) -> dict[str, System]:
+    def _reference(self, device: str) -> FixClipStableDiffusionPipeline:
+        """The pipeline with the base's own encoder. Without LoRAs of the user's it shares all else with `pipe`."""
+        plain = base_options(self.choice)
+        if self._encoder_name is None:
+            return self.pipe
+        if self.choice.loras or self.choice.embeddings:
+            pipe = load_pipeline(plain, device)
+            pipe.set_progress_bar_config(disable=True)
+            return pipe
+        encoder = FixClipTextEncoder.from_pretrained(plain.base, subfolder="text_encoder", dtype=self.pipe.unet.dtype)
+        return self._with(text_encoder=encoder.to(device))
+
+    @property
+    def _encoder_name(self) -> str | None:
+        """The encoder that is not the base's own."""
+        return builtin.complete(self.choice.base, self.choice.encoder).encoder
+
+    def _untrained_systems(self, device: str) -> dict[str, System]:
+        """What needs no training, on the base's own encoder, and the adapter for overlapping windows if any."""
+        reference, plain = self._reference(device), base_options(self.choice)
+        if not reference.text_encoder.short_context_length:
+            return {}
         systems = {}
-        if reference.text_encoder.short_context_length:
-            for key, label in (
-                ("stock", "Stock, cut at 77 tokens"),
-                ("chunks", "Base encoder in windows of 77"),
-                ("overlap", "Base encoder in overlapping windows"),
-            ):
-                systems[key] = System(label, reference, self._with_adapter(reference, None, conditioning=key))
-            if overlap_adapter is not None:
-                draw = self._with_adapter(reference, overlap_adapter, conditioning="overlap")
-                systems["overlap_adapter"] = System("Overlapping windows + adapter", reference, draw)
-        systems["fixclip"] = System("FIX-CLIP", self.pipe, self._with_adapter(self.pipe, None, conditioning="one_pass"))
-        parts = ["adapter"] if self.pipe.text_encoder.adapter is not None else []
+        for key, label in UNTRAINED.items():
+            options = replace(plain, conditioning=key)
+            systems[key] = System(label, reference, self._with_adapter(reference, None, conditioning=key), options)
+        whole = builtin.whole_model(self.choice.base)
+        if whole is not None and whole.overlap_adapter is not None:
+            adapter = TextAdapter.from_pretrained(whole.overlap_adapter).to(device, self.pipe.unet.dtype).eval()
+            options = replace(plain, adapter=whole.overlap_adapter, conditioning="overlap")
+            draw = self._with_adapter(reference, adapter, conditioning="overlap")
+            systems["overlap_adapter"] = System("Overlapping windows + adapter", reference, draw, options)
+        return systems
+
+    def _own_systems(self) -> dict[str, System]:
+        """The encoder of the model's own or of the user's choice, alone and with all that belongs to it."""
+        encoder, systems = self.pipe.text_encoder, {}
+        named, trained = self._encoder_name, not encoder.short_context_length
+        name = "Trained encoder" if trained else "Chosen encoder" if named else UNTRAINED[self.pipe.conditioning]
+        parts = ["adapter"] if encoder.adapter is not None else []
         parts += ["LoRA"] if self.has_lora else []
+        if named or trained:
+            options = replace(base_options(self.choice), encoder=named, conditioning=self.choice.conditioning)
+            systems["encoder"] = System(name, self.pipe, self._with_adapter(self.pipe, None), options)
         if parts:
-            systems["adapter"] = System(" + ".join(["FIX-CLIP", *parts]), self.pipe, self.pipe)
+            systems["adapter"] = System(" + ".join([name, *parts]), self.pipe, self.pipe, self.choice)
         return systems
 
     def _with_adapter(
         self, pipe: FixClipStableDiffusionPipeline, adapter: TextAdapter | None, **fixed: Any
     ) -> Callable[..., Any]:
-        """The pipeline with this adapter or none in its encoder, and the LoRA switched off, during each call."""
+        """The pipeline with this adapter or none in its encoder, and the model's LoRA switched off, in each call."""
+        shares_lora = self.has_lora and pipe.unet is self.pipe.unet
 
         def draw(**arguments: Any) -> Any:
-            encoder = pipe.text_encoder
+            encoder, unet = pipe.text_encoder, pipe.unet
             own, encoder.adapter = encoder.adapter, adapter
-            if self.has_lora:
-                pipe.unet.disable_lora()
+            if shares_lora:
+                unet.disable_lora()
             try:
                 return pipe(**fixed, **arguments)
             finally:
                 encoder.adapter = own
-                if self.has_lora:
-                    pipe.unet.enable_lora()
+                if shares_lora:
+                    unet.enable_lora()
 
         return draw
 
@@ -232,10 +261,6 @@ def mark_as_scenes(folder: str | Path) -> None:
     """Record in a model folder that it draws the scenes world; diffusers loads the folder as before."""
     file = Path(folder) / "model_index.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), SCENES_FLAG: True}, indent=2) + "\n")
-
-
-def available_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 class DevicePool:

@@ -11,7 +11,6 @@ positions of a caption, L rows of its embeds, D width.
 
 import hashlib
 import json
-import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,7 +22,6 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from safetensors import safe_open
 from safetensors.torch import save
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
@@ -51,15 +49,13 @@ from fixclip_diffusion.conditioning import (
     Stock,
 )
 from fixclip_diffusion.families import TextEncoding
+from fixclip_diffusion.fingerprint import tokenizer_digest, weights_digest
 from fixclip_diffusion.prompt_encoder import PromptEncoder, encode_passes
 from fixclip_diffusion.prompt_tokens import tokenize_prompt
 from fixclip_diffusion.text_encoder import FixClipTextEncoder, text_lengths
 from fixclip_diffusion.tokenizer import FixClipTokenizer
 
-logger = logging.getLogger(__name__)
-
 KEY_FILE = "features.json"
-MADE_FOR = "made_for.json"
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 SHORT_CAPTIONS = {"short_caption", "max_short_sentences", "drop_short_from_long"}
 SMALL_LATENTS = 16  # side
@@ -276,48 +272,6 @@ def empty_states(frozen: FrozenModels) -> tuple[CaptionStates, Tensor]:
 
 
 # -- what a cache was made with ------------------------------------------------------------------------------
-
-
-def weights_digest(module: nn.Module) -> str:
-    """SHA-256 of a module's weights as float32, names included; an encoder's adapter does not count."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        if not name.startswith("adapter."):
-            digest.update(f"{name} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().float().contiguous().numpy())
-    return digest.hexdigest()
-
-
-def tokenizer_digest(tokenizer: FixClipTokenizer) -> str:
-    """SHA-256 of all that decides a tokenizer's ids."""
-    backend = Tokenizer.from_str(tokenizer._tokenizer.to_str())
-    backend.no_truncation()  # a tokenizer keeps both from the last call
-    backend.no_padding()
-    settings = [backend.to_str(), tokenizer.context_length, tokenizer.clean_text, tokenizer.pad_token]
-    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
-
-
-def fingerprint(encoder: FixClipTextEncoder, tokenizer: FixClipTokenizer) -> dict[str, str]:
-    """What an adapter belongs to: digests of the encoder's weights (in float32) and of its tokenizer."""
-    return {"text encoder": weights_digest(encoder), "tokenizer": tokenizer_digest(tokenizer)}
-
-
-def check_made_for(folder: Path, made_for: dict[str, str]) -> None:
-    """Compare with what an adapter's or a run's folder says; one that says nothing passes with a warning.
-
-    Raises:
-        ValueError: the encoder or the tokenizer is another one.
-    """
-    try:
-        found = json.loads((folder / MADE_FOR).read_text())
-    except FileNotFoundError:
-        logger.warning("%s has no %s, so it is not known which text encoder it belongs to", folder, MADE_FOR)
-        return
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder / MADE_FOR}: cannot be read: {error}") from None
-    other = [name for name, digest in made_for.items() if found.get(name) != digest]
-    if other:
-        raise ValueError(f"{folder}: it was made with another {' and another '.join(other)} than the one given now")
 
 
 def cache_key(recipe: AdapterRecipe, frozen: FrozenModels, resolution: int) -> dict[str, Any]:

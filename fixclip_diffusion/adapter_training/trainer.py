@@ -37,22 +37,20 @@ from fixclip_core.training.trainer import CHECKPOINTS, Trainer, batches, changed
 from fixclip_diffusion import builtin, tiny
 from fixclip_diffusion.adapter import TextAdapter
 from fixclip_diffusion.adapter_training.features import (
-    MADE_FOR,
     CachedFeatures,
     CachedLatents,
     FeatureCache,
     FrozenModels,
     cache_key,
-    check_made_for,
     empty_states,
     encode_batch,
-    fingerprint,
     picture_transform,
     write_attention_out,
 )
 from fixclip_diffusion.adapter_training.objectives import Denoiser, Features, adapter_losses, noise_target
 from fixclip_diffusion.adapter_training.recipe import AdapterRecipe, BaseSection, ObjectivesSection
 from fixclip_diffusion.conditioning import CLIP_CONTEXT_LENGTH
+from fixclip_diffusion.fingerprint import MADE_FOR, check_made_for, fingerprint
 from fixclip_diffusion.pipeline import FixClipStableDiffusionPipeline
 from fixclip_diffusion.state_mask import mask_empty_states
 from fixclip_diffusion.text_encoder import FixClipTextEncoder

@@ -14,9 +14,10 @@ from tqdm import tqdm
 
 from fixclip_diffusion import builtin
 from fixclip_diffusion.adapter import TextAdapter
-from fixclip_diffusion.adapter_training.features import check_made_for, fingerprint, write_attention_out
+from fixclip_diffusion.adapter_training.features import write_attention_out
 from fixclip_diffusion.conditioning import get_conditioning
 from fixclip_diffusion.evaluation.prompts import Prompt
+from fixclip_diffusion.fingerprint import check_made_for, fingerprint
 from fixclip_diffusion.pipeline import FixClipStableDiffusionPipeline
 
 SYSTEM_KEYS = ("encoder", "adapter", "lora", "conditioning")

@@ -1,0 +1,140 @@
+"""Pipelines as command line and page load them: base, encoder, adapter, LoRAs, textual inversions, scheduler."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What draws; each source is a folder, a file, a hub name or a built-in name.
+
+    Attributes:
+        base: Stable Diffusion.
+        encoder: FIX-CLIP or Long-CLIP text encoder; None: the base's own.
+        adapter: `TextAdapter` on its hidden states.
+        loras: `SOURCE` or `SOURCE:scale`, see `split_scale`.
+        embeddings: textual inversions. A file's name is its token, as in A1111; a folder or hub name brings its own.
+        scheduler: class name of diffusers, with or without "Scheduler" at its end; None: the base's own.
+        weights: syntax of prompt weights, "a1111" or "compel"; None takes prompts literally.
+        conditioning: how prompts are read that do not fit into 77 tokens; None: as the encoder was trained for.
+    """
+
+    base: str
+    encoder: str | None = None
+    adapter: str | None = None
+    loras: tuple[str, ...] = ()
+    embeddings: tuple[str, ...] = ()
+    scheduler: str | None = None
+    weights: str | None = None
+    conditioning: str | None = None
+
+
+def split_scale(text: str) -> tuple[str, float]:
+    """`style.safetensors:0.7` to ("style.safetensors", 0.7); 1.0 without a number behind the last colon."""
+    source, colon, scale = text.rpartition(":")
+    try:
+        return (source, float(scale)) if colon else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
+def check_device(device: str) -> None:
+    """Find out before a model is loaded that a device cannot be used.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} cannot be used: {error}") from error
+
+
+def load_pipeline(options: ModelOptions, device: str | None = None, dtype: str | None = None) -> Any:
+    """The pipeline with all that the options name, on the fastest device there is unless one is named.
+
+    Raises:
+        ValueError: one of them cannot be loaded, does not fit, or the device cannot be used.
+    """
+    import torch
+
+    from fixclip_core.device import best_device
+    from fixclip_diffusion import FixClipStableDiffusionPipeline
+
+    device = device or best_device()
+    check_device(device)
+    torch_dtype = getattr(torch, dtype or ("float16" if device.startswith("cuda") else "float32"))
+    reading = {"conditioning": options.conditioning, "weights": options.weights}
+    pipe = FixClipStableDiffusionPipeline.from_pretrained(
+        options.base,
+        encoder=options.encoder,
+        adapter=options.adapter,
+        dtype=torch_dtype,
+        **{name: value for name, value in reading.items() if value is not None},  # else as the base's folder says
+    )
+    _load_loras(pipe, options.loras)
+    _load_embeddings(pipe, options.embeddings)
+    if options.scheduler is not None:
+        pipe.scheduler = make_scheduler(pipe, options.scheduler)
+    return pipe.to(device)
+
+
+def base_options(options: ModelOptions) -> ModelOptions:
+    """The same with the base's own encoder and nothing that belongs to another one, for comparison."""
+    from fixclip_diffusion import builtin
+
+    return replace(options, base=builtin.base_of(options.base), encoder=None, adapter=None, conditioning=None)
+
+
+def _load_loras(pipe: Any, loras: tuple[str, ...]) -> None:
+    before = {name: 1.0 for names in pipe.get_list_adapters().values() for name in names}
+    scales = {f"lora_{number}": split_scale(text) for number, text in enumerate(loras)}
+    for name, (source, _) in scales.items():
+        try:
+            pipe.load_lora_weights(source, adapter_name=name)
+        except Exception as error:
+            raise ValueError(f"--lora {source}: it cannot be loaded: {error}") from error
+        if not any(name in names for names in pipe.get_list_adapters().values()):
+            raise ValueError(f"--lora {source}: none of its weights is for this model")
+    if scales:
+        names = {**before, **{name: scale for name, (_, scale) in scales.items()}}
+        pipe.set_adapters(list(names), list(names.values()))
+
+
+def _load_embeddings(pipe: Any, embeddings: tuple[str, ...]) -> None:
+    for source in embeddings:
+        path = Path(source)
+        known = set(pipe.tokenizer.get_vocab())
+        try:
+            pipe.load_textual_inversion(source, **({"token": path.stem} if path.is_file() else {}))
+        except Exception as error:
+            raise ValueError(f"--embedding {source}: it cannot be loaded: {error}") from error
+        if set(pipe.tokenizer.get_vocab()) == known:
+            raise ValueError(f"--embedding {source}: it brought no new token")
+
+
+def embedding_tokens(pipe: Any) -> list[str]:
+    """Names of the textual inversions that are loaded; one of several vectors is NAME, NAME_1, NAME_2, ..."""
+    added = [token.content for token in pipe.tokenizer.added_tokens_decoder.values() if not token.special]
+    return [name for name in added if name.rpartition("_")[0] not in added]
+
+
+def make_scheduler(pipe: Any, name: str) -> Any:
+    """A scheduler of diffusers by its class's name, in any case, with or without "Scheduler", for this model.
+
+    Raises:
+        ValueError: there is none of that name that fits, or it needs a library that is not installed.
+    """
+    classes = {item.__name__: item for item in pipe.scheduler.compatibles}
+    keys = {key.lower().removesuffix("scheduler"): key for key in classes}
+    key = keys.get(name.lower().removesuffix("scheduler"))
+    if key is None:
+        valid = ", ".join(sorted(item.removesuffix("Scheduler") for item in classes))
+        raise ValueError(f"--scheduler {name}: valid are {valid}")
+    try:
+        return classes[key].from_config(pipe.scheduler.config)
+    except ImportError as error:
+        raise ValueError(f"--scheduler {name}: {error}") from error

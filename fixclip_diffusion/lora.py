@@ -1,0 +1,109 @@
+"""LoRAs of a pipeline: saved beside clean weights, and kept when another one is loaded.
+
+A loaded LoRA changes the modules of a model: a Linear becomes a layer of peft that holds the Linear as its base layer,
+and `to_q.weight` becomes `to_q.base_layer.weight`, which nothing that loads the plain model knows. Here a pipeline is
+saved as if no LoRA had been loaded, with each LoRA as a file of diffusers' format in its folder lora/.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict
+
+LORA_NAME = "fixclip"  # of a whole model's LoRA, for `set_adapters` and `delete_adapters`
+FOLDER = "lora"
+LORAS_KEY = "_loras"  # of model_index.json; diffusers ignores keys that begin with an underscore
+
+
+@contextmanager
+def without_lora_layers(models: Sequence[Any]) -> Iterator[None]:
+    """Each model with its own layers in the place of peft's, as long as the block lasts; no weight is copied."""
+    swapped = [
+        (parent, name, layer)
+        for model in models
+        for parent in model.modules()
+        for name, layer in parent.named_children()
+        if isinstance(layer, BaseTunerLayer)
+    ]
+    with_peft = [model for model in models if getattr(model, "_hf_peft_config_loaded", False)]
+    for parent, name, layer in swapped:
+        setattr(parent, name, layer.get_base_layer())
+    for model in with_peft:
+        model._hf_peft_config_loaded = False  # with it, transformers saves the LoRA and not the model
+    try:
+        yield
+    finally:
+        for parent, name, layer in swapped:
+            setattr(parent, name, layer)
+        for model in with_peft:
+            model._hf_peft_config_loaded = True
+
+
+def lora_models(pipe: Any) -> dict[str, Any]:
+    """The components that hold LoRA layers now, by name."""
+    names = [name for name, adapters in pipe.get_list_adapters().items() if adapters]
+    return {name: getattr(pipe, name) for name in names}
+
+
+def save_loras(pipe: Any, folder: Path) -> dict[str, dict[str, Any]]:
+    """Write every LoRA of a pipeline to `folder`/lora/NAME.safetensors; one that is fused is in the weights already.
+
+    Returns:
+        For each LoRA {"weight_name", "scale", "active"}: its file, its weight of `set_adapters`, and whether it acts.
+
+    Raises:
+        ValueError: a LoRA has other weights in other blocks, which cannot be recorded.
+    """
+    models = lora_models(pipe)
+    names = dict.fromkeys(name for adapters in pipe.get_list_adapters().values() for name in adapters)
+    found = {}
+    for name in names:
+        layers = [layer for model in models.values() for layer in model.modules() if isinstance(layer, LoraLayer)]
+        own = [layer for layer in layers if name in layer.scaling]
+        if any(name in layer.merged_adapters for layer in own):
+            continue
+        scales = {round(_scale(layer, name), 6) for layer in own}
+        if len(scales) != 1:
+            raise ValueError(f"LoRA {name!r} has other weights in other blocks, {sorted(scales)}: fuse it, then save")
+        arguments: dict[str, Any] = {}
+        for component, model in models.items():
+            if name in model.peft_config:
+                weights = get_peft_model_state_dict(model, adapter_name=name)
+                arguments[f"{component}_lora_layers"] = convert_state_dict_to_diffusers(weights)
+                arguments[f"{component}_lora_adapter_metadata"] = model.peft_config[name].to_dict()
+        file = f"{name}.safetensors"
+        pipe.save_lora_weights(folder / FOLDER, weight_name=file, **arguments)
+        active = all(name in layer.active_adapters and not layer.disable_adapters for layer in own)
+        found[name] = {"weight_name": file, "scale": scales.pop(), "active": active}
+    return found
+
+
+def _scale(layer: LoraLayer, name: str) -> float:
+    """The factor that `set_adapters` gave a LoRA; 1.0 as loaded."""
+    rank = layer.r[name]
+    trained = layer.lora_alpha[name] / (math.sqrt(rank) if layer.use_rslora.get(name) else rank)
+    return layer.scaling[name] / trained
+
+
+def scale_of(pipe: Any, name: str) -> float:
+    """The weight that a loaded LoRA has by `set_adapters`, of the first layer that holds it."""
+    layers = (layer for model in lora_models(pipe).values() for layer in model.modules())
+    return next(_scale(layer, name) for layer in layers if isinstance(layer, LoraLayer) and name in layer.scaling)
+
+
+def load_saved_loras(pipe: Any, base: str, saved: dict[str, dict[str, Any]], **hub_kwargs: Any) -> None:
+    """Load what `save_loras` wrote, with the same weights, and only those acting that acted."""
+    for name, item in saved.items():
+        pipe.load_lora_weights(base, adapter_name=name, subfolder=FOLDER, weight_name=item["weight_name"], **hub_kwargs)
+    if saved:
+        active = [name for name, item in saved.items() if item["active"]]
+        names = active or list(saved)
+        pipe.set_adapters(names, [saved[name]["scale"] for name in names])
+        if not active:
+            pipe.disable_lora()

@@ -1,0 +1,127 @@
+"""LoRAs beside clean weights: what is saved loads again, in our pipeline and in stock diffusers, and draws the same."""
+
+import contextlib
+import json
+import logging
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from peft import LoraConfig, inject_adapter_in_model
+from tiny_scenes import write_model
+
+from fixclip_diffusion import FixClipStableDiffusionPipeline
+from fixclip_diffusion.lora import without_lora_layers
+
+FAST = {"num_inference_steps": 2, "width": 32, "height": 32}
+
+
+def picture(pipe, **kwargs):
+    pipe.set_progress_bar_config(disable=True)
+    return np.asarray(pipe("a red star", generator=torch.Generator().manual_seed(1), **FAST, **kwargs).images[0])
+
+
+def add_random_lora(pipe, name, **config):
+    """A LoRA of UNet and text encoder whose every weight is random."""
+    torch.manual_seed(sum(map(ord, name)))
+    targets = {"unet": ["to_q", "to_v"], "text_encoder": ["q_proj", "v_proj"]}
+    for component, modules in targets.items():
+        model = getattr(pipe, component)
+        inject_adapter_in_model(LoraConfig(target_modules=modules, **config), model, name)
+        model._hf_peft_config_loaded = True
+        for key, parameter in model.named_parameters():
+            if f".{name}." in key:
+                torch.nn.init.normal_(parameter, std=0.3)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("builtin") / "scenes")
+
+
+def test_a_whole_model_is_saved_and_loaded_with_its_lora(model, tmp_path):
+    pipe = FixClipStableDiffusionPipeline.from_pretrained(model)
+    expected = picture(pipe)
+    pipe.save_pretrained(tmp_path / "mini")
+    assert np.array_equal(picture(pipe), expected), "saving leaves the pipeline as it was"
+    assert np.array_equal(picture(FixClipStableDiffusionPipeline.from_pretrained(tmp_path / "mini")), expected)
+    stock = StableDiffusionPipeline.from_pretrained(tmp_path / "mini")
+    pipe.disable_lora()
+    assert np.array_equal(picture(stock), picture(pipe))
+    stock.load_lora_weights(tmp_path / "mini", subfolder="lora", weight_name="fixclip.safetensors")
+    assert np.array_equal(picture(stock), expected)
+
+
+@pytest.mark.parametrize("active", [["one"], ["one", "two"], []])
+def test_scales_and_what_acts_are_kept(sd1, tmp_path, active):
+    pipe = FixClipStableDiffusionPipeline.from_pretrained(sd1)
+    add_random_lora(pipe, "one", r=4, lora_alpha=2)
+    add_random_lora(pipe, "two", r=2, lora_alpha=2, use_rslora=True)
+    pipe.set_adapters(active or ["one"], [0.5, 0.25][: len(active) or 1])
+    if not active:
+        pipe.disable_lora()
+    expected = picture(pipe)
+    pipe.save_pretrained(tmp_path)
+    recorded = json.loads((tmp_path / "model_index.json").read_text())["_loras"]
+    assert [name for name, item in recorded.items() if item["active"]] == active
+    again = FixClipStableDiffusionPipeline.from_pretrained(tmp_path)
+    np.testing.assert_allclose(picture(again), expected, atol=1)
+    again.save_pretrained(tmp_path / "twice")
+    assert json.loads((tmp_path / "twice" / "model_index.json").read_text())["_loras"] == recorded
+
+
+def test_a_fused_lora_is_in_the_weights_and_not_beside_them(sd1, tmp_path):
+    pipe = FixClipStableDiffusionPipeline.from_pretrained(sd1)
+    add_random_lora(pipe, "one", r=4)
+    pipe.fuse_lora()
+    expected = picture(pipe)
+    pipe.save_pretrained(tmp_path)
+    assert not (tmp_path / "lora").exists()
+    assert np.array_equal(picture(FixClipStableDiffusionPipeline.from_pretrained(tmp_path)), expected)
+
+
+def test_other_weights_in_other_blocks_are_refused(sd1, tmp_path):
+    pipe = FixClipStableDiffusionPipeline.from_pretrained(sd1)
+    add_random_lora(pipe, "one", r=4)
+    pipe.set_adapters("one", {"unet": {"down": 0.5, "mid": 1.0, "up": 0.1}, "text_encoder": 1.0})
+    with pytest.raises(ValueError, match="LoRA 'one' has other weights in other blocks"):
+        pipe.save_pretrained(tmp_path)
+
+
+def test_layers_come_back_after_an_error(sd1):
+    pipe = FixClipStableDiffusionPipeline.from_pretrained(sd1)
+    add_random_lora(pipe, "one", r=4)
+    expected, keys = picture(pipe), set(pipe.unet.state_dict())
+    with contextlib.suppress(ZeroDivisionError), without_lora_layers([pipe.unet, pipe.text_encoder]):
+        assert not any("lora" in key or "base_layer" in key for key in pipe.unet.state_dict())
+        raise ZeroDivisionError
+    assert set(pipe.unet.state_dict()) == keys
+    assert np.array_equal(picture(pipe), expected)
+
+
+def test_an_own_lora_acts_beside_that_of_the_model(model, tmp_path):
+    pipe = FixClipStableDiffusionPipeline.from_pretrained(model)
+    shutil.copytree(model / "lora", tmp_path / "style")
+    pipe.set_adapters("fixclip", 0.7)
+    pipe.load_lora_weights(tmp_path / "style", adapter_name="style")
+    both = picture(pipe)
+    assert pipe.get_active_adapters() == ["fixclip", "style"]
+    # The same LoRA twice, with 0.7 and with 1.
+    single = FixClipStableDiffusionPipeline.from_pretrained(model)
+    single.set_adapters("fixclip", 1.7)
+    np.testing.assert_allclose(both, picture(single), atol=1)
+
+
+def test_an_adapter_for_another_encoder_is_told(model, caplog):
+    load = FixClipStableDiffusionPipeline.from_pretrained
+    with caplog.at_level(logging.WARNING, logger="fixclip_diffusion"):
+        load(model)
+        load(model, dtype=torch.float16)
+        assert not caplog.messages
+        load(model / "base", adapter=model / "adapter")
+    assert caplog.messages == [
+        f"adapter {model / 'adapter'} was made for another text encoder than {model / 'base'}: "
+        "pictures may be worse than without it"
+    ]
