@@ -17,7 +17,7 @@ from fixclip_cli.app import (
     WeightsOption,
     refuse,
 )
-from fixclip_cli.models import fastest_device
+from fixclip_core.device import best_device
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -26,7 +26,7 @@ def load(choice: ModelChoice | None, devices: list[str] | None) -> DevicePool:
     """The chosen model, or the default one, on each device."""
     # diffusers warns of every cut prompt; what visitors write does not belong in the server's log.
     diffusers_logging.set_verbosity_error()
-    names = devices or [fastest_device()]
+    names = devices or [best_device()]
     with default_choice() if choice is None else contextlib.nullcontext(choice) as chosen:
         try:
             return DevicePool([DemoModel(chosen, name) for name in names])

@@ -26,10 +26,10 @@ ROOMS = {
         ("training",),
     ),
     "fixclip_diffusion": (
-        ("builtin", "conditioning", "preview", "state_mask", "tiny"),
+        ("builtin", "conditioning", "lora", "preview", "state_mask", "tiny"),
         ("adapter", "prompt_weights", "tokenizer"),
         ("prompt_tokens", "text_encoder"),
-        ("families", "token_report"),
+        ("families", "fingerprint", "token_report"),
         ("loading", "prompt_encoder"),
         ("long_prompts",),
         ("attention_maps", "pipeline", "pipeline_xl"),
@@ -38,7 +38,7 @@ ROOMS = {
         ("demo",),
     ),
     "fixclip_cli": (
-        ("app", "pictures"),
+        ("app", "models", "pictures"),
         ("train", "caption", "data", "demo", "evaluate", "evaluate_images", "generate", "weights"),
         ("main",),
         ("__main__",),

@@ -1,9 +1,9 @@
 """Every Python and shell block of README and docs runs as written, in the order of its page, on the embedded model.
 
-A page's blocks share their names and a working folder. Names of real models become built-in ones (`REPLACED`), a page's
-placeholders what `PLACES` says. Training commands read their recipe and overrides and train nothing (`--recipe-diff`).
-A block that needs the network, a GPU or real weights has `<!-- not run: why -->` on the line before it; `make` and `pip`
-lines, which set up environments, are left out.
+A page's blocks share their names and a working folder. Names of real models become built-in ones (`REPLACED`), a
+page's placeholders what `PLACES` says. Training commands read their recipe and overrides and train nothing, by
+`--recipe-diff`. A block that needs the network, a GPU or real weights has `<!-- not run: why -->` on the line before
+it; `make` and `pip` lines, which set up environments, are left out.
 """
 
 import json
