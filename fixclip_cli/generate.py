@@ -177,7 +177,7 @@ def comparison(
 
 def own_label(pipe: Any) -> str:
     """`trained encoder + adapter + LoRA`, as far as a pipeline has them; "overlap + adapter" on a base's encoder."""
-    from fixclip_diffusion.pipeline import LORA_NAME
+    from fixclip_diffusion.lora import LORA_NAME
 
     parts = [pipe.conditioning if pipe.text_encoder.short_context_length else "trained encoder"]
     parts += ["adapter"] if pipe.text_encoder.adapter is not None else []

@@ -22,7 +22,6 @@ from fixclip_diffusion.text_encoder import FixClipTextEncoder
 from fixclip_diffusion.tokenizer import FixClipTokenizer
 
 
-
 class FixClipStableDiffusionPipeline(LongPromptMixin, StableDiffusionPipeline):
     """`StableDiffusionPipeline` that reads prompts of any length.
 

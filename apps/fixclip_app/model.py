@@ -21,7 +21,7 @@ from fixclip_cli.models import ModelOptions, base_options, load_pipeline
 from fixclip_core.scenes import long_caption, sample_scene
 from fixclip_diffusion import FixClipStableDiffusionPipeline, FixClipTextEncoder, TextAdapter, TokenReport, builtin
 from fixclip_diffusion.attention_maps import record_sentences
-from fixclip_diffusion.pipeline import LORA_NAME
+from fixclip_diffusion.lora import LORA_NAME
 from fixclip_diffusion.tiny import stable_diffusion, train_tokenizer
 
 SCENES_FLAG = "_scenes_world"
