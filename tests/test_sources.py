@@ -30,7 +30,7 @@ from fixclip_core.data.pack import PackOptions, pack
 from fixclip_core.data.samples import BadSampleError, Sample, check_captions, decode_image
 from fixclip_core.data.sources import open_source
 from fixclip_core.data.sources.manifest import read_manifest
-from fixclip_core.data.sources.shards import index_tar
+from fixclip_core.data.sources.shards import index_tar, write_index
 
 
 def read_all(source: object, **fields: object) -> list[Sample]:
@@ -219,7 +219,7 @@ def test_caption_extensions_are_named(tmp_path, caplog):
     (tmp_path / "0.short.caption").write_text("Noise.")
     (tmp_path / "0.sum").write_text("Sum.")
     assert reason_of(tmp_path) == ("no_caption", "there is no 0.txt")
-    assert "left out: 2 .caption, 1 .sum" in caplog.text
+    assert "left out: 2 .caption, 1 .sum; are the captions in the .caption? Then caption_key=caption" in caplog.text
     for key in ("caption", ".caption"):
         (sample,) = read_all(tmp_path, caption_key=key)
         assert (sample.long, sample.short) == (caption(0), "Noise.")
@@ -590,6 +590,13 @@ def test_extensions_of_shards_can_be_named(tmp_path):
     path = write_tar(tmp_path / "s.tar", ["a.1.png", "a.png", "a.caption", "a.sum"])
     (sample,) = read_all(path, image_key="1.png", caption_key=".caption", short_key="sum")
     assert (sample.image, sample.long, sample.short) == (picture(0), caption(2), caption(3))
+
+
+def test_a_damaged_shard_is_named_where_its_index_still_fits(shard, caplog):
+    write_index(shard.parent, {shard.name: 6})
+    os.truncate(shard, headers(shard)[18])
+    assert len(read_all(shard.parent)) == 6
+    assert caplog.text.count(f"{shard}: cut off at byte") == 1
 
 
 def test_shards_that_only_the_index_names_are_not_silent(tmp_path, caplog):

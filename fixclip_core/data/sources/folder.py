@@ -39,7 +39,8 @@ def folder_rows(folder: Path, config: DataConfig, captioned: bool = True) -> Ite
         return
     config.refuse("a folder of images and text files", "image_key")
     if others:
-        logger.warning("%s: other files than images are left out: %s", folder, count_extensions(others))
+        hint = "" if texts else _caption_hint(images, others)
+        logger.warning("%s: other files than images are left out: %s%s", folder, count_extensions(others), hint)
     for image in images:
         text, short = (_find(image, name, texts) for name in (extension, short_extension))
         row = {"image": image, "text": text}
@@ -77,6 +78,13 @@ def _captions_beside(
         else:
             others.append(name)
     return texts, others
+
+
+def _caption_hint(images: Iterable[str], others: Iterable[str]) -> str:
+    """Where no image has a caption: the extension of files beside them that may hold it."""
+    stems = {os.path.splitext(image)[0] for image in images}
+    beside = Counter(_extension(name) for name in others if os.path.splitext(name)[0] in stems).most_common(1)
+    return f"; are the captions in the .{beside[0][0]}? Then caption_key={beside[0][0]}" if beside else ""
 
 
 def _find(image: str, extension: str, texts: dict[str, str]) -> str:

@@ -148,7 +148,7 @@ class ShardSource:
             key and key.removeprefix(".").lower() for key in (config.image_key, config.caption_key, config.short_key)
         )
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
-        self._warned: set[int] = set()
+        self._warned: set[str] = set()
         self.sizes = self._sizes()
         self.starts = [0, *itertools.accumulate(self.sizes)]
 
@@ -172,8 +172,7 @@ class ShardSource:
             index = index_tar(self._path(url))
         except OSError as error:
             raise ValueError(f"{url}: cannot be fetched: {error}") from None
-        if index.damage:
-            logger.warning("%s: %s", url, index.damage)
+        self._warn(url, index, len(index.samples))
         return len(index.samples)
 
     def _path(self, url: str) -> str:
@@ -197,20 +196,18 @@ class ShardSource:
                 self._open[number] = _OpenShard(self._path(self.urls[number]))
             except OSError as error:
                 self._open[number] = _OpenShard(None, str(error))
-            self._warn(number, self._open[number])
+            self._warn(self.urls[number], self._open[number].index, self.sizes[number])
             if len(self._open) > self.max_open:
                 self._open.popitem(last=False)
         self._open.move_to_end(number)
         return self._open[number]
 
-    def _warn(self, number: int, shard: "_OpenShard") -> None:
-        """Samples that the index does not count are never read."""
-        if len(shard.samples) > self.sizes[number] and number not in self._warned:
-            self._warned.add(number)
-            counts = len(shard.samples), self.sizes[number]
-            logger.warning(
-                "%s: it holds %d samples, but only the %d that its index counts are used", self.urls[number], *counts
-            )
+    def _warn(self, url: str, index: TarIndex, listed: int) -> None:
+        """Say once what of a shard is damaged, or beyond the count of its index and so never read."""
+        if url not in self._warned and (index.damage or len(index.samples) > listed):
+            self._warned.add(url)
+            unused = f"it holds {len(index.samples)} samples, but only the {listed} that its index counts are used"
+            logger.warning("%s: %s", url, index.damage or unused)
 
     def _locate(self, index: int) -> tuple[int, int]:
         number = bisect.bisect_right(self.starts, index) - 1
@@ -265,8 +262,8 @@ class _OpenShard:
 
     def __init__(self, path: str | None, error: str = "") -> None:
         self.error = error
-        index = index_tar(path) if path else TarIndex([])
-        self.samples, self.damage = index.samples, index.damage
+        self.index = index_tar(path) if path else TarIndex([])
+        self.samples, self.damage = self.index.samples, self.index.damage
         self.file = open(path, "rb") if path else None  # noqa: SIM115
 
     def read(self, offset: int, size: int) -> bytes:
