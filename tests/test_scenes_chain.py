@@ -133,6 +133,26 @@ def test_sentence_ends_and_labels_are_those_of_the_scene():
         assert read.replace(" ", "") == said.replace(" ", "")
 
 
+def test_a_share_of_the_base_s_captions_refer(parts):
+    plain = pretrain.Clip(recipe("clip", "unused")).batch(0, 3, 0, 16)
+    stage = pretrain.Clip(recipe("clip", "unused", "reference_share=1"))
+    batch = stage.batch(0, 3, 0, 16)
+    assert torch.equal(batch.image_BCHW[::2], plain.image_BCHW[::2]), "short captions are those of before"
+    texts = [stage.tokenizer.decode(ids_T, skip_special_tokens=True) for ids_T in batch.ids_BT[1::2]]
+    referring = [scenes.annotate_caption(text).references for text in texts]
+    assert all(referring), "whole: none is cut at 77 tokens"
+    assert (batch.ids_BT[1::2] == stage.tokenizer.eos_token_id).any(1).all()
+    for i, (text, references) in enumerate(zip(texts, referring, strict=True)):
+        labelled = {scenes.PLACES[batch.labels["place"][r]] for r in (batch.sample_O == 2 * i + 1).nonzero()[:, 0]}
+        later = {reference.place for reference in references if reference.kind == "remainder"}
+        assert labelled == {item.place for item in scenes.read_caption(text).objects} - later
+    unet = pretrain.Unet(recipe("unet", "unused", f"clip={parts['clip']}", f"vae={parts['vae']}", "reference_share=1"))
+    for index in (1, 3, 5, 7):
+        scene = unet.scene(index)
+        assert scenes.read_caption(pretrain.referring_caption(scene, "key").text) == scene.described()
+    assert len({len(unet.scene(index).objects) for index in range(1, 41, 2)} - {2, 3}) == 0
+
+
 def test_the_parts_are_standard_folders(parts):
     clip = load_fixclip(parts["clip"], num_groups=2, first_group=2)
     assert clip.config.context_length == 248

@@ -18,6 +18,7 @@ Shapes: B samples, T tokens, D width, E embedding, O described objects of a batc
 import copy
 import itertools
 import math
+import random
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -76,7 +77,15 @@ class StageRecipe(Section):
     eval_scenes: int = Field(default=256, ge=1)
 
 
-class ClipRecipe(StageRecipe):
+class TextStageRecipe(StageRecipe):
+    """What the stages that learn from captions share."""
+
+    reference_share: float = Field(
+        default=0.0, ge=0, le=1, description="of the long captions: those in which a sentence refers to another one"
+    )
+
+
+class ClipRecipe(TextStageRecipe):
     width: int = Field(default=192, ge=32, multiple_of=32, description="of both towers and the embedding")
     layers: int = Field(default=4, ge=1)
     heads: int = Field(default=6, ge=1)
@@ -96,7 +105,7 @@ class RobustRecipe(StageRecipe):
     noise: float = Field(default=1.0, gt=0, description="largest std of the noise, in stds of the latents")
 
 
-class UnetRecipe(StageRecipe):
+class UnetRecipe(TextStageRecipe):
     clip: str = Field(min_length=1, description="folder of the stage clip")
     vae: str = Field(min_length=1, description="folder of the stage robust; latents are made with its encoder")
     channels: list[int] = Field(min_length=1)
@@ -133,6 +142,22 @@ def scenes_tokenizer(words: Sequence[str] = scenes.vocabulary()) -> CLIPTokenize
     kept = dict.fromkeys([*letters, *(letter + "</w>" for letter in letters), *map("".join, merges)])
     vocab = {piece: index for index, piece in enumerate([*kept, "<|startoftext|>", "<|endoftext|>"])}
     return CLIPTokenizer(vocab=vocab, merges=merges, pad_token="<|endoftext|>", model_max_length=CONTEXT_LENGTH)
+
+
+def refers(key: str, share: float) -> bool:
+    """Whether the caption of this key is one of the `share` of captions that refer."""
+    return random.Random(f"refers/{key}").random() < share
+
+
+def referring_scene(key: str) -> scenes.Scene:
+    """A scene of two or three objects that has something to refer to."""
+    kind = random.Random(f"kind/{key}").choice(scenes.KINDS)
+    return scenes.reference_scene(key, kind, num_objects=(2, 3))
+
+
+def referring_caption(scene: scenes.Scene, key: str) -> scenes.Caption:
+    """A caption of a `referring_scene` in which a sentence refers to another one, within 77 tokens."""
+    return scenes.reference_caption(scene, key, distances=("under 40",), max_tokens=70, split="all")
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
@@ -208,7 +233,10 @@ class Clip(nn.Module):
         captions = []
         for i, scene in enumerate(sampled):
             key = f"{seed}/{step}/{rank}/{i}"
-            if i % 2:
+            if i % 2 and refers(key, self.recipe.reference_share):
+                sampled[i] = referring_scene(key)
+                captions.append(referring_caption(sampled[i], key))
+            elif i % 2:
                 captions.append(scenes.long_caption(scene, key, split="all"))
             else:
                 captions.append(scenes.short_caption(scene, key, max_objects=1 + i // 2 % 4, split="all"))
@@ -220,8 +248,10 @@ class Clip(nn.Module):
         for i, (scene, caption) in enumerate(zip(sampled, captions, strict=True)):
             offsets = encoded["offset_mapping"][i][1:-1]
             objects = {item.place: item for item in scene.objects}
+            later = {reference.place for reference in caption.references if reference.kind == "remainder"}
             for span, (_, last) in zip(caption.spans, scenes.token_ranges(caption, offsets), strict=True):
-                if span.place is not None and last <= CONTEXT_LENGTH - 2:
+                # A colour that only a later sentence gives cannot be read off an object's own sentence.
+                if span.place is not None and span.place not in later and last <= CONTEXT_LENGTH - 2:
                     item = objects[span.place]
                     rows.append((i, last, {kind: names.index(getattr(item, kind)) for kind, names in KINDS.items()}))
         return ClipBatch(
@@ -485,6 +515,8 @@ class Unet(nn.Module):
     def scene(self, index: int) -> scenes.Scene:
         """Even numbers are for short captions, odd ones for long captions, which take more words an object."""
         limits = (self.recipe.max_objects_short, self.recipe.max_objects_long)
+        if index % 2 and refers(f"latents/{index}", self.recipe.reference_share):
+            return referring_scene(f"latents/{index}")
         return scenes.sample_scene(f"latents/{index}", num_objects=(1, limits[index % 2]))
 
     def make_latents(self, folder: Path) -> None:
@@ -516,7 +548,9 @@ class Unet(nn.Module):
         captions = []
         for i, k in enumerate(index.tolist()):
             scene, key = self.scene(k), f"{seed}/{step}/{rank}/{i}"
-            if k % 2:
+            if k % 2 and refers(f"latents/{k}", recipe.reference_share):
+                captions.append(referring_caption(scene, key).text)
+            elif k % 2:
                 captions.append(scenes.long_caption(scene, key, split="all").text)
             else:
                 captions.append(scenes.short_caption(scene, key, max_objects=9, split="all").text)
