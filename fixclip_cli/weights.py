@@ -59,20 +59,51 @@ def export(
     output: Annotated[Path, typer.Argument(help="Folder to write; must be new or empty.")],
     formats: Annotated[
         list[str] | None,
-        typer.Option("--format", help="fixclip, transformers, diffusers, open_clip or clip_l; repeatable."),
+        typer.Option("--format", help="fixclip, transformers, diffusers, open_clip, clip_l or delta; repeatable."),
     ] = None,
     dtype: Annotated[Literal["float32", "float16", "bfloat16"], typer.Option(help="Of the weights.")] = "float32",
+    short_weights: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder, hub or built-in name of the Stable Diffusion whose text encoder reads short prompts."
+        ),
+    ] = None,
 ) -> None:
     """Write an encoder in the formats of transformers, diffusers, open_clip and ComfyUI (all by default)."""
     import torch
 
     from fixclip_core.weights.read import find_fixclip, load_fixclip
-    from fixclip_core.weights.write import FORMATS
     from fixclip_core.weights.write import export as write
 
     if find_fixclip(run) is None:
         best = f"; the best so far is in {run / 'best'}" if find_fixclip(run / "best") else ""
         raise ValueError(f"{run}: no FixClip there; expected model/ or config.json and model.safetensors{best}")
+    if short_weights is not None and "diffusers" not in (formats or ["diffusers"]):
+        raise ValueError("--short-weights: only the format diffusers holds the base's weights beside the trained ones")
+    base = None if short_weights is None else base_text_model(short_weights)
     prepare_folder(output, empty=True)
-    for line in write(load_fixclip(run), output, formats or FORMATS, getattr(torch, dtype)):
+    for line in write(load_fixclip(run), output, formats, getattr(torch, dtype)):
         typer.echo(line)
+    if base is not None:
+        from fixclip_diffusion.text_encoder import FixClipTextEncoder
+
+        encoder = FixClipTextEncoder.from_pretrained(output / "text_encoder", dtype=getattr(torch, dtype))
+        encoder.set_short_weights(base)
+        encoder.save_pretrained(output / "text_encoder")
+        typer.echo(f"text_encoder/: prompts of up to 77 tokens are read by the text encoder of {short_weights}")
+
+
+def base_text_model(name: str) -> Any:
+    """The `CLIPTextModel` of a Stable Diffusion: a folder, a hub name or a built-in name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    from transformers import CLIPTextModel
+
+    from fixclip_diffusion import builtin
+
+    try:
+        return CLIPTextModel.from_pretrained(builtin.resolve(builtin.base_of(name)), subfolder="text_encoder")
+    except OSError as error:
+        raise ValueError(f"--short-weights {name}: no text encoder there: {str(error).splitlines()[0]}") from None

@@ -27,6 +27,15 @@ from fixclip_core.model.positional import stretch_positions, stretched_length
 from fixclip_diffusion import builtin
 from fixclip_diffusion.adapter import TextAdapter
 from fixclip_diffusion.conditioning import CLIP_CONTEXT_LENGTH
+from fixclip_diffusion.short_weights import (
+    POSITIONS,
+    LongRows,
+    add_low_rank,
+    check_delta,
+    factors_of,
+    make_short_model,
+    read_delta,
+)
 
 __all__ = [
     "FixClipTextConfig",
@@ -36,6 +45,7 @@ __all__ = [
 ]
 
 CLIP_EOS_TOKEN_ID = 49407
+_CLASS_FIELDS = ("model_type", "architectures", "transformers_version", "dtype")  # of a configuration's own class
 
 
 @strict
@@ -52,6 +62,8 @@ class FixClipTextConfig(CLIPTextConfig):
         hidden_state: which hidden state the UNet reads, and so which one adapter and padding are about: "last" behind
             the final LayerNorm (Stable Diffusion 1 and 2), "penultimate", which enters the last layer (Stable Diffusion
             XL).
+        short_text_model: configuration of the base's own `CLIPTextModel` that reads passes of up to 77 tokens, or None.
+        delta_rank: rank of the change of the base's matrices that is left out for texts of up to 77 tokens; 0 without.
     """
 
     model_type = "fixclip_text_model"
@@ -61,6 +73,8 @@ class FixClipTextConfig(CLIPTextConfig):
     conditioning: str | None = None
     padding: str = "keep"
     hidden_state: str = "last"
+    short_text_model: dict | None = None
+    delta_rank: int = 0
 
 
 AutoConfig.register(FixClipTextConfig.model_type, FixClipTextConfig, exist_ok=True)
@@ -139,14 +153,23 @@ class LongTextEncoder(CLIPPreTrainedModel):
         config = self.config
         self.text_model.embeddings = FixClipTextEmbeddings(config)
         self.text_model.post_init()
+        self._long_rows = LongRows()
+        if config.delta_rank:
+            add_low_rank(self.text_model, config.delta_rank, self._long_rows)
+        self.short_text_model: CLIPTextModel | None = None
+        if config.short_text_model is not None:
+            self.short_text_model = make_short_model(config.short_text_model, self.get_input_embeddings())
         self.adapter: TextAdapter | None = None
         if config.adapter is not None:
             self.adapter = TextAdapter(**config.adapter)
+        self._is_short = False  # whether the base's copy read the pass that ran last
         self._text_BT: Tensor | None = None  # True up to each text's end, in the pass that runs or ran last
         self.text_model.final_layer_norm.register_forward_hook(self._finish_last)
         self.post_init()
 
     def _finish_last(self, module: nn.Module, inputs: tuple, states_BTD: Tensor) -> Tensor:
+        if self._is_short and self.short_text_model is not None:  # diffusers' clip_skip, for the pass that ran last
+            return self.short_text_model.final_layer_norm(*inputs)
         return self._finish(states_BTD) if self.config.hidden_state == "last" else states_BTD
 
     def _finish(self, states_BTD: Tensor) -> Tensor:
@@ -156,18 +179,27 @@ class LongTextEncoder(CLIPPreTrainedModel):
             text_BT = None  # diffusers' clip_skip calls the LayerNorm by itself, for the pass that ran last
         if self.adapter is not None:
             states_BTD = self.adapter(states_BTD, text_BT)
-        num_tokens, short = states_BTD.shape[1], self.short_context_length
+        num_tokens, short = states_BTD.shape[1], self.config.short_position_embeddings
         if self.config.padding == "mask" and num_tokens > short and text_BT is not None:
             fits_B1 = text_BT[:, short:].logical_not().all(1, keepdim=True) & (short > 0)
             place_1T = torch.arange(num_tokens, device=states_BTD.device)[None]
             states_BTD = states_BTD * (text_BT | (fits_B1 & (place_1T < short)))[..., None]
         return states_BTD
 
-    def _find_texts(self, input_ids: Tensor | None) -> None:
-        self._text_BT = None
-        if input_ids is not None:
-            length_B1 = text_lengths(input_ids, self.config.eos_token_id)[:, None]
-            self._text_BT = torch.arange(input_ids.shape[1], device=input_ids.device)[None] < length_B1
+    def _find_texts(self, input_ids: Tensor | None, position_ids: Tensor | None) -> None:
+        """Where the texts of the coming pass end, which of them are long, and whether the base's copy reads it."""
+        self._text_BT, self._long_rows.mask, self._is_short = None, None, False
+        if input_ids is None:
+            return
+        length_B1 = text_lengths(input_ids, self.config.eos_token_id)[:, None]
+        self._text_BT = torch.arange(input_ids.shape[1], device=input_ids.device)[None] < length_B1
+        short = self.short_context_length
+        fits = input_ids.shape[1] <= short and position_ids is None
+        self._is_short = fits and self.short_text_model is not None
+        if self.config.delta_rank and not fits:
+            # In a longer pass a text that fits has the base's positions, too, where the padding is masked.
+            as_base_B1 = (length_B1 <= short) & (self.config.padding == "mask") & (position_ids is None)
+            self._long_rows.mask = as_base_B1.logical_not()[..., None]
 
     def _finish_penultimate(self, output: Any) -> Any:
         if self.config.hidden_state == "penultimate" and output.hidden_states is not None:
@@ -188,6 +220,8 @@ class LongTextEncoder(CLIPPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.text_model.embeddings.token_embedding = value
+        if (short := getattr(self, "short_text_model", None)) is not None:
+            short.embeddings.token_embedding.trained = [value]
 
     @property
     def context_length(self) -> int:
@@ -197,6 +231,8 @@ class LongTextEncoder(CLIPPreTrainedModel):
     @property
     def short_context_length(self) -> int:
         """Tokens up to which the original positions are used; 0 for an encoder that has none."""
+        if self.short_text_model is not None:
+            return self.short_text_model.config.max_position_embeddings
         return self.config.short_position_embeddings
 
     @property
@@ -223,6 +259,65 @@ class LongTextEncoder(CLIPPreTrainedModel):
             adapter = adapter.to(device=self.device, dtype=self.dtype).train(self.training)
         self.adapter = adapter
         self.config.adapter = None if adapter is None else dict(adapter.config)
+
+    def set_short_weights(self, source: CLIPTextModel | CLIPTextModelWithProjection | None) -> None:
+        """Read passes of up to 77 tokens with a copy of the base's text model, or with the trained one alone (None).
+
+        Adapter and LoRA act on longer passes only. Prompts that do not fit are read in one pass by default.
+
+        Raises:
+            ValueError: the source has more than 77 positions, or another size than this encoder; or this one has a
+                text projection (the second text encoder of Stable Diffusion XL).
+        """
+        self._refuse_projection("short weights")
+        if source is None:
+            self.short_text_model, self.config.short_text_model = None, None
+            return
+        config = source.config
+        if config.max_position_embeddings > CLIP_CONTEXT_LENGTH:
+            raise ValueError(
+                f"short weights from a text encoder of {config.max_position_embeddings} positions: the base, of "
+                f"{CLIP_CONTEXT_LENGTH}, is needed"
+            )
+        if (config.hidden_size, config.num_hidden_layers) != (self.config.hidden_size, self.config.num_hidden_layers):
+            raise ValueError(
+                f"short weights of width {config.hidden_size} and {config.num_hidden_layers} layers on a text encoder "
+                f"of {self.config.hidden_size} and {self.config.num_hidden_layers}"
+            )
+        values = {name: value for name, value in config.to_dict().items() if name not in _CLASS_FIELDS}
+        model = make_short_model(values, self.get_input_embeddings())
+        model.load_state_dict(getattr(source, "text_model", source).state_dict())
+        self.short_text_model = model.to(device=self.device, dtype=self.dtype).train(self.training)
+        self.config.short_text_model = values
+        self.config.conditioning = self.config.conditioning or "one_pass"
+
+    def load_delta(self, path: str | Path) -> None:
+        """Add what `fixclip export --format delta` wrote: long texts are then read by the trained encoder.
+
+        Texts of up to 77 tokens are read without it, bit for bit as before. The encoder must be made of the base that
+        the delta was trained from.
+
+        Raises:
+            ValueError: this encoder has not the base's own 77 positions, has a delta already, or has a text projection;
+                or see `read_delta` and `check_delta`.
+        """
+        self._refuse_projection("a delta")
+        if not self.config.short_position_embeddings or self.config.delta_rank:
+            raise ValueError("a delta goes onto a text encoder of 77 positions that is as it was before training")
+        tensors, rank, kept = read_delta(path)
+        check_delta(tensors, kept, self.text_model)
+        add_low_rank(self.text_model, rank, self._long_rows)
+        self.text_model.load_state_dict({**self.text_model.state_dict(), **factors_of(tensors)})
+        embeddings = self.text_model.embeddings
+        positions_PD = tensors[POSITIONS].to(embeddings.position_embedding.weight)
+        embeddings.position_embedding = nn.Embedding.from_pretrained(positions_PD, freeze=False)
+        embeddings.position_ids = torch.arange(len(positions_PD), device=positions_PD.device)[None]
+        self.config.max_position_embeddings = self.text_model.config.max_position_embeddings = len(positions_PD)
+        self.config.delta_rank, self.config.conditioning = rank, "one_pass"
+
+    def _refuse_projection(self, what: str) -> None:
+        if hasattr(self, "text_projection"):
+            raise ValueError(f"{what} on a {type(self).__name__}: only text encoders without projection have it")
 
     @classmethod
     def from_clip(
@@ -257,7 +352,7 @@ class LongTextEncoder(CLIPPreTrainedModel):
         positions = config.max_position_embeddings
         stretch = positions <= CLIP_CONTEXT_LENGTH
         values = config.to_dict()
-        for name in ("model_type", "architectures", "transformers_version", "dtype"):
+        for name in _CLASS_FIELDS:
             values.pop(name, None)
         if config.eos_token_id == 2:
             # The legacy value makes transformers pool at the largest id, which an added token would be.
@@ -296,6 +391,7 @@ class LongTextEncoder(CLIPPreTrainedModel):
         *args: Any,
         keep: int = 20,
         ratio: int = 4,
+        delta: str | Path | None = None,
         **kwargs: Any,
     ) -> Any:
         """Load a saved FixClipTextEncoder, or make one from a CLIP text model; a folder, hub name or built-in name.
@@ -304,6 +400,7 @@ class LongTextEncoder(CLIPPreTrainedModel):
             pretrained_model_name_or_path: holds a FixClipTextEncoder, CLIPTextModel,
                 CLIPTextModelWithProjection or whole CLIPModel.
             keep, ratio: see `stretch_positions`; used for models of at most 77 positions only.
+            delta: what `fixclip export --format delta` wrote, to be added to the base it was trained from.
             **kwargs: of `PreTrainedModel.from_pretrained` (dtype, subfolder, revision, cache_dir, ...);
                 `num_hidden_layers` cuts the last layers off, `hidden_state` is that of `from_clip`.
 
@@ -338,6 +435,8 @@ class LongTextEncoder(CLIPPreTrainedModel):
                 f"text encoder {_where(name, kwargs)} was made for hidden_state={model.config.hidden_state!r}, and "
                 f"this base reads {hidden_state!r}"
             )
+        if delta is not None:
+            model.load_delta(delta)
         return (model, info) if return_info else model
 
 
@@ -362,9 +461,12 @@ class FixClipTextEncoder(LongTextEncoder, CLIPTextModel):
 
         `last_hidden_state` went through the adapter. With `padding="mask"` and T > 77 it is 0 behind each text, or from
         position 77 on for a text that ends before. `hidden_states[-1]` is the state before the final LayerNorm, as in
-        the stock class. With `hidden_state="penultimate"` all this holds for `hidden_states[-2]` instead.
+        the stock class. With `hidden_state="penultimate"` all this holds for `hidden_states[-2]` instead. With the
+        base's own weights for short texts (`short_weights`) all states of T up to 77 are the base's.
         """
-        self._find_texts(input_ids)
+        self._find_texts(input_ids, position_ids)
+        if self._is_short and self.short_text_model is not None:
+            return self.short_text_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         output = self.text_model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs
         )
@@ -392,7 +494,7 @@ class FixClipTextEncoderWithProjection(LongTextEncoder, CLIPTextModelWithProject
         `text_embeds` (B, E) is the projection of the end-of-text state, which no adapter changes with
         `hidden_state="penultimate"`.
         """
-        self._find_texts(input_ids)
+        self._find_texts(input_ids, position_ids)
         output = CLIPTextModelWithProjection.forward(
             self, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs
         )

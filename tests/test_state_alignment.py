@@ -13,6 +13,8 @@ from accelerate.state import AcceleratorState, GradientState
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from fixclip_core.data.loader import Batch
@@ -280,11 +282,25 @@ def _two_processes(rank, folder):
     mine = part(captioned_images(), 2 * rank, 2 * rank + 2)
     losses = task.batch_losses(wrapped, mine)
     losses["loss"].backward()
-    torch.save({"gradients": gradients(model), "loss_states": losses["loss_states"].detach()}, f"{folder}/{rank}.pt")
+    result = {"gradients": gradients(model), "loss_states": losses["loss_states"].detach()}
+    model, task = aligned()
+    model.logit_scale = torch.nn.Parameter(model.logit_scale.detach().reshape(1))  # a scalar cannot be sharded
+    sharded(model)
+    losses = task.batch_losses(model, mine)
+    losses["loss"].sum().backward()
+    result["sharded"] = {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None}
+    torch.save(result, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_two_processes_equal_one_however_uneven_their_captions(tmp_path):
+def sharded(model):
+    mesh = init_device_mesh("cpu", (2,))
+    for block in [*model.visual.blocks, *model.text.blocks]:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def test_two_processes_sharded_or_not_equal_one_however_uneven_their_captions(tmp_path):
     mp.spawn(_two_processes, args=(str(tmp_path),), nprocs=2)
     model, task = aligned()
     losses = task.batch_losses(model, captioned_images())
@@ -294,7 +310,10 @@ def test_two_processes_equal_one_however_uneven_their_captions(tmp_path):
         (results[0]["loss_states"] + results[1]["loss_states"]) / 2, losses["loss_states"].detach()
     )
     for result in results:
-        torch.testing.assert_close(result["gradients"], gradients(model))
+        expected = gradients(model)
+        torch.testing.assert_close(result["gradients"], expected)
+        shapes = {name: grad.shape for name, grad in expected.items()}
+        torch.testing.assert_close({n: g.reshape(shapes[n]) for n, g in result["sharded"].items()}, expected)
 
 
 # -- a run ---------------------------------------------------------------------------------------------------------

@@ -13,11 +13,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fixclip_core.model.fixclip import FixClip
+from fixclip_core.model.lora import low_rank_factors
 from fixclip_core.weights.names import to_transformers_names
 from fixclip_core.weights.read import ClipCheckpoint, preprocess_config
 
 SINGLE_FILE = "clip_l_long.safetensors"
-FORMATS = ("fixclip", "transformers", "diffusers", "open_clip", "clip_l")
+DELTA_FILE = "text_delta.safetensors"
+FORMATS = ("fixclip", "transformers", "diffusers", "open_clip", "clip_l", "delta")
 
 
 def plain_clip(model: FixClip) -> ClipCheckpoint:
@@ -47,18 +49,19 @@ def plain_clip(model: FixClip) -> ClipCheckpoint:
 
 
 def export(
-    model: FixClip, folder: str | Path, formats: Sequence[str] = FORMATS, dtype: torch.dtype = torch.float32
+    model: FixClip, folder: str | Path, formats: Sequence[str] | None = None, dtype: torch.dtype = torch.float32
 ) -> list[str]:
     """Write a FixClip in the formats of other front ends; the folder appears only when all of it is written.
 
     "transformers" is a CLIPModel folder with its processor, "diffusers" the folders text_encoder/ and tokenizer/,
     "open_clip" a folder for `local-dir:`, "clip_l" one safetensors file of the text tower under the names that
-    ComfyUI and others read, "fixclip" our own folder with everything. README.md says what is where.
+    ComfyUI and others read, "delta" the low-rank change of the text tower alone, for people who have the base,
+    "fixclip" our own folder with everything. README.md says what is where.
 
     Args:
         model: the model.
         folder: where to write; must not exist or be empty.
-        formats: any of FORMATS.
+        formats: any of FORMATS; all that the model can be written in by default.
         dtype: of the written weights; our own folder keeps the model's.
 
     Returns:
@@ -68,10 +71,14 @@ def export(
         ValueError: an unknown format, a folder with something in it, or a model that a format cannot hold.
     """
     folder = Path(folder)
+    if formats is None:
+        formats = [name for name in FORMATS if name != "delta" or model.config.lora_rank]
     if unknown := [name for name in formats if name not in FORMATS]:
         raise ValueError(f"format {unknown[0]!r}: valid are {', '.join(FORMATS)}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not empty; nothing was written")
+    if "delta" in formats and not model.config.lora_rank:
+        raise ValueError("format 'delta': the text tower was trained whole; train with model.lora_rank to have a delta")
     checkpoint = plain_clip(model)
     writers: dict[str, Callable[[Path], str]] = {
         "fixclip": lambda out: _write_fixclip(model, out),
@@ -79,6 +86,7 @@ def export(
         "diffusers": lambda out: write_diffusers(checkpoint, out, dtype),
         "open_clip": lambda out: write_open_clip(checkpoint, out / "open_clip", dtype),
         "clip_l": lambda out: write_single_file(checkpoint, out / SINGLE_FILE, dtype),
+        "delta": lambda out: write_delta(model, out / DELTA_FILE, dtype),
     }
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -199,6 +207,25 @@ def write_single_file(checkpoint: ClipCheckpoint, path: Path, dtype: torch.dtype
     if not config.get("quick_gelu"):
         line += "; such loaders compute QuickGELU, this encoder needs GELU: its results would be wrong there"
     return line
+
+
+def write_delta(model: FixClip, path: Path, dtype: torch.dtype = torch.float32) -> str:
+    """Write the low-rank change of the text tower and its positions into one safetensors file.
+
+    Names are those of transformers and PEFT, for example `text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight`
+    (r, I) and `...lora_B.weight` (O, r), to be added as B A; `text_model.embeddings.position_embedding.weight` (248, D)
+    is the long table. The metadata hold the rank and how many of its first rows are the base's.
+    """
+    weights = {"text_model.embeddings.position_embedding.weight": model.text.positions().detach()}
+    for (layer, name), factors in low_rank_factors(model.text.blocks).items():
+        place = f"text_model.encoder.layers.{layer}.{'mlp' if name.startswith('fc') else 'self_attn'}.{name}"
+        weights |= {f"{place}.lora_{part}.weight": factor for part, factor in zip("AB", factors, strict=True)}
+    weights = {name: tensor.to(dtype).cpu().contiguous() for name, tensor in weights.items()}
+    metadata = {"format": "pt", "fixclip": "text_delta", "rank": str(model.config.lora_rank)}
+    metadata["kept_positions"] = str(model.config.keep)
+    save_file(weights, path, metadata=metadata)
+    size = path.stat().st_size / 2**20
+    return f"{path.name}: the text tower's change, {size:.1f} MiB; FixClipTextEncoder.from_pretrained(BASE, delta=FILE)"
 
 
 def make_tokenizer(checkpoint: ClipCheckpoint) -> Any:

@@ -1,0 +1,170 @@
+"""Trained text encoders that read short texts with the base's own weights, bit for bit."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny_clips import VOCAB_SIZE, tiny_clip, tiny_config
+from transformers import CLIPTextModel
+from typer.testing import CliRunner
+
+from fixclip_cli.main import app
+from fixclip_core.model.fixclip import FixClip
+from fixclip_core.weights.read import ClipCheckpoint
+from fixclip_core.weights.write import export, plain_clip, write_delta, write_diffusers
+from fixclip_diffusion.text_encoder import FixClipTextEncoder
+
+PREPROCESS = {"size": 32, "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
+SHORT, LONG = (3, 20, 77), (78, 150, 248)
+
+
+def texts(lengths, width):
+    ids = torch.full((len(lengths), width), VOCAB_SIZE - 1)  # padded with the end token, as Stable Diffusion does
+    generator = torch.Generator().manual_seed(1)
+    for row, length in zip(ids, lengths, strict=True):
+        row[: length - 1] = torch.randint(1, VOCAB_SIZE - 1, (length - 1,), generator=generator)
+    return ids
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folders: the base's text encoder, the trained one merged, the delta between them."""
+    folder = tmp_path_factory.mktemp("models")
+    base = ClipCheckpoint("open_clip", tiny_clip().state_dict(), tiny_config(), PREPROCESS)
+    write_diffusers(base, folder / "base")
+    model = FixClip.from_clip(tiny_clip(), tiny_config(), PREPROCESS, lora_rank=2, num_prompts=0, num_groups=0)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    write_diffusers(plain_clip(model), folder / "trained")
+    export(model, folder / "export", ["delta"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(models):
+    return CLIPTextModel.from_pretrained(models / "base", subfolder="text_encoder")
+
+
+@pytest.fixture(scope="module")
+def trained(models):
+    return CLIPTextModel.from_pretrained(models / "trained", subfolder="text_encoder")
+
+
+def with_copy(models, base):
+    encoder = FixClipTextEncoder.from_pretrained(models / "trained", subfolder="text_encoder")
+    encoder.set_short_weights(base)
+    return encoder
+
+
+def with_delta(models, base):
+    return FixClipTextEncoder.from_pretrained(models / "base", subfolder="text_encoder", delta=models / "export")
+
+
+@torch.no_grad()
+def states(encoder, ids):
+    output = encoder(ids, output_hidden_states=True)
+    return [*output.hidden_states, output.last_hidden_state, output.pooler_output]
+
+
+def assert_equal(found, expected):
+    assert len(found) == len(expected)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("make", [with_copy, with_delta])
+def test_short_texts_are_the_bases_and_long_ones_the_trained_encoders(models, base, trained, make, tmp_path):
+    encoder = make(models, base)
+    encoder.save_pretrained(tmp_path)
+    for one in (encoder, FixClipTextEncoder.from_pretrained(tmp_path)):
+        assert (one.short_context_length, one.context_length) == (77, 248)
+        assert one.conditioning == "one_pass"
+        assert_equal(states(one, texts(SHORT, 77)), states(base, texts(SHORT, 77)))
+        found, expected = states(one, texts(LONG, 248)), states(trained, texts(LONG, 248))
+        for row, length in enumerate(LONG):
+            for a, b in zip(found[:-1], expected[:-1], strict=True):
+                torch.testing.assert_close(a[row, :length], b[row, :length], atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(found[-2][0, :20], states(base, texts(LONG, 248)[:, :77])[-2][0, :20], atol=1e-3)
+
+
+def test_a_short_text_beside_a_long_one_is_the_bases_with_a_delta(models, base):
+    encoder = with_delta(models, base)
+    mixed = states(encoder, texts((20, 200), 248))[-2]
+    alone = states(base, texts((20, 200), 248)[:1, :77])[-2]
+    torch.testing.assert_close(mixed[:1, :77], alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("make", [with_copy, with_delta])
+def test_clip_skip_of_short_texts_reads_the_bases_layer_norm(models, base, make):
+    encoder, ids = make(models, base), texts(SHORT, 77)
+    skipped = states(encoder, ids)[-4]
+    with torch.no_grad():
+        found = encoder.text_model.final_layer_norm(skipped)
+        assert torch.equal(found, base.final_layer_norm(states(base, ids)[-4]))
+
+
+def test_added_tokens_are_read_in_short_texts_too(models, base):
+    encoder = with_copy(models, base)
+    encoder.resize_token_embeddings(VOCAB_SIZE + 1)
+    vector = torch.randn(encoder.config.hidden_size)
+    with torch.no_grad():
+        encoder.get_input_embeddings().weight[VOCAB_SIZE] = vector
+    ids = texts((20,), 77)
+    assert_equal(states(encoder, ids), states(base, ids))
+    ids[0, 3] = VOCAB_SIZE
+    found = states(encoder, ids)[0][0, 3]
+    torch.testing.assert_close(found, vector + base.embeddings.position_embedding.weight[3].detach())
+
+
+def test_a_delta_is_small_and_half_precision_is_enough(models, base, trained, tmp_path):
+    whole = (models / "trained" / "text_encoder" / "model.safetensors").stat().st_size
+    assert (models / "export" / "text_delta.safetensors").stat().st_size < whole / 5
+    encoder = with_delta(models, base).half()
+    found = states(encoder.float(), texts(LONG, 248))[-2]
+    expected = states(trained, texts(LONG, 248))[-2]
+    torch.testing.assert_close(found[2], expected[2], atol=0.05, rtol=0.05)
+
+
+def test_what_is_no_delta_of_this_base_is_refused(models, base, trained, tmp_path):
+    with pytest.raises(ValueError, match="no such file"):
+        FixClipTextEncoder.from_pretrained(models / "base", subfolder="text_encoder", delta=tmp_path / "none")
+    other = tmp_path / "other.safetensors"
+    save_file({"a": torch.zeros(1)}, other)
+    with pytest.raises(ValueError, match="is none"):
+        FixClipTextEncoder.from_pretrained(models / "base", subfolder="text_encoder", delta=other)
+    other.write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="is damaged"):
+        FixClipTextEncoder.from_pretrained(models / "base", subfolder="text_encoder", delta=other)
+    clip = tiny_clip(seed=5)
+    stranger = FixClip.from_clip(clip, tiny_config(), PREPROCESS, lora_rank=2, num_prompts=0, num_groups=0)
+    write_delta(stranger, other)
+    with pytest.raises(ValueError, match="another base"):
+        FixClipTextEncoder.from_pretrained(models / "base", subfolder="text_encoder", delta=other)
+    with pytest.raises(ValueError, match="77 positions"):
+        FixClipTextEncoder.from_pretrained(models / "trained", subfolder="text_encoder", delta=models / "export")
+
+
+def test_a_copy_of_another_size_is_refused(models, base, trained):
+    encoder = FixClipTextEncoder.from_pretrained(models / "trained", subfolder="text_encoder")
+    with pytest.raises(ValueError, match="248 positions"):
+        encoder.set_short_weights(trained)
+
+
+def test_export_puts_the_bases_copy_beside_the_trained_weights(models, base, tmp_path):
+    model = FixClip.from_clip(tiny_clip(seed=3), tiny_config(), PREPROCESS, num_prompts=0, num_groups=0)
+    model.save_pretrained(tmp_path / "run")
+    command = ["export", tmp_path / "run", tmp_path / "out", "--format", "diffusers", "--short-weights"]
+    done = CliRunner().invoke(app, [str(part) for part in [*command, models / "base"]])
+    assert done.exit_code == 0, done.output
+    encoder = FixClipTextEncoder.from_pretrained(tmp_path / "out", subfolder="text_encoder")
+    assert_equal(states(encoder, texts(SHORT, 77)), states(base, texts(SHORT, 77)))
+    wrong = CliRunner().invoke(app, [str(part) for part in [*command, tmp_path / "nothing"]])
+    assert wrong.exit_code == 2
+    assert "nothing" in wrong.output
+
+
+def test_a_tower_that_was_trained_whole_has_no_delta(tmp_path):
+    model = FixClip.from_clip(tiny_clip(), tiny_config(), PREPROCESS, num_prompts=0, num_groups=0)
+    with pytest.raises(ValueError, match="'delta': the text tower was trained whole"):
+        export(model, tmp_path / "out", ["delta"])
