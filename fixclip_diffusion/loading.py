@@ -12,6 +12,8 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from fixclip_core.weights.names import Which
+from fixclip_core.weights.text_encoder import read_text_encoder, text_encoders_in
 from fixclip_diffusion import builtin
 from fixclip_diffusion.adapter import TextAdapter
 from fixclip_diffusion.conditioning import get_conditioning, renamed
@@ -82,8 +84,9 @@ def load_components(
         check_width(widths, _unet_width(base, kwargs, hub_kwargs))
     for tower in towers:
         if tower.encoder in plans:
-            arguments = {key: value for key, value in plans[tower.encoder].items() if key != "name"}
-            kwargs[tower.encoder] = encoder_class(tower).from_pretrained(plans[tower.encoder]["name"], **arguments)
+            plan = plans[tower.encoder]
+            arguments = {key: value for key, value in plan.items() if key not in ("load", "name")}
+            kwargs[tower.encoder] = plan["load"](plan["name"], **arguments)
         encoder = kwargs[tower.encoder]
         if tower.tokenizer not in kwargs and encoder is not None:
             kwargs[tower.tokenizer] = FixClipTokenizer.from_pretrained(
@@ -237,6 +240,14 @@ def plan_encoder(
     base: str, tower: Tower, encoder: str | Path | None, kwargs: dict[str, Any], hub_kwargs: dict[str, Any]
 ) -> dict[str, Any]:
     """Arguments of the encoder's `from_pretrained`, its `name`, and its `width`, from configurations alone."""
+    dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+    dtype = dtype.get(tower.encoder, dtype.get("default")) if isinstance(dtype, dict) else dtype
+    dtype = dtype or torch.float32
+    if encoder is not None and Path(encoder).is_file():
+        which = file_tower(encoder, tower)
+        width = read_width(encoder, which)
+        options = {"which": which, "dtype": dtype, "hidden_state": tower.output}
+        return {"load": encoder_class(tower).from_file, "name": encoder, "width": width, **options}
     own = {"subfolder": tower.encoder, **hub_kwargs}
     own_config = load_clip_text_config(base, **own)
     name, where = base, own
@@ -249,10 +260,8 @@ def plan_encoder(
         where = {key: value for key, value in hub_kwargs.items() if key != "revision"}
         where |= {} if subfolder is None else {"subfolder": subfolder}
     config = own_config if encoder is None else load_clip_text_config(name, **where)
-    plan: dict[str, Any] = {"name": name, "width": config.hidden_size, "hidden_state": tower.output, **where}
-    dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
-    dtype = dtype.get(tower.encoder, dtype.get("default")) if isinstance(dtype, dict) else dtype
-    plan["dtype"] = dtype or torch.float32
+    plan: dict[str, Any] = {"load": encoder_class(tower).from_pretrained, "name": name, "width": config.hidden_size}
+    plan |= {"hidden_state": tower.output, "dtype": dtype, **where}
     if encoder is None and kwargs.get("variant") is not None:
         plan["variant"] = kwargs["variant"]
     layers = own_config.num_hidden_layers
@@ -260,3 +269,62 @@ def plan_encoder(
         # Stable Diffusion 2 reads ViT-H's penultimate layer: its own encoder lacks the last one.
         plan["num_hidden_layers"] = layers
     return plan
+
+
+def file_tower(file: str | Path, tower: Tower) -> Which | None:
+    """Which text encoder of a file a tower needs: of several, bigG where a pooled vector is read, else ViT-L."""
+    return ("g" if tower.pooled else "l") if len(text_encoders_in(file)) > 1 else None
+
+
+def read_width(file: str | Path, which: Which | None) -> int:
+    """D of the text encoder in a file, from its header.
+
+    Raises:
+        ValueError: there is no such text encoder in it.
+    """
+    return int(read_text_encoder(file, which).config["hidden_size"])
+
+
+def convert_stock(
+    family: Family, components: dict[str, Any], encoders: dict[str, Any], adapters: dict[str, Any]
+) -> dict[str, Any]:
+    """Components of a stock pipeline in memory, with long text encoders and their tokenizers in place of its own.
+
+    Args:
+        family: of the pipeline.
+        components: of the stock pipeline; text encoders and tokenizers that are ours already stay.
+        encoders: {tower's component name: file, folder, hub name or module} to take instead.
+        adapters: {tower's component name: folder, hub name or `TextAdapter`}.
+
+    Raises:
+        ValueError: an encoder is unknown or does not fit.
+    """
+    components = dict(components)
+    for tower in family.towers:
+        encoder = components.get(tower.encoder)
+        if encoder is None:
+            continue
+        given = encoders.get(tower.encoder)
+        if isinstance(given, torch.nn.Module):
+            encoder = given
+        elif given is not None and Path(given).is_file():
+            encoder = encoder_class(tower).from_file(
+                given, file_tower(given, tower), encoder.dtype, hidden_state=tower.output
+            )
+        elif given is not None:
+            name = builtin.resolve(given)
+            nested = (Path(name) / "text_encoder" / "config.json").is_file()
+            where: dict[str, Any] = {"subfolder": "text_encoder"} if nested else {}
+            encoder = encoder_class(tower).from_pretrained(
+                name, dtype=encoder.dtype, hidden_state=tower.output, **where
+            )
+        encoder = components[tower.encoder] = as_long(encoder, tower)
+        tokenizer = components[tower.tokenizer]
+        if not isinstance(tokenizer, FixClipTokenizer) or tokenizer.context_length != encoder.context_length:
+            components[tower.tokenizer] = FixClipTokenizer.from_stock(tokenizer, encoder.context_length)
+        adapter = adapters.get(tower.encoder)
+        if adapter is not None:
+            encoder.set_adapter_module(
+                adapter if isinstance(adapter, TextAdapter) else TextAdapter.from_pretrained(adapter)
+            )
+    return components

@@ -5,12 +5,21 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from diffusers.pipelines import auto_pipeline
 from torch import Tensor
 
+from fixclip_core.weights.text_encoder import text_encoders_in
 from fixclip_diffusion import builtin
 from fixclip_diffusion.conditioning import get_conditioning, renamed
 from fixclip_diffusion.families import Family, TextEncoding, Tower, check_clip_skip
-from fixclip_diffusion.loading import HUB_KWARGS, check_pair, check_width
+from fixclip_diffusion.loading import (
+    HUB_KWARGS,
+    check_pair,
+    check_width,
+    convert_stock,
+    encoder_class,
+    file_tower,
+)
 from fixclip_diffusion.lora import (
     LORA_NAME,
     LORAS_KEY,
@@ -190,6 +199,104 @@ class LongPromptMixin:
             state_dict, network_alphas, text_encoder, prefix=prefix, **kwargs
         )
 
+    @classmethod
+    def from_single_file(
+        cls,
+        pretrained_model_link_or_path: str | Path,
+        encoder: Any = None,
+        encoder_2: Any = None,
+        adapter: Any = None,
+        conditioning: str | None = None,
+        weights: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """A checkpoint in one file, with long text encoders.
+
+        Args:
+            pretrained_model_link_or_path: .safetensors or .ckpt (tensors alone), a file or a URL.
+            encoder, encoder_2: files, folders or hub names of other text encoders, or modules; by default the
+                checkpoint's own: stretched, or as they are where they were trained for more than 77 tokens.
+            adapter: as for `from_pretrained`.
+            conditioning, weights: as for `from_pretrained`.
+            **kwargs: of stock `from_single_file`; `config=` names a folder or hub repository of the same kind of base,
+                which stock diffusers looks up on the hub otherwise.
+
+        Raises:
+            ValueError: the file is of another kind, or an encoder does not fit.
+        """
+        encoders: dict[str, Any] = {"text_encoder": encoder, "text_encoder_2": encoder_2}
+        file = Path(pretrained_model_link_or_path)
+        held = text_encoders_in(file) if file.is_file() else []
+        for tower in cls.family.towers if held else ():
+            if encoders[tower.encoder] is None and (len(held) == 1 or ("g" if tower.pooled else "l") in held):
+                encoders[tower.encoder] = str(file)
+        stock_class = cls._stock_class()
+        # What the file holds is read by ours, which takes encoders of any length.
+        spared = {
+            tower.encoder: encoder_class(tower).from_file(file, file_tower(file, tower), hidden_state=tower.output)
+            for tower in cls.family.towers
+            if encoders[tower.encoder] == str(file)
+        }
+        encoders |= spared
+        stock = stock_class.from_single_file(str(pretrained_model_link_or_path), **spared, **kwargs)
+        return cls._of_stock(stock, encoders, adapter, conditioning, weights)
+
+    @classmethod
+    def from_pipe(
+        cls,
+        pipeline: Any,
+        encoder: Any = None,
+        encoder_2: Any = None,
+        adapter: Any = None,
+        conditioning: str | None = None,
+        weights: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Another pipeline's components, its text encoders made long; nothing is loaded twice.
+
+        Args:
+            pipeline: any pipeline of the same family, stock or of this class.
+            encoder, encoder_2, adapter, conditioning, weights: as for `from_single_file`.
+            **kwargs: components and options of stock `from_pipe`.
+
+        Raises:
+            ValueError: components are missing or do not fit.
+        """
+        stock = cls._stock_class().from_pipe(pipeline, **kwargs)
+        conditioning = conditioning or getattr(pipeline, "_conditioning", None)
+        encoders = {"text_encoder": encoder, "text_encoder_2": encoder_2}
+        return cls._of_stock(stock, encoders, adapter, conditioning, weights or getattr(pipeline, "_weights", None))
+
+    @classmethod
+    def _stock_class(cls) -> Any:
+        """The diffusers pipeline that this class derives from."""
+        return next(base for base in cls.__mro__ if base.__module__.startswith("diffusers.pipelines"))
+
+    @classmethod
+    def _adapters(cls, adapter: Any) -> dict[str, Any]:
+        """{tower's component name: adapter} of what `from_pretrained` takes as adapter=."""
+        return {} if adapter is None else {cls.family.towers[0].encoder: adapter}
+
+    @classmethod
+    def _of_stock(
+        cls, stock: Any, encoders: dict[str, Any], adapter: Any, conditioning: str | None, weights: str | None
+    ) -> Any:
+        parts = convert_stock(cls.family, stock.components, encoders, cls._adapters(adapter))
+        names, _ = cls._get_signature_keys(cls)  # type: ignore[attr-defined]
+        options = {
+            name: stock.config[name]
+            for name in ("requires_safety_checker", "force_zeros_for_empty_prompt", "add_watermarker")
+            if name in stock.config
+        }
+        pipe = cls(
+            **{name: parts.get(name) for name in names},
+            **options,
+            conditioning=conditioning,  # type: ignore[call-arg]
+            weights=weights,
+        )
+        pipe.register_to_config(_name_or_path=stock.config.get("_name_or_path"))  # type: ignore[attr-defined]
+        return pipe
+
     def _encode(
         self,
         prompts: Sequence[list[str]],
@@ -234,3 +341,10 @@ def negative_texts(negative_prompt: str | list[str] | None, batch_size: int) -> 
     if len(texts) != batch_size:
         raise ValueError(f"{len(texts)} negative prompts for {batch_size} prompts")
     return texts
+
+
+def link_tasks(name: str, text_to_image: Any, image_to_image: Any, inpainting: Any) -> None:
+    """Let `AutoPipelineFor...` find the classes of each task for one of our pipelines."""
+    auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING[name] = text_to_image
+    auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING[name] = image_to_image
+    auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING[name] = inpainting

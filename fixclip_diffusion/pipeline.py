@@ -5,7 +5,13 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from diffusers.schedulers import KarrasDiffusionSchedulers
@@ -16,7 +22,7 @@ from fixclip_diffusion import builtin
 from fixclip_diffusion.adapter import TextAdapter
 from fixclip_diffusion.families import STABLE_DIFFUSION
 from fixclip_diffusion.loading import load_components
-from fixclip_diffusion.long_prompts import LongPromptMixin, as_texts, negative_texts
+from fixclip_diffusion.long_prompts import LongPromptMixin, as_texts, link_tasks, negative_texts
 from fixclip_diffusion.lora import LORA_NAME
 from fixclip_diffusion.text_encoder import FixClipTextEncoder
 from fixclip_diffusion.tokenizer import FixClipTokenizer
@@ -165,3 +171,9 @@ LOADABLE_CLASSES["fixclip_diffusion"] = {
     "PreTrainedModel": ["save_pretrained", "from_pretrained"],
     "PreTrainedTokenizerFast": ["save_pretrained", "from_pretrained"],
 }
+link_tasks(
+    "fixclip-stable-diffusion",
+    FixClipStableDiffusionPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+)

@@ -5,7 +5,13 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from torch import Tensor
 from transformers import (
@@ -18,7 +24,7 @@ from transformers import (
 from fixclip_diffusion.adapter import TextAdapter
 from fixclip_diffusion.families import STABLE_DIFFUSION_XL
 from fixclip_diffusion.loading import load_components
-from fixclip_diffusion.long_prompts import LongPromptMixin, as_texts, negative_texts
+from fixclip_diffusion.long_prompts import LongPromptMixin, as_texts, link_tasks, negative_texts
 from fixclip_diffusion.text_encoder import FixClipTextEncoder, FixClipTextEncoderWithProjection
 from fixclip_diffusion.tokenizer import FixClipTokenizer
 
@@ -107,6 +113,18 @@ class FixClipStableDiffusionXLPipeline(LongPromptMixin, StableDiffusionXLPipelin
         encoders = {
             name: part for name, part in (("text_encoder", encoder), ("text_encoder_2", encoder_2)) if part is not None
         }
+        is_own = not encoders and not {"text_encoder", "text_encoder_2"} & kwargs.keys()
+        kwargs = load_components(cls.family, str(base), encoders, cls._adapters(adapter), kwargs)
+        try:
+            pipe = super().from_pretrained(base, **kwargs)
+        except Exception as error:
+            raise ValueError(f"base {str(base)!r} could not be loaded: {error}") from error
+        if is_own:
+            pipe._load_saved_loras(str(base), kwargs)
+        return pipe
+
+    @classmethod
+    def _adapters(cls, adapter: Any) -> dict[str, Any]:
         adapters: dict[str, Any] = {}
         if isinstance(adapter, tuple):
             adapters = dict(zip(("text_encoder", "text_encoder_2"), adapter, strict=True))
@@ -117,15 +135,7 @@ class FixClipStableDiffusionXLPipeline(LongPromptMixin, StableDiffusionXLPipelin
                     f"adapter {str(adapter)!r}: expected text_encoder/ or text_encoder_2/ in it, each an adapter"
                 )
             adapters = {name: Path(adapter) / name for name in names}
-        is_own = not encoders and not {"text_encoder", "text_encoder_2"} & kwargs.keys()
-        kwargs = load_components(cls.family, str(base), encoders, adapters, kwargs)
-        try:
-            pipe = super().from_pretrained(base, **kwargs)
-        except Exception as error:
-            raise ValueError(f"base {str(base)!r} could not be loaded: {error}") from error
-        if is_own:
-            pipe._load_saved_loras(str(base), kwargs)
-        return pipe
+        return adapters
 
     def encode_prompt(
         self,
@@ -162,6 +172,8 @@ class FixClipStableDiffusionXLPipeline(LongPromptMixin, StableDiffusionXLPipelin
         zeros = negative_prompt is None and self.config.force_zeros_for_empty_prompt
         if do_classifier_free_guidance and negative_prompt_embeds is None and zeros:
             negative_prompt_embeds = torch.zeros_like(prompt_embeds)
+            if pooled_prompt_embeds is None:
+                raise ValueError("prompt_embeds= needs pooled_prompt_embeds= too; encode_prompt gives both")
             negative_pooled_prompt_embeds = torch.zeros_like(pooled_prompt_embeds)
         elif do_classifier_free_guidance and negative_prompt_embeds is None:
             negatives = negative_texts(negative_prompt or "", len(prompt_embeds))
@@ -191,3 +203,9 @@ class FixClipStableDiffusionXLPipeline(LongPromptMixin, StableDiffusionXLPipelin
 
 FixClipStableDiffusionXLPipeline.__module__ = "fixclip_diffusion"
 setattr(diffusers, FixClipStableDiffusionXLPipeline.__name__, FixClipStableDiffusionXLPipeline)
+link_tasks(
+    "fixclip-stable-diffusion-xl",
+    FixClipStableDiffusionXLPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+)

@@ -24,6 +24,8 @@ from transformers.models.clip.modeling_clip import CLIPPreTrainedModel, CLIPText
 from transformers.utils import logging as transformers_logging
 
 from fixclip_core.model.positional import stretch_positions, stretched_length
+from fixclip_core.weights.names import Which
+from fixclip_core.weights.text_encoder import read_text_encoder
 from fixclip_diffusion import builtin
 from fixclip_diffusion.adapter import TextAdapter
 from fixclip_diffusion.conditioning import CLIP_CONTEXT_LENGTH
@@ -383,6 +385,37 @@ class LongTextEncoder(CLIPPreTrainedModel):
                 raise ValueError(f"a {type(source).__name__} has no text projection, and {cls.__name__} needs one")
             encoder.text_projection.load_state_dict(source.text_projection.state_dict())
         return encoder.train(source.training)
+
+    @classmethod
+    def from_file(
+        cls,
+        file: str | Path,
+        which: Which | None = None,
+        dtype: torch.dtype = torch.float32,
+        **options: Any,
+    ) -> Any:
+        """Make the encoder from a single file: a text encoder alone, or a whole CLIP or Stable Diffusion checkpoint.
+
+        Args:
+            file: see `fixclip_core.weights.text_encoder.read_text_encoder`.
+            which: "l", "h" or "g", for files of several text encoders.
+            dtype: of the weights.
+            **options: of `from_clip`.
+
+        Raises:
+            ValueError: the file holds no such text encoder; the message says what it is.
+        """
+        weights = read_text_encoder(file, which)
+        config = CLIPTextConfig(**weights.config)
+        needs = cls.stock_class is CLIPTextModelWithProjection
+        if needs and not weights.has_projection:
+            raise ValueError(f"text encoder {str(file)!r} has no text projection, and {cls.__name__} needs one")
+        source = cls.stock_class(config)
+        state = {name: t for name, t in weights.state_dict.items() if needs or name != "text_projection.weight"}
+        if not needs:
+            state = {name.removeprefix("text_model."): tensor for name, tensor in state.items()}
+        source.load_state_dict(state, strict=False)  # position_ids are in some files and not in others
+        return cls.from_clip(source.to(dtype).eval(), **options)
 
     @classmethod
     def from_pretrained(

@@ -2,6 +2,7 @@
 
 import html
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,13 @@ class FixClipTokenizer(CLIPTokenizer):
         """Stock loading, which takes built-in names too."""
         name, kwargs = builtin.resolve_component(pretrained_model_name_or_path, "tokenizer", kwargs)
         return super().from_pretrained(name, *args, **kwargs)
+
+    @classmethod
+    def from_stock(cls, tokenizer: CLIPTokenizer, context_length: int = 248) -> "FixClipTokenizer":
+        """The same vocabulary and added tokens for texts of `context_length` tokens."""
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            return cls.from_pretrained(folder, context_length=context_length)
 
     def clean(self, text: str) -> CleanText:
         """The text as CLIP's training saw it, in its original case: ftfy, entities, white space."""
