@@ -48,6 +48,7 @@ from fixclip_core.training.encoder.losses.gradcache import cached_backward
 from fixclip_core.training.encoder.losses.hierarchical import hierarchical_losses
 from fixclip_core.training.encoder.losses.pca import pca_reconstruction
 from fixclip_core.training.encoder.losses.state_alignment import StateAlignment
+from fixclip_core.weights.load import load_fixclip
 
 CONTEXT_LENGTH = 248
 EOS = 49407
@@ -113,7 +114,7 @@ def split_batch(batch: SimpleNamespace, parts: int) -> list[SimpleNamespace]:
 
 def fix_clip(setting: Setting, **fields: Any) -> tuple[FixClip, SimpleNamespace]:
     fields = {"num_prompts": setting.num_prompts} | fields
-    model = FixClip.from_open_clip(setting.model, **fields).to(setting.device)
+    model = load_fixclip(setting.model, **fields).to(setting.device)
     return model, random_batch(setting, model.config.clip["vision_cfg"]["image_size"])
 
 

@@ -12,20 +12,34 @@ from fixclip_core.files import prepare_folder
 
 @app.command(short_help="Make a FixClip folder of any CLIP.")
 def convert(
-    source: Annotated[Path, typer.Argument(help="A CLIP: OpenAI, open_clip, transformers or Long-CLIP.")],
-    output: Annotated[Path, typer.Argument(help="FixClip folder to write.")],
+    source: Annotated[
+        str, typer.Argument(help="A CLIP (OpenAI, open_clip, transformers, Long-CLIP), or a file of text encoders.")
+    ],
+    output: Annotated[Path, typer.Argument(help="Folder to write; must be new or empty.")],
     model_name: ModelNameOption = None,
     field: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="A field of FixClipConfig, e.g. num_prompts=0."),
     ] = None,
 ) -> None:
-    """Make a FixClip folder of any CLIP; one of 77 tokens is stretched to 248."""
-    from fixclip_core.weights.read import load_fixclip
+    """Make a FixClip folder of any CLIP; one of 77 tokens is stretched to 248.
+
+    A file of text encoders alone (clip_l, clip_g, a whole Stable Diffusion checkpoint) becomes folders for diffusers.
+    """
+    from fixclip_core.weights.load import activation_of, load_fixclip
+    from fixclip_core.weights.text_encoder import holds_text_encoders_alone
+    from fixclip_core.weights.write import write_text_encoders
 
     fields = parse_fields(field or [])
     prepare_folder(output, empty=True)
-    model = load_fixclip(source, model_name, **fields)
+    if Path(source).is_file() and holds_text_encoders_alone(source):
+        if fields:
+            raise ValueError(f"--set {min(fields)}: {source} holds no image tower, so it makes no FixClip")
+        activation = {"hidden_act": activation_of(model_name)} if model_name else {}
+        for line in write_text_encoders(source, output, **activation):
+            typer.echo(line)
+        return
+    model = load_fixclip(source, model_name=model_name, **fields)
     model.save_pretrained(output)
     typer.echo(f"{output}: {model.config.context_length} tokens, {model.config.num_prompts} regional prompts")
 
@@ -59,7 +73,7 @@ def export(
     output: Annotated[Path, typer.Argument(help="Folder to write; must be new or empty.")],
     formats: Annotated[
         list[str] | None,
-        typer.Option("--format", help="fixclip, transformers, diffusers, open_clip, clip_l or delta; repeatable."),
+        typer.Option("--format", help="fixclip, transformers, diffusers, open_clip, clip_l, clip_g or delta."),
     ] = None,
     dtype: Annotated[Literal["float32", "float16", "bfloat16"], typer.Option(help="Of the weights.")] = "float32",
     short_weights: Annotated[
@@ -72,7 +86,7 @@ def export(
     """Write an encoder in the formats of transformers, diffusers, open_clip and ComfyUI (all by default)."""
     import torch
 
-    from fixclip_core.weights.read import find_fixclip, load_fixclip
+    from fixclip_core.weights.load import find_fixclip, load_fixclip
     from fixclip_core.weights.write import export as write
 
     if find_fixclip(run) is None:
@@ -82,7 +96,7 @@ def export(
         raise ValueError("--short-weights: only the format diffusers holds the base's weights beside the trained ones")
     base = None if short_weights is None else base_text_model(short_weights)
     prepare_folder(output, empty=True)
-    for line in write(load_fixclip(run), output, formats, getattr(torch, dtype)):
+    for line in write(load_fixclip(run), output, formats or None, getattr(torch, dtype)):
         typer.echo(line)
     if base is not None:
         from fixclip_diffusion.text_encoder import FixClipTextEncoder

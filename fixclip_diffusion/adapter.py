@@ -12,6 +12,7 @@ from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fixclip_core.check import LoadError, check_finite, check_layers, check_shapes, loading, module_shapes
 from fixclip_core.files import write_atomically
 from fixclip_diffusion import builtin
 
@@ -122,22 +123,27 @@ class TextAdapter(nn.Module):
         """Load from a folder that `save_pretrained` wrote, a hub repository of the same layout, or a built-in name.
 
         Raises:
-            ValueError: a file is missing or damaged, or the weights do not fit the configuration.
+            LoadError: a file is missing or damaged, the weights do not fit the configuration, or are not finite.
         """
         source = builtin.resolve(source)
-        try:
+        what = f"adapter {str(source)!r}: expected a folder or hub name with {CONFIG_NAME} and {WEIGHTS_NAME}"
+        with loading(what):
             if Path(source).is_dir():
                 config_file, weights_file = Path(source) / CONFIG_NAME, Path(source) / WEIGHTS_NAME
             else:
                 config_file, weights_file = (
                     Path(hf_hub_download(str(source), name, **hub_kwargs)) for name in (CONFIG_NAME, WEIGHTS_NAME)
                 )
-            adapter = cls(**json.loads(config_file.read_text()))
-            adapter.load_state_dict(load_file(weights_file))
-        except Exception as error:
-            raise ValueError(
-                f"adapter {str(source)!r}: expected a folder or hub name with {CONFIG_NAME} and {WEIGHTS_NAME}; {error}"
-            ) from error
+            config = json.loads(config_file.read_text(encoding="utf-8"))
+            if "num_layers" not in config:
+                raise LoadError(f"{what}; {config_file} is no configuration of a TextAdapter")
+            weights = {name: tensor.float() for name, tensor in load_file(weights_file).items()}
+            check_layers(config["num_layers"], weights, "blocks", what)
+            with torch.device("meta"):  # a wrong size is found before memory is asked for
+                adapter = cls(**config)
+            check_shapes(module_shapes(adapter), {name: tensor.shape for name, tensor in weights.items()}, what)
+            adapter.load_state_dict(weights, assign=True)
+        check_finite(adapter, what)
         return adapter
 
 

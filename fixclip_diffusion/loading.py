@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from fixclip_core.check import check_tokenizer
 from fixclip_core.weights.names import Which
 from fixclip_core.weights.text_encoder import read_text_encoder, text_encoders_in
 from fixclip_diffusion import builtin
@@ -134,7 +135,7 @@ def check_pair(tower: Tower, text_encoder: Any, tokenizer: Any) -> None:
     """Refuse a long text encoder without its tokenizer, and the other way round.
 
     Raises:
-        ValueError: one of both is not FixClip's, or they differ in length.
+        ValueError: one of both is not FixClip's, they differ in length, or the tokenizer has another vocabulary.
     """
     if text_encoder is None or tokenizer is None:
         return
@@ -150,6 +151,7 @@ def check_pair(tower: Tower, text_encoder: Any, tokenizer: Any) -> None:
             f"the text encoder reads {text_encoder.context_length} tokens and the tokenizer gives "
             f"{tokenizer.context_length}; pass context_length={text_encoder.context_length} to the tokenizer"
         )
+    check_tokenizer(tokenizer, text_encoder.config, f"{tower.encoder} and {tower.tokenizer}")
 
 
 def check_width(widths: dict[str, int], unet_width: Any) -> None:

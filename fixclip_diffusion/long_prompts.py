@@ -8,6 +8,7 @@ import torch
 from diffusers.pipelines import auto_pipeline
 from torch import Tensor
 
+from fixclip_core.check import check_finite, loading
 from fixclip_core.weights.text_encoder import text_encoders_in
 from fixclip_diffusion import builtin
 from fixclip_diffusion.conditioning import get_conditioning, renamed
@@ -140,16 +141,28 @@ class LongPromptMixin:
         """Stock loading, which takes built-in names too, and leaves the model's own LoRA acting beside the new one.
 
         Stock diffusers lets the LoRA that was loaded last act alone; `set_adapters` decides otherwise.
+
+        Raises:
+            LoadError: there is no LoRA, it is damaged, holds NaN or infinite values, or belongs to another model.
         """
         source = pretrained_model_name_or_path_or_dict
         source = source if isinstance(source, dict) else builtin.resolve(source)
         pipe: Any = self
         before = [name for name in pipe.get_active_adapters() if name == LORA_NAME]
         scales = [scale_of(pipe, name) for name in before]
-        super().load_lora_weights(source, *args, **kwargs)  # type: ignore[misc]
+        with loading(_lora_name(source)):
+            super().load_lora_weights(source, *args, **kwargs)  # type: ignore[misc]
         new = [name for name in pipe.get_active_adapters() if name != LORA_NAME]
         if before and new:
             pipe.set_adapters([*before, *new], [*scales, *(scale_of(pipe, name) for name in new)])
+
+    @classmethod
+    def lora_state_dict(cls, pretrained_model_name_or_path_or_dict: str | Path | dict[str, Any], **kwargs: Any) -> Any:
+        """Stock reading, and a look at the values."""
+        source = pretrained_model_name_or_path_or_dict
+        found = super().lora_state_dict(source, **kwargs)  # type: ignore[misc]
+        check_finite(found[0] if isinstance(found, tuple) else found, _lora_name(source))
+        return found
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """Stock saving. Loaded LoRAs are not mixed into the weights: each is a file in the folder lora/.
@@ -348,3 +361,7 @@ def link_tasks(name: str, text_to_image: Any, image_to_image: Any, inpainting: A
     auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING[name] = text_to_image
     auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING[name] = image_to_image
     auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING[name] = inpainting
+
+
+def _lora_name(source: str | Path | dict[str, Any]) -> str:
+    return "LoRA in memory" if isinstance(source, dict) else f"LoRA {str(source)!r}"

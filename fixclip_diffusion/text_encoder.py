@@ -23,8 +23,10 @@ from transformers import (
 from transformers.models.clip.modeling_clip import CLIPPreTrainedModel, CLIPTextEmbeddings
 from transformers.utils import logging as transformers_logging
 
+from fixclip_core.check import LoadError, check_finite, check_layers, loading
 from fixclip_core.model.positional import stretch_positions, stretched_length
-from fixclip_core.weights.names import Which
+from fixclip_core.weights.files import open_weights
+from fixclip_core.weights.names import Which, find_text_towers, text_tower_names
 from fixclip_core.weights.text_encoder import read_text_encoder
 from fixclip_diffusion import builtin
 from fixclip_diffusion.adapter import TextAdapter
@@ -48,6 +50,7 @@ __all__ = [
 
 CLIP_EOS_TOKEN_ID = 49407
 _CLASS_FIELDS = ("model_type", "architectures", "transformers_version", "dtype")  # of a configuration's own class
+MAX_LAYERS = 1000  # of what a configuration may say where its weights cannot be looked at first
 
 
 @strict
@@ -438,7 +441,7 @@ class LongTextEncoder(CLIPPreTrainedModel):
                 `num_hidden_layers` cuts the last layers off, `hidden_state` is that of `from_clip`.
 
         Raises:
-            ValueError: there is no CLIP text model there, or some of its weights are missing or damaged.
+            LoadError: there is no CLIP text model there, or some of its weights are missing, damaged or not finite.
         """
         name, kwargs = builtin.resolve_component(pretrained_model_name_or_path, "text_encoder", kwargs)
         return_info = kwargs.pop("output_loading_info", False)
@@ -446,17 +449,16 @@ class LongTextEncoder(CLIPPreTrainedModel):
         config = load_clip_text_config(name, **kwargs)
         ours = isinstance(config, FixClipTextConfig)
         loader: Any = super() if ours else cls.stock_class
-        try:
-            with _quiet_loading():
-                model, info = loader.from_pretrained(name, *args, config=config, output_loading_info=True, **kwargs)
-        except Exception as error:
-            raise ValueError(f"text encoder {_where(name, kwargs)}: {error}") from error
+        what = f"text encoder {_where(name, kwargs)}"
+        with loading(what), _quiet_loading():
+            _check_layers(config, Path(name) / (kwargs.get("subfolder") or ""), what)
+            model, info = loader.from_pretrained(name, *args, config=config, output_loading_info=True, **kwargs)
         missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
         if missing:
-            raise ValueError(
-                f"text encoder {_where(name, kwargs)}: {len(missing)} weights are missing or of another shape, "
-                f"the first is {missing[0]}"
+            raise LoadError(
+                f"{what}: {len(missing)} weights are missing or of another shape, the first is {missing[0]}"
             )
+        check_finite(model, what)
         if not ours or (layers is not None and layers != config.num_hidden_layers):
             if ours:
                 raise ValueError(
@@ -534,6 +536,25 @@ class FixClipTextEncoderWithProjection(LongTextEncoder, CLIPTextModelWithProject
         return self._finish_penultimate(output)
 
 
+def _check_layers(config: CLIPTextConfig, folder: Path, what: str) -> None:
+    """Compare the configuration with a local file's own tensors, before a million layers are built.
+
+    Raises:
+        LoadError: another number of layers, or more than any CLIP has.
+    """
+    adapter = getattr(config, "adapter", None)
+    layers = [config.num_hidden_layers, adapter.get("num_layers", 1) if adapter else 1]
+    if not all(isinstance(count, int) and 0 < count <= MAX_LAYERS for count in layers):
+        raise LoadError(f"{what}: config.json says {max(layers, key=str)} layers; 1 to {MAX_LAYERS} are possible")
+    if not (folder / "model.safetensors").is_file():
+        return
+    shapes = open_weights(folder / "model.safetensors").shapes
+    for tower in find_text_towers(shapes)[:1]:
+        inside = (name.removeprefix(tower.prefix) for name in text_tower_names(tower, shapes))
+        names = [name.replace("text_model.", "") for name in inside]
+        check_layers(config.num_hidden_layers, names, "encoder.layers", what)
+
+
 _CONFIG_KWARGS = (
     "cache_dir",
     "force_download",
@@ -554,18 +575,17 @@ def load_clip_text_config(name: str, **kwargs: Any) -> CLIPTextConfig | FixClipT
     hub_kwargs = {key: kwargs[key] for key in _CONFIG_KWARGS if key in kwargs}
     where = _where(name, kwargs)
     check_folder_or_hub_name("text encoder", name)
-    try:
+    with loading(f"text encoder {where}: no readable config.json there"):
         values, _ = CLIPTextConfig.get_config_dict(name, **hub_kwargs)
-    except Exception as error:
-        raise ValueError(f"text encoder {where}: no readable config.json there ({error})") from error
     if not values:
-        raise ValueError(f"text encoder {where}: no config.json there")
+        raise LoadError(f"text encoder {where}: no config.json there")
     kind = values.get("model_type")
-    if kind == FixClipTextConfig.model_type:
-        return FixClipTextConfig.from_dict(values)
-    if kind in ("clip_text_model", "clip"):
-        return CLIPTextConfig.from_pretrained(name, **hub_kwargs)
-    raise ValueError(
+    with loading(f"text encoder {where}: its config.json is damaged"):
+        if kind == FixClipTextConfig.model_type:
+            return FixClipTextConfig.from_dict(values)
+        if kind in ("clip_text_model", "clip"):
+            return CLIPTextConfig.from_pretrained(name, **hub_kwargs)
+    raise LoadError(
         f"text encoder {where}: model_type is {kind!r}; valid are {FixClipTextConfig.model_type}, "
         "clip_text_model and clip"
     )

@@ -53,8 +53,9 @@ from PIL import Image
 from tiny_scenes import write_model
 from typer.testing import CliRunner
 
+from fixclip_core import builtin
 from fixclip_core.scenes import long_caption, render, sample_scene
-from fixclip_diffusion import FixClipStableDiffusionPipeline, builtin, token_report
+from fixclip_diffusion import FixClipStableDiffusionPipeline, token_report
 
 ROOT = Path(__file__).parents[1]
 LONG = tiny.sentences(14)

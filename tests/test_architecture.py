@@ -19,7 +19,7 @@ PACKAGES = ("fixclip_core", "fixclip_diffusion", "fixclip_cli", ("apps", "pipeli
 
 ROOMS = {
     "fixclip_core": (
-        ("device", "files", "section", "scenes"),
+        ("builtin", "check", "device", "files", "section", "scenes"),
         ("data", "model"),
         ("synthesis", "weights"),
         ("evaluation",),

@@ -16,13 +16,12 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from tiny_scenes import write_model
 
-from fixclip_core import scenes
+from fixclip_core import builtin, scenes
 from fixclip_diffusion import (
     FixClipStableDiffusionPipeline,
     FixClipTextEncoder,
     FixClipTokenizer,
     TextAdapter,
-    builtin,
     demo,
 )
 from fixclip_diffusion.adapter_training import trainer as train

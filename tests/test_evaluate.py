@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny_clips import full_vocabulary_clip, tiny_transformers_clip
 
+from fixclip_core import builtin
 from fixclip_core.data.config import DataConfig
 from fixclip_core.data.sources import open_source
 from fixclip_core.evaluation.benchmarks import Benchmark
@@ -28,6 +29,7 @@ from fixclip_core.evaluation.report import format_table
 from fixclip_core.evaluation.retrieval import encode_dataset, retrieval_metrics, retrieval_report
 from fixclip_core.model.fixclip import FixClip
 from fixclip_core.model.positional import stretch_positions
+from fixclip_core.weights.load import load_fixclip
 from fixclip_core.weights.read import ClipCheckpoint
 from fixclip_core.weights.write import write_open_clip, write_transformers
 from fixclip_diffusion.tiny import train_tokenizer
@@ -389,8 +391,30 @@ def test_encoders_that_cannot_be_loaded(tmp_path):
     with pytest.raises(ValueError, match="no such file or folder"):
         load_encoder(tmp_path / "nothing")
     tiny_transformers_clip().save_pretrained(tmp_path / "small")
-    with pytest.raises(ValueError, match=r"small: the model has embeddings for 50 tokens.*ids up to 49407"):
+    with pytest.raises(ValueError, match=r"small: the text encoder has embeddings for 50 tokens.*ids up to 49407"):
         load_encoder(tmp_path / "small")
+
+
+def test_built_in_names_are_taken_wherever_a_clip_is(tmp_path, monkeypatch):
+    tokenizer = train_tokenizer(["a red cat and a blue dog"], vocab_size=560)
+    scenes = tmp_path / "scenes"
+    for part in ("base", "encoder/text_encoder"):
+        (scenes / part).mkdir(parents=True)
+    (scenes / "base" / "model_index.json").write_text("{}")
+    (scenes / "encoder" / "text_encoder" / "config.json").write_text("{}")
+    clip = tiny_transformers_clip(vocab_size=len(tokenizer), eos_token_id=len(tokenizer) - 1)
+    clip.save_pretrained(scenes / "clip")
+    tokenizer.save_pretrained(scenes / "clip")
+    monkeypatch.setattr(builtin, "FOLDER", tmp_path)
+    encoder = load_encoder("builtin:scenes/clip")
+    assert (encoder.source, encoder.context_length) == ("builtin:scenes/clip", 77)
+    assert load_fixclip("builtin:scenes/clip", num_groups=0).config.context_length == 248
+    with pytest.raises(ValueError, match=r"builtin:scenes/encoder holds a text encoder alone.*builtin:scenes/clip has"):
+        load_encoder("builtin:scenes/encoder")
+    with pytest.raises(ValueError, match=r"'builtin:scenes' is a whole model.*builtin:scenes/clip"):
+        load_fixclip("builtin:scenes")
+    with pytest.raises(ValueError, match=r"no such built-in model; there are builtin:scenes, .*builtin:scenes/clip"):
+        load_encoder("builtin:shapes/clip")
 
 
 def test_a_models_own_tokenizer_is_used(tmp_path):

@@ -19,8 +19,10 @@ from transformers import CLIPModel, CLIPProcessor, CLIPTextModel, CLIPTokenizer
 
 from fixclip_core.model.fixclip import FixClip
 from fixclip_core.weights.files import load_weights
-from fixclip_core.weights.read import ClipCheckpoint, build_clip, load_fixclip
-from fixclip_core.weights.write import export, plain_clip, write_single_file
+from fixclip_core.weights.load import build_clip, load_fixclip
+from fixclip_core.weights.read import ClipCheckpoint
+from fixclip_core.weights.text_encoder import CONFIG_FIELDS, read_text_encoder
+from fixclip_core.weights.write import export, plain_clip, single_file_format, write_single_file
 from fixclip_diffusion import FixClipTextEncoder, FixClipTokenizer
 from fixclip_diffusion.tiny import train_tokenizer
 
@@ -166,14 +168,55 @@ def test_single_file_has_the_keys_of_a_clip_l_file(trained, exported):
     torch.testing.assert_close(weights["text_projection.weight"].T, trained.text.text_projection)
 
 
-def test_single_file_says_where_it_does_not_fit(tmp_path):
-    sizes = {"width": 768, "layers": 12, "heads": 12, "vocab_size": 64}
-    for quick_gelu, width, said in ((True, 768, []), (False, 768, ["GELU: "]), (True, 64, ["takes width 768"])):
-        config = tiny_config(248, quick_gelu)
-        config["text_cfg"] |= {**sizes, "width": width, "heads": width // 64}
-        clip = open_clip.CLIP(**config)
-        line = write_single_file(ClipCheckpoint("", clip.state_dict(), config, {}), tmp_path / "clip_l.safetensors")
-        assert [words for words in ("GELU: ", "takes width 768") if words in line] == said
+def text_tower(layers, width=64, quick_gelu=True):
+    config = tiny_config(248, quick_gelu)
+    config["text_cfg"] |= {"width": width, "layers": layers, "heads": width // 64, "vocab_size": 64}
+    return ClipCheckpoint("", open_clip.CLIP(**config).state_dict(), config, {})
+
+
+@pytest.mark.parametrize(
+    ("layers", "width", "quick_gelu", "said"),
+    [
+        (12, 768, True, []),
+        (12, 768, False, ["a clip_l file", "compute QuickGELU, this encoder needs GELU"]),
+        (12, 64, True, ["takes width 768 and 12 layers, this one has 64 and 12"]),
+        (
+            32,
+            64,
+            True,
+            ["a clip_g file", "takes width 1280", "compute GELU, this encoder needs QuickGELU"],
+        ),
+    ],
+)
+def test_single_file_says_where_it_does_not_fit(tmp_path, layers, width, quick_gelu, said):
+    line = write_single_file(text_tower(layers, width, quick_gelu), tmp_path / "file.safetensors")
+    assert all(words in line for words in said), line
+    assert (";" in line) == bool(said)
+
+
+def test_single_file_brings_its_configuration(trained, exported):
+    weights = read_text_encoder(exported[0] / "clip_l_long.safetensors")
+    encoder = CLIPTextModel.from_pretrained(exported[0] / "text_encoder")
+    for field in CONFIG_FIELDS:
+        assert weights.config[field] == getattr(encoder.config, field), field
+    assert weights.config["num_attention_heads"] == 2  # heads of 32: the tensors do not tell
+    for name, tensor in encoder.state_dict().items():
+        assert torch.equal(weights.state_dict[f"text_model.{name}"], tensor), name
+
+
+def test_single_file_is_named_as_comfyui_files_it(tmp_path):
+    """31 layers and more are a clip_g there, 23 to 30 a ViT-H, whose 248 positions it cannot load."""
+    assert [single_file_format(text_tower(layers)) for layers in (12, 24, 32)] == ["clip_l", None, "clip_g"]
+    clip, config, preprocess = full_vocabulary_clip()
+    short = config | {"text_cfg": config["text_cfg"] | {"layers": 24, "vocab_size": 64}}
+    model = FixClip.from_clip(open_clip.CLIP(**short), short, preprocess, num_groups=0)
+    lines = export(model, tmp_path / "all", ["open_clip"])
+    assert any("no single file for ComfyUI" in line for line in lines)
+    with pytest.raises(ValueError, match=r"format clip_g: ComfyUI could not load this text tower of 24 layers"):
+        export(model, tmp_path / "one", ["clip_g"])
+    plain = FixClip.from_clip(clip, config, preprocess, num_groups=0)
+    with pytest.raises(ValueError, match=r"text tower of 2 layers for a clip_l: choose --format clip_l"):
+        export(plain, tmp_path / "one", ["clip_g"])
 
 
 def test_what_a_plain_clip_cannot_hold_is_said_and_kept(trained, exported):
@@ -229,7 +272,7 @@ def test_a_vocabulary_of_its_own_goes_in_and_out(tmp_path):
 
 
 def test_fields_of_a_fixclip_cannot_be_changed(exported):
-    with pytest.raises(ValueError, match="is a FixClip already: num_prompts cannot be changed"):
+    with pytest.raises(ValueError, match="has num_prompts=3, not 0; fields of a FixClip cannot be changed"):
         load_fixclip(exported[0] / "fixclip", num_prompts=0)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from fixclip_core.model.fixclip import FixClip
 from fixclip_core.model.lora import low_rank_factors
-from fixclip_core.weights.read import build_clip
+from fixclip_core.weights.load import build_clip
 from fixclip_core.weights.write import plain_clip
 
 CLIP = {

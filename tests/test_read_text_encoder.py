@@ -6,14 +6,16 @@ import sys
 
 import pytest
 import torch
+from command_line import error_of, run
 from safetensors.torch import save_file
 from tiny_clips import TOLERANCE, VOCAB_SIZE, batch, collect, tiny_clip
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
+from fixclip_core.check import LoadError
 from fixclip_core.weights import text_encoder
-from fixclip_core.weights.check import LoadError
 from fixclip_core.weights.names import to_transformers_names
 from fixclip_core.weights.text_encoder import CONFIG_KEY, read_text_encoder, text_encoders_in
+from fixclip_diffusion import FixClipTextEncoder
 
 
 def open_clip_text(clip):
@@ -215,3 +217,44 @@ def test_reading_a_text_encoder_needs_no_training_library():
     code = "import sys, fixclip_core.weights.text_encoder; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert not {"open_clip", "diffusers", "transformers"} & set(done.stdout.split())
+
+
+# --- as folders of a pipeline --------------------------------------------------------------------------------
+
+
+def test_convert_writes_the_text_encoders_of_a_checkpoint(tmp_path):
+    first, second = tiny_clip(seed=1), tiny_clip(quick_gelu=False, seed=2)
+    path = tmp_path / "sdxl.safetensors"
+    both = checkpoint("conditioner.embedders.0.transformer.", transformers_text(first))
+    save_file(both | prefixed("conditioner.embedders.1.model.", open_clip_text(second)), path)
+    result = run("convert", path, tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "CLIP-G, width 128, 77 tokens; its vocabulary of 50 is not CLIP's" in result.output
+    for folder, clip in (("text_encoder", first), ("text_encoder_2", second)):
+        model = CLIPTextModelWithProjection.from_pretrained(tmp_path / "out" / folder).eval()
+        stretched = FixClipTextEncoder.from_pretrained(tmp_path / "out" / folder).eval()
+        _, ids = batch()
+        *expected, pooled = collect(clip.transformer.resblocks, lambda clip=clip, ids=ids: clip.encode_text(ids))
+        with torch.no_grad():
+            torch.testing.assert_close(model(ids).text_embeds, pooled, **TOLERANCE)
+            torch.testing.assert_close(stretched(ids).last_hidden_state, clip.ln_final(expected[-1]), **TOLERANCE)
+    for arguments, message in (((path, tmp_path / "out"), "not empty"), ((path, path), "not empty")):
+        assert message in error_of(run("convert", *arguments))
+
+
+def test_convert_asks_for_the_activation_and_refuses_other_kinds(tmp_path):
+    path = tmp_path / "clip.safetensors"
+    save_file(open_clip_text(tiny_clip(quick_gelu=False)), path)
+    for arguments, message in (
+        ((), "do not tell the activation"),
+        (("--set", "num_prompts=0"), "holds no image tower, so it makes no FixClip"),
+        (("--model-name", "ViT-Z"), "'ViT-Z': not one of open_clip's"),
+    ):
+        assert message in error_of(run("convert", path, tmp_path / "out", *arguments))
+        assert not (tmp_path / "out").exists()
+    assert run("convert", path, tmp_path / "out", "--model-name", "ViT-L-14").exit_code == 0
+    config = json.loads((tmp_path / "out" / "text_encoder" / "config.json").read_text())
+    assert (config["hidden_act"], config["architectures"]) == ("gelu", ["CLIPTextModelWithProjection"])
+    save_file({"decoder.conv_in.weight": torch.zeros(2)}, tmp_path / "vae.safetensors")
+    error = error_of(run("convert", tmp_path / "vae.safetensors", tmp_path / "new"))
+    assert "no CLIP of two transformers but a VAE" in error

@@ -19,7 +19,7 @@ from fixclip_core import scenes
 from fixclip_core.training import trainer
 from fixclip_core.training.encoder.recipe import EncoderRecipe
 from fixclip_core.training.recipe import load_recipe
-from fixclip_core.weights.read import load_fixclip
+from fixclip_core.weights.load import load_fixclip
 from fixclip_diffusion.adapter_training.recipe import AdapterRecipe
 from fixclip_diffusion.evaluation.prompts import Prompt
 from fixclip_diffusion.tokenizer import FixClipTokenizer

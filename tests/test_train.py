@@ -38,6 +38,7 @@ from fixclip_core.training.metrics import plot_losses
 from fixclip_core.training.optim import lr_factor, optimizer_step, parameter_groups
 from fixclip_core.training.recipe import OptimSection, load_recipe
 from fixclip_core.training.trainer import TrainState, batches, count_step
+from fixclip_core.weights.load import load_fixclip
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
@@ -81,6 +82,15 @@ def test_weights_on_disk_are_a_base(recipe, clip_folder, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), by_open_clip.parameters(), strict=True))
     with pytest.raises(ValueError, match="this FixClip has num_prompts=2, not 3"):
         train.build_clip(recipe("other", f"model.name={tmp_path / 'fixclip'}", "model.num_prompts=3"))
+
+
+def test_the_plan_says_whose_weights_are_loaded(recipe, clip_folder):
+    assert train._which_weights(recipe()) == "its own weights"  # local-dir:
+    assert train._which_weights(recipe("a", f"model.name={clip_folder}")) == "its own weights"
+    local = recipe("b", f"model.name={clip_folder}", "model.pretrained=openai")
+    assert train._which_weights(local) == "its own weights, not openai"
+    assert train._which_weights(recipe("c", "model.name=ViT-B-16")) == "random weights"
+    assert train._which_weights(recipe("d", "model.name=ViT-B-16", "model.pretrained=openai")) == "openai"
 
 
 def test_a_base_of_248_positions_is_not_stretched_again(recipe, tmp_path):
@@ -167,7 +177,7 @@ def test_a_run_trains_and_writes_everything(recipe, clip_folder, tmp_path):
     evaluations = [row for row in rows if "long_image_to_text_recall_at_1" in row]
     assert [row["step"] for row in evaluations] == [3, 4]
 
-    base = FixClip.from_open_clip(f"local-dir:{clip_folder}", num_prompts=2, num_groups=2, first_group=1)
+    base = load_fixclip(f"local-dir:{clip_folder}", num_prompts=2, num_groups=2, first_group=1)
     model = FixClip.from_pretrained(folder)
     assert all(torch.isfinite(p).all() for p in model.parameters())
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, base.get_parameter(name))}

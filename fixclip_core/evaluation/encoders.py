@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fixclip_core.check import check_vocabulary
 from fixclip_core.device import Precision
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -59,62 +60,65 @@ def load_encoder(
     """Load a CLIP to evaluate, as it is: nothing is stretched or added.
 
     Args:
-        source: a FixClip folder, anything that `weights.read.read_clip` knows, or an open_clip model name or
-            "hf-hub:" address, which may be downloaded.
+        source: a FixClip folder, any file, folder or built-in name that `weights.read.read_clip` knows, or an open_clip
+            model name or "hf-hub:" address, which may be downloaded.
         model_name: see `weights.read.read_clip`.
         pretrained: open_clip's weight tag, for an open_clip model name.
         device: where to run.
 
     Raises:
-        ValueError: nothing of that name, or see `weights.read.read_clip`.
+        LoadError: nothing of that name, see `weights.read.read_clip`, or the tokenizer is of another model.
+        ValueError: a model name without its weights, or `pretrained` for weights on disk.
     """
     import open_clip
 
     from fixclip_core.model.fixclip import FixClip
-    from fixclip_core.weights.read import build_clip, find_fixclip, read_clip
+    from fixclip_core.weights.load import (
+        build_clip,
+        check_pretrained,
+        create_open_clip,
+        find_fixclip,
+        is_open_clip_name,
+    )
+    from fixclip_core.weights.read import read_clip
 
     name, device = str(source), torch.device(device)
-    preprocess: dict[str, Any]
+    check_pretrained(source, pretrained)
     if folder := find_fixclip(source):
-        fixclip = FixClip.from_pretrained(folder).to(device).eval()
+        fixclip = FixClip.from_pretrained(folder)
+        config, length, format = fixclip.config.clip, int(fixclip.config.context_length or 0), "FixClip"
+        model, preprocess = fixclip, fixclip.config.preprocess
         tokenizer, transform = fixclip.tokenizer(), fixclip.preprocess(train=False)
-        length, preprocess = int(fixclip.config.context_length or 0), fixclip.config.preprocess
-        size = preprocess.get("size", fixclip.config.clip["vision_cfg"].get("image_size", 224))
-        return _checked(Encoder(fixclip, tokenizer, transform, name, "FixClip", length, size, device))
-    if name.startswith("hf-hub:") or (not Path(source).exists() and name in open_clip.list_models()):
-        if pretrained is None and not name.startswith("hf-hub:"):
-            tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
-            raise ValueError(f"{name} is an open_clip model name: choose its weights with --pretrained ({tags})")
-        try:
-            clip, transform = open_clip.create_model_from_pretrained(name, pretrained=pretrained)
-        except (RuntimeError, OSError) as error:
-            raise ValueError(f"open_clip model {name!r}, {pretrained!r}: {error}") from error
-        size = open_clip.get_model_preprocess_cfg(clip)["size"]
-        tokenizer, length = open_clip.get_tokenizer(name), int(clip.context_length)
-        return _checked(Encoder(clip.to(device).eval(), tokenizer, transform, name, "open_clip", length, size, device))
-    checkpoint = read_clip(source, model_name)
-    preprocess = checkpoint.preprocess
-    transform = open_clip.transform.image_transform_v2(open_clip.transform.PreprocessCfg(**preprocess), is_train=False)
-    length = checkpoint.context_length
-    tokenizer_name = checkpoint.model_config["text_cfg"].get("hf_tokenizer_name")
-    tokenizer = (
-        open_clip.tokenizer.HFTokenizer(tokenizer_name, context_length=length)
-        if tokenizer_name
-        else open_clip.SimpleTokenizer(context_length=length)
-    )
-    clip = build_clip(checkpoint).to(device)
-    return _checked(Encoder(clip, tokenizer, transform, name, checkpoint.format, length, preprocess["size"], device))
+    else:
+        if is_open_clip_name(source):
+            if pretrained is None and not name.startswith(("hf-hub:", "local-dir:")):
+                tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+                raise ValueError(f"{name} is an open_clip model name: choose its weights with --pretrained ({tags})")
+            model, config, preprocess = create_open_clip(name, pretrained)
+            length, format = int(model.context_length), "open_clip"
+            tokenizer = open_clip.get_tokenizer(name)
+        else:
+            checkpoint = read_clip(source, model_name)
+            model, config, preprocess = build_clip(checkpoint), checkpoint.model_config, checkpoint.preprocess
+            length, format = checkpoint.context_length, checkpoint.format
+            tokenizer_name = config["text_cfg"].get("hf_tokenizer_name")
+            tokenizer = (
+                open_clip.tokenizer.HFTokenizer(tokenizer_name, context_length=length)
+                if tokenizer_name
+                else open_clip.SimpleTokenizer(context_length=length)
+            )
+        transform = open_clip.transform.image_transform_v2(
+            open_clip.transform.PreprocessCfg(**preprocess), is_train=False
+        )
+    size = preprocess.get("size", config["vision_cfg"].get("image_size", 224))
+    return _checked(Encoder(model.to(device).eval(), tokenizer, transform, name, format, length, size, device))
 
 
 def _checked(encoder: Encoder) -> Encoder:
     """Refuse a tokenizer whose ids the model has no embeddings for, instead of an index error later."""
-    sizes = [m.num_embeddings for name, m in encoder.model.named_modules() if name.endswith("token_embedding")]
-    highest = int(encoder.tokenizer([""]).max())
-    if sizes and highest >= sizes[0]:
-        raise ValueError(
-            f"{encoder.source}: the model has embeddings for {sizes[0]} tokens, but CLIP's tokenizer gives ids up to "
-            f"{highest}; put the model's own tokenizer files into its folder"
-        )
+    for name, module in encoder.model.named_modules():
+        if name.endswith("token_embedding"):
+            check_vocabulary(int(encoder.tokenizer([""]).max()), module.num_embeddings, encoder.source)
     return encoder
 
 

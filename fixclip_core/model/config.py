@@ -94,6 +94,9 @@ class FixClipConfig(Modules):
         missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in self.clip]
         if missing:
             raise ValueError(f"clip={sorted(self.clip)}: open_clip's model configuration lacks {missing}")
+        for key in ("hf_model_name", "timm_model_name"):
+            if model := {**self.clip["vision_cfg"], **self.clip["text_cfg"]}.get(key):
+                raise ValueError(f"unsupported base: {key}={model!r}; FixClip needs CLIP's own two transformers")
         length = stretched_length(self.base_context_length, self.keep, self.ratio)
         if self.context_length not in (None, length):
             raise ValueError(

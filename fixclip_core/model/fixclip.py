@@ -6,6 +6,7 @@ E embedding, L layers, G aligned groups, C H W image.
 
 import copy
 import dataclasses
+import json
 import math
 import os
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fixclip_core.check import LoadError, check_finite, check_layers, check_vocabulary, loading
 from fixclip_core.files import write_atomically
 from fixclip_core.model.config import FixClipConfig, HiddenState
 from fixclip_core.model.image_tower import ImageTower, check_image_tower, masked_patches
@@ -30,6 +32,8 @@ from fixclip_core.model.windows import WINDOW_LENGTH
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
+# Of a vocabulary of the base's own; CLIP's comes with open_clip.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
 MAX_LOG_SCALE = math.log(100.0)
 
 
@@ -63,7 +67,7 @@ class FixClipOutput:
 class FixClip(nn.Module):
     """A CLIP that reads long captions.
 
-    Build it with `weights.read.load_fixclip` (any CLIP), `from_clip` or `from_pretrained`. Weights of the base keep
+    Build it with `weights.load.load_fixclip` (any CLIP), `from_clip` or `from_pretrained`. Weights of the base keep
     open_clip's names under `visual.` and `text.`; `new_parameters` lists what FIX-CLIP adds.
 
     Args:
@@ -100,42 +104,6 @@ class FixClip(nn.Module):
     # -- building ------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_open_clip(
-        cls,
-        model_name: str,
-        pretrained: str | None = None,
-        *,
-        cache_dir: str | None = None,
-        **config_fields: Any,
-    ) -> "FixClip":
-        """Load an open_clip model at its own context length and stretch it.
-
-        Args:
-            model_name: open_clip's name ("ViT-B-16"), "hf-hub:owner/repo" or "local-dir:folder".
-            pretrained: open_clip's weight tag or a file; None starts from random weights.
-            cache_dir: where downloads are kept.
-            config_fields: fields of `FixClipConfig`.
-
-        Raises:
-            ValueError: the name or tag is unknown, or see `FixClip`.
-        """
-        if not model_name.startswith(("hf-hub:", "local-dir:")):
-            model_name = model_name.replace("/", "-")  # "ViT-B/16" is OpenAI's spelling
-        tag = open_clip.get_pretrained_cfg(model_name, pretrained) if pretrained else {}
-        try:
-            clip = open_clip.create_model(
-                model_name,
-                pretrained=pretrained,
-                # A tag trained with QuickGELU is wrong with GELU; open_clip only warns.
-                force_quick_gelu=bool(tag.get("quick_gelu")),
-                cache_dir=cache_dir,
-            )
-        except RuntimeError as error:
-            raise ValueError(f"cannot load the open_clip model {model_name!r}, {pretrained!r}: {error}") from error
-        model_cfg = open_clip.get_model_config(model_name)
-        return cls.from_clip(clip, model_cfg, open_clip.get_model_preprocess_cfg(clip), **config_fields)
-
-    @classmethod
     def from_clip(
         cls, clip: Any, model_cfg: dict[str, Any], preprocess: dict[str, Any], **config_fields: Any
     ) -> "FixClip":
@@ -160,29 +128,40 @@ class FixClip(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> "FixClip":
-        """Load what `save_pretrained` wrote, bit for bit. Any other CLIP: `fixclip_core.weights.read.load_fixclip`.
+        """Load what `save_pretrained` wrote, bit for bit. Any other CLIP: `fixclip_core.weights.load.load_fixclip`.
 
         Raises:
-            ValueError: a file is missing, or the weights do not fit the configuration.
+            LoadError: a file is missing or damaged, the weights do not fit the configuration, or are not finite.
         """
         folder = Path(folder)
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             if not (folder / name).is_file():
-                raise ValueError(f"{folder} is no FixClip folder: it has no {name} (load_fixclip reads other CLIPs)")
-        config = FixClipConfig.from_json((folder / CONFIG_NAME).read_text())
-        # Weights are about to be assigned, so random ones are not worth drawing.
-        with torch.device("meta"):
-            model = cls.from_config(config)
-        try:
-            model.load_state_dict(load_file(folder / WEIGHTS_NAME), assign=True)
-        except RuntimeError as error:
-            raise ValueError(f"{folder / WEIGHTS_NAME} does not fit {CONFIG_NAME}: {error}") from error
+                raise LoadError(f"{folder} is no FixClip folder: it has no {name} (load_fixclip reads other CLIPs)")
+        with loading(str(folder)):
+            values = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+            if (folder / "tokenizer.json").is_file():
+                values["clip"]["text_cfg"]["hf_tokenizer_name"] = str(folder.resolve())
+            config = FixClipConfig.from_dict(values)
+            weights = load_file(folder / WEIGHTS_NAME)
+            for tower, field in (("text", "text_cfg"), ("visual", "vision_cfg")):
+                layers = f"{tower}.transformer.resblocks"
+                check_layers(config.clip[field]["layers"], weights, layers, str(folder / WEIGHTS_NAME))
+            # Weights are about to be assigned, so random ones are not worth drawing.
+            with torch.device("meta"):
+                model = cls.from_config(config)
+        with loading(f"{folder / WEIGHTS_NAME} does not fit {CONFIG_NAME}"):
+            model.load_state_dict(weights, assign=True)
+        check_finite(model, str(folder / WEIGHTS_NAME))
         return model
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write config.json and model.safetensors, each by way of a temporary file."""
+        """Write config.json, model.safetensors and a tokenizer of the base's own, each by way of a temporary file."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        tokenizer = Path(self.config.clip["text_cfg"].get("hf_tokenizer_name") or "")
+        for name in TOKENIZER_FILES:
+            if tokenizer.name and (tokenizer / name).is_file() and tokenizer.resolve() != folder.resolve():
+                write_atomically(folder / name, (tokenizer / name).read_bytes())
         weights = {name: tensor.detach().contiguous().cpu() for name, tensor in self.state_dict().items()}
         write_atomically(folder / WEIGHTS_NAME, lambda path: save_file(weights, path, metadata={"format": "pt"}))
         write_atomically(folder / CONFIG_NAME, lambda path: path.write_text(self.config.to_json()))
@@ -331,7 +310,9 @@ class FixClip(nn.Module):
         kwargs = dict(text_cfg.get("tokenizer_kwargs") or {}, context_length=self.config.context_length)
         if name := text_cfg.get("hf_tokenizer_name"):
             return HFTokenizer(name, tokenizer_mode=text_cfg.get("tokenizer_mode"), **kwargs)
-        return SimpleTokenizer(**kwargs)
+        tokenizer = SimpleTokenizer(**kwargs)
+        check_vocabulary(tokenizer.eot_token_id, self.text.token_embedding.num_embeddings, "CLIP's tokenizer")
+        return tokenizer
 
     def preprocess(self, train: bool, **augmentation: Any) -> Callable[[Any], Tensor]:
         """The base's image transform, PIL image to (C, H, W).

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from fixclip_core.weights.check import LoadError, loading
+from fixclip_core.check import LoadError, loading
 
 # Keys under which checkpoints keep the state dict proper.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net")

@@ -16,6 +16,7 @@ KINDS = (
     (r"^model\.diffusion_model\.", "a checkpoint without its text encoder"),
     (r"^(diffusion_model\.|unet\.)?(down_blocks|input_blocks)\.", "a UNet"),
     (r"^(first_stage_model\.|vae\.)?(encoder|decoder)\.(conv_in|down_blocks|up_blocks|mid|down|up)\b", "a VAE"),
+    (r"(^|\.)token_embedding\.weight$", "a text encoder alone"),  # where a whole CLIP is asked for
     (r"(^|\.)(vision_model|visual)\.", "an image encoder"),
 )
 

@@ -1,4 +1,4 @@
-"""Everybody's CLIP weights in; `export` writes them out again.
+"""Everybody's CLIP weights in; `export` writes them out again, `load_fixclip` makes models of them.
 
 All formats meet in open_clip's layout (`ClipCheckpoint`): its state dict, model config and preprocess config.
 """
@@ -14,13 +14,16 @@ from typing import Any
 import open_clip
 from torch import Tensor
 
-from fixclip_core.model.fixclip import FixClip
+from fixclip_core import builtin
+from fixclip_core.check import LoadError, check_finite, check_layers, count_layers, loading
 from fixclip_core.weights.files import load_weights
+from fixclip_core.weights.kinds import what_it_is
 from fixclip_core.weights.names import LONG_CLIP_KEEP, merge_long_clip_positions, to_open_clip_names
 
-CLIP_CONTEXT_LENGTH = 77
 CLIP_VOCAB_SIZE = 49408
 OPENAI_METADATA = ("input_resolution", "context_length", "vocab_size")
+TEXT_LAYERS, IMAGE_LAYERS = "transformer.resblocks", "visual.transformer.resblocks"
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 
 
 @dataclass(frozen=True)
@@ -56,34 +59,45 @@ def read_clip(source: str | Path, model_name: str | None = None) -> ClipCheckpoi
     a TorchScript archive only the state dict is taken.
 
     Args:
-        source: file or folder.
+        source: file, folder or built-in name.
         model_name: an open_clip model name such as "ViT-B-16-quickgelu", for files that do not say which
             activation they were trained with.
 
     Raises:
-        ValueError: nothing there, an unknown or damaged format, a pickle that wants to run code, or an
-            architecture that does not follow from the file.
+        LoadError: nothing there, an unknown or damaged format, a pickle that wants to run code, weights that are not
+            finite, or an architecture that does not follow from the file.
     """
-    path = Path(source)
-    if path.is_dir():
-        if (path / "open_clip_config.json").is_file():
-            return _read_open_clip_folder(path)
-        if (path / "config.json").is_file():
-            return _read_transformers_folder(path)
-        raise ValueError(
-            f"{path}: a model folder holds config.json (transformers, FIX-CLIP) or open_clip_config.json "
-            "(open_clip); this one holds neither"
-        )
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file or folder")
-    return _read_file(path, model_name)
+    path = Path(builtin.resolve(source))
+    with loading(str(source)):
+        if path.is_dir():
+            checkpoint = _read_folder(path, source)
+        elif path.is_file():
+            checkpoint = _read_file(path, model_name)
+        else:
+            raise LoadError(f"{source}: no such file or folder, and no model of open_clip ({_nearest(source)}?)")
+        check_finite(checkpoint.state_dict, str(source))
+        return checkpoint
+
+
+def _read_folder(folder: Path, source: str | Path) -> ClipCheckpoint:
+    if (folder / "open_clip_config.json").is_file():
+        return _read_open_clip_folder(folder)
+    if (folder / "config.json").is_file():
+        return _read_transformers_folder(folder)
+    if (folder / "text_encoder" / "config.json").is_file():
+        hint = f"; {Path(source).with_name('clip')} has both" if folder.with_name("clip").is_dir() else ""
+        raise LoadError(f"{source} holds a text encoder alone, a whole CLIP has an image tower, too{hint}")
+    raise LoadError(
+        f"{folder}: a model folder holds config.json (transformers, FIX-CLIP) or open_clip_config.json "
+        "(open_clip); this one holds neither"
+    )
 
 
 def _read_file(path: Path, model_name: str | None) -> ClipCheckpoint:
     state_dict, is_torchscript = load_weights(path)
     if any(name.startswith("vision_model.") for name in state_dict):
         if not (path.parent / "config.json").is_file():
-            raise ValueError(f"{path} has transformers' names: its config.json is expected beside it, in {path.parent}")
+            raise LoadError(f"{path} has transformers' names: its config.json is expected beside it, in {path.parent}")
         return _from_transformers(path, state_dict, path.parent)
     _require_vision_transformer(path, state_dict)
     has_metadata = all(name in state_dict for name in OPENAI_METADATA)
@@ -102,9 +116,9 @@ def _read_file(path: Path, model_name: str | None) -> ClipCheckpoint:
 
 def _require_vision_transformer(path: Path, state_dict: Mapping[str, Tensor]) -> None:
     if "kept_positions" in state_dict:
-        raise ValueError(f"{path} holds the weights of a FixClip: name its folder, {path.parent}")
+        raise LoadError(f"{path} holds the weights of a FixClip: name its folder, {path.parent}")
     if "visual.layer1.0.conv1.weight" in state_dict:
-        raise ValueError(f"{path} is a ResNet CLIP; FIX-CLIP needs a vision transformer")
+        raise LoadError(f"{path} is a ResNet CLIP; FIX-CLIP needs a vision transformer")
     needed = (
         "visual.conv1.weight",
         "visual.proj",
@@ -115,9 +129,8 @@ def _require_vision_transformer(path: Path, state_dict: Mapping[str, Tensor]) ->
         "transformer.resblocks.0.mlp.c_fc.weight",
     )
     if missing := [name for name in needed if name not in state_dict]:
-        raise ValueError(
-            f"{path} is no CLIP of two transformers: {', '.join(missing)} missing among its "
-            f"{len(state_dict)} tensors (first: {', '.join(list(state_dict)[:3])})"
+        raise LoadError(
+            f"{path} is no CLIP of two transformers but {what_it_is(state_dict)}: {', '.join(missing)} missing"
         )
 
 
@@ -125,44 +138,65 @@ def _from_open_clip_file(path: Path, state_dict: dict[str, Tensor], model_name: 
     if model_name is None:
         if (path.parent / "open_clip_config.json").is_file():
             return _read_open_clip_folder(path.parent, state_dict)
-        raise ValueError(
+        raise LoadError(
             f"{path}: weights alone do not tell the activation (GELU or QuickGELU). Name the model, for "
             "example --model-name ViT-B-16, or ViT-B-16-quickgelu for weights that come from OpenAI's, or "
             f"put the open_clip_config.json they were published with into {path.parent}"
         )
+    config = open_clip_config(model_name)
+    return _from_open_clip(path, state_dict, config, preprocess_config(config), "open_clip")
+
+
+def open_clip_config(model_name: str) -> dict[str, Any]:
+    """open_clip's model config of a model name.
+
+    Raises:
+        LoadError: there is no such model.
+    """
     config = open_clip.get_model_config(model_name)
     if config is None:
-        raise ValueError(f"model name {model_name!r}: not one of open_clip's ({_nearest(model_name)}?)")
-    return _from_open_clip(state_dict, config, preprocess_config(config), "open_clip")
+        raise LoadError(f"model name {model_name!r}: not one of open_clip's ({_nearest(model_name)}?)")
+    return config
 
 
-def _nearest(model_name: str) -> str:
-    return ", ".join(get_close_matches(model_name, open_clip.list_models(), n=3, cutoff=0.0))
+def _nearest(model_name: str | Path) -> str:
+    return ", ".join(get_close_matches(str(model_name), open_clip.list_models(), n=3, cutoff=0.0))
 
 
 def _read_open_clip_folder(folder: Path, state_dict: dict[str, Tensor] | None = None) -> ClipCheckpoint:
-    config = _read_json(folder / "open_clip_config.json")
+    config = read_json(folder / "open_clip_config.json")
     if state_dict is None:
         names = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
         files = [folder / name for name in names if (folder / name).is_file()]
         if not files:
-            raise ValueError(f"{folder}: {' or '.join(names)} expected beside open_clip_config.json")
+            raise LoadError(f"{folder}: {' or '.join(names)} expected beside open_clip_config.json")
         state_dict, _ = load_weights(files[0])
         _require_vision_transformer(files[0], state_dict)
     model_config = config.get("model_cfg", config)
     preprocess = open_clip.transform.merge_preprocess_dict(
         preprocess_config(model_config), config.get("preprocess_cfg", {})
     )
-    return _from_open_clip(state_dict, model_config, preprocess, "open_clip folder")
+    return _from_open_clip(folder, state_dict, model_config, preprocess, "open_clip folder")
 
 
 def _from_open_clip(
-    state_dict: dict[str, Tensor], model_config: Mapping[str, Any], preprocess: dict[str, Any], format: str
+    source: Path,
+    state_dict: dict[str, Tensor],
+    model_config: Mapping[str, Any],
+    preprocess: dict[str, Any],
+    format: str,
 ) -> ClipCheckpoint:
+    vision_cfg, text_cfg = model_config["vision_cfg"], model_config["text_cfg"]
+    for key in ("hf_model_name", "timm_model_name"):  # open_clip would ask the hub for them
+        if name := {**vision_cfg, **text_cfg}.get(key):
+            raise LoadError(f"{source}: {key}={name!r}; FixClip needs CLIP's own two transformers")
+    check_layers(text_cfg["layers"], state_dict, TEXT_LAYERS, str(source))
+    check_layers(vision_cfg["layers"], state_dict, IMAGE_LAYERS, str(source))
     model_config = {
-        **{key: model_config[key] for key in ("embed_dim", "vision_cfg")},
+        "embed_dim": model_config["embed_dim"],
+        "vision_cfg": vision_cfg,
         # The table's length decides, so that files of stretched models read with the name of their base.
-        "text_cfg": {**model_config["text_cfg"], "context_length": len(state_dict["positional_embedding"])},
+        "text_cfg": {**text_cfg, "context_length": len(state_dict["positional_embedding"])},
         "quick_gelu": model_config.get("quick_gelu", False),
     }
     return ClipCheckpoint(format, state_dict, model_config, preprocess)
@@ -180,12 +214,12 @@ def infer_model_config(state_dict: Mapping[str, Tensor], quick_gelu: bool) -> di
     grid = round((len(state_dict["visual.positional_embedding"]) - 1) ** 0.5)
     context_length, text_width = state_dict["positional_embedding"].shape
     if vision_width % 64 or text_width % 64:
-        raise ValueError(f"widths {vision_width} and {text_width}: OpenAI's towers consist of heads 64 wide")
+        raise LoadError(f"widths {vision_width} and {text_width}: OpenAI's towers consist of heads 64 wide")
     return {
         "embed_dim": state_dict["text_projection"].shape[1],
         "vision_cfg": {
             "image_size": grid * patch_size,
-            "layers": _num_blocks(state_dict, "visual.transformer.resblocks"),
+            "layers": count_layers(state_dict, IMAGE_LAYERS),
             "width": vision_width,
             "patch_size": patch_size,
             "mlp_ratio": len(state_dict["visual.transformer.resblocks.0.mlp.c_fc.weight"]) / vision_width,
@@ -195,16 +229,11 @@ def infer_model_config(state_dict: Mapping[str, Tensor], quick_gelu: bool) -> di
             "vocab_size": len(state_dict["token_embedding.weight"]),
             "width": text_width,
             "heads": text_width // 64,
-            "layers": _num_blocks(state_dict, "transformer.resblocks"),
+            "layers": count_layers(state_dict, TEXT_LAYERS),
             "mlp_ratio": len(state_dict["transformer.resblocks.0.mlp.c_fc.weight"]) / text_width,
         },
         "quick_gelu": quick_gelu,
     }
-
-
-def _num_blocks(state_dict: Mapping[str, Tensor], tower: str) -> int:
-    numbers = {match[1] for name in state_dict if (match := re.match(rf"{re.escape(tower)}\.(\d+)\.", name))}
-    return len(numbers)
 
 
 # --- transformers folders --------------------------------------------------------------------------------
@@ -215,21 +244,21 @@ def _read_transformers_folder(folder: Path) -> ClipCheckpoint:
     state_dict: dict[str, Tensor] = {}
     for index_name in index_names:
         if not state_dict and (folder / index_name).is_file():
-            shards = set(_read_json(folder / index_name).get("weight_map", {}).values())
+            shards = set(read_json(folder / index_name).get("weight_map", {}).values())
             for shard in sorted(shards):
                 state_dict |= load_weights(folder / shard)[0]
     for name in ("model.safetensors", "pytorch_model.bin"):
         if not state_dict and (folder / name).is_file():
             state_dict, _ = load_weights(folder / name)
     if not state_dict:
-        raise ValueError(f"{folder}: model.safetensors or pytorch_model.bin expected beside config.json")
+        raise LoadError(f"{folder}: model.safetensors or pytorch_model.bin expected beside config.json")
     return _from_transformers(folder, state_dict, folder)
 
 
 def _from_transformers(source: Path, state_dict: dict[str, Tensor], folder: Path) -> ClipCheckpoint:
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     if "text_config" not in config or "vision_config" not in config:
-        raise ValueError(f"{folder / 'config.json'} describes no CLIPModel: text_config or vision_config is missing")
+        raise LoadError(f"{folder / 'config.json'} describes no CLIPModel: text_config or vision_config is missing")
     # Long-CLIP's published folders nest both towers once more and keep its two tables of positions.
     state_dict = {re.sub(r"^(text|vision)_model\.\1_model\.", r"\1_model.", name): t for name, t in state_dict.items()}
     table = "text_model.embeddings.position_embedding"
@@ -242,7 +271,7 @@ def _from_transformers(source: Path, state_dict: dict[str, Tensor], folder: Path
     try:
         renamed = to_open_clip_names(state_dict)
     except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
+        raise LoadError(f"{source}: {error}") from None
     _require_vision_transformer(source, renamed)
     model_config = _from_transformers_config(folder, config, renamed)
     return ClipCheckpoint(format, renamed, model_config, _transformers_preprocess(folder, model_config))
@@ -253,8 +282,10 @@ def _from_transformers_config(folder: Path, config: dict[str, Any], state_dict: 
 
     clip_config = CLIPConfig.from_dict({**config, "model_type": "clip"})
     text, vision = clip_config.text_config, clip_config.vision_config
+    check_layers(text.num_hidden_layers, state_dict, TEXT_LAYERS, str(folder))
+    check_layers(vision.num_hidden_layers, state_dict, IMAGE_LAYERS, str(folder))
     if text.hidden_act != vision.hidden_act or text.hidden_act not in ("quick_gelu", "gelu"):
-        raise ValueError(
+        raise LoadError(
             f"{folder / 'config.json'}: activations {text.hidden_act!r} (text) and {vision.hidden_act!r} "
             "(vision); they must be quick_gelu or gelu, the same in both towers"
         )
@@ -271,7 +302,7 @@ def _from_transformers_config(folder: Path, config: dict[str, Any], state_dict: 
     # the highest id unless told.
     if text.eos_token_id not in (2, vocab_size - 1):
         text_cfg |= {"pool_type": "eos", "eos_id": text.eos_token_id}
-    has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+    has_tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES)
     if vocab_size != CLIP_VOCAB_SIZE and has_tokenizer:
         text_cfg["hf_tokenizer_name"] = str(folder.resolve())
     vision_cfg: dict[str, Any] = {
@@ -298,7 +329,7 @@ def _transformers_preprocess(folder: Path, model_config: dict[str, Any]) -> dict
 
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (folder / name).is_file():
-            config = _read_json(folder / name)
+            config = read_json(folder / name)
             config = config.get("image_processor", config)
             break
     else:
@@ -311,74 +342,11 @@ def _transformers_preprocess(folder: Path, model_config: dict[str, Any]) -> dict
     return preprocess_config(model_config, **overrides)
 
 
-# --- building --------------------------------------------------------------------------------------------
-
-
-def build_clip(checkpoint: ClipCheckpoint) -> open_clip.CLIP:
-    """Build the `open_clip.CLIP` of a checkpoint, in evaluation mode and at the checkpoint's context length.
-
-    Raises:
-        ValueError: weights and architecture do not fit each other.
-    """
-    config = checkpoint.model_config
-    clip = open_clip.CLIP(
-        config["embed_dim"],
-        dict(config["vision_cfg"]),
-        dict(config["text_cfg"]),
-        quick_gelu=config["quick_gelu"],
-    )
+def read_json(path: Path) -> dict[str, Any]:
     try:
-        clip.load_state_dict(checkpoint.state_dict)
-    except RuntimeError as error:
-        lines = str(error).splitlines()[1:5]
-        raise ValueError(
-            f"the weights ({checkpoint.format}) do not fit their architecture:\n" + "\n".join(lines)
-        ) from None
-    return clip.eval()
-
-
-def load_fixclip(source: str | Path, model_name: str | None = None, **config_fields: Any) -> FixClip:
-    """Load a FixClip from its own folder, or make one from any CLIP that `read_clip` knows.
-
-    A CLIP of 77 positions is stretched. One that was stretched already (Long-CLIP, an exported FIX-CLIP) keeps
-    its positions.
-
-    Args:
-        source: file or folder; of a training run, its folder or `best` in it.
-        model_name: see `read_clip`.
-        config_fields: fields of `FixClipConfig` for a CLIP that becomes a FixClip, e.g. `num_prompts=0`; `ratio` is
-            for CLIPs of 77 positions.
-
-    Raises:
-        ValueError: see `read_clip`; fields given for a folder that has its own; or the architecture is none
-            that FixClip can hold.
-    """
-    if folder := find_fixclip(source):
-        if config_fields:
-            raise ValueError(f"{source} is a FixClip already: {', '.join(config_fields)} cannot be changed")
-        return FixClip.from_pretrained(folder)
-    checkpoint = read_clip(source, model_name)
-    if checkpoint.context_length > CLIP_CONTEXT_LENGTH:
-        config_fields["ratio"] = 1
-    clip = build_clip(checkpoint)
-    return FixClip.from_clip(clip, checkpoint.model_config, checkpoint.preprocess, **config_fields)
-
-
-def find_fixclip(source: str | Path) -> Path | None:
-    """The folder that `FixClip.save_pretrained` wrote: `source`, or `model` in a training run's folder."""
-    for folder in (Path(source), Path(source) / "model"):
-        if (folder / "config.json").is_file():
-            config = _read_json(folder / "config.json")
-            if "clip" in config and "preprocess" in config:
-                return folder
-    return None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise LoadError(f"{path} is no JSON: {error}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not an object")
+        raise LoadError(f"{path} holds a {type(content).__name__}, not an object")
     return content

@@ -4,6 +4,7 @@ Needs neither open_clip nor diffusers.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fixclip_core.weights.check import (
+from fixclip_core.check import (
     CLIP_END_ID,
     LoadError,
     Shapes,
@@ -83,6 +84,17 @@ def text_encoders_in(file: str | Path) -> list[Which | None]:
         LoadError: the file is missing or damaged, or a pickle that wants to run code.
     """
     return [tower.which for tower in find_text_towers(open_weights(file).shapes)]
+
+
+def holds_text_encoders_alone(file: str | Path) -> bool:
+    """Whether a file holds CLIP text encoders and no image tower: no whole CLIP.
+
+    Raises:
+        LoadError: see `text_encoders_in`.
+    """
+    shapes = open_weights(file).shapes
+    has_images = any(re.search(r"(^|\.)(visual|vision_model)\.", name) for name in shapes)
+    return bool(find_text_towers(shapes)) and not has_images
 
 
 def read_text_encoder(file: str | Path, which: Which | None = None, **config: Any) -> TextEncoderWeights:

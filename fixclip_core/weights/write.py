@@ -3,7 +3,9 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,29 @@ from torch import Tensor
 from fixclip_core.model.fixclip import FixClip
 from fixclip_core.model.lora import low_rank_factors
 from fixclip_core.weights.names import to_transformers_names
-from fixclip_core.weights.read import ClipCheckpoint, preprocess_config
+from fixclip_core.weights.read import CLIP_VOCAB_SIZE, ClipCheckpoint, preprocess_config
+from fixclip_core.weights.text_encoder import (
+    CONFIG_KEY,
+    TextEncoderWeights,
+    infer_text_config,
+    read_text_encoder,
+    text_encoders_in,
+)
 
-SINGLE_FILE = "clip_l_long.safetensors"
 DELTA_FILE = "text_delta.safetensors"
-FORMATS = ("fixclip", "transformers", "diffusers", "open_clip", "clip_l", "delta")
+FORMATS = ("fixclip", "transformers", "diffusers", "open_clip", "clip_l", "clip_g", "delta")
+
+
+@dataclass(frozen=True)
+class SingleFile:
+    """What loaders of a clip_l or clip_g file expect: ViT-L/14's text tower, or OpenCLIP bigG's."""
+
+    width: int
+    layers: int
+    activation: str
+
+
+SINGLE_FILES = {"clip_l": SingleFile(768, 12, "quick_gelu"), "clip_g": SingleFile(1280, 32, "gelu")}
 
 
 def plain_clip(model: FixClip) -> ClipCheckpoint:
@@ -54,14 +74,14 @@ def export(
     """Write a FixClip in the formats of other front ends; the folder appears only when all of it is written.
 
     "transformers" is a CLIPModel folder with its processor, "diffusers" the folders text_encoder/ and tokenizer/,
-    "open_clip" a folder for `local-dir:`, "clip_l" one safetensors file of the text tower under the names that
-    ComfyUI and others read, "delta" the low-rank change of the text tower alone, for people who have the base,
+    "open_clip" a folder for `local-dir:`, "clip_l" or "clip_g" one safetensors file of the text tower under the names
+    that ComfyUI and others read, "delta" the low-rank change of the text tower alone, for people who have the base,
     "fixclip" our own folder with everything. README.md says what is where.
 
     Args:
         model: the model.
         folder: where to write; must not exist or be empty.
-        formats: any of FORMATS; all that the model can be written in by default.
+        formats: any of FORMATS; None for all that can hold the model.
         dtype: of the written weights; our own folder keeps the model's.
 
     Returns:
@@ -71,40 +91,58 @@ def export(
         ValueError: an unknown format, a folder with something in it, or a model that a format cannot hold.
     """
     folder = Path(folder)
-    if formats is None:
-        formats = [name for name in FORMATS if name != "delta" or model.config.lora_rank]
-    if unknown := [name for name in formats if name not in FORMATS]:
+    if unknown := [name for name in formats or () if name not in FORMATS]:
         raise ValueError(f"format {unknown[0]!r}: valid are {', '.join(FORMATS)}")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not empty; nothing was written")
-    if "delta" in formats and not model.config.lora_rank:
+    _check_free(folder)
+    if "delta" in (formats or ()) and not model.config.lora_rank:
         raise ValueError("format 'delta': the text tower was trained whole; train with model.lora_rank to have a delta")
     checkpoint = plain_clip(model)
+    single_file = single_file_format(checkpoint)
+    if formats is None:
+        fitting = {"delta": bool(model.config.lora_rank)} | {name: name == single_file for name in SINGLE_FILES}
+        formats = [name for name in FORMATS if fitting.get(name, True)]
+    for name in formats:
+        if name in SINGLE_FILES and name != single_file:
+            raise ValueError(f"format {name}: {_why_no(name, checkpoint)}")
     writers: dict[str, Callable[[Path], str]] = {
         "fixclip": lambda out: _write_fixclip(model, out),
         "transformers": lambda out: write_transformers(checkpoint, out / "transformers", dtype),
         "diffusers": lambda out: write_diffusers(checkpoint, out, dtype),
         "open_clip": lambda out: write_open_clip(checkpoint, out / "open_clip", dtype),
-        "clip_l": lambda out: write_single_file(checkpoint, out / SINGLE_FILE, dtype),
+        **dict.fromkeys(
+            SINGLE_FILES, lambda out: write_single_file(checkpoint, out / f"{single_file}_long.safetensors", dtype)
+        ),
         "delta": lambda out: write_delta(model, out / DELTA_FILE, dtype),
     }
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with _all_or_nothing(folder) as partial:
         lines = [writers[name](partial) for name in FORMATS if name in formats]
-        lines += _limits(model)
+        lines += _limits(model, single_file)
         card = _card(model, lines)
         for place in (partial, partial / "transformers", partial / "open_clip"):
             if place.is_dir():
                 (place / "README.md").write_text(card)
+    return lines
+
+
+def _check_free(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not empty; nothing was written")
+
+
+@contextmanager
+def _all_or_nothing(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder` that takes its place in the end, or goes away if anything fails."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
         if folder.exists():
             folder.rmdir()
         os.replace(partial, folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return lines
 
 
 def _write_fixclip(model: FixClip, out: Path) -> str:
@@ -112,10 +150,12 @@ def _write_fixclip(model: FixClip, out: Path) -> str:
     return "fixclip/: everything, for FixClip.from_pretrained and further training"
 
 
-def _limits(model: FixClip) -> list[str]:
+def _limits(model: FixClip, single_file: str | None) -> list[str]:
     """What the other formats cannot hold, in sentences."""
     config = model.config
     lines = []
+    if single_file is None:
+        lines.append(f"There is no single file for ComfyUI: {NO_SINGLE_FILE}.")
     if config.num_prompts:
         lines.append(
             f"A plain CLIP has no place for the {config.num_prompts} regional prompts of each image layer: a FixClip "
@@ -186,26 +226,94 @@ def write_diffusers(checkpoint: ClipCheckpoint, folder: Path, dtype: torch.dtype
 
 
 def write_single_file(checkpoint: ClipCheckpoint, path: Path, dtype: torch.dtype = torch.float32) -> str:
-    """Write the text tower into one safetensors file, under the names of a clip_l file.
+    """Write the text tower into one safetensors file, under the names of a clip_l or clip_g file.
 
-    ComfyUI knows a clip_l by its name of layer 0 and a Long-CLIP by its 248 positions. It has place for
-    ViT-L/14's text tower with QuickGELU alone; the returned line says where this one differs.
+    The file's metadata holds the configuration, which `read_text_encoder` reads. ComfyUI tells the two apart by their
+    number of layers, takes any number of positions, and computes what `SINGLE_FILES` says; the returned line says
+    where this tower differs.
     """
     weights = {
         name: tensor.to(dtype)
         for name, tensor in to_transformers_names(checkpoint.state_dict).items()
         if name.startswith("text_")
     }
-    save_file(weights, path, metadata={"format": "pt"})
-    config = checkpoint.model_config
-    sizes = (config["text_cfg"]["width"], config["text_cfg"]["layers"], checkpoint.context_length)
-    line = f"{path.name}: the text tower under the names of a clip_l file, for ComfyUI and others"
-    if sizes != (768, 12, 248):
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    values = infer_text_config(shapes, None) | _text_values(checkpoint)
+    save_file(weights, path, metadata={"format": "pt", CONFIG_KEY: json.dumps(values)})
+    name = single_file_format(checkpoint) or "clip_l"
+    expected, width, layers = SINGLE_FILES[name], values["hidden_size"], values["num_hidden_layers"]
+    line = f"{path.name}: the text tower under the names of a {name} file, for ComfyUI and others"
+    if (width, layers) != (expected.width, expected.layers):
         line += (
-            f"; ComfyUI takes width 768, 12 layers and 248 tokens, this one has {sizes[0]}, {sizes[1]} and {sizes[2]}"
+            f"; ComfyUI takes width {expected.width} and {expected.layers} layers, this one has {width} and {layers}"
         )
-    if not config.get("quick_gelu"):
-        line += "; such loaders compute QuickGELU, this encoder needs GELU: its results would be wrong there"
+    if values["hidden_act"] != expected.activation:
+        spelling = {"quick_gelu": "QuickGELU", "gelu": "GELU"}
+        line += (
+            f"; such loaders compute {spelling[expected.activation]}, this encoder needs "
+            f"{spelling[values['hidden_act']]}: its results would be wrong there"
+        )
+    return line
+
+
+NO_SINGLE_FILE = "it takes 23 to 30 layers for a ViT-H, whose table of positions it keeps at 77 rows"
+
+
+def single_file_format(checkpoint: ClipCheckpoint) -> str | None:
+    """How ComfyUI files the text tower: by its layers, whatever the file's name. None where it could not load it."""
+    layers = checkpoint.model_config["text_cfg"]["layers"]
+    return "clip_g" if layers > 30 else "clip_l" if layers < 23 else None
+
+
+def _why_no(name: str, checkpoint: ClipCheckpoint) -> str:
+    layers, fitting = checkpoint.model_config["text_cfg"]["layers"], single_file_format(checkpoint)
+    if fitting is None:
+        return f"ComfyUI could not load this text tower of {layers} layers: {NO_SINGLE_FILE}"
+    return f"ComfyUI would take this text tower of {layers} layers for a {fitting}: choose --format {fitting}"
+
+
+def write_text_encoders(file: str | Path, folder: str | Path, **config: Any) -> list[str]:
+    """Write the text encoders of a file into the folders of a diffusers pipeline, as they are, without stretching.
+
+    A file of one text encoder makes text_encoder/ and tokenizer/, a checkpoint of Stable Diffusion XL or 3 also
+    text_encoder_2/ and tokenizer_2/. `FixClipTextEncoder.from_pretrained` reads them, and stretches 77 positions.
+
+    Args:
+        file: see `read_text_encoder`.
+        folder: where to write; must not exist or be empty.
+        **config: see `read_text_encoder`.
+
+    Returns:
+        Lines for the user.
+
+    Raises:
+        LoadError: see `read_text_encoder`.
+        ValueError: there is something in the folder.
+    """
+    folder = Path(folder)
+    _check_free(folder)
+    encoders = [read_text_encoder(file, which, **config) for which in text_encoders_in(file) or [None]]
+    with _all_or_nothing(folder) as partial:
+        return [
+            _write_text_encoder(weights, partial, f"_{number}" if number > 1 else "")
+            for number, weights in enumerate(encoders, 1)
+        ]
+
+
+def _write_text_encoder(weights: TextEncoderWeights, folder: Path, suffix: str) -> str:
+    from transformers import CLIPTextConfig
+
+    config = CLIPTextConfig(**weights.config)
+    config.architectures = ["CLIPTextModelWithProjection" if weights.has_projection else "CLIPTextModel"]
+    config.dtype = next(iter(weights.state_dict.values())).dtype
+    config.save_pretrained(folder / f"text_encoder{suffix}")
+    save_file(weights.state_dict, folder / f"text_encoder{suffix}" / "model.safetensors", metadata={"format": "pt"})
+    length = config.max_position_embeddings
+    line = f"text_encoder{suffix}/: CLIP-{(weights.which or '?').upper()}, width {config.hidden_size}, {length} tokens"
+    if config.vocab_size < CLIP_VOCAB_SIZE:
+        return f"{line}; its vocabulary of {config.vocab_size} is not CLIP's: it needs its own tokenizer{suffix}/"
+    pad_token = "!" if config.pad_token_id == 0 else "<|endoftext|>"
+    clip_tokenizer(length, pad_token).save_pretrained(folder / f"tokenizer{suffix}")
     return line
 
 
@@ -254,10 +362,10 @@ def _transformers_config(checkpoint: ClipCheckpoint, tokenizer: Any) -> Any:
 
     config = checkpoint.model_config
     text, vision = config["text_cfg"], config["vision_cfg"]
+    values = _text_values(checkpoint)
     if text.get("act_kwargs") or vision.get("act_kwargs"):
         raise ValueError(f"act_kwargs={text.get('act_kwargs') or vision.get('act_kwargs')}: transformers has no such")
-    end = text["eos_id"] if text.get("pool_type") == "eos" else text["vocab_size"] - 1
-    common = {"hidden_act": "quick_gelu" if config.get("quick_gelu") else "gelu", "projection_dim": config["embed_dim"]}
+    common = {"hidden_act": values["hidden_act"], "projection_dim": config["embed_dim"]}
     return CLIPConfig(
         projection_dim=config["embed_dim"],
         text_config={
@@ -266,11 +374,9 @@ def _transformers_config(checkpoint: ClipCheckpoint, tokenizer: Any) -> Any:
             "hidden_size": text["width"],
             "intermediate_size": int(text["width"] * text.get("mlp_ratio", 4.0)),
             "num_hidden_layers": text["layers"],
-            "num_attention_heads": text["heads"],
             "max_position_embeddings": checkpoint.context_length,
-            "layer_norm_eps": (text.get("norm_kwargs") or {}).get("eps", 1e-5),
+            **{key: values[key] for key in ("num_attention_heads", "layer_norm_eps", "eos_token_id")},
             "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": end,
             "pad_token_id": tokenizer.pad_token_id,
         },
         vision_config={
@@ -284,6 +390,17 @@ def _transformers_config(checkpoint: ClipCheckpoint, tokenizer: Any) -> Any:
             "layer_norm_eps": (vision.get("norm_kwargs") or {}).get("eps", 1e-5),
         },
     )
+
+
+def _text_values(checkpoint: ClipCheckpoint) -> dict[str, Any]:
+    """What the text tower's tensors do not tell, under the names of transformers' `CLIPTextConfig`."""
+    config, text = checkpoint.model_config, checkpoint.model_config["text_cfg"]
+    return {
+        "hidden_act": "quick_gelu" if config.get("quick_gelu") else "gelu",
+        "num_attention_heads": text["heads"],
+        "layer_norm_eps": (text.get("norm_kwargs") or {}).get("eps", 1e-5),
+        "eos_token_id": text["eos_id"] if text.get("pool_type") == "eos" else text["vocab_size"] - 1,
+    }
 
 
 def _image_processor(preprocess: Mapping[str, Any]) -> Any:

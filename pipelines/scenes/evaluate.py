@@ -20,7 +20,7 @@ from fixclip_core.evaluation.retrieval import retrieval_metrics
 from fixclip_core.files import write_atomically
 from fixclip_core.model.config import FINE_TUNE
 from fixclip_core.model.fixclip import FixClip
-from fixclip_core.weights.read import load_fixclip
+from fixclip_core.weights.load import load_fixclip
 from fixclip_diffusion.evaluation.generate import Drawing, Painter, System
 from fixclip_diffusion.evaluation.judges import as_tensor, scene_verdicts
 from fixclip_diffusion.evaluation.prompts import Prompt

@@ -25,7 +25,7 @@ from fixclip_core.training.memory import activation_bytes
 from fixclip_core.training.metrics import MetricsLog
 from fixclip_core.training.optim import check_finite
 from fixclip_core.training.trainer import Trainer, batches, changed
-from fixclip_core.weights.read import find_fixclip, load_fixclip
+from fixclip_core.weights.load import find_fixclip, is_open_clip_name, load_fixclip
 
 MODEL = "model"
 BEST = "best"
@@ -187,13 +187,11 @@ class EncoderTrainer(Trainer):
         config, new = clip.config, clip.new_parameters()
         total = sum(p.numel() for p in clip.parameters())
         added = sum(p.numel() for name, p in clip.named_parameters() if name in new)
-        named_only = ":" not in recipe.model.name
-        weights = recipe.model.pretrained or ("random weights" if named_only else "its own weights")
         tokens = (self._first_batch().long_ids != 0).sum(1).float().mean().item()
         return {
             "method": f"{recipe.method}: {config.num_prompts} prompts ({config.prompt_flow}), short branch "
             f"{config.short_branch}, masking {config.masking}, {config.num_groups} groups",
-            "model": f"{recipe.model.name} ({weights}), {config.context_length} tokens",
+            "model": f"{recipe.model.name} ({_which_weights(recipe)}), {config.context_length} tokens",
             "parameters": f"{total / 1e6:.1f}M, of which new {added / 1e6:.2f}M",
             "data": f"{len(loader.batches.order)} samples, {len(loader)} batches an epoch, "
             f"{tokens:.0f} tokens a long caption in the first",
@@ -247,37 +245,23 @@ def build_clip(recipe: EncoderRecipe) -> FixClip:
     Raises:
         ValueError: the base is unknown, cannot be loaded, or does not fit the modules.
     """
-    section, fields = recipe.model, model_fields(recipe)
-    if Path(section.name).exists():
-        clip = load_local(section.name, fields).float()
-    else:
-        clip = FixClip.from_open_clip(section.name, section.pretrained, cache_dir=section.cache_dir, **fields).float()
+    section = recipe.model
+    pretrained = section.pretrained if is_open_clip_name(section.name) else None  # weights on disk are their own
+    clip = load_fixclip(
+        section.name, pretrained=pretrained, cache_dir=section.cache_dir, **model_fields(recipe)
+    ).float()
     clip.set_grad_checkpointing(recipe.train.gradient_checkpointing)
     if recipe.train.compile:
         clip.compile_blocks()
     return clip
 
 
-def load_local(name: str, fields: dict[str, Any]) -> FixClip:
-    """Start from weights on disk: any CLIP that `fixclip convert` knows, or a FixClip with the recipe's modules.
-
-    Raises:
-        ValueError: the weights cannot be read, or a FixClip has other modules than the recipe wants.
-    """
-    folder = find_fixclip(name)
-    if folder is None:
-        return load_fixclip(name, **fields)
-    clip = FixClip.from_pretrained(folder)
-    others = [
-        f"{key}={getattr(clip.config, key)!r}, not {value!r}"
-        for key, value in fields.items()
-        if getattr(clip.config, key) != value
-    ]
-    if others:
-        raise ValueError(
-            f"model.name={name}: this FixClip has {'; '.join(others)}: set the recipe's model section to it"
-        )
-    return clip
+def _which_weights(recipe: EncoderRecipe) -> str:
+    """Where `build_clip` takes the base's weights from, in words."""
+    name, pretrained = recipe.model.name, recipe.model.pretrained
+    if not is_open_clip_name(name):
+        return "its own weights" if pretrained is None else f"its own weights, not {pretrained}"
+    return pretrained or ("its own weights" if ":" in name else "random weights")
 
 
 def model_fields(recipe: EncoderRecipe) -> dict[str, Any]:

@@ -129,7 +129,7 @@ def check_vocabulary(highest_id: int, vocab_size: int, what: str) -> None:
     if highest_id >= vocab_size:
         raise LoadError(
             f"{what}: the text encoder has embeddings for {vocab_size} tokens, but its tokenizer gives ids up to "
-            f"{highest_id}; the two belong to different models"
+            f"{highest_id}; it needs the tokenizer files of its own model"
         )
 
 

@@ -1,0 +1,257 @@
+"""Damaged and hostile files: every loader answers with one LoadError, before it builds or reads anything large."""
+
+import copy
+import json
+import shutil
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_clips import tiny_clip, tiny_config, tiny_transformers_clip
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from fixclip_core.check import LoadError, check_tokenizer, check_vocabulary, is_finite, loading
+from fixclip_core.evaluation.encoders import load_encoder
+from fixclip_core.model.fixclip import FixClip
+from fixclip_core.weights.load import build_clip, load_fixclip
+from fixclip_core.weights.read import read_clip
+from fixclip_diffusion import FixClipStableDiffusionPipeline, FixClipTextEncoder, TextAdapter
+from fixclip_diffusion.tiny import clip_text_config, train_tokenizer
+
+MILLION = 10**6
+NOT_OBJECTS = ["", "[]", "3", "{", '{"a": ' * 2000, "\x00\xff"]
+
+
+def set_key(values, path, value):
+    """A copy of nested objects with another value at "a.b"; ... takes the key away."""
+    values = copy.deepcopy(values)
+    *parents, key = path.split(".")
+    place = values
+    for parent in parents:
+        place = place[parent]
+    if value is ...:
+        del place[key]
+    else:
+        place[key] = value
+    return values
+
+
+def refuses(load, folder, config_name, changes):
+    """`load(folder)` raises one LoadError of one line for every change to its configuration, and none without."""
+    file = folder / config_name
+    original = file.read_text()
+    load(folder)
+    texts = {text[:20]: text for text in NOT_OBJECTS}
+    texts |= {f"{path}={value}": json.dumps(set_key(json.loads(original), path, value)) for path, value in changes}
+    for what, text in texts.items():
+        file.write_text(text)
+        with pytest.raises(LoadError) as caught:
+            load(folder)
+        assert "\n" not in str(caught.value), what
+        assert str(folder) in str(caught.value) or "architecture" in str(caught.value), what
+    file.write_text(original)
+
+
+def refuses_values(load, folder, weights_name):
+    """`load(folder)` raises a LoadError that names the tensor for values that are not finite, and for half a file."""
+    file = folder / weights_name
+    original = file.read_bytes()
+    weights = load_file(file)
+    name = max(weights, key=lambda key: weights[key].numel())
+    for value in (float("nan"), float("inf"), float("-inf")):
+        changed = weights[name].clone()
+        changed.view(-1)[-1] = value
+        save_file({**weights, name: changed}, file, metadata={"format": "pt"})
+        with pytest.raises(LoadError, match=f"{name.rpartition('.')[2]} holds NaN or infinite values"):
+            load(folder)
+    file.write_bytes(original[: len(original) // 2])
+    with pytest.raises(LoadError):
+        load(folder)
+    file.write_bytes(original)
+
+
+def test_a_load_error_is_what_callers_catch():
+    for expected in (ValueError, OSError):
+        with pytest.raises(expected, match=r"^encoder 'x': KeyError: 'y'$"), loading("encoder 'x'"):
+            {}["y"]
+    with pytest.raises(MemoryError), loading("encoder"):
+        raise MemoryError
+
+
+def test_values_of_every_kind():
+    for fine in (torch.tensor([1, 2]), torch.empty(0), torch.ones(2, device="meta")):
+        assert is_finite(fine)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e5m2):
+        assert is_finite(torch.tensor([-3.0, 3.0]).to(dtype))
+        for value in ("nan", "inf", "-inf"):
+            assert not is_finite(torch.tensor([0.0, float(value), 1.0]).to(dtype))
+
+
+def test_text_encoders(tmp_path):
+    CLIPTextModel(clip_text_config(vocab_size=64, eos_token_id=63)).save_pretrained(tmp_path / "stock")
+    changes = [
+        *(("num_hidden_layers", value) for value in (MILLION, 2, 0, -1, "three", None)),
+        *(("num_attention_heads", value) for value in (0, 5, "four")),
+        *(("hidden_size", value) for value in (0, "wide", 48)),
+        *(("vocab_size", value) for value in (-1, "many", 63)),
+        ("hidden_act", "no_such_activation"),
+        ("hidden_act", ["gelu"]),
+        ("max_position_embeddings", 10**5),
+        ("model_type", "bert"),
+        ("model_type", ...),
+    ]
+    refuses(FixClipTextEncoder.from_pretrained, tmp_path / "stock", "config.json", changes)
+    refuses_values(FixClipTextEncoder.from_pretrained, tmp_path / "stock", "model.safetensors")
+    encoder = FixClipTextEncoder.from_pretrained(tmp_path / "stock")
+    encoder.set_adapter_module(TextAdapter(32))
+    encoder.save_pretrained(tmp_path / "ours")
+    changes = [
+        ("short_position_embeddings", "a"),
+        ("adapter", [1]),
+        ("adapter.num_layers", MILLION),
+        ("adapter.kind", "none"),
+        ("adapter.strange", 1),
+    ]
+    refuses(FixClipTextEncoder.from_pretrained, tmp_path / "ours", "config.json", changes)
+
+
+def test_adapters(tmp_path):
+    TextAdapter(32, "attention", num_heads=4).save_pretrained(tmp_path)
+    changes = [
+        *(("num_layers", value) for value in (MILLION, 0, "two", ...)),
+        *(("width", value) for value in (10**12, 0, "wide", ...)),
+        *(("num_heads", value) for value in (0, 5, None)),
+        ("max_tokens", 10**12),
+        ("kind", ["mlp"]),
+        ("strange", 1),
+    ]
+    refuses(TextAdapter.from_pretrained, tmp_path, "adapter_config.json", changes)
+    refuses_values(TextAdapter.from_pretrained, tmp_path, "adapter.safetensors")
+
+
+@pytest.mark.parametrize("text", NOT_OBJECTS, ids=range(len(NOT_OBJECTS)))
+def test_what_says_no_object_is_no_model(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    for load in (load_fixclip, load_encoder, read_clip):
+        with pytest.raises(LoadError, match=r"config\.json"):
+            load(tmp_path)
+
+
+def test_fixclip_folders(tmp_path):
+    config = tiny_config(quick_gelu=False)
+    FixClip.from_clip(tiny_clip(quick_gelu=False), config, {"size": 32}, num_groups=0).save_pretrained(tmp_path)
+    changes = [
+        *((f"clip.text_cfg.{key}", 0) for key in ("heads", "width", "vocab_size", "context_length")),
+        *((f"clip.{tower}.layers", value) for tower in ("text_cfg", "vision_cfg") for value in (MILLION, "2", [2])),
+        ("clip.text_cfg.hf_model_name", "roberta-base"),
+        ("clip.vision_cfg.timm_model_name", "vit_base_patch16_224"),
+        ("clip.vision_cfg.head_width", 0),
+        ("clip.strange", 1),
+        ("clip", [1]),
+        ("clip", ...),
+        *(("num_prompts", value) for value in (MILLION, "four", -1)),
+        *(("ratio", value) for value in (0, "x")),
+        ("num_groups", "x"),
+        ("strange", 1),
+    ]
+    refuses(FixClip.from_pretrained, tmp_path, "config.json", changes)
+    refuses_values(load_fixclip, tmp_path, "model.safetensors")
+
+
+def build(folder):
+    return build_clip(read_clip(folder))
+
+
+def test_transformers_folders(tmp_path):
+    tiny_transformers_clip().save_pretrained(tmp_path)
+    changes = [
+        *((f"{tower}.num_hidden_layers", MILLION) for tower in ("text_config", "vision_config")),
+        *((f"{tower}.num_attention_heads", value) for tower in ("text_config", "vision_config") for value in (0, "x")),
+        *((f"{tower}.hidden_size", value) for tower in ("text_config", "vision_config") for value in (0, 64, "x")),
+        ("vision_config.patch_size", 0),
+        ("text_config", [1]),
+        ("vision_config", ...),
+    ]
+    refuses(build, tmp_path, "config.json", changes)
+    refuses_values(build, tmp_path, "model.safetensors")
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": 3, "image_std": [1], "resample": 99}')
+    with pytest.raises(LoadError):
+        build(tmp_path)
+
+
+def test_open_clip_folders_ask_no_hub(tmp_path):
+    save_file(tiny_clip(quick_gelu=False).state_dict(), tmp_path / "open_clip_model.safetensors")
+    config = {"model_cfg": tiny_config(quick_gelu=False), "preprocess_cfg": {"size": 32}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    changes = [
+        ("model_cfg.text_cfg.hf_model_name", "roberta-base"),
+        ("model_cfg.vision_cfg.timm_model_name", "vit_base_patch16_224"),
+        *((f"model_cfg.{tower}.layers", value) for tower in ("text_cfg", "vision_cfg") for value in (MILLION, [1, 2])),
+        *(("model_cfg.text_cfg.heads", value) for value in (0, 3, "x")),
+        *(("model_cfg.text_cfg.width", value) for value in (10**9, 0, "x", ...)),
+        ("model_cfg.vision_cfg.image_size", "x"),
+        ("model_cfg.vision_cfg.patch_size", 0),
+        ("model_cfg", [1]),
+        ("preprocess_cfg", 3),
+    ]
+    refuses(build, tmp_path, "open_clip_config.json", changes)
+
+
+def test_loras(tmp_path, sd1):
+    pipe = FixClipStableDiffusionPipeline.from_pretrained(sd1)
+    name = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_q.lora"
+    down, up = torch.ones(2, 32), torch.ones(32, 2)
+    for weights, message in (
+        ({f"{name}_A.weight": down * float("nan"), f"{name}_B.weight": up}, "lora_A.weight holds NaN"),
+        ({"unet.no_such_module.lora_A.weight": down, "unet.no_such_module.lora_B.weight": up}, "no_such_module"),
+        ({f"{name}_A.weight": torch.ones(2, 7), f"{name}_B.weight": up}, "size mismatch"),
+        ({"decoder.conv_in.weight": up}, "LoRA"),
+    ):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        save_file(weights, folder / "pytorch_lora_weights.safetensors")
+        with pytest.raises(LoadError, match=message) as caught:
+            pipe.load_lora_weights(folder)
+        assert str(folder) in str(caught.value)
+    pipe.load_lora_weights({f"{name}_A.weight": down, f"{name}_B.weight": up})
+
+
+def test_a_tokenizer_of_another_model(tmp_path, sd1):
+    small = train_tokenizer(["a red cat and a blue dog"], vocab_size=560)
+    config = CLIPTextConfig(vocab_size=len(small), bos_token_id=small.bos_token_id, eos_token_id=small.eos_token_id)
+    check_tokenizer(small, config, "both")
+    check_tokenizer(small, CLIPTextConfig(vocab_size=len(small), eos_token_id=2), "legacy")
+    with pytest.raises(LoadError, match=r"embeddings for \d+ tokens, but its tokenizer gives ids up to 49407"):
+        check_tokenizer(tiny.clip_tokenizer(), config, "both")
+    with pytest.raises(LoadError, match=r"ends texts with id \d+, but the text encoder was trained with 49407"):
+        check_tokenizer(small, CLIPTextConfig(vocab_size=49408, eos_token_id=49407), "both")
+    with pytest.raises(LoadError, match="ids up to 10"):
+        check_vocabulary(10, 10, "encoder")
+    # A whole pipeline with the tokenizer of another: found before it draws.
+    shutil.copytree(sd1, tmp_path / "mixed")
+    shutil.rmtree(tmp_path / "mixed" / "text_encoder")
+    CLIPTextModel(clip_text_config(vocab_size=64, eos_token_id=63)).save_pretrained(tmp_path / "mixed" / "text_encoder")
+    with pytest.raises(LoadError, match=r"embeddings for 64 tokens"):
+        FixClipStableDiffusionPipeline.from_pretrained(tmp_path / "mixed")
+
+
+def test_evaluation_and_training_look_at_the_vocabulary(tmp_path):
+    FixClip.from_clip(tiny_clip(), tiny_config(), {"size": 32}, num_groups=0).save_pretrained(tmp_path / "fixclip")
+    save_file(tiny_clip().state_dict() | {"input_resolution": torch.tensor(32)}, tmp_path / "clip.safetensors")
+    with pytest.raises(LoadError, match="embeddings for 50 tokens"):
+        load_encoder(tmp_path / "fixclip")
+    with pytest.raises(LoadError, match="embeddings for 50 tokens"):
+        load_fixclip(tmp_path / "fixclip").tokenizer()
+
+
+def test_a_vocabulary_of_its_own_travels_with_the_folder(tmp_path):
+    tokenizer = train_tokenizer(["a red cat and a blue dog"], vocab_size=560)
+    tiny_transformers_clip(vocab_size=len(tokenizer), eos_token_id=len(tokenizer) - 1).save_pretrained(tmp_path / "in")
+    tokenizer.save_pretrained(tmp_path / "in")
+    expected = load_fixclip(tmp_path / "in", num_groups=0)
+    expected.save_pretrained(tmp_path / "fixclip")
+    shutil.rmtree(tmp_path / "in")
+    (tmp_path / "fixclip").rename(tmp_path / "moved")
+    ids = load_fixclip(tmp_path / "moved").tokenizer()(["a red cat"])
+    assert ids[0, :3].tolist() == tokenizer("a red cat").input_ids[:3]
