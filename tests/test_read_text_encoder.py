@@ -238,7 +238,7 @@ def test_convert_writes_the_text_encoders_of_a_checkpoint(tmp_path):
         with torch.no_grad():
             torch.testing.assert_close(model(ids).text_embeds, pooled, **TOLERANCE)
             torch.testing.assert_close(stretched(ids).last_hidden_state, clip.ln_final(expected[-1]), **TOLERANCE)
-    for arguments, message in (((path, tmp_path / "out"), "not empty"), ((path, path), "not empty")):
+    for arguments, message in (((path, tmp_path / "out"), "not empty"), ((path, path), "is a file")):
         assert message in error_of(run("convert", *arguments))
 
 
