@@ -382,6 +382,23 @@ def test_imagenet_folders_get_their_names(tmp_path):
     assert _class_names(found, None) == list(open_clip.IMAGENET_CLASSNAMES)
 
 
+def test_classes_leave_out_system_files_and_take_every_picture(tmp_path):
+    names = ("cat/a.jfif", "cat/._a.jfif", "dog/b.jp2", "dog/Thumbs.db", "__MACOSX/cat/._a.jpg", ".cache/c.jpg")
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    paths, labels, folders = _class_folders(tmp_path)
+    assert ([str(path.relative_to(tmp_path)) for path in paths], labels) == (["cat/a.jfif", "dog/b.jp2"], [0, 1])
+    assert folders == ["cat", "dog"]
+
+
+def test_json_of_100_000_brackets_is_an_error_of_its_file(tmp_path):
+    path = tmp_path / "names.json"
+    path.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"names\.json: no readable JSON: .*nested too deeply"):
+        read_classnames(path)
+
+
 # --- encoders that cannot be had -------------------------------------------------------------------------
 
 

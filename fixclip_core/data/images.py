@@ -31,6 +31,11 @@ def image_extensions() -> tuple[str, ...]:
     return (*_PREFERRED, *sorted(decoded.difference(_PREFERRED)))
 
 
+def is_picture(name: str) -> bool:
+    """Whether a file's name, without its folders, is that of a picture: `0.jfif`, but neither `._0.jpg` nor `0.txt`."""
+    return PurePath(name).suffix[1:].lower() in image_extensions() and not is_system_file(name)
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """An opened picture as RGB with 8 bits a channel.
 

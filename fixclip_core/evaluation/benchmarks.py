@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from fixclip_core.data.images import is_system_file
 from fixclip_core.data.sources.manifest import jsonl_items
 from fixclip_core.files import parse_json
 
@@ -88,11 +89,12 @@ def load_benchmark(name: str, folder: str | Path, partial: bool = False) -> Benc
 
 
 def _urban_1k(folder: Path) -> Iterator[Pair]:
-    captions = sorted(_folder(folder / "caption", "Urban-1k's captions, one .txt an image").glob("*.txt"))
+    texts = _folder(folder / "caption", "Urban-1k's captions, one .txt an image").glob("*.txt")
+    captions = sorted(path for path in texts if not is_system_file(path.name))
     if not captions:
         raise ValueError(f"{folder / 'caption'}: no .txt files; expected Urban-1k's captions, one an image")
     for path in captions:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = _text(path).splitlines()
         if not lines or not lines[0].strip():
             raise ValueError(f"{path}: the first line, Urban-1k's caption, is empty")
         yield folder / "image" / f"{path.stem}.jpg", [lines[0]]
@@ -150,7 +152,7 @@ def _coco(folder: Path) -> Iterator[Pair]:
 def _flickr30k_all(folder: Path) -> Iterator[Pair]:
     path = _file(folder / "results_20130124.token", "Flickr30k's captions")
     captions: dict[str, list[str]] = defaultdict(list)
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(_text(path).splitlines(), 1):
         name, tab, caption = line.partition("\t")
         if not tab or "#" not in name:
             raise ValueError(f"{path}:{number}: expected NAME.jpg#NUMBER, a tab and a caption, got {line[:80]!r}")
@@ -198,6 +200,13 @@ def _folder(path: Path, what: str) -> Path:
     if not path.is_dir():
         raise ValueError(f"{path}: no such folder; expected {what} there")
     return path
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8: {error}") from None
 
 
 def _json(path: Path) -> Any:

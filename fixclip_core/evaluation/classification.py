@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from fixclip_core.data.images import is_picture, is_system_file
 from fixclip_core.evaluation.encoders import Encoder, Precision, autocast, encode_images
 from fixclip_core.evaluation.items import PictureFiles
 from fixclip_core.evaluation.report import skipped_report
@@ -97,11 +98,12 @@ def rank_of_label(score_BC: Tensor, label_B: Tensor) -> Tensor:
 
 
 def _class_folders(folder: Path) -> tuple[list[Path], list[int], list[str]]:
-    from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+    from torchvision.datasets.folder import find_classes, make_dataset
 
     try:
-        folders, label_of = find_classes(folder)
-        pairs = make_dataset(folder, label_of, extensions=IMG_EXTENSIONS)
+        folders = [name for name in find_classes(folder)[0] if not is_system_file(name)]
+        label_of = {name: label for label, name in enumerate(folders)}
+        pairs = make_dataset(folder, label_of, is_valid_file=lambda path: is_picture(Path(path).name))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(f"{folder}: expected one folder of images a class there: {error}") from None
     return [Path(path) for path, _ in pairs], [label for _, label in pairs], folders

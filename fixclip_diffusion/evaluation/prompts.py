@@ -4,7 +4,6 @@ A sentence is "before" the 77th token if all of it is read by a stock encoder, "
 "after" if it lies behind and within 248 tokens, and "past" if it does not.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import get_args
 
 from fixclip_core import scenes
 from fixclip_core.data.captions import split_sentences
+from fixclip_core.files import parse_json
 from fixclip_diffusion.tokenizer import FixClipTokenizer
 
 ZONES: tuple[str, ...] = get_args(scenes.Zone)
@@ -74,7 +74,7 @@ def _prompt_lines(path: Path) -> Iterator[tuple[int, str]]:
         text = line.strip()
         if path.suffix == ".jsonl":
             try:
-                text = json.loads(line)["prompt"]
+                text = parse_json(line)["prompt"]
             except (ValueError, KeyError, TypeError):
                 raise ValueError(f"{path}:{number}: expected a JSON object with `prompt`") from None
             if not isinstance(text, str) or not text.strip():

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fixclip_core.data.config import DataConfig
-from fixclip_core.data.images import image_extensions, is_system_file
+from fixclip_core.data.images import image_extensions, is_picture, is_system_file
 from fixclip_core.data.sources.manifest import METADATA_NAMES, read_manifest
 from fixclip_core.data.sources.rows import short_name
 
@@ -27,7 +27,7 @@ def folder_rows(folder: Path, config: DataConfig, captioned: bool = True) -> Ite
         ValueError: there are no images, or a folder or metadata file cannot be read.
     """
     files = sorted(_list_files(folder), key=lambda name: name.split(os.sep))
-    images = [name for name in files if _extension(name) in image_extensions()]
+    images = [name for name in files if is_picture(name)]
     if not images:
         raise ValueError(f"{folder}: {_describe_without_images(files)}")
     extension = (config.caption_key or "txt").removeprefix(".")
