@@ -117,8 +117,10 @@ def run(trainer: "type[Trainer]", recipe: "Section", *, resume: str, dry_run: bo
     Raises:
         ValueError, FloatingPointError, OSError: see `Trainer.train`.
     """
+    from fixclip_core.device import limit_threads
     from fixclip_core.training import trainer as training
 
+    limit_threads()
     if dry_run and smoke:
         raise ValueError("--dry-run trains nothing and --smoke trains two steps; give one of the two")
     if dry_run:

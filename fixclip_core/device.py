@@ -63,6 +63,12 @@ def usable_cores(cgroup: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
         return cores
 
 
+def limit_threads() -> None:
+    """Give torch no more threads than cores that this process may use: of a container's quota it does not know."""
+    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > usable_cores():
+        torch.set_num_threads(usable_cores())
+
+
 def loading_workers(wanted: int) -> int:
     """Loading processes for this process, at most its share of the cores: more only get in each other's way."""
     together = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

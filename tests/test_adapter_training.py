@@ -21,6 +21,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from PIL import Image
 from safetensors.torch import load_file
+from test_files import full_disk
 from tiny_adapter import without_onednn  # noqa: F401
 from transformers import CLIPTextModel
 
@@ -487,6 +488,21 @@ def test_command(recipe_file, tmp_path):
     wrong = run_command(recipe_file(), "optim.learning_rate=1")
     assert wrong.exit_code == 1
     assert "did you mean optim.lr" in wrong.output
+
+
+def test_a_full_disk_while_caching_keeps_what_is_there(recipe_file, tmp_path):
+    """One line; the file that did not fit is not there, and the same command goes on."""
+    cache = [f"features.folder={tmp_path / 'cache'}", "features.shard_size=4", "features.text=true"]
+    with full_disk(20_000):
+        result = run_command(recipe_file(), *cache)
+    assert result.exit_code == 1
+    error = result.stderr.splitlines()[-1]
+    assert error.startswith(f"error: features.folder='{tmp_path / 'cache'}': ")
+    assert error.endswith("The files before it are whole: the same command goes on from them")
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["features.json"]
+    reset_accelerator()
+    assert run_command(recipe_file(), *cache, "train.steps=1").exit_code == 0
+    assert len(list((tmp_path / "cache").glob("shard-*.safetensors"))) == 3
 
 
 def test_two_processes_train_as_one_does(recipe_file, recipe, tmp_path):

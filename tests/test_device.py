@@ -3,8 +3,16 @@
 import os
 
 import pytest
+import torch
 
-from fixclip_core.device import choose_precision, cpu_multiplies_bf16, loading_workers, supports_bf16, usable_cores
+from fixclip_core.device import (
+    choose_precision,
+    cpu_multiplies_bf16,
+    limit_threads,
+    loading_workers,
+    supports_bf16,
+    usable_cores,
+)
 
 
 @pytest.mark.parametrize(
@@ -25,8 +33,6 @@ def test_bf16_where_the_cpu_has_instructions_for_it(capabilities, system, expect
 
 
 def test_auto_is_what_the_device_supports_and_a_named_precision_stays():
-    import torch
-
     cpu = torch.device("cpu")
     assert choose_precision("auto", cpu) == ("bf16" if supports_bf16(cpu) else "fp32")
     assert choose_precision("auto", "mps") == "fp32"
@@ -44,3 +50,17 @@ def test_cores_are_those_of_the_container_and_shared_by_its_processes(tmp_path, 
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
     assert loading_workers(8) == 1
     assert loading_workers(0) == 0
+
+
+def test_torch_gets_no_more_threads_than_cores(monkeypatch):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(usable_cores() + 3)
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        limit_threads()
+        assert torch.get_num_threads() == usable_cores() + 3  # what is set by hand stays
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        limit_threads()
+        assert torch.get_num_threads() == usable_cores()
+    finally:
+        torch.set_num_threads(before)

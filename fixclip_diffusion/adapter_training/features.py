@@ -404,9 +404,10 @@ class FeatureCache:
             num_workers=loading_workers(workers),
             generator=torch.Generator().manual_seed(0),  # leaves the global one alone
         )
-        samples = iter(tqdm(loader, "caching", unit="sample", disable=rank != 0 or not mine))
-        for number in mine:
-            self._write(number, samples, batches, frozen)
+        with tqdm(loader, "caching", unit="sample", disable=rank != 0 or not mine) as bar:
+            samples = iter(bar)
+            for number in mine:
+                self._write(number, samples, batches, frozen)
 
     def _write(
         self, number: int, samples: Iterator[LoadedSample | Skipped], batches: Batches, frozen: FrozenModels
