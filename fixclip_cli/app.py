@@ -178,7 +178,9 @@ def fixclip(
 
 DEFAULT_OUTPUT = "outputs"
 
-BaseOption = Annotated[str, typer.Option(help="Stable Diffusion 1.x or 2.x: a folder, a hub name or builtin:scenes.")]
+BaseOption = Annotated[
+    str, typer.Option(help="Stable Diffusion 1, 2 or XL: a folder, a hub name, one file or builtin:scenes.")
+]
 EncoderOption = Annotated[str | None, typer.Option(help="FIX-CLIP or Long-CLIP text encoder: a folder or hub name.")]
 AdapterOption = Annotated[str | None, typer.Option(help="Adapter on the text states: a folder or hub name.")]
 LoraOption = Annotated[

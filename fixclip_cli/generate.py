@@ -203,7 +203,7 @@ def draw(system: Callable[..., Any], settings: dict[str, Any]) -> Any:
     try:
         return system(
             prompt=settings["prompt"],
-            negative_prompt=settings["negative_prompt"],
+            negative_prompt=settings["negative_prompt"] or None,  # Stable Diffusion XL has zeros for none
             num_inference_steps=settings["steps"],
             guidance_scale=settings["guidance_scale"],
             width=width,

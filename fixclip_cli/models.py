@@ -62,13 +62,13 @@ def load_pipeline(options: ModelOptions, device: str | None = None, dtype: str |
     import torch
 
     from fixclip_core.device import best_device
-    from fixclip_diffusion import FixClipStableDiffusionPipeline
+    from fixclip_diffusion.auto import load_pipeline as load
 
     device = device or best_device()
     check_device(device)
     torch_dtype = getattr(torch, dtype or ("float16" if device.startswith("cuda") else "float32"))
     reading = {"conditioning": options.conditioning, "weights": options.weights}
-    pipe = FixClipStableDiffusionPipeline.from_pretrained(
+    pipe = load(
         options.base,
         encoder=options.encoder,
         adapter=options.adapter,

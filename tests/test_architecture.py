@@ -33,6 +33,7 @@ ROOMS = {
         ("loading", "prompt_encoder"),
         ("long_prompts",),
         ("attention_maps", "pipeline", "pipeline_xl"),
+        ("auto",),
         ("adapter_training",),
         ("evaluation",),
         ("demo",),

@@ -4,7 +4,19 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
+from command_line import run
+from compel import Compel, ReturnedEmbeddingsType
+from diffusers import (
+    ControlNetModel,
+    DiffusionPipeline,
+    StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPipeline,
+)
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from fixclip_diffusion import (
     FixClipStableDiffusionPipeline,
@@ -13,8 +25,9 @@ from fixclip_diffusion import (
     FixClipTextEncoderWithProjection,
     TextAdapter,
 )
+from fixclip_diffusion.auto import load_pipeline, pipeline_class
 from fixclip_diffusion.conditioning import CONDITIONINGS
-from fixclip_diffusion.tiny import stable_diffusion_xl
+from fixclip_diffusion.tiny import stable_diffusion_xl, unet
 
 SHORT = "A red horse near a boat"
 LONG = tiny.sentences(14)
@@ -124,8 +137,6 @@ def test_the_pads_are_the_tokenizers_own(ours):
 
 @torch.no_grad()
 def test_pooled_vectors_are_those_of_stock_and_compel_for_several_passes_and_of_the_whole_text_for_one(stock, ours):
-    from compel import Compel, ReturnedEmbeddingsType
-
     cut = stock.encode_prompt(LONG)[2]
     compel = Compel(
         tokenizer=[stock.tokenizer, stock.tokenizer_2],
@@ -256,3 +267,135 @@ def test_round_trip_of_the_encoder_with_projection(stock, tmp_path):
         FixClipTextEncoderWithProjection.from_clip(stock.text_encoder)
     with pytest.raises(ValueError, match="made for hidden_state='penultimate', and this base reads 'last'"):
         FixClipTextEncoder.from_pretrained(tmp_path, hidden_state="last")
+
+
+def test_generate_and_tokens_take_the_base_without_another_option(folder, ours, tmp_path):
+    options = ["--base", folder, "--steps", "2", "--size", "16", "--seed", "1"]
+    result = run("generate", LONG, *options, "-o", tmp_path / "a.png")
+    assert result.exit_code == 0, result.output
+    assert "conditioning 'overlap'" in result.output
+    wanted = picture(ours, LONG, guidance_scale=7.5, output_type="pil")[0]
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), np.asarray(wanted))
+    sheet = run("generate", LONG, *options, "--compare", "-o", tmp_path / "b.png")
+    assert sheet.exit_code == 0, sheet.output
+    assert "132 tokens" in run("tokens", LONG, "--base", folder).output
+
+
+def test_the_class_is_found_by_the_base(folder, sd1, tmp_path):
+    assert pipeline_class(folder) is FixClipStableDiffusionXLPipeline
+    assert pipeline_class(sd1) is FixClipStableDiffusionPipeline
+    assert pipeline_class("builtin:scenes") is FixClipStableDiffusionPipeline
+    with pytest.raises(ValueError, match="no text encoder in this file, so it is no whole checkpoint"):
+        pipeline_class(next((sd1 / "vae").glob("*.safetensors")))
+    with pytest.raises(ValueError, match=r"encoder_2='x': base .* has one text encoder"):
+        load_pipeline(sd1, encoder_2="x")
+    assert isinstance(load_pipeline(folder, add_watermarker=False), FixClipStableDiffusionXLPipeline)
+
+
+# -- other workflows of Stable Diffusion XL ------------------------------------------------------------------
+
+
+def test_image_to_image_inpainting_and_controlnet(ours):
+    """Stock pipelines with our components, and embeds made by ours."""
+    blank, mask = Image.new("RGB", (16, 16)), Image.new("L", (16, 16), 255)
+    control = ControlNetModel.from_unet(ours.unet, conditioning_embedding_out_channels=(8, 16))
+    settings = {"num_inference_steps": 4, "output_type": "np"}
+    for kind, inputs, extra in (
+        (StableDiffusionXLImg2ImgPipeline, {"image": blank}, {}),
+        (StableDiffusionXLInpaintPipeline, {"image": blank, "mask_image": mask, "height": 16, "width": 16}, {}),
+        (StableDiffusionXLControlNetPipeline, {"image": blank, "height": 16, "width": 16}, {"controlnet": control}),
+    ):
+        pipe = quiet(kind.from_pipe(ours, **extra))
+        names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+        embeds = dict(zip(names, ours.encode_prompt(LONG, negative_prompt="bad"), strict=True))
+        pictures = []
+        for arguments in ({"prompt": LONG, "negative_prompt": "bad"}, embeds):
+            generator = torch.Generator().manual_seed(0)
+            pictures.append(pipe(**arguments, **inputs, **settings, generator=generator).images)
+        assert np.isfinite(pictures[0]).all()
+        assert not np.array_equal(*pictures), "248 positions stretched, and overlapping windows"
+
+
+def test_the_refiner_has_the_second_encoder_only(ours, folder):
+    parts = {**ours.components, "text_encoder": None, "tokenizer": None}
+    parts["unet"] = unet(**{**dict(ours.unet.config), "cross_attention_dim": 48})
+    pipe = quiet(FixClipStableDiffusionXLPipeline(**parts, add_watermarker=False))
+    stock = quiet(
+        StableDiffusionXLPipeline(
+            **{
+                **parts,
+                "text_encoder_2": CLIPTextModelWithProjection.from_pretrained(folder, subfolder="text_encoder_2"),
+                "tokenizer_2": CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer_2"),
+            },
+            add_watermarker=False,
+        )
+    )
+    assert np.array_equal(picture(pipe, SHORT), picture(stock, SHORT))
+    assert pipe.encode_prompt(LONG)[0].shape[1] == len(pipe.prompt_encoder.lay_out(LONG))
+
+
+def test_textual_inversion_in_both_encoders(folder):
+    pipe = quiet(FixClipStableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False))
+    for tokenizer, encoder, width in (
+        (pipe.tokenizer, pipe.text_encoder, 32),
+        (pipe.tokenizer_2, pipe.text_encoder_2, 48),
+    ):
+        pipe.load_textual_inversion({"badHand": torch.randn(3, width)}, tokenizer=tokenizer, text_encoder=encoder)
+    for number in (0, 1):
+        ids = pipe.prompt_encoder.lay_out(f"{LONG} a badhand", number).ids_NP
+        assert sorted(set(ids[ids >= 49408].tolist())) == [49408, 49409, 49410]
+    assert picture(pipe, f"{LONG} a badhand").shape == (1, 16, 16, 3)
+
+
+def lora_targets(text_model):
+    layers = range(len(text_model.encoder.layers))
+    return [f"text_model.encoder.layers.{layer}.self_attn.q_proj" for layer in layers]
+
+
+def test_lora_in_unet_and_both_encoders(folder, tmp_path):
+    pipe = quiet(FixClipStableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False))
+    plain = picture(pipe, LONG)
+    names = [
+        *((f"text_encoder.{name}", 32) for name in lora_targets(pipe.text_encoder.text_model)),
+        *((f"text_encoder_2.{name}", 48) for name in lora_targets(pipe.text_encoder_2.text_model)),
+        ("unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_q", 32),
+    ]
+    generator = torch.Generator().manual_seed(3)
+    state = {}
+    for name, width in names:
+        state[f"{name}.lora_A.weight"] = torch.randn(2, width, generator=generator)
+        state[f"{name}.lora_B.weight"] = torch.randn(width, 2, generator=generator)
+    save_file(state, tmp_path / "lora.safetensors")
+    again = quiet(FixClipStableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False))
+    again.load_lora_weights(tmp_path, weight_name="lora.safetensors")
+    with torch.no_grad():  # the same by hand: W + B A
+        for name, _ in names:
+            part, _, path = name.partition(".")
+            layer = getattr(pipe, part).get_submodule(path)
+            layer.weight += state[f"{name}.lora_B.weight"] @ state[f"{name}.lora_A.weight"]
+    wanted = picture(pipe, LONG)
+    assert not np.allclose(wanted, plain, atol=1e-3)
+    np.testing.assert_allclose(picture(again, LONG), wanted, atol=1e-4)
+    no_lora = picture(again, LONG, cross_attention_kwargs={"scale": 0.0})
+    np.testing.assert_allclose(no_lora, plain, atol=1e-5)
+    again.unload_lora_weights()
+    np.testing.assert_allclose(picture(again, LONG), plain, atol=1e-5)
+
+
+def test_compel_with_our_components(ours):
+    compel = Compel(
+        tokenizer=[ours.tokenizer, ours.tokenizer_2],
+        text_encoder=[ours.text_encoder, ours.text_encoder_2],
+        returned_embeddings_type=ReturnedEmbeddingsType.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED,
+        requires_pooled=[False, True],
+    )
+    embeds, pooled = compel(f"{LONG} A red++ cat")
+    assert embeds.shape[1:] == (248, 80)
+    images = picture(
+        ours,
+        prompt_embeds=embeds,
+        pooled_prompt_embeds=pooled,
+        negative_prompt_embeds=torch.zeros_like(embeds),
+        negative_pooled_prompt_embeds=torch.zeros_like(pooled),
+    )
+    assert images.shape == (1, 16, 16, 3)

@@ -1,0 +1,58 @@
+"""The pipeline for a base of whatever family: Stable Diffusion 1, 2 or XL, a folder, a hub name or one file."""
+
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+from fixclip_core.weights.text_encoder import text_encoders_in
+from fixclip_diffusion import builtin
+from fixclip_diffusion.loading import HUB_KWARGS
+from fixclip_diffusion.pipeline import FixClipStableDiffusionPipeline
+from fixclip_diffusion.pipeline_xl import FixClipStableDiffusionXLPipeline
+
+LongPromptPipeline = FixClipStableDiffusionPipeline | FixClipStableDiffusionXLPipeline
+
+
+def pipeline_class(base: str | Path, **hub_kwargs: Any) -> type[LongPromptPipeline]:
+    """The class for a base, from its model_index.json or the header of its file.
+
+    Args:
+        base: folder, hub name, built-in name, or a checkpoint in one file.
+        **hub_kwargs: token, revision, cache_dir and so on.
+
+    Raises:
+        ValueError: a file without a text encoder of Stable Diffusion. What is wrong with a folder or a hub name is said
+            by the class's own `from_pretrained`.
+    """
+    if Path(base).is_file():
+        held = text_encoders_in(base)
+        if not held:
+            raise ValueError(f"base {str(base)!r}: there is no text encoder in this file, so it is no whole checkpoint")
+        return FixClipStableDiffusionXLPipeline if "g" in held else FixClipStableDiffusionPipeline
+    try:
+        index = DiffusionPipeline.load_config(builtin.resolve(builtin.base_of(base)), **hub_kwargs)
+    except OSError:
+        return FixClipStableDiffusionPipeline
+    return FixClipStableDiffusionXLPipeline if "text_encoder_2" in index else FixClipStableDiffusionPipeline
+
+
+def load_pipeline(base: str | Path, **kwargs: Any) -> LongPromptPipeline:
+    """`from_pretrained` or, for a file, `from_single_file` of the class that fits the base.
+
+    Args:
+        base: see `pipeline_class`.
+        **kwargs: encoder, encoder_2, adapter, conditioning, weights, and those of diffusers.
+
+    Raises:
+        ValueError: see the pipelines.
+    """
+    chosen = pipeline_class(base, **{key: kwargs[key] for key in HUB_KWARGS if key in kwargs})
+    if kwargs.get("encoder_2") is None:
+        kwargs.pop("encoder_2", None)
+    elif chosen is FixClipStableDiffusionPipeline:
+        raise ValueError(f"encoder_2={str(kwargs['encoder_2'])!r}: base {str(base)!r} has one text encoder")
+    if Path(base).is_file():
+        kwargs["torch_dtype"] = kwargs.pop("dtype", None) or kwargs.get("torch_dtype")
+        return chosen.from_single_file(base, **{key: value for key, value in kwargs.items() if value is not None})
+    return chosen.from_pretrained(base, **kwargs)
