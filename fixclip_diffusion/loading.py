@@ -14,7 +14,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from fixclip_core.check import check_tokenizer
 from fixclip_core.weights.names import Which
-from fixclip_core.weights.text_encoder import read_text_encoder, text_encoders_in
+from fixclip_core.weights.text_encoder import read_text_config, text_encoders_in
 from fixclip_diffusion import builtin
 from fixclip_diffusion.adapter import TextAdapter
 from fixclip_diffusion.conditioning import get_conditioning, renamed
@@ -284,7 +284,7 @@ def read_width(file: str | Path, which: Which | None) -> int:
     Raises:
         ValueError: there is no such text encoder in it.
     """
-    return int(read_text_encoder(file, which).config["hidden_size"])
+    return int(read_text_config(file, which)["hidden_size"])
 
 
 def convert_stock(

@@ -14,7 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 from fixclip_core.check import LoadError
 from fixclip_core.weights import text_encoder
 from fixclip_core.weights.names import to_transformers_names
-from fixclip_core.weights.text_encoder import CONFIG_KEY, read_text_encoder, text_encoders_in
+from fixclip_core.weights.text_encoder import CONFIG_KEY, read_text_config, read_text_encoder, text_encoders_in
 from fixclip_diffusion import FixClipTextEncoder
 
 
@@ -206,6 +206,8 @@ def test_damage_is_one_error(tmp_path):
         save_file(changed, path)
         with pytest.raises(LoadError, match=message):
             read_text_encoder(path, **QUICK)
+    save_file(state_dict | {layer: torch.full((128, 512), float("nan"))}, path)
+    assert read_text_config(path, **QUICK)["hidden_size"] == 128  # of the header alone
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(LoadError, match="is a damaged safetensors file"):
         read_text_encoder(path)

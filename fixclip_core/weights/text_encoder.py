@@ -116,8 +116,28 @@ def read_text_encoder(file: str | Path, which: Which | None = None, **config: An
         LoadError: the file is missing, damaged or of another kind (the message says which), holds several text
             encoders or another one than `which`, its sizes contradict each other, or a weight is not finite.
     """
-    source = open_weights(file)
     what = f"text encoder {str(file)!r}"
+    source, tower, names, values = _find(file, which, config, what)
+    tensors = {name: _plain_dtype(tensor) for name, tensor in source.load(names).items()}
+    state_dict = {name: tensor.contiguous() for name, tensor in to_text_model_names(tower, tensors).items()}
+    check_finite(state_dict, what)
+    return TextEncoderWeights(state_dict, values, tower.which)
+
+
+def read_text_config(file: str | Path, which: Which | None = None, **config: Any) -> dict[str, Any]:
+    """The configuration of `read_text_encoder`; of a safetensors file the header alone is read.
+
+    Raises:
+        LoadError: see `read_text_encoder`, except for what the tensors' values show.
+    """
+    return _find(file, which, config, f"text encoder {str(file)!r}")[-1]
+
+
+def _find(
+    file: str | Path, which: Which | None, config: Mapping[str, Any], what: str
+) -> tuple[WeightFile, TextTower, list[str], dict[str, Any]]:
+    """The open file, the tower in it, the names of the tower's tensors, and the configuration."""
+    source = open_weights(file)
     tower = _choose(source, which, what)
     names = text_tower_names(tower, source.shapes)
     with loading(what):
@@ -128,10 +148,7 @@ def read_text_encoder(file: str | Path, which: Which | None = None, **config: An
         _check_config(values, what)
         check_layers(values["num_hidden_layers"], shapes, LAYERS, what)
         check_shapes(text_model_shapes(values, "text_projection.weight" in shapes), shapes, what)
-    tensors = {name: _plain_dtype(tensor) for name, tensor in source.load(names).items()}
-    state_dict = {name: tensor.contiguous() for name, tensor in to_text_model_names(tower, tensors).items()}
-    check_finite(state_dict, what)
-    return TextEncoderWeights(state_dict, values, tower.which)
+    return source, tower, names, values
 
 
 def _choose(source: WeightFile, which: Which | None, what: str) -> TextTower:
