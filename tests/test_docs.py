@@ -16,10 +16,9 @@ import tiny_clips
 from command_line import run
 from PIL import Image
 
-from fixclip_core import scenes
+from fixclip_core import builtin, scenes
 from fixclip_core.weights.read import ClipCheckpoint
 from fixclip_core.weights.write import write_open_clip
-from fixclip_diffusion import builtin
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
