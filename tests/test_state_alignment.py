@@ -20,12 +20,13 @@ from torch.nn.parallel import DistributedDataParallel
 from fixclip_core.data.loader import Batch
 from fixclip_core.model.config import FINE_TUNE, LONG_CLIP
 from fixclip_core.model.fixclip import FixClip
-from fixclip_core.model.windows import NO_WINDOW, join_overlapping, num_overlapping, overlapping_windows
+from fixclip_core.model.windows import NO_WINDOW, num_overlapping, overlapping_windows, window_and_offset
 from fixclip_core.training.encoder.losses.state_alignment import state_alignment_loss, window_states
 from fixclip_core.training.encoder.recipe import EncoderRecipe, TrainSection
 from fixclip_core.training.encoder.task import ContrastiveTask, forward_backward, make_alignment
 from fixclip_core.training.encoder.trainer import EncoderTrainer, build_clip
 from fixclip_core.training.recipe import load_recipe
+from fixclip_diffusion.conditioning import CONDITIONINGS, Break, Context, PromptTokens
 
 START, END = 62, 63
 CLIP = {
@@ -138,7 +139,7 @@ def plain_loss(clip, model, batch, state):
 
 @settings(deadline=None, max_examples=20)
 @given(lengths=st.lists(st.integers(2, 248), min_size=1, max_size=5))
-def test_windows_and_their_join_are_the_rule(lengths):
+def test_windows_are_the_rule(lengths):
     ids, num_tokens = captions(lengths), torch.tensor(lengths)
     windows = overlapping_windows(ids, num_tokens)
     assert windows.shape == (len(lengths), int(num_overlapping(num_tokens).max()), 77)
@@ -149,9 +150,22 @@ def test_windows_and_their_join_are_the_rule(lengths):
             assert torch.equal(got[: len(window)], window)
             assert set(got[len(window) :].tolist()) <= ({0} if len(expected) == 1 else {END})
         assert (found[len(expected) :] == NO_WINDOW).all()
-    # A state that says which token it is of: what is joined must be the ids of the text, zeros behind it.
-    joined = join_overlapping(windows[..., None].double(), num_tokens, 248)[..., 0]
-    assert torch.equal(joined, ids.double())
+    # Where each token's state is read, there stands the token.
+    window, offset = window_and_offset(num_tokens, 248)
+    found = windows[torch.arange(len(lengths))[:, None], window, offset]
+    text = torch.arange(248) < num_tokens[:, None]
+    assert torch.equal(found[text], ids[text])
+
+
+@given(words=st.integers(0, 246))
+def test_windows_are_those_of_the_conditioning_overlap(words):
+    """What the tower learns is what `long_prompt="overlap"` gives a UNet."""
+    spans = tuple((word, word + 1) for word in range(words))
+    tokens = PromptTokens("x" * words, tuple(range(words)), spans, (Break.WORD,) * words, (1.0,) * words)
+    context = Context(length=248, short_length=77, start_id=START, end_id=END, pad_id=END, padding="mask")
+    layout = CONDITIONINGS["overlap"].lay_out(tokens, context)
+    window, offset = window_and_offset(torch.tensor([words + 2]), words + 2)
+    assert torch.equal(layout.source_L[: words + 2], (77 * window + offset)[0])
 
 
 def test_short_ids_are_refused():

@@ -63,16 +63,3 @@ def window_and_offset(num_tokens_B: Tensor, length: int) -> tuple[Tensor, Tensor
     window_T = -(-(place_T - WINDOW_LENGTH + 2).clamp(min=0) // WINDOW_STRIDE)
     window_BT = torch.minimum(window_T, num_overlapping(num_tokens_B)[:, None] - 1)
     return window_BT, (place_T - WINDOW_STRIDE * window_BT).clamp(max=WINDOW_LENGTH - 1)
-
-
-def join_overlapping(states_BWTD: Tensor, num_tokens_B: Tensor, length: int) -> Tensor:
-    """States (B, W, 77, D) of `overlapping_windows` to one state for each token: (B, length, D), 0 behind the text.
-
-    Zeros divert less of the attention of a UNet that was trained on less padding than the encoder's padding does
-    (docs/results.md). A text that fits into 77 tokens keeps its padding.
-    """
-    num_tokens_B = num_tokens_B.to(states_BWTD.device)
-    window_BT, offset_BT = window_and_offset(num_tokens_B, length)
-    text_B1 = torch.arange(len(states_BWTD), device=states_BWTD.device)[:, None]
-    read_BT = torch.arange(length, device=states_BWTD.device) < num_tokens_B.clamp(min=WINDOW_LENGTH)[:, None]
-    return states_BWTD[text_B1, window_BT, offset_BT] * read_BT[..., None]
