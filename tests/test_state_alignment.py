@@ -335,11 +335,11 @@ def test_two_processes_sharded_or_not_equal_one_however_uneven_their_captions(tm
 RECIPE = """\
 seed: 3
 model: {{name: "local-dir:{clip}", num_prompts: 2, num_groups: 0}}
-data: {{source: scenes, stop: 16, workers: 0}}
+data: {{source: scenes, stop: 20, workers: 0}}
 captions: {{short_caption: given}}
 optim: {{lr: 3.0e-3, warmup_steps: 2}}
-train: {{steps: 8, batch_size: 4, precision: fp32, weight_states: 1.0}}
-output: {{folder: "{folder}", log_every: 1, save_every: 4}}
+train: {{steps: 12, batch_size: 8, precision: fp32, weight_states: 1.0}}
+output: {{folder: "{folder}", log_every: 1, save_every: 6}}
 """
 
 
@@ -368,10 +368,11 @@ def test_a_run_learns_the_states_and_resumes_with_the_same_base(recipe, tmp_path
     states_alone = ["train.weight_long=0", "train.weight_short=0"]
     EncoderTrainer(recipe("whole", *states_alone)).train()
     rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
-    assert rows[-1]["loss_states"] < 0.7 * rows[0]["loss_states"]
+    assert rows[-1]["loss_states"] < 0.6 * rows[0]["loss_states"]
     halves = EncoderTrainer(recipe("halves", *states_alone)).prepare()
+    assert halves.describe()["alignment"] == "last states of the base's windows, weight 1"
     halves.start("auto")
-    halves.total_steps = 4
+    halves.total_steps = 6
     halves.fit()
     assert not [name for name in halves.model.state_dict() if "base" in name]
     EncoderTrainer(recipe("halves", *states_alone)).train()

@@ -188,11 +188,14 @@ class EncoderTrainer(Trainer):
         total = sum(p.numel() for p in clip.parameters())
         added = sum(p.numel() for name, p in clip.named_parameters() if name in new)
         tokens = (self._first_batch().long_ids != 0).sum(1).float().mean().item()
+        alignment = self.task.alignment
+        states = f"{alignment.state} states of the base's windows, weight {alignment.weight:g}" if alignment else "off"
         return {
             "method": f"{recipe.method}: {config.num_prompts} prompts ({config.prompt_flow}), short branch "
             f"{config.short_branch}, masking {config.masking}, {config.num_groups} groups",
             "model": f"{recipe.model.name} ({_which_weights(recipe)}), {config.context_length} tokens",
             "parameters": f"{total / 1e6:.1f}M, of which new {added / 1e6:.2f}M",
+            "alignment": states,
             "data": f"{len(loader.batches.order)} samples, {len(loader)} batches an epoch, "
             f"{tokens:.0f} tokens a long caption in the first",
         }
@@ -207,6 +210,8 @@ class EncoderTrainer(Trainer):
         """
         clip, batch = self.module, self._first_batch()
         weights = sum(p.numel() * p.element_size() for p in clip.parameters())
+        base = [] if self.task.alignment is None else self.task.alignment.base.parameters()
+        frozen = sum(p.numel() * p.element_size() for p in base)
         trained = sum(p.numel() * p.element_size() for p in clip.parameters() if p.requires_grad)
         samples = min(self.recipe.train.micro_batch_size or len(batch.image), len(batch.image))
         probe = min(probe, samples)
@@ -222,7 +227,7 @@ class EncoderTrainer(Trainer):
             activations += extrapolated() / sum(1 for _ in clip.visual.transformer["resblocks"].children())
             clip.set_grad_checkpointing(True)
         return {
-            "weights, gradients and AdamW": weights * (2 if self.ema is not None else 1) + 3 * trained,
+            "weights, gradients and AdamW": weights * (2 if self.ema is not None else 1) + 3 * trained + frozen,
             "activations (of a few samples, scaled up)": math.ceil(activations),
         }
 
