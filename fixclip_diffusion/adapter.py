@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fixclip_core.check import LoadError, check_finite, check_layers, check_shapes, loading, module_shapes
 from fixclip_core.files import write_atomically
+from fixclip_core.weights.kinds import what_is_in
 from fixclip_diffusion import builtin
 
 WEIGHTS_NAME = "adapter.safetensors"
@@ -128,6 +129,8 @@ class TextAdapter(nn.Module):
         source = builtin.resolve(source)
         what = f"adapter {str(source)!r}: expected a folder or hub name with {CONFIG_NAME} and {WEIGHTS_NAME}"
         with loading(what):
+            if Path(source).is_file() or (Path(source).is_dir() and not (Path(source) / CONFIG_NAME).is_file()):
+                raise LoadError(f"{what}{what_is_in(Path(source))}")
             if Path(source).is_dir():
                 config_file, weights_file = Path(source) / CONFIG_NAME, Path(source) / WEIGHTS_NAME
             else:

@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 from fixclip_core.check import LoadError, check_finite, check_layers, loading
 from fixclip_core.model.positional import stretch_positions, stretched_length
 from fixclip_core.weights.files import open_weights
+from fixclip_core.weights.kinds import what_is_in
 from fixclip_core.weights.names import Which, find_text_towers, text_tower_names
 from fixclip_core.weights.text_encoder import read_text_encoder
 from fixclip_diffusion import builtin
@@ -575,6 +576,9 @@ def load_clip_text_config(name: str, **kwargs: Any) -> CLIPTextConfig | FixClipT
     hub_kwargs = {key: kwargs[key] for key in _CONFIG_KWARGS if key in kwargs}
     where = _where(name, kwargs)
     check_folder_or_hub_name("text encoder", name)
+    folder = Path(name) / (kwargs.get("subfolder") or "")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise LoadError(f"text encoder {where}: no readable config.json there{what_is_in(folder)}")
     with loading(f"text encoder {where}: no readable config.json there"):
         values, _ = CLIPTextConfig.get_config_dict(name, **hub_kwargs)
     if not values:

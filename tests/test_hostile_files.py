@@ -198,6 +198,15 @@ def test_open_clip_folders_ask_no_hub(tmp_path):
     refuses(build, tmp_path, "open_clip_config.json", changes)
 
 
+def test_what_is_given_in_the_place_of_another_is_named(tmp_path, sd1):
+    TextAdapter(32).save_pretrained(tmp_path)
+    with pytest.raises(LoadError, match=r"no readable config.json there; adapter.safetensors there is an adapter of"):
+        FixClipTextEncoder.from_pretrained(tmp_path)
+    for place in (sd1 / "text_encoder", sd1 / "text_encoder" / "model.safetensors"):
+        with pytest.raises(LoadError, match=r"adapter_config.json and .*; model.safetensors there is a text encoder"):
+            TextAdapter.from_pretrained(place)
+
+
 def test_loras(tmp_path, sd1):
     pipe = FixClipStableDiffusionPipeline.from_pretrained(sd1)
     name = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_q.lora"

@@ -2,6 +2,9 @@
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
+
+from fixclip_core.weights.files import open_weights
 
 # The first that fits counts: a ControlNet holds a UNet's blocks, a checkpoint those of a VAE.
 KINDS = (
@@ -19,6 +22,16 @@ KINDS = (
     (r"(^|\.)token_embedding\.weight$", "a text encoder alone"),  # where a whole CLIP is asked for
     (r"(^|\.)(vision_model|visual)\.", "an image encoder"),
 )
+
+
+def what_is_in(place: Path) -> str:
+    """Such as "; model.safetensors there is a VAE", of a file or of a folder's first; "" for a folder without.
+
+    Raises:
+        LoadError: the file is damaged.
+    """
+    files = [place] if place.is_file() else sorted(place.glob("*.safetensors"))
+    return f"; {files[0].name} there is {what_it_is(open_weights(files[0]).shapes)}" if files else ""
 
 
 def what_it_is(names: Iterable[str]) -> str:
