@@ -136,7 +136,7 @@ def run(trainer: "type[Trainer]", recipe: "Section", *, resume: str, dry_run: bo
 def training_errors() -> Iterator[None]:
     """End with exit code 1 after an error, or 130 after Ctrl-C; the main process logs and prints for all.
 
-    Another process prints its error if it is alive 5 seconds later: where all of them failed alike, the launcher has
+    Another process prints its error if it is alive 30 seconds later: where all of them failed alike, the launcher has
     ended it by then.
     """
     rank = int(os.environ.get("RANK", "0"))
@@ -148,7 +148,7 @@ def training_errors() -> Iterator[None]:
             yield
     except (ValueError, OSError, FloatingPointError) as error:
         if rank:
-            time.sleep(5)
+            time.sleep(30)
             error.args = (f"process {rank}: {error}",)
         raise
     except KeyboardInterrupt as error:
