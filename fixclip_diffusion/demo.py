@@ -99,21 +99,15 @@ def unknown_words(text: str) -> list[str]:
 
 
 def systems_of(parts: builtin.ModelParts) -> list[System]:
-    """From what stock diffusers does to the whole method, as far as the model has the parts."""
+    """Stock diffusers, chunks, the best untrained conditioning, and the model's own encoder with all that belongs to
+    it."""
     systems = [
         System("stock cut at 77", conditioning="stock"),
-        System("windows of 77", conditioning="chunks"),
+        System("chunks of 77", conditioning="chunks"),
         System("overlapping windows", conditioning="overlap"),
     ]
-    if parts.overlap_adapter is not None:
-        systems.append(System("overlap + adapter", adapter=parts.overlap_adapter, conditioning="overlap"))
-    systems.append(System("stretched only", conditioning="one_pass"))
     if parts.encoder is not None:
-        systems.append(System("FIX-CLIP trained", parts.encoder))
-    if parts.adapter is not None:
-        systems.append(System("+ adapter", parts.encoder, parts.adapter))
-    if parts.lora is not None:
-        systems.append(System("+ LoRA", parts.encoder, parts.adapter, parts.lora))
+        systems.append(System("FIX-CLIP", parts.encoder, parts.adapter, parts.lora))
     return systems
 
 

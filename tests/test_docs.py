@@ -109,7 +109,7 @@ def folder(tmp_path_factory):
         (folder / name).write_text("\n".join(rows) + "\n")
     (folder / "prompt.txt").write_text(json.loads(rows[0])["long"])
     (folder / "prompts.txt").write_text("\n".join(json.loads(row)["long"] for row in rows[:1]) + "\n")
-    clip, config, preprocess = tiny_clips.full_vocabulary_clip()
+    clip, config, preprocess = tiny_clips.full_vocabulary_clip(layers=4)
     checkpoint = ClipCheckpoint("", clip.state_dict(), config, {**preprocess, "resize_mode": "shortest"})
     write_open_clip(checkpoint, folder / "clip")
     result = run("convert", folder / "clip", folder / "fixclip")

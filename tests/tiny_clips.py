@@ -68,12 +68,12 @@ def tiny_transformers_clip(context_length=77, activation="quick_gelu", **text):
     return model
 
 
-def full_vocabulary_clip():
-    """As `tiny_clip`, with the vocabulary that the tokenizer files of an export describe."""
+def full_vocabulary_clip(**layers):
+    """As `tiny_clip`, with the vocabulary that the tokenizer files of an export describe; `layers=4` of both towers."""
     torch.manual_seed(5)
     config = tiny_config()
-    config["text_cfg"] |= {"vocab_size": 49408, "width": 64, "heads": 2}
-    config["vision_cfg"] |= {"head_width": 32}
+    config["text_cfg"] |= {"vocab_size": 49408, "width": 64, "heads": 2, **layers}
+    config["vision_cfg"] |= {"head_width": 32, **layers}
     clip = open_clip.CLIP(**config).eval()
     with torch.no_grad():
         for name, parameter in clip.named_parameters():

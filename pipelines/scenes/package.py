@@ -14,6 +14,7 @@ OUT = Path("outputs/scenes")
 BUILTIN = Path("fixclip_diffusion/builtin/scenes")
 PARTS = {
     "base": OUT / "base",
+    "clip": OUT / "clip" / "model",
     "encoder": OUT / "encoder_diffusers",
     "adapter": OUT / "adapter" / "adapter",
     "lora": OUT / "lora" / "lora",
@@ -35,7 +36,7 @@ def base(
     pipe.save_pretrained(partial)
     index = partial / "model_index.json"  # the web page shows the checker's verdicts for such a model
     index.write_text(json.dumps({**json.loads(index.read_text()), "_scenes_world": True}, indent=2) + "\n")
-    load_in_full_precision(partial)
+    load_in_full_precision(partial / "text_encoder")
     shutil.rmtree(output, ignore_errors=True)
     partial.rename(output)
     typer.echo(output)
@@ -46,7 +47,7 @@ def load_in_full_precision(folder: Path) -> None:
 
     It would follow the configuration, and a text encoder in half precision beside a UNet in full precision fails.
     """
-    file = folder / "text_encoder" / "config.json"
+    file = folder / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "dtype": "float32"}, indent=2) + "\n")
 
 
@@ -67,6 +68,8 @@ def install(output: Path = BUILTIN) -> None:
         shutil.rmtree(output / name, ignore_errors=True)
         shutil.copytree(source, output / name, ignore=shutil.ignore_patterns("README.md", ".*"))
         if name == "encoder":
+            load_in_full_precision(output / name / "text_encoder")
+        if name == "clip":
             load_in_full_precision(output / name)
         halve(output / name)
         size = sum(file.stat().st_size for file in (output / name).rglob("*") if file.is_file())

@@ -38,6 +38,16 @@ SYSTEMS = {
     "windows_adapter": "control: adapter on windows of the base",
     "stretched_adapter": "control: adapter on stretched only",
 }
+ALIGNED_SYSTEMS = {
+    "stock": "`stock`: cut at 77 tokens",
+    "windows": "`chunks`: base encoder in windows of 77",
+    "overlap": "`overlap`: base encoder in overlapping windows, untrained",
+    "stretched": "`one_pass`: base encoder stretched to 248 tokens, untrained",
+    "trained": "`one_pass`: FIX-CLIP with state alignment, no adapter",
+    "adapter": "`one_pass`: FIX-CLIP + adapter",
+    "lora": "`one_pass`: FIX-CLIP + adapter + LoRA",
+    "overlap_adapter": "`overlap`: base encoder + adapter",
+}
 COLOURS = {
     "stock": "#9a9a9a",
     "windows": "#c98f3a",
@@ -122,8 +132,8 @@ class Judged:
         return self.zone != "e"
 
 
-def load(name: str, system: str) -> list[Judged]:
-    file = RESULTS / f"{name}-{system}.json"
+def load(name: str, system: str, folder: Path = RESULTS) -> list[Judged]:
+    file = folder / f"{name}-{system}.json"
     if not file.exists():
         return []
     found = []
@@ -172,6 +182,17 @@ def images_table() -> str:
         rows.append([label, *cells])
     header = ["system", "right, before 77", "right, after 77", "colour before", "shape before", "colour after"]
     return table([*header, "shape after"], rows)
+
+
+def aligned_table() -> str:
+    """The systems of the published weights, whose encoder was trained with state alignment."""
+    rows = []
+    for system, label in ALIGNED_SYSTEMS.items():
+        judged, short = (load(name, system, RESULTS / "aligned") for name in ("nine", "short"))
+        if judged:
+            parts = [[item for item in judged if item.after == after] for after in (False, True)]
+            rows.append([label, *(percent(*by_seed(part)) for part in (*parts, short))])
+    return table(["system", "right, before 77", "right, after 77", "short prompts"], rows)
 
 
 def counts_table() -> str:
@@ -403,6 +424,7 @@ def page(text: str, parts: dict[str, str]) -> str:
 
 TABLES = {
     "training": training_table,
+    "aligned": aligned_table,
     "images": images_table,
     "counts": counts_table,
     "lengths": lengths_table,
