@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fixclip_cli.app import ImageRoot, Start, Stop, app, errors_exit_with
+from fixclip_cli.app import ImageKey, ImageRoot, Start, Stop, app, errors_exit_with
 
 if TYPE_CHECKING:
     from fixclip_core.synthesis.job import Job
@@ -41,6 +41,7 @@ def caption(
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for an answer.")] = 120.0,
     retries: Annotated[int, typer.Option(min=0, help="How often a request is sent again.")] = 4,
     image_root: ImageRoot = None,
+    image_key: ImageKey = None,
     start: Start = 0,
     stop: Stop = None,
 ) -> None:
@@ -56,7 +57,7 @@ def caption(
         raise ValueError("give --model, the name that the server knows the multimodal model by")
     overrides = [*(field or []), *([f"short={short}"] if short else [])]
     chosen = load_recipe(CaptionRecipe, recipe, overrides)
-    config = DataConfig(source=source, image_root=image_root, start=start, stop=stop)
+    config = DataConfig(source=source, image_root=image_root, image_key=image_key, start=start, stop=stop)
     job = Job(config, out, chosen, model or "scenes")
     if write_batch is not None:
         _write_batch(job, write_batch)

@@ -60,6 +60,7 @@ def pack_command(
     source: SourceArgument,
     out: Annotated[Path, typer.Argument(help="Folder for the shards.")],
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+    ray: Annotated[bool, typer.Option("--ray", help="Run on a Ray cluster, --workers tasks at once.")] = False,
     shard_size: Annotated[int, typer.Option(min=1, help="Samples per shard.")] = 1000,
     resize: Annotated[int | None, typer.Option(min=1, help="Reduce larger images to this many pixels.")] = None,
     side: Annotated[
@@ -93,7 +94,7 @@ def pack_command(
         start=start,
         stop=stop,
     )
-    report = pack(config, out, options, workers)
+    report = pack(config, out, options, workers, ray)
     _print_skipped(report.counts(), report.skipped)
     if not report.written:
         why = _why_nothing(report.skipped, options)
@@ -163,6 +164,41 @@ def check_command(
     typer.echo(f"the filters would leave out: {json.dumps(report.filtered)}")
     for key, caption in report.examples:
         typer.echo(f"  {key}: {caption}")
+
+
+@data_app.command("preview")
+def preview_command(
+    source: SourceArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path("outputs/preview.html"),
+    limit: Annotated[int, typer.Option(min=1, help="Show this many samples, evenly spread.")] = 200,
+    image_root: ImageRoot = None,
+    image_key: ImageKey = None,
+    caption_key: CaptionKey = None,
+    short_key: ShortKey = None,
+    start: Start = 0,
+    stop: Stop = None,
+    min_words: MinWords = 8,
+    max_repeated_share: MaxRepeated = 0.4,
+    max_word_run: MaxRun = 3,
+    min_letter_share: MinLetters = 0.6,
+    min_words_per_clause: MinPerClause = 2.5,
+) -> None:
+    """Show images, captions, where 77 tokens end and what the filters say, on one HTML page."""
+    from fixclip_core.data.config import DataConfig
+    from fixclip_core.data.preview import write_preview
+
+    limits = _filters(min_words, max_repeated_share, max_word_run, min_letter_share, min_words_per_clause)
+    config = DataConfig(
+        source=source,
+        image_root=image_root,
+        image_key=image_key,
+        caption_key=caption_key,
+        short_key=short_key,
+        start=start,
+        stop=stop,
+    )
+    shown = write_preview(config, output, limits, limit)
+    typer.echo(f"{output}: {shown:,} samples")
 
 
 @data_app.command("index")

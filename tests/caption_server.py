@@ -25,6 +25,13 @@ def completion(text, finish_reason="stop"):
     return {"object": "chat.completion", "model": MODEL, "choices": choices, "usage": usage}
 
 
+def describe(body):
+    """A right answer: some scene's caption, the same for the same image and prompt."""
+    image, prompt = asked(body)
+    caption = short_caption if prompt in SHORT else long_caption
+    return completion(caption(sample_scene(image), stable_hash(image, prompt)).text)
+
+
 class CaptionServer(ScenesServer):
     """Describes any image, small ones too, as some scene.
 
@@ -40,16 +47,11 @@ class CaptionServer(ScenesServer):
     def __init__(self, fault=lambda number: None, words=None, key=None, pause=0.0):
         super().__init__()
         self.RequestHandlerClass = FaultyHandler
-        self.fault, self.words, self.key, self.pause = fault, words or self.describe, key, pause
+        self.fault, self.words, self.key, self.pause = fault, words or describe, key, pause
         self.seen, self.answered, self.times = Counter(), Counter(), []
         self.most_at_once = self.at_once = 0
         self.lock = threading.Lock()
         self.ending = threading.Event()
-
-    def describe(self, body):
-        image, prompt = asked(body)
-        caption = short_caption if prompt in SHORT else long_caption
-        return completion(caption(sample_scene(image), stable_hash(image, prompt)).text)
 
     def server_close(self):
         self.ending.set()

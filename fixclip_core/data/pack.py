@@ -26,6 +26,7 @@ from tqdm import tqdm
 from webdataset.writer import TarWriter
 
 from fixclip_core.data.captions import CaptionFilters
+from fixclip_core.data.cluster import on_ray
 from fixclip_core.data.config import DataConfig
 from fixclip_core.data.order import sample_range
 from fixclip_core.data.samples import BadSampleError, Sample, Skipped, check_captions, decode_image
@@ -76,7 +77,7 @@ class PackReport:
         return dict(Counter(sample.reason for sample in self.skipped).most_common())
 
 
-def pack(config: DataConfig, out: Path, options: PackOptions, workers: int = 1) -> PackReport:
+def pack(config: DataConfig, out: Path, options: PackOptions, workers: int = 1, ray: bool = False) -> PackReport:
     """Write `out`/shard-*.tar, index.json (samples per shard) and report.json (what was skipped and why).
 
     Run it again after an interruption, however hard, and it goes on where it was. Where not a single sample could be
@@ -87,6 +88,8 @@ def pack(config: DataConfig, out: Path, options: PackOptions, workers: int = 1) 
         out: a folder that is new, empty or from the same pack.
         options: what the shards hold.
         workers: processes; they do not change the result.
+        ray: run on a Ray cluster, `workers` tasks at a time (1: as many as there are cores); `out` is on a disk that
+            all its machines see.
 
     Raises:
         ValueError: `out` holds something else, was packed with other options or from other samples, is being
@@ -102,7 +105,7 @@ def pack(config: DataConfig, out: Path, options: PackOptions, workers: int = 1) 
         state.mkdir(exist_ok=True)
         with FileLock(state / "lock", timeout=_LOCK_SECONDS):
             _check_options(state / "options.json", config, options, len(samples))
-            report = _pack_shards(source, samples, out, options, workers)
+            report = _pack_shards(source, samples, out, options, workers, ray)
             if not report.written:
                 _remove_files(out)
         if not report.written:
@@ -142,16 +145,18 @@ def _check_options(path: Path, config: DataConfig, options: PackOptions, count: 
             )
 
 
-def _pack_shards(source: Source, samples: range, out: Path, options: PackOptions, workers: int) -> PackReport:
+def _pack_shards(
+    source: Source, samples: range, out: Path, options: PackOptions, workers: int, ray: bool
+) -> PackReport:
     shards = ShardPacker(source, samples, out, options)
     for leftover in [*(out / ".pack").glob("*.tmp"), *(out / ".pack").glob(".*.tmp")]:
         leftover.unlink(missing_ok=True)
-    loader = DataLoader(
-        shards,
-        batch_size=None,
-        num_workers=workers if workers > 1 else 0,
-        in_order=False,  # a slow shard holds nobody up
-    )
+    loader: Iterable[dict[str, Any]]
+    if ray:
+        loader = on_ray(shards.__getitem__, range(len(shards)), workers if workers > 1 else None)
+    else:
+        # A slow shard holds nobody up.
+        loader = DataLoader(shards, batch_size=None, num_workers=workers if workers > 1 else 0, in_order=False)
     records: dict[int, dict[str, Any]] = {}
     skipped = 0
     with tqdm(total=len(samples), desc="packing", unit="image") as bar:

@@ -99,6 +99,14 @@ class Shard:
                 return task
         return None
 
+    def leave_out_unreadable(self) -> None:
+        """Leave out the samples that something is pending for and whose images cannot be used."""
+        for task in self.pending():
+            try:
+                self.job.question(task)
+            except BadSampleError as error:
+                self.leave_out(task.index, error.skipped.reason, error.skipped.detail)
+
     def next_task(self, index: int, kind: Kind) -> Task | None:
         """The attempt to make next; None if there is a caption, or no attempt is left.
 

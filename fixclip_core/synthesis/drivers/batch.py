@@ -204,11 +204,7 @@ def _finish(job: Job, number: int) -> int:
     shard = Shard(job, number)
     if not shard.answered:
         return len(shard.pending())
-    for task in shard.pending():
-        try:
-            job.question(task)
-        except BadSampleError as error:
-            shard.leave_out(task.index, error.skipped.reason, error.skipped.detail)
+    shard.leave_out_unreadable()
     pending = len(shard.pending())
     if not pending:
         shard.finish()

@@ -6,6 +6,7 @@ which errors concern one sample and which all of them.
 """
 
 import asyncio
+import itertools
 import json
 import os
 import signal
@@ -28,6 +29,8 @@ from fixclip_core.synthesis.journal import Task
 from fixclip_core.synthesis.shard import Shard
 
 API_KEY = "OPENAI_API_KEY"
+# Of each client: for every request the client looks at all its connections, so many in one cost more than many ones.
+_CONNECTIONS = 16
 
 
 @dataclass(frozen=True)
@@ -85,18 +88,23 @@ class Server:
     def __init__(self, options: ServerOptions, model: str) -> None:
         self.options, self.model = options, model
         self._key = os.environ.get(API_KEY) or ""
-        self._client = openai.AsyncOpenAI(
-            base_url=options.base_url,
+        self._clients = [self._new_client() for _ in range(-(-options.concurrency // _CONNECTIONS))]
+        self._turns = itertools.cycle(self._clients)
+
+    def _new_client(self) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(
+            base_url=self.options.base_url,
             api_key=self._key or "none",  # local servers want none
-            timeout=options.timeout,
-            max_retries=options.retries,
+            timeout=self.options.timeout,
+            max_retries=self.options.retries,
         )
 
     async def __aenter__(self) -> "Server":
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._client.close()
+        for client in self._clients:
+            await client.close()
 
     async def check(self) -> None:
         """Find out before the first image is read whether anybody answers.
@@ -117,7 +125,7 @@ class Server:
             pass  # a server need not list its models
 
     async def _models(self) -> list[str]:
-        listing = await self._client.with_options(timeout=10, max_retries=1).get("/models", cast_to=str)
+        listing = await self._clients[0].with_options(timeout=10, max_retries=1).get("/models", cast_to=str)
         try:
             return [str(entry["id"]) for entry in json.loads(listing)["data"]]
         except (ValueError, KeyError, TypeError):
@@ -131,7 +139,7 @@ class Server:
             ServerError: every request would.
         """
         try:
-            text = await self._client.post("/chat/completions", body=body, cast_to=str)
+            text = await next(self._turns).post("/chat/completions", body=body, cast_to=str)
         except openai.AuthenticationError as error:
             raise self._wrong_key(error) from None
         except openai.NotFoundError as error:
@@ -179,16 +187,18 @@ def _cause(error: Exception) -> str:
 class Progress:
     """A bar of samples with images/s and tokens/s of this run, the accepted share and the time left."""
 
-    def __init__(self, total: int) -> None:
-        self._bar = tqdm(total=total, desc="captioning", unit="image", smoothing=0.1, mininterval=0.5)
+    def __init__(self, total: int, hidden: bool = False) -> None:
+        self._hidden = hidden
+        self._bar = tqdm(total=total, desc="captioning", unit="image", smoothing=0.1, mininterval=0.5, disable=hidden)
         self._answers = self._accepted = self._tokens = 0
         self._since = time.monotonic()
         self._of_shard: dict[int, int] = {}
 
     def skip(self, samples: int) -> None:
         """Samples that were finished before."""
-        self._bar.initial += samples
-        self._bar.update(samples)
+        if not self._hidden:
+            self._bar.initial += samples
+            self._bar.update(samples)
 
     def settled(self, shard: int, samples: int) -> None:
         """So many samples of a shard are settled by now."""

@@ -1,0 +1,171 @@
+"""`fixclip caption --write-batch`, `--read-batch`: OpenAI batch files, in any order, in parts, with failures."""
+
+import json
+import random
+
+import pytest
+from caption_server import CaptionServer, completion, describe
+from PIL import Image
+from test_caption_server import files, job, options
+from typer.testing import CliRunner
+
+from fixclip_cli.main import app
+from fixclip_core.synthesis.drivers.batch import BatchLimits, read_batch, write_batch
+from fixclip_core.synthesis.drivers.server import caption
+
+COUNT = 13
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    for number in range(COUNT):
+        Image.new("RGB", (24 + number, 24), (number * 9, 0, 0)).save(folder / f"{number:02d}.png")
+    (folder / "07.png").write_bytes(b"<html>404</html>")
+    return folder
+
+
+def requests(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def answer(line, words=describe):
+    """A line as `vllm run-batch` writes it."""
+    response = {"status_code": 200, "request_id": "batch-1", "body": words(line["body"])}
+    return {"id": "vllm-1", "custom_id": line["custom_id"], "response": response, "error": None}
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_batch_makes_what_a_server_makes(images, tmp_path):
+    file = tmp_path / "requests.jsonl"
+    assert write_batch(job(images, tmp_path / "out", short="ask"), file) == ([file], COUNT - 1)
+    lines = requests(file)
+    assert {(line["method"], line["url"]) for line in lines} == {("POST", "/v1/chat/completions")}
+    assert len({line["custom_id"] for line in lines}) == COUNT - 1
+    answers = [answer(line) for line in lines]
+    random.Random(0).shuffle(answers)
+    half = write(tmp_path / "half.jsonl", answers[:5])
+    rest = write(tmp_path / "rest.jsonl", answers[3:])
+    reading = read_batch(job(images, tmp_path / "out", short="ask"), [half])
+    assert (reading.answers, reading.failed, reading.report) == (5, {}, None)
+    reading = read_batch(job(images, tmp_path / "out", short="ask"), [half, rest])
+    assert (reading.answers, reading.pending) == (COUNT - 1 - 5, COUNT - 1)  # the short captions come next
+    _, number = write_batch(job(images, tmp_path / "out", short="ask"), file)
+    assert number == COUNT - 1
+    reading = read_batch(job(images, tmp_path / "out", short="ask"), [write(half, map(answer, requests(file)))])
+    assert reading.report["written"] == COUNT - 1
+    assert reading.report["counts"] == {"not_an_image": 1}
+    with CaptionServer().running() as server:
+        caption(job(images, tmp_path / "served", short="ask"), options(server))
+    assert files(tmp_path / "out") == files(tmp_path / "served")
+    assert write_batch(job(images, tmp_path / "out", short="ask"), file) == ([], 0)
+
+
+def test_failed_and_rejected_requests_are_written_again(images, tmp_path):
+    here, file = job(images, tmp_path / "out"), tmp_path / "requests.jsonl"
+    write_batch(here, file)
+    first, second, third, fourth, *others = requests(file)
+    failures = [
+        {"custom_id": first["custom_id"], "response": {"status_code": 500, "body": {}}, "error": None},
+        {"custom_id": second["custom_id"], "response": None, "error": {"code": "batch_expired"}},
+        answer(third, lambda body: {"no": "completion"}),
+        answer(fourth, lambda body: completion("Too short.")),
+    ]
+    reading = read_batch(here, [write(tmp_path / "answers.jsonl", [*failures, *map(answer, others)])])
+    assert reading.failed == {"server_error": 1, "refused_request": 1, "bad_answer": 1}
+    assert reading.pending == 4
+    write_batch(here, file)
+    again = requests(file)
+    assert [line["custom_id"] for line in again[:3]] == [line["custom_id"] for line in (first, second, third)]
+    assert again[3]["custom_id"].startswith("long-1-")  # another prompt
+    assert again[3]["body"]["messages"] != fourth["body"]["messages"]
+    reading = read_batch(here, [write(tmp_path / "more.jsonl", map(answer, again))])
+    assert reading.report["written"] == COUNT - 1
+
+
+@pytest.mark.parametrize("limits", [BatchLimits(requests=5), BatchLimits(bytes=3000)])
+def test_large_batches_are_written_in_parts(images, tmp_path, limits):
+    parts, number = write_batch(job(images, tmp_path / "out"), tmp_path / "requests.jsonl", limits)
+    assert number == COUNT - 1
+    assert [part.name for part in parts[:2]] == ["requests-001.jsonl", "requests-002.jsonl"]
+    assert sum(len(requests(part)) for part in parts) == COUNT - 1
+    for part in parts:
+        assert len(requests(part)) <= limits.requests
+        assert part.stat().st_size <= limits.bytes
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{broken", "requests.jsonl:2: no batch output of this job"),
+        ('{"custom_id": "request-1"}', "requests.jsonl:2: no batch output of this job"),
+        ('{"custom_id": "long-0-000000099.sober"}', "requests.jsonl:2: no batch output of this job"),
+        ('{"custom_id": "long-0-000000001.unknown"}', "requests.jsonl:2: no batch output of this job"),
+    ],
+)
+def test_a_line_of_something_else_is_named_and_what_was_read_is_kept(images, tmp_path, line, message):
+    here, file = job(images, tmp_path / "out"), tmp_path / "requests.jsonl"
+    write_batch(here, file)
+    good = answer(requests(file)[0])
+    file.write_text(f"{json.dumps(good)}\n{line}\n")
+    with pytest.raises(ValueError, match=message):
+        read_batch(here, [file])
+    assert read_batch(here, [write(file, [good])]).answers == 0
+    with pytest.raises(ValueError, match=r"absent.jsonl: cannot be read"):
+        read_batch(here, [tmp_path / "absent.jsonl"])
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["caption", *map(str, arguments)])
+
+
+def test_the_command(images, tmp_path):
+    file, out = tmp_path / "requests.jsonl", tmp_path / "out"
+    result = run(images, out, "--model", "scenes", "--write-batch", file)
+    assert result.exit_code == 0, result.output
+    assert f"{COUNT - 1} requests written" in result.output
+    answers = write(tmp_path / "answers.jsonl", map(answer, requests(file)[:-1]))
+    result = run(images, out, "--model", "scenes", "--read-batch", answers)
+    assert "11 new answers\n1 requests are still to make" in result.output
+    with CaptionServer().running() as server:  # the drivers share their work
+        result = run(images, out, "--model", "scenes", "--server", server.url)
+        assert sum(server.seen.values()) == 1
+    assert result.exit_code == 0, result.output
+    assert f"{COUNT - 1} of {COUNT} images captioned" in result.output
+    assert "not_an_image" in result.output
+    result = run(images, out, "--model", "scenes", "--write-batch", file)
+    assert "nothing is left to ask" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "give one of --server URL, --write-batch FILE and --read-batch FILE"),
+        (("--server", "http://127.0.0.1:9", "--write-batch", "x"), "give one of --server URL"),
+        (("--server", "http://127.0.0.1:9"), "give --model"),
+        (("--server", "nonsense", "--model", "m"), "give an address like"),
+        (
+            ("--server", "http://127.0.0.1:9", "--model", "m", "--set", "filters.max_sme=2"),
+            "did you mean filters.max_same",
+        ),
+        (("--server", "http://127.0.0.1:9", "--model", "m", "--short", "given"), "short"),
+    ],
+)
+def test_what_the_command_refuses(images, tmp_path, arguments, message):
+    result = run(images, tmp_path / "out", *arguments)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert result.output.count("error:") == 1
+
+
+def test_the_scenes_captioner_shows_the_filters_at_work(tmp_path):
+    result = run("scenes:12", tmp_path / "out", "--server", "builtin:scenes", "--set", "filters.max_words=60")
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["answers"]["too_long"] > 3
+    assert 0 < report["written"] < 12
+    assert "too_long" in result.output
