@@ -19,6 +19,7 @@ from fixclip_cli.app import (
     app,
     errors_exit_with,
     format_columns,
+    refuse,
 )
 
 if TYPE_CHECKING:
@@ -39,6 +40,9 @@ MinLetters = Annotated[float, typer.Option(help="Smallest share of letters in a 
 MinPerClause = Annotated[float, typer.Option(help="Fewest words between punctuation marks on average; 0 is off.")]
 
 
+FILTER_OPTIONS = ("min_words", "max_repeated_share", "max_word_run", "min_letter_share", "min_words_per_clause")
+
+
 def _filters(words: int, repeated: float, run: int, letters: float, per_clause: float) -> "CaptionFilters":
     from fixclip_core.data.captions import CaptionFilters
 
@@ -57,6 +61,7 @@ def _print_skipped(counts: dict[str, int], skipped: "Sequence[Skipped]") -> None
 
 @data_app.command("pack")
 def pack_command(
+    ctx: typer.Context,
     source: SourceArgument,
     out: Annotated[Path, typer.Argument(help="Folder for the shards.")],
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
@@ -83,6 +88,10 @@ def pack_command(
     from fixclip_core.data.config import DataConfig
     from fixclip_core.data.pack import PackOptions, pack
 
+    if resize is None:
+        refuse(ctx, "says which side --resize speaks of, and there is none", "side")
+    if not filter:
+        refuse(ctx, "does not act beside --no-filter", *FILTER_OPTIONS)
     limits = _filters(min_words, max_repeated_share, max_word_run, min_letter_share, min_words_per_clause)
     options = PackOptions(shard_size, resize, side, limits if filter else None)
     config = DataConfig(

@@ -5,11 +5,12 @@ from typing import Annotated
 
 import typer
 
-from fixclip_cli.app import DEFAULT_OUTPUT, AdapterOption, BaseOption, EncoderOption, app, parse_size
+from fixclip_cli.app import DEFAULT_OUTPUT, AdapterOption, BaseOption, EncoderOption, app, parse_size, refuse
 
 
 @app.command("evaluate-images", short_help="Do pictures follow their prompts? Systems side by side.")
 def evaluate_images(
+    ctx: typer.Context,
     prompts: Annotated[str, typer.Argument(help="Text file with a prompt a line, .jsonl with `prompt`, or scenes:N.")],
     base: BaseOption = "stable-diffusion-v1-5/stable-diffusion-v1-5",
     encoder: EncoderOption = None,
@@ -37,8 +38,11 @@ def evaluate_images(
     width_height = parse_size(size) if size else None
     if width_height and width_height[0] != width_height[1]:
         raise ValueError(f"size {size}: pictures to compare are square, give one number")
+    if system:
+        refuse(ctx, "does not act beside --system, which names its own", "encoder", "adapter", "lora")
     import torch
 
+    from fixclip_core.device import best_device
     from fixclip_core.evaluation.encoders import load_encoder
     from fixclip_diffusion import builtin
     from fixclip_diffusion.evaluation import generate, report, run
@@ -52,7 +56,7 @@ def evaluate_images(
         systems = generate.default_systems(parts.encoder, parts.adapter, parts.lora)
     if scorer is None and read[0].scene is None:
         typer.echo("No --scorer and no captions of scenes: pictures will be drawn and nothing scored.", err=True)
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = best_device()
     found = run.evaluate_images(
         base,
         read,

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fixclip_cli.app import Commands, app, errors_exit_with
+from fixclip_cli.app import Commands, app, errors_exit_with, refuse
 
 if TYPE_CHECKING:
     from fixclip_core.training.recipe import Section
@@ -67,7 +67,11 @@ def train(
     listed: Annotated[bool, typer.Option("--list", help="Show the recipes in the package.")] = False,
 ) -> None:
     """Train an encoder or an adapter as a recipe says."""
-    if listed and context.invoked_subcommand is None:
+    if listed and context.invoked_subcommand is not None:
+        raise ValueError(
+            f"--list shows the recipes and trains nothing; leave it out before {context.invoked_subcommand}"
+        )
+    if listed:
         from fixclip_core.training.recipe import builtin_recipes
 
         for name, kind in KINDS.items():
@@ -80,6 +84,7 @@ def command(kind: Kind) -> Callable[..., None]:
     """The command of one kind; all of them have the same options."""
 
     def train(
+        ctx: typer.Context,
         recipe: RecipeArgument,
         overrides: Overrides = None,
         resume: Resume = "auto",
@@ -87,6 +92,10 @@ def command(kind: Kind) -> Callable[..., None]:
         smoke: Smoke = False,
         diff: Diff = False,
     ) -> None:
+        if diff:
+            refuse(ctx, "does not act beside --recipe-diff, which trains nothing", "resume", "dry_run", "smoke")
+        if dry_run or smoke:
+            refuse(ctx, "does not act beside --dry-run or --smoke, which begin anew", "resume")
         with training_errors():
             from fixclip_core.training.recipe import load_recipe, recipe_diff
 

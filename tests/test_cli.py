@@ -15,7 +15,7 @@ import tiny
 import torch
 import typer
 from command_line import error_of, run
-from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
+from diffusers import DDPMScheduler, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
@@ -147,7 +147,7 @@ def test_every_option_acts_and_is_recorded(sd1, tmp_path, styles):
         "conditioning": "chunks",
         "steps": 3,
         "guidance": 3.5,
-        "scheduler": "eulerdiscrete",
+        "scheduler": "ddpm",
         "seed": 5,
         "size": "16x24",
         "num": 2,
@@ -165,20 +165,21 @@ def test_every_option_acts_and_is_recorded(sd1, tmp_path, styles):
     pipe.load_lora_weights(styles / "lora", adapter_name="style")
     pipe.set_adapters("style", 0.5)
     pipe.load_textual_inversion(styles / "MyCat.safetensors", token="MyCat")
-    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     for seed in (5, 6):
         expected = pipe(
             prompt, negative_prompt="grey", num_inference_steps=3, guidance_scale=3.5, width=16, height=24,
             generator=torch.Generator().manual_seed(seed),
         ).images[0]  # fmt: skip
         image = Image.open(tmp_path / "out" / f"seed{seed}.png")
+        assert np.asarray(image).std() > 1
         assert np.array_equal(np.asarray(image), np.asarray(expected))
         settings = json.loads(image.text["fixclip"])
         assert settings == {
             "prompt": prompt, "seed": seed, "negative_prompt": "grey", "steps": 3, "guidance_scale": 3.5,
             "size": [16, 24], "base": str(sd1), "encoder": None, "adapter": None, "loras": [str(options["lora"])],
             "embeddings": [str(options["embedding"])], "conditioning": "chunks", "weights": "a1111",
-            "scheduler": "EulerDiscreteScheduler", "dtype": "float32", "systems": ["chunks"],
+            "scheduler": "DDPMScheduler", "dtype": "float32", "systems": ["chunks"],
             "version": settings["version"],
         }  # fmt: skip
     again = run("generate", "--config", tmp_path / "out" / "seed6.png", "-o", tmp_path / "again.png")
@@ -293,6 +294,24 @@ def test_an_error_may_have_an_exit_code_of_its_own():
     app.callback()(lambda: None)
     assert error_of(CliRunner().invoke(app, ["work"]), code=1) == "the loss is not finite at step 3"
     assert CliRunner().invoke(app, ["work", "--stepz"]).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("data pack a.jsonl out --side longest", "--side says which side --resize speaks of, and there is none"),
+        ("data pack a.jsonl out --no-filter --min-words 3", "--min-words does not act beside --no-filter"),
+        ("evaluate-images scenes:1 --system a: --adapter b", "--adapter does not act beside --system"),
+        ("train encoder builtin:x --recipe-diff --smoke", "--smoke does not act beside --recipe-diff"),
+        ("train encoder builtin:x --dry-run --resume none", "--resume does not act beside --dry-run or --smoke"),
+        ("train --list encoder builtin:x", "--list shows the recipes and trains nothing"),
+        ("evaluate BASE --data scenes:4 --pretrained openai", "it chooses the weights of an open_clip model"),
+        ("convert BASE/text_encoder OUT --model-name ViT-B-16", "leave out the model name 'ViT-B-16'"),
+    ],
+)
+def test_options_that_would_not_act_are_refused(sd1, tmp_path, arguments, message):
+    words = arguments.replace("BASE", str(sd1)).replace("OUT", str(tmp_path / "new")).split()
+    assert message in error_of(run(*words))
 
 
 def test_tokens_needs_only_the_tokenizer(sd1, tmp_path):

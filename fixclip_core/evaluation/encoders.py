@@ -80,10 +80,12 @@ def load_encoder(
         find_fixclip,
         is_open_clip_name,
     )
-    from fixclip_core.weights.read import read_clip
+    from fixclip_core.weights.read import read_clip, refuse_model_name
 
     name, device = str(source), torch.device(device)
     check_pretrained(source, pretrained)
+    if find_fixclip(source) or is_open_clip_name(source):
+        refuse_model_name(source, model_name)
     if folder := find_fixclip(source):
         fixclip = FixClip.from_pretrained(folder)
         config, length, format = fixclip.config.clip, int(fixclip.config.context_length or 0), "FixClip"

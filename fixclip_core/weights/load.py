@@ -8,7 +8,7 @@ import torch
 
 from fixclip_core.check import check_finite, check_shapes, loading, module_shapes
 from fixclip_core.model.fixclip import FixClip
-from fixclip_core.weights.read import ClipCheckpoint, open_clip_config, read_clip, read_json
+from fixclip_core.weights.read import ClipCheckpoint, open_clip_config, read_clip, read_json, refuse_model_name
 
 CLIP_CONTEXT_LENGTH = 77
 
@@ -42,6 +42,8 @@ def load_fixclip(
             that FixClip can hold.
     """
     check_pretrained(source, pretrained)
+    if find_fixclip(source) or is_open_clip_name(source):
+        refuse_model_name(source, model_name)
     if folder := find_fixclip(source):
         model = FixClip.from_pretrained(folder)
         _check_fields(source, model, config_fields)

@@ -65,11 +65,13 @@ def read_clip(source: str | Path, model_name: str | None = None) -> ClipCheckpoi
 
     Raises:
         LoadError: nothing there, an unknown or damaged format, a pickle that wants to run code, weights that are not
-            finite, or an architecture that does not follow from the file.
+            finite, an architecture that does not follow from the file, or a model name for a source that says itself
+            what it is.
     """
     path = Path(builtin.resolve(source))
     with loading(str(source)):
         if path.is_dir():
+            refuse_model_name(source, model_name)
             checkpoint = _read_folder(path, source)
         elif path.is_file():
             checkpoint = _read_file(path, model_name)
@@ -110,8 +112,19 @@ def _read_file(path: Path, model_name: str | None) -> ClipCheckpoint:
         format, quick_gelu = "OpenAI TorchScript archive" if is_torchscript else "OpenAI state dict", True
     else:
         return _from_open_clip_file(path, state_dict, model_name)
+    refuse_model_name(path, model_name)
     config = infer_model_config(state_dict, quick_gelu)
     return ClipCheckpoint(format, state_dict, config, preprocess_config(config))
+
+
+def refuse_model_name(source: str | Path, model_name: str | None) -> None:
+    """Refuse a name that would not act.
+
+    Raises:
+        LoadError: there is one.
+    """
+    if model_name is not None:
+        raise LoadError(f"{source} says itself what it is: leave out the model name {model_name!r}")
 
 
 def _require_vision_transformer(path: Path, state_dict: Mapping[str, Tensor]) -> None:
