@@ -134,7 +134,7 @@ def read_text_config(file: str | Path, which: Which | None = None, **config: Any
 
 
 def _find(
-    file: str | Path, which: Which | None, config: Mapping[str, Any], what: str
+    file: str | Path, which: Which | None, config: dict[str, Any], what: str
 ) -> tuple[WeightFile, TextTower, list[str], dict[str, Any]]:
     """The open file, the tower in it, the names of the tower's tensors, and the configuration."""
     source = open_weights(file)
