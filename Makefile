@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Two test processes with one thread each beat one process with two threads.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 MPLBACKEND=Agg
 
-.PHONY: demo app test lint format install dev clean
+.PHONY: demo benchmark-demo app test lint format install dev clean
 
 install: $(VENV)/.installed
 dev: $(VENV)/.installed-dev
@@ -28,6 +28,16 @@ $(VENV)/.installed-train: pyproject.toml
 # Three long prompts on the embedded model, stock to FIX-CLIP side by side, each object checked: outputs/demo.png
 demo: $(VENV)/.installed-train
 	$(BIN)/fixclip demo -o outputs/demo.png
+
+$(VENV)/.installed-benchmark: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -e ".[train,judge]"
+	touch $@ $(VENV)/.installed
+
+# Scenes as a benchmark of questions, drawn by the embedded model, judged exactly and by a judge that errs:
+# outputs/benchmark-demo/report.html
+benchmark-demo: $(VENV)/.installed-benchmark
+	$(BIN)/python pipelines/benchmark_demo/run.py -o outputs/benchmark-demo
 
 $(VENV)/.installed-app: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -22,11 +22,16 @@ from fixclip_core import scenes
 from fixclip_core.evaluation.encoders import load_encoder
 from fixclip_diffusion import FixClipStableDiffusionPipeline, FixClipTokenizer, TextAdapter
 from fixclip_diffusion.adapter_training import trainer as train
-from fixclip_diffusion.evaluation import generate, judges, report, run, scores
+from fixclip_diffusion.evaluation import generate, judges, report, run
+from fixclip_diffusion.evaluation.benchmarks import Benchmark
 from fixclip_diffusion.evaluation.generate import Drawing, System
-from fixclip_diffusion.evaluation.prompts import Prompt, read_prompts, sentences
+from fixclip_diffusion.evaluation.prompts import Prompt, number_prompts, read_prompts, sentences
 
 LONG, SHORT = tiny_adapter.caption(3), "A red horse stands. A blue boat."
+
+
+def benchmark(*prompts):
+    return Benchmark("prompts", tuple(number_prompts(prompts)), "here")
 
 
 @pytest.fixture(scope="module")
@@ -77,12 +82,13 @@ def test_prompt_files(tmp_path):
     (tmp_path / "plain.txt").write_text("A horse.\n\n  A boat. \n")
     assert [p.text for p in read_prompts(str(tmp_path / "plain.txt"))] == ["A horse.", "A boat."]
     (tmp_path / "rows.jsonl").write_text('{"prompt": "A horse.\\nA boat."}\n')
-    assert read_prompts(str(tmp_path / "rows.jsonl")) == [Prompt("A horse.\nA boat.")]
+    assert read_prompts(str(tmp_path / "rows.jsonl")) == [Prompt("A horse.\nA boat.", id="00000")]
     drawn = read_prompts("scenes:3")
     assert len({p.text for p in drawn}) == 3
     assert all(len(p.scene.objects) == 9 for p in drawn)
     (tmp_path / "scenes.txt").write_text("\n".join(p.text for p in drawn))
     again = read_prompts(str(tmp_path / "scenes.txt"))
+    assert [[q.text for q in p.questions] for p in again] == [[q.text for q in p.questions] for p in drawn]
     assert [{(o.place, o.shape, o.colour) for o in p.scene.objects} for p in again] == [
         {(o.place, o.shape, o.colour) for o in p.scene.objects} for p in drawn
     ]
@@ -120,6 +126,8 @@ def test_systems_of_the_command_line():
     assert generate.default_systems(None, None, None)[0] == System("stock", conditioning="stock")
     for text, message in (
         ("a:adaptor=b", "'adaptor=b' is not KEY=VALUE with one of encoder, adapter, lora, conditioning"),
+        ("a:pipeline=b,encoder=c", "pipeline and encoder exclude each other"),
+        ("a:pictures=b,lora=c", "pictures and lora exclude each other"),
         ("a/b", "a name has letters"),
         ("a:long_prompt=cut", "conditioning='cut': valid are stock, chunks"),
     ):
@@ -133,7 +141,7 @@ def test_systems_of_the_command_line():
 def test_every_system_draws_what_its_pipeline_draws(sd1, parts, tmp_path):
     systems = generate.default_systems(None, str(parts / "adapter"), str(parts / "lora"))
     drawing = Drawing(steps=2, guidance_scale=5.0, size=16, seed=3, num_seeds=2)
-    result = run.evaluate_images(str(sd1), [Prompt(LONG)], systems, drawing, folder=tmp_path)
+    result = run.evaluate_images(str(sd1), benchmark(Prompt(LONG)), systems, drawing, tmp_path)
     stock = StableDiffusionPipeline.from_pretrained(sd1, safety_checker=None)
     ours = FixClipStableDiffusionPipeline.from_pretrained(sd1)
     adapted = FixClipStableDiffusionPipeline.from_pretrained(sd1, adapter=parts / "adapter")
@@ -142,8 +150,8 @@ def test_every_system_draws_what_its_pipeline_draws(sd1, parts, tmp_path):
     pictures = []
     for name, pipe, options in (
         ("stock", stock, {}),
-        ("windows", ours, {"conditioning": "chunks"}),
-        ("untuned", ours, {}),
+        ("chunks", ours, {"conditioning": "chunks"}),
+        ("untuned", ours, {"conditioning": "one_pass"}),
         ("adapted", adapted, {}),
         ("adapted+lora", both, {}),
     ):
@@ -156,7 +164,7 @@ def test_every_system_draws_what_its_pipeline_draws(sd1, parts, tmp_path):
     assert len(set(pictures)) == len(pictures)
     assert Image.open(tmp_path / "sheet.png").width > 5 * 192
     assert json.loads((tmp_path / "report.json").read_text()) == result
-    assert report.format_table(result).startswith("nothing was scored")
+    assert "nothing was scored" in report.markdown(result)
 
 
 def test_batches_draw_what_single_pictures_are(sd1):
@@ -175,13 +183,12 @@ def test_batches_draw_what_single_pictures_are(sd1):
     assert len({picture.tobytes() for own in one for picture in own}) == 12
 
 
-def test_scores_are_cosines_by_sentence_and_zone(sd1, scorer, tokenizer):
+def test_scores_are_cosines_by_sentence_and_zone(sd1, scorer, tokenizer, tmp_path):
     encoder = load_encoder(scorer)
     prompts = [Prompt(LONG), Prompt(SHORT)]
     drawing = Drawing(steps=1, size=16, num_seeds=2)
-    result = run.evaluate_images(
-        str(sd1), prompts, [System("stock", conditioning="stock"), System("untuned")], drawing, scorer=encoder
-    )
+    systems = [System("stock", conditioning="stock"), System("untuned")]
+    result = run.evaluate_images(str(sd1), benchmark(*prompts), systems, drawing, tmp_path, scorer=encoder)
     pictures = generate.Painter(str(sd1)).draw(System("untuned"), prompts, drawing)
     images = torch.stack([encoder.preprocess(picture) for picture in pictures[0]])
     with torch.no_grad():
@@ -194,7 +201,7 @@ def test_scores_are_cosines_by_sentence_and_zone(sd1, scorer, tokenizer):
         row = result["prompts"][0]["systems"]["untuned"]
         assert row["whole"] == pytest.approx(score(LONG), abs=1e-5)
         assert row["per_sentence"] == pytest.approx([score(s.text) for s in own], abs=1e-5)
-    metrics = result["systems"]["untuned"]
+    metrics = result["cosines"]["untuned"]
     after = [v for s, v in zip(own, row["per_sentence"], strict=True) if s.zone == "after"]
     assert metrics["sentence_after"] == {
         "mean": pytest.approx(sum(after) / len(after)),
@@ -202,8 +209,8 @@ def test_scores_are_cosines_by_sentence_and_zone(sd1, scorer, tokenizer):
         "count": 1,
     }
     assert metrics["whole"]["count"] == metrics["sentence_before"]["count"] == 2
-    assert result["systems"]["stock"] != metrics
-    table = report.format_table(result)
+    assert result["cosines"]["stock"] != metrics
+    table = report.markdown(result)
     assert "sentence_after" in table
     assert f"{metrics['whole']['mean']:.4f}" in table
 
@@ -229,20 +236,14 @@ def test_the_exact_checker_judges_scenes_by_zone(tokenizer):
         scenes.Scene(prompt.scene.background, tuple(o for o in prompt.scene.objects if o is not spoilt))
     )
     pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in (right, wrong)]
-    verdicts = judges.scene_verdicts(pictures, prompt, tokenizer)
-    metrics = scores.metrics([([], verdicts)])
-    number = sum(zone == "after" for zone in zones.values())
-    assert metrics["objects_right_before"]["mean"] == metrics["background_right"]["mean"] == 1
-    assert metrics["objects_right_after"]["mean"] == pytest.approx(1 - 1 / (2 * number))
-
-
-def test_means_and_standard_errors():
-    assert scores.summarize([1.0, 2.0, 6.0]) == {
-        "mean": 3.0,
-        "standard_error": pytest.approx(np.std([1, 2, 6], ddof=1) / np.sqrt(3)),
-        "count": 3,
-    }
-    assert scores.summarize([2.0])["standard_error"] == 0
+    found = judges.scene_verdicts(pictures, prompt, tokenizer)["objects"]
+    assert [item["right"] for item in found].count(False) == 1
+    assert {item["zone"] for item in found if not item["right"]} == {"after"}
+    checker = judges.SceneChecker()
+    replies = [list(checker.answers(picture, prompt, prompt.questions)) for picture in pictures]
+    assert {reply.answer for reply in replies[0]} == {"yes"}
+    lost = [q.id for q, reply in zip(prompt.questions, replies[1], strict=True) if reply.answer == "no"]
+    assert lost == [f"{spoilt.place}/shape", f"{spoilt.place}/colour"]
 
 
 def test_what_cannot_be_drawn_is_named_first(sd1, parts, tmp_path):
@@ -258,10 +259,10 @@ def test_what_cannot_be_drawn_is_named_first(sd1, parts, tmp_path):
         ([System("a"), System("b", encoder=str(tmp_path))], "no config.json"),
     ):
         with pytest.raises(ValueError, match=message):
-            run.evaluate_images(str(sd1), prompts, systems, drawing, folder=tmp_path / "out")
+            run.evaluate_images(str(sd1), benchmark(*prompts), systems, drawing, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="/proc/out cannot be written to"):
-        run.evaluate_images(str(sd1), prompts, [System("a")], drawing, folder=Path("/proc/out"))
+        run.evaluate_images(str(sd1), benchmark(*prompts), [System("a")], drawing, Path("/proc/out"))
 
 
 # -- the command ---------------------------------------------------------------------------------------------
@@ -278,11 +279,13 @@ def test_command(sd1, parts, scorer, tmp_path):
         "--guidance", 3, "-o", tmp_path / "out",
     )  # fmt: skip
     assert found.code == 0, found.text
-    assert "objects_right_after" in found.text
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert list(report["systems"]) == ["stock", "chunks", "overlap", "untuned", "adapted"]
-    assert {"whole", "sentence_after", "objects_right_before"} <= report["systems"]["adapted"].keys()
-    assert report["settings"]["drawing"] == {
+    assert "Judged by checker" in found.text
+    result = json.loads((tmp_path / "out" / "report.json").read_text())
+    own = result["judges"]["checker"]["systems"]
+    assert list(own) == ["stock", "chunks", "overlap", "untuned", "adapted"]
+    assert {"before", "after"} <= own["adapted"]["zone"].keys()
+    assert {"whole", "sentence_after"} <= result["cosines"]["adapted"].keys()
+    assert result["settings"]["drawing"] == {
         "steps": 1, "guidance_scale": 3.0, "size": 32, "seed": 0, "num_seeds": 1, "negative_prompt": "",
         "batch_size": 1,
     }  # fmt: skip

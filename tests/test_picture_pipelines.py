@@ -1,0 +1,225 @@
+"""Pictures by any diffusers pipeline, from a folder, by several processes, and after a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
+from PIL import Image
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from typer.testing import CliRunner
+
+from fixclip_cli.main import app
+from fixclip_core import scenes
+from fixclip_diffusion.evaluation.generate import Drawing, Painter, System, draw_missing, read_metadata
+from fixclip_diffusion.evaluation.prompts import Prompt, number_prompts, read_prompts
+from fixclip_diffusion.tiny import clip_text_config, scheduler, unet, vae
+
+ROOT = Path(__file__).parents[1]
+DRAWING = Drawing(steps=1, guidance_scale=2.0, size=16, seed=5, num_seeds=2, batch_size=3)
+PROMPTS = number_prompts([Prompt("A red horse."), Prompt("A blue boat.")])
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+
+
+def sdxl(folder):
+    """Two text encoders of 32 features each."""
+    tokenizer = tiny.clip_tokenizer()
+    StableDiffusionXLPipeline(
+        vae=vae(),
+        text_encoder=CLIPTextModel(clip_text_config()),
+        text_encoder_2=CLIPTextModelWithProjection(clip_text_config()),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=unet(
+            cross_attention_dim=64,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=32 + 6 * 8,
+        ),
+        scheduler=scheduler(),
+    ).save_pretrained(folder)
+
+
+def flux(folder):
+    tokenizer = tiny.clip_tokenizer()
+    FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=AutoencoderKL(
+            sample_size=16, in_channels=3, out_channels=3, block_out_channels=(4,), latent_channels=1,
+            norm_num_groups=1, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06, scaling_factor=1.5,
+        ),
+        text_encoder=CLIPTextModel(clip_text_config()),
+        tokenizer=tokenizer,
+        text_encoder_2=T5EncoderModel(
+            T5Config(vocab_size=49408, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+        ),
+        tokenizer_2=tokenizer,
+        transformer=FluxTransformer2DModel(
+            patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16,
+            num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8),
+        ),
+    ).save_pretrained(folder)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def scene_pictures(tmp_path_factory):
+    """Right pictures of two scenes, as 00000.png and 00001.png."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for prompt in read_prompts("scenes:2"):
+        image = Image.fromarray(scenes.render(prompt.scene).permute(1, 2, 0).numpy())
+        image.save(folder / f"{prompt.id}.png")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"), [(None, StableDiffusionPipeline), (sdxl, StableDiffusionXLPipeline), (flux, FluxPipeline)]
+)
+def test_any_pipeline_draws_what_it_draws_by_itself(make, kind, sd1, tmp_path):
+    folder = sd1
+    if make is not None:
+        folder = tmp_path / "model"
+        make(folder)
+    painter, system = Painter("not used"), System("other", pipeline=str(folder))
+    painter.check(system)
+    assert draw_missing(painter, system, PROMPTS, DRAWING, tmp_path / "out") == (4, 0)
+    pipe = kind.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    seen = set()
+    for prompt in PROMPTS:
+        for seed in (5, 6):
+            wanted = pipe(
+                prompt.text, num_inference_steps=1, guidance_scale=2.0, width=16, height=16,
+                generator=torch.Generator().manual_seed(seed),
+            ).images[0]  # fmt: skip
+            path = tmp_path / "out" / f"{prompt.id}-seed{seed}.png"
+            found = np.asarray(Image.open(path)).astype(int)
+            assert np.abs(found - np.asarray(wanted)).max() <= 1
+            seen.add(found.tobytes())
+            metadata = read_metadata(path)
+            assert (metadata["prompt"], metadata["seed"]) == (prompt.text, seed)
+            assert metadata["system"]["pipeline"] == str(folder)
+    assert len(seen) == 4
+
+
+def test_what_is_there_is_not_drawn_again_and_never_mixed(sd1, tmp_path):
+    painter, system = Painter(str(sd1)), System("stock", conditioning="stock")
+    assert draw_missing(painter, system, PROMPTS, DRAWING, tmp_path) == (4, 0)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    (tmp_path / "00000-seed6.png").unlink()
+    (tmp_path / "00001-seed5.png").write_bytes(before["00001-seed5.png"][:100])  # damaged
+    assert draw_missing(painter, system, PROMPTS, DRAWING, tmp_path) == (2, 2)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    for changed, message in (
+        (Drawing(**{**DRAWING.__dict__, "steps": 2}), r"00000-seed5\.png: drawn with another steps \(1 instead of 2\)"),
+        (Drawing(**{**DRAWING.__dict__, "size": 24}), r"another size \(16 instead of 24\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            draw_missing(painter, system, PROMPTS, changed, tmp_path)
+    other = number_prompts([Prompt("A green tree."), Prompt("A blue boat.")])
+    with pytest.raises(ValueError, match=r"another prompt \('A red horse\.' instead of 'A green tree\.'\)"):
+        draw_missing(painter, system, other, DRAWING, tmp_path)
+    with pytest.raises(ValueError, match="drawn with another system"):
+        draw_missing(painter, System("stock", pipeline=str(sd1)), PROMPTS, DRAWING, tmp_path)
+
+
+def test_what_is_no_pipeline_is_named(tmp_path):
+    painter = Painter("not used")
+    with pytest.raises(ValueError, match=r"system 'a': .* is no diffusers pipeline"):
+        painter.check(System("a", pipeline=str(tmp_path)))
+    with pytest.raises(ValueError, match="system 'a': no pictures in"):
+        painter.check(System("a", pictures=str(tmp_path / "none")))
+
+
+# -- the command ---------------------------------------------------------------------------------------------
+
+
+def invoke(*arguments):
+    result = CliRunner().invoke(app, ["evaluate-images", *map(str, arguments)])
+    return result.exit_code, result.output
+
+
+def test_pictures_made_elsewhere(scene_pictures, tmp_path):
+    out = tmp_path / "out"
+    options = ("scenes:2", "--pictures", f"mine={scene_pictures}", "-o", out)
+    code, text = invoke(*options)
+    assert code == 0, text
+    assert "| mine   | 100.0 ± 0.0" in text
+    assert "0 of 38" in text
+    assert {p.name for p in out.iterdir()} == {"answers", "report.json", "report.md", "report.html", "sheet.png"}
+    code, text = invoke("scenes:3", "--pictures", f"mine={scene_pictures}", "-o", tmp_path / "b")
+    assert code == 2
+    assert "pictures of 1 of 3 prompts are missing, e.g. of 00002; with --partial" in text
+    code, text = invoke("scenes:3", "--pictures", f"mine={scene_pictures}", "--partial", "-o", tmp_path / "b")
+    assert "66.7 ± 33.3" in text
+    assert "Without an answer, counted 0: 19 picture missing" in text
+    unanswered = json.loads((tmp_path / "b" / "report.json").read_text())["judges"]["checker"]["unanswered"]
+    assert {row["prompt"] for row in unanswered} == {"00002"}
+    code, text = invoke("--compare", out, tmp_path / "b")
+    assert "2 prompts in common of 2 and 3" in text
+    assert "Every prompt scores the same in both." in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "give PROMPTS or --benchmark NAME FOLDER"),
+        (("scenes:1", "--benchmark", "dpg", "x"), "give PROMPTS or --benchmark NAME FOLDER"),
+        (("scenes:1", "--compare", "a", "b"), "leave the prompts out"),
+        (("--compare", "a", "b", "--steps", "3"), "--steps does not act beside --compare"),
+        (("scenes:1", "--size", "16x24"), "give one number"),
+        (("--benchmark", "dpg", "none"), "none: no such folder; dpg is a folder with dpg_bench.csv"),
+        (("scenes:1", "--pipeline", "x", "--encoder", "y"), "--encoder does not act beside --pipeline"),
+        (("scenes:1", "--pipeline", "a="), "expected NAME=SOURCE or SOURCE"),
+        (("scenes:1", "--pipeline", "x", "--judge", "http://127.0.0.1:1/v1"), "1 --judge URLs and 0 --judge-model"),
+        (("scenes:1", "--pipeline", "x", "--judge-model", "m"), "--judge-model is of a --judge"),
+        (("scenes:1", "--pictures", "x", "--official"), "scenes has no official score; those of dpg, tiif"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(arguments, message):
+    code, text = invoke(*arguments)
+    assert (code, message in text) == (2, True), text
+
+
+def test_a_killed_run_goes_on_in_two_processes(sd1, tmp_path):
+    """kill -9 while it draws; then the same command by torchrun, which draws what is missing, judges and reports."""
+    system = "stock:conditioning=stock"
+    command = [
+        "-m", "fixclip_cli", "evaluate-images", "scenes:3", "--base", str(sd1), "--system", system,
+        "--steps", "2", "--size", "32", "--per-prompt", "2", "-o", str(tmp_path),
+    ]  # fmt: skip
+    images = tmp_path / "images" / "stock"
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 300
+    while not images.is_dir() or len(list(images.glob("[!.]*.png"))) < 2:
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = {path: path.read_bytes() for path in images.glob("[!.]*.png")}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    done = subprocess.run([*launcher, *command], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(list(images.glob("[!.]*.png"))) == 6
+    assert {path: path.read_bytes() for path in kept} == kept
+    assert done.stdout.count("Judged by checker") == 1
+    files = sorted((tmp_path / "answers" / "checker").glob("*.jsonl"))
+    lines = [len(file.read_text().splitlines()) for file in files]
+    assert lines == [2 * 2 * 19, 1 * 2 * 19]  # prompts 0 and 2, and prompt 1
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["judges"]["checker"]["systems"]["stock"]["unanswered"] == 0
