@@ -3,6 +3,7 @@
 import json
 import re
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from fixclip_core import scenes
 from fixclip_core.evaluation.encoders import load_encoder
 from fixclip_diffusion import FixClipStableDiffusionPipeline, FixClipTokenizer, TextAdapter
 from fixclip_diffusion.adapter_training import trainer as train
-from fixclip_diffusion.evaluation import generate, judges, report, run
+from fixclip_diffusion.evaluation import generate, judges, report, run, scores
 from fixclip_diffusion.evaluation.benchmarks import Benchmark
 from fixclip_diffusion.evaluation.generate import Drawing, System
 from fixclip_diffusion.evaluation.prompts import Prompt, number_prompts, read_prompts, sentences
@@ -244,6 +245,36 @@ def test_the_exact_checker_judges_scenes_by_zone(tokenizer):
     assert {reply.answer for reply in replies[0]} == {"yes"}
     lost = [q.id for q, reply in zip(prompt.questions, replies[1], strict=True) if reply.answer == "no"]
     assert lost == [f"{spoilt.place}/shape", f"{spoilt.place}/colour"]
+
+
+def test_references_are_asked_for_by_distance():
+    """What only another sentence says is a question of its own, and wrong where the picture does not follow it."""
+    prompts = read_prompts("scenes-references:16")
+    assert all(scenes.read_caption(p.text) == p.scene.described() for p in prompts)
+    asked = [q for p in prompts for q in p.questions if q.id.endswith("/reference")]
+    assert {q.category for q in asked} == {f"reference {bucket}" for bucket in scenes.DISTANCES}
+    checker = judges.SceneChecker()
+    for prompt in prompts:
+        (question, *_) = [q for q in prompt.questions if q.id.endswith("/reference")]
+        place, what = question.fact
+        (item,) = [item for item in prompt.scene.objects if item.place == place]
+        assert question.about in prompt.text
+        assert all(getattr(item, kind) in question.text for kind in what.split())
+        other = replace(item, colour="red" if item.colour == "blue" else "blue", size="large")
+        other = replace(other, shape="star" if item.shape == "ring" else "ring")
+        changed = replace(prompt.scene, objects=tuple(other if o is item else o for o in prompt.scene.objects))
+        for scene, answer in ((prompt.scene, "yes"), (changed, "no")):
+            picture = Image.fromarray(scenes.render(scene).permute(1, 2, 0).numpy())
+            (reply,) = checker.answers(picture, prompt, [question])
+            assert reply.answer == answer
+    guesses = scores.reference_guesses(prompts)
+    assert list(guesses) == [f"reference {bucket}" for bucket in scenes.DISTANCES]
+    assert all(1 / 48 <= guess["uniform"] <= 1 / 8 and 0 <= guess["named"] <= 1 for guess in guesses.values())
+    assert scores.reference_guesses(read_prompts("scenes:2")) == {}
+    found = {"a": {"question": {name: {"mean": 0.5, "standard_error": 0.1} for name in guesses}}}
+    (_, text) = report._references(found, guesses)
+    assert text.count("50.0 ± 10.0") == 4
+    assert "guess: any value" in text
 
 
 def test_what_cannot_be_drawn_is_named_first(sd1, parts, tmp_path):

@@ -214,7 +214,7 @@ class SceneChecker:
                 right, seen = check.background_right, check.background
             else:
                 verdict = verdicts[place]
-                right = verdict.shape_right if what == "shape" else verdict.colour_right
+                right = all(getattr(verdict, f"{kind}_right") for kind in what.split())
                 seen = "nothing" if verdict.seen is None else f"{verdict.seen.colour} {verdict.seen.shape}"
             yield Reply(f"{seen} seen", "yes" if right else "no", float(right))
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 from fixclip_core import scenes
 from fixclip_core.data.captions import split_sentences
 from fixclip_core.files import parse_json
+from fixclip_core.scenes.grammar import with_articles
 from fixclip_diffusion.tokenizer import FixClipTokenizer
 
 ZONES: tuple[str, ...] = get_args(scenes.Zone)
@@ -35,7 +36,8 @@ class Question:
         parents: ids of questions that must be right too, e.g. "Is there a chef?" for "Does the chef wear white?".
         about: the part of the prompt that it asks about, word for word; "" if the benchmark does not say.
         category: for scores by category, e.g. "entity - whole".
-        fact: where the exact checker of scenes looks the answer up: (place, "shape" or "colour") or ("", "background").
+        fact: where the exact checker of scenes looks the answer up: (place, "shape", "colour", "size" or several of
+            them with blanks between) or ("", "background").
     """
 
     id: str
@@ -274,10 +276,11 @@ def as_row(prompt: Prompt) -> dict[str, Any]:
 def scene_questions(text: str, scene: scenes.Scene) -> tuple[Question, ...]:
     """Two questions for each object and one for the background, each with the sentence that it is about.
 
-    "Is there a star in the centre?" is the parent of "Is the star in the centre red?".
+    "Is there a star in the centre?" is the parent of "Is the star in the centre red?". Where the text has references,
+    one question more for each asks for what it gives, see `reference_questions`.
     """
     spans = {span.place: text[span.start : span.end].strip() for span in scenes.annotate_caption(text).spans}
-    questions = []
+    questions = list(reference_questions(text, scene))
     for item in scene.objects:
         where = "in the centre" if item.place == "centre" else f"at the {item.place}"
         about = spans.get(item.place, "")
@@ -297,14 +300,44 @@ def scene_questions(text: str, scene: scenes.Scene) -> tuple[Question, ...]:
     return (*questions, background)
 
 
+def reference_questions(text: str, scene: scenes.Scene) -> Iterator[Question]:
+    """ "Is the object in the centre red?", where only another sentence says so: one question for each reference.
+
+    Its category is the distance to this other sentence, e.g. "reference over 150", in words and punctuation marks:
+    CLIP's tokens, but for a few.
+    """
+    caption = scenes.annotate_caption(text)
+    objects = {item.place: item for item in scene.objects}
+    distances = scenes.reference_distances(caption, scenes.count_words) if caption.references else []
+    spans = {span.place: text[span.start : span.end].strip() for span in caption.spans}
+    for reference, distance in zip(caption.references, distances, strict=True):
+        item = objects[reference.place]
+        where = "in the centre" if item.place == "centre" else f"at the {item.place}"
+        values = [getattr(item, kind) for kind in ("size", "colour", "shape") if kind in reference.properties]
+        what = with_articles(" ".join(["a", *values])) if "shape" in reference.properties else " ".join(values)
+        yield Question(
+            f"{item.place}/reference",
+            f"Is the object {where} {what}?",
+            about=spans[item.place],
+            category=f"reference {scenes.distance_bucket(distance)}",
+            fact=(item.place, " ".join(reference.properties)),
+        )
+
+
 def held_out_scene(index: int) -> Prompt:
     """A scene of nine objects in sentences and words that no training caption has."""
     scene = scenes.scene_at(1, index, num_objects=len(scenes.PLACES))
     return Prompt(scenes.long_caption(scene, index, split="heldout").text, scene)
 
 
+def referring_scene(index: int) -> Prompt:
+    """A held-out caption with references: each kind at each distance once in 16 prompts."""
+    scene, caption = scenes.reference_at(1, index, split="heldout")
+    return Prompt(caption.text, scene)
+
+
 # NAME:N takes the first N of a set.
-SCENE_SETS: dict[str, Callable[[int], Prompt]] = {"scenes": held_out_scene}
+SCENE_SETS: dict[str, Callable[[int], Prompt]] = {"scenes": held_out_scene, "scenes-references": referring_scene}
 
 
 # -- where a question's subject lies -------------------------------------------------------------------------

@@ -57,6 +57,7 @@ def markdown(report: Mapping[str, Any]) -> str:
             f"## Judged by {judge}\n\nQuestions answered as they should be, in %, ± standard error over prompts."
         )
         parts.append(_scores_table(found["systems"]))
+        parts += _references(found["systems"], report.get("guesses", {}))
         parts += _differences(found) + _twins(found) + _official(found)
         if found["unanswered"]:
             parts.append(_unanswered(found))
@@ -90,6 +91,19 @@ def _scores_table(systems: Mapping[str, Any]) -> str:
         for name, v in systems.items()
     ]
     return table(["system", "all", *(ZONE_TITLES[zone] for zone in zones), "unanswered"], rows)
+
+
+def _references(systems: Mapping[str, Any], guesses: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """What is right where another sentence says it, by the distance to that sentence, above what guessing reaches."""
+    if not guesses:
+        return []
+    rows = [[name, *(percent(values["question"].get(key)) for key in guesses)] for name, values in systems.items()]
+    luck = {"guess: any value": "uniform", "guess: one that the prompt names": "named"}
+    rows += [[name, *(f"{100 * values[field]:.1f}" for values in guesses.values())] for name, field in luck.items()]
+    intro = (
+        "What another sentence of the prompt says of an object, by the distance in tokens between the two sentences."
+    )
+    return [intro, table(["system", *(key.removeprefix("reference ") for key in guesses)], rows)]
 
 
 def interval(value: Mapping[str, Any]) -> str:

@@ -229,6 +229,7 @@ def _report(
             "judges": {judge.name: judge.describe() for judge in judges},
         },
         "judges": {name: _judged(benchmark, places, own, drawing, official) for name, own in standing.items()},
+        "guesses": scores.reference_guesses(benchmark.prompts),
         "cosines": {name: scores.clip_metrics(rows) for name, rows in cosines.items()},
         "prompts": _rows(benchmark, places, tokenizer, pictures, standing, cosines, folder, drawing),
     }

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from fixclip_core import scenes
 from fixclip_diffusion.evaluation.answers import Answer
 from fixclip_diffusion.evaluation.prompts import WHOLE, ZONES, Place, Prompt, PromptTokens, Question
 from fixclip_diffusion.tokenizer import FixClipTokenizer
@@ -176,6 +177,31 @@ def _order(group: str, key: str) -> tuple[int, str]:
         return [name for _, name in LENGTHS].index(key), key
     digits = "".join(c for c in key.split("-")[0] if c.isdecimal())
     return (int(digits) if group in ("window", "position") and digits else 0), key
+
+
+def reference_guesses(prompts: Sequence[Prompt]) -> dict[str, dict[str, float]]:
+    """How often questions about references are right by luck, by their category: {"reference over 150": ...}.
+
+    "uniform" is a draw from all values of the world, "named" the values of an object of the prompt that names its own;
+    see `scenes.blind_guess`. Each prompt counts once, as in `scores`.
+    """
+    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for prompt in prompts:
+        if prompt.scene is None or not any(q.category.startswith("reference ") for q in prompt.questions):
+            continue
+        caption = scenes.annotate_caption(prompt.text)
+        categories = {q.fact[0]: q.category for q in prompt.questions if q.fact and q.id.endswith("/reference")}
+        for reference in caption.references:
+            guess = scenes.blind_guess(prompt.scene, caption, reference)
+            found.setdefault(categories[reference.place], {}).setdefault(prompt.id, []).append(guess)
+    means = {
+        category: np.mean([np.mean(own, axis=0) for own in by_prompt.values()], axis=0)
+        for category, by_prompt in found.items()
+    }
+    ordered = [f"reference {bucket}" for bucket in scenes.DISTANCES]
+    return {
+        name: dict(zip(("uniform", "named"), means[name].tolist(), strict=True)) for name in ordered if name in means
+    }
 
 
 # -- differences ---------------------------------------------------------------------------------------------
