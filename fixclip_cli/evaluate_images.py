@@ -87,9 +87,9 @@ def evaluate_images(
     width_height = parse_size(size) if size else None
     if width_height and width_height[0] != width_height[1]:
         raise ValueError(f"size {size}: pictures to compare are square, give one number")
-    for name, given in (("--system", system), ("--pipeline", pipeline), ("--pictures", pictures)):
+    for option, given in (("--system", system), ("--pipeline", pipeline), ("--pictures", pictures)):
         if given:
-            refuse(ctx, f"does not act beside {name}, which names its own", "encoder", "adapter", "lora")
+            refuse(ctx, f"does not act beside {option}, which names its own", "encoder", "adapter", "lora")
     if not judge:
         refuse(ctx, "is of a --judge", "judge_model", "judge_tokens")
     import torch
