@@ -350,11 +350,11 @@ def start(images, out, server, limit=0):
 
 
 def wait_for(condition):
-    for _ in range(9000):
+    for _ in range(3000):
         if condition():
             return
         time.sleep(0.1)
-    pytest.fail("it did not happen within a quarter of an hour")
+    pytest.fail("it did not happen within five minutes")
 
 
 def kept(out):
