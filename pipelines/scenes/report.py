@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import matplotlib
+import numpy as np
 import typer
 
 matplotlib.use("Agg")
@@ -38,6 +39,7 @@ SYSTEMS = {
     "windows_adapter": "control: adapter on windows of the base",
     "stretched_adapter": "control: adapter on stretched only",
 }
+DIFFERENCES = (("lora", "overlap"), ("lora", "overlap_adapter"), ("adapter", "trained"))
 ALIGNED_SYSTEMS = {
     "stock": "`stock`: cut at 77 tokens",
     "windows": "`chunks`: base encoder in windows of 77",
@@ -193,6 +195,42 @@ def aligned_table() -> str:
             parts = [[item for item in judged if item.after == after] for after in (False, True)]
             rows.append([label, *(percent(*by_seed(part)) for part in (*parts, short))])
     return table(["system", "right, before 77", "right, after 77", "short prompts"], rows)
+
+
+def differences_table() -> str:
+    """Paired differences between systems of the published weights, with 95 % intervals by bootstrap over prompts."""
+    rows = []
+    for one, other in DIFFERENCES:
+        cells = []
+        for after in (False, True):
+            marks = [by_prompt(system, after) for system in (one, other)]
+            cells.append("not measured" if not all(map(len, marks)) else interval(*marks))
+        rows.append([f"{ALIGNED_SYSTEMS[one]} - {ALIGNED_SYSTEMS[other]}", *cells])
+    return table(["difference, points", "before 77", "after 77"], rows)
+
+
+def by_prompt(system: str, after: bool) -> np.ndarray:
+    """(prompts, 2): objects right and objects, over all noises, of one side of token 77."""
+    counts: dict[int, list[int]] = {}
+    for item in load("nine", system, RESULTS / "aligned"):
+        row = counts.setdefault(item.picture[0], [0, 0])
+        if item.after == after:
+            row[0] += item.right
+            row[1] += 1
+    return np.array([counts[number] for number in sorted(counts)])
+
+
+def interval(one: np.ndarray, other: np.ndarray, draws: int = 2000) -> str:
+    """The difference of two shares in points, and the 2.5th and 97.5th percentile over resampled prompts."""
+
+    def difference(rows: np.ndarray) -> float:
+        (right, count), (other_right, other_count) = one[rows].sum(0), other[rows].sum(0)
+        return 100 * float(right / count - other_right / other_count)
+
+    generator = np.random.default_rng(0)
+    found = [difference(generator.integers(0, len(one), len(one))) for _ in range(draws)]
+    low, high = np.percentile(found, [2.5, 97.5])
+    return f"{difference(np.arange(len(one))):+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def counts_table() -> str:
@@ -425,6 +463,7 @@ def page(text: str, parts: dict[str, str]) -> str:
 TABLES = {
     "training": training_table,
     "aligned": aligned_table,
+    "differences": differences_table,
     "images": images_table,
     "counts": counts_table,
     "lengths": lengths_table,
