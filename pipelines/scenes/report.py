@@ -203,8 +203,8 @@ def differences_table() -> str:
     for one, other in DIFFERENCES:
         cells = []
         for after in (False, True):
-            marks = [by_prompt(system, after) for system in (one, other)]
-            cells.append("not measured" if not all(map(len, marks)) else interval(*marks))
+            first, second = by_prompt(one, after), by_prompt(other, after)
+            cells.append(interval(first, second) if len(first) and len(second) else "not measured")
         rows.append([f"{ALIGNED_SYSTEMS[one]} - {ALIGNED_SYSTEMS[other]}", *cells])
     return table(["difference, points", "before 77", "after 77"], rows)
 
