@@ -85,9 +85,7 @@ def load_components(
         check_width(widths, _unet_width(base, kwargs, hub_kwargs))
     for tower in towers:
         if tower.encoder in plans:
-            plan = plans[tower.encoder]
-            arguments = {key: value for key, value in plan.items() if key not in ("load", "name")}
-            kwargs[tower.encoder] = plan["load"](plan["name"], **arguments)
+            kwargs[tower.encoder] = _load_encoder(plans[tower.encoder])
         encoder = kwargs[tower.encoder]
         if tower.tokenizer not in kwargs and encoder is not None:
             kwargs[tower.tokenizer] = FixClipTokenizer.from_pretrained(
@@ -113,10 +111,20 @@ def _warn_of_another_encoder(
     if not (folder / MADE_FOR).is_file():
         return
     if encoder.dtype != torch.float32 and plan is not None:  # digests are those of float32
-        arguments = {key: value for key, value in plan.items() if key != "name"}
-        encoder = encoder_class(tower).from_pretrained(plan["name"], **{**arguments, "dtype": torch.float32})
+        encoder = _load_encoder({**plan, "dtype": torch.float32})
     if encoder.dtype == torch.float32:
         warn_of_another_encoder(folder, encoder, tokenizer, "the given one" if plan is None else str(plan["name"]))
+
+
+def _load_encoder(plan: dict[str, Any]) -> Any:
+    """The encoder of a plan, see `plan_encoder`; its plain file where it has none of the variant, as in stock diffusers."""
+    arguments = {key: value for key, value in plan.items() if key not in ("load", "name")}
+    try:
+        return plan["load"](plan["name"], **arguments)
+    except (OSError, ValueError):
+        if arguments.pop("variant", None) is None:
+            raise
+        return plan["load"](plan["name"], **arguments)
 
 
 def check_spelling(kwargs: dict[str, Any]) -> None:

@@ -13,6 +13,8 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    AutoModel,
+    AutoTokenizer,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -41,6 +43,7 @@ from fixclip_diffusion.short_weights import (
     make_short_model,
     read_delta,
 )
+from fixclip_diffusion.tokenizer import FixClipTokenizer
 
 __all__ = [
     "FixClipTextConfig",
@@ -151,6 +154,7 @@ class LongTextEncoder(CLIPPreTrainedModel):
     config: FixClipTextConfig
     config_class = FixClipTextConfig
     base_model_prefix = "text_model"
+    _no_split_modules = ["FixClipTextEmbeddings", "CLIPEncoderLayer"]  # noqa: RUF012 -- as transformers has it
     text_model: CLIPTextModel
     stock_class: type[CLIPPreTrainedModel]
 
@@ -220,6 +224,19 @@ class LongTextEncoder(CLIPPreTrainedModel):
             module.reset_parameters()
         elif adapter is None or not any(module is part for part in adapter.modules()):
             super()._init_weights(module)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Stock saving, whole or not at all.
+
+        Raises:
+            ValueError: there are LoRA layers, beside which transformers leaves the encoder's own weights out.
+        """
+        if getattr(self, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                "this text encoder has LoRA layers, and transformers would save them without the encoder: save the "
+                "whole pipeline, which keeps both, or delete_adapter() or merge them first"
+            )
+        super().save_pretrained(*args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.text_model.embeddings.token_embedding
@@ -424,7 +441,7 @@ class LongTextEncoder(CLIPPreTrainedModel):
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | Path,
+        pretrained_model_name_or_path: str | Path | None,
         *args: Any,
         keep: int = 20,
         ratio: int = 4,
@@ -435,19 +452,26 @@ class LongTextEncoder(CLIPPreTrainedModel):
 
         Args:
             pretrained_model_name_or_path: holds a FixClipTextEncoder, CLIPTextModel,
-                CLIPTextModelWithProjection or whole CLIPModel.
+                CLIPTextModelWithProjection or whole CLIPModel. None goes with config= and state_dict=, as in
+                transformers.
             keep, ratio: see `stretch_positions`; used for models of at most 77 positions only.
             delta: what `fixclip export --format delta` wrote, to be added to the base it was trained from.
-            **kwargs: of `PreTrainedModel.from_pretrained` (dtype, subfolder, revision, cache_dir, ...);
-                `num_hidden_layers` cuts the last layers off, `hidden_state` is that of `from_clip`.
+            **kwargs: of `PreTrainedModel.from_pretrained` (dtype, subfolder, revision, cache_dir, config, ...) and
+            fields of
+                the configuration such as attention_dropout=0.1; `num_hidden_layers` cuts the last layers off,
+                `hidden_state` is that of `from_clip`.
 
         Raises:
             LoadError: there is no CLIP text model there, or some of its weights are missing, damaged or not finite.
         """
+        if pretrained_model_name_or_path is None:
+            return super().from_pretrained(None, *args, **kwargs)
         name, kwargs = builtin.resolve_component(pretrained_model_name_or_path, "text_encoder", kwargs)
         return_info = kwargs.pop("output_loading_info", False)
         layers, hidden_state = kwargs.pop("num_hidden_layers", None), kwargs.pop("hidden_state", None)
-        config = load_clip_text_config(name, **kwargs)
+        config = kwargs.pop("config", None) or load_clip_text_config(name, **kwargs)
+        for field in [key for key in kwargs if key in config.to_dict() and key not in ("dtype", "torch_dtype")]:
+            setattr(config, field, kwargs.pop(field))
         ours = isinstance(config, FixClipTextConfig)
         loader: Any = super() if ours else cls.stock_class
         what = f"text encoder {_where(name, kwargs)}"
@@ -599,13 +623,13 @@ def check_folder_or_hub_name(what: str, name: str) -> None:
     """Say so at once where a name can be neither; the hub client would retry, or explain its own rules.
 
     Raises:
-        ValueError: it is a file, or no folder and not like owner/model.
+        LoadError: it is a file, or no folder and not like owner/model.
     """
     path = Path(name)
     if path.is_file():
-        raise ValueError(f"{what} {name!r} is a file; a folder or a hub name like owner/model is needed")
+        raise LoadError(f"{what} {name!r} is a file; a folder or a hub name like owner/model is needed")
     if not path.is_dir() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
-        raise ValueError(f"{what} {name!r} is neither a folder nor a hub name like owner/model")
+        raise LoadError(f"{what} {name!r} is neither a folder nor a hub name like owner/model")
 
 
 def _where(name: str, kwargs: dict[str, Any]) -> str:
@@ -616,3 +640,5 @@ def _where(name: str, kwargs: dict[str, Any]) -> str:
 # What model_index.json records; independent of how the package is cut into files.
 for _component in (FixClipTextEncoder, FixClipTextEncoderWithProjection):
     _component.__module__ = "fixclip_diffusion"
+AutoModel.register(FixClipTextConfig, FixClipTextEncoder, exist_ok=True)
+AutoTokenizer.register(FixClipTextConfig, fast_tokenizer_class=FixClipTokenizer, exist_ok=True)

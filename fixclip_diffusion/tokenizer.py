@@ -90,7 +90,9 @@ class FixClipTokenizer(CLIPTokenizer):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> Any:
-        """Stock loading, which takes built-in names too."""
+        """Stock loading, which takes built-in names too; `model_max_length` is another name of `context_length`."""
+        if "model_max_length" in kwargs:
+            kwargs.setdefault("context_length", kwargs.pop("model_max_length"))
         name, kwargs = builtin.resolve_component(pretrained_model_name_or_path, "tokenizer", kwargs)
         return super().from_pretrained(name, *args, **kwargs)
 
