@@ -117,7 +117,7 @@ def _warn_of_another_encoder(
 
 
 def _load_encoder(plan: dict[str, Any]) -> Any:
-    """The encoder of a plan, see `plan_encoder`; its plain file where it has none of the variant, as in stock diffusers."""
+    """The encoder of a plan (`plan_encoder`); its plain file where it has none of the variant, as in diffusers."""
     arguments = {key: value for key, value in plan.items() if key not in ("load", "name")}
     try:
         return plan["load"](plan["name"], **arguments)
