@@ -174,7 +174,9 @@ def weigh(states_NPD: Tensor, layout: Layout, syntax: str, encode: Encode, empty
     weight_NP1 = layout.weight_NP[..., None].to(states_NPD)
     if syntax == "a1111":
         weighted_NPD = states_NPD * weight_NP1
-        restored_NPD = weighted_NPD * (states_NPD.mean((1, 2)) / weighted_NPD.mean((1, 2)))[:, None, None]
+        mean_N, weighted_mean_N = states_NPD.mean((1, 2)), weighted_NPD.mean((1, 2))
+        restoring_N = torch.where(weighted_mean_N == 0, 1, mean_N / weighted_mean_N)  # no number restores a mean from 0
+        restored_NPD = weighted_NPD * restoring_N[:, None, None]
         return torch.where((weight_NP1 != 1).any(1, keepdim=True), restored_NPD, states_NPD)
 
     def scaled(z_NPD: Tensor) -> Tensor:

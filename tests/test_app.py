@@ -630,7 +630,7 @@ def test_examples_of_a_scenes_model_are_scenes(model):
 
 
 def test_the_command_explains_wrong_models(tmp_path):
-    assert "need the --base" in error_of(CliRunner().invoke(demo.app, ["--encoder", "somewhere"]))
+    assert "needs the --base" in error_of(CliRunner().invoke(demo.app, ["--encoder", "somewhere"]))
     assert "without model_index.json" in error_of(CliRunner().invoke(demo.app, ["--base", str(tmp_path)]))
 
 

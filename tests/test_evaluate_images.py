@@ -283,11 +283,11 @@ def test_what_cannot_be_drawn_is_named_first(sd1, parts, tmp_path):
     TextAdapter(32).save_pretrained(other)
     (other / "made_for.json").write_text('{"text encoder": "of somebody else", "tokenizer": "another"}')
     for systems, message in (
-        ([System("a"), System("a")], r"systems \['a', 'a'\]: at least one of each, every name once"),
-        ([], "at least one of each"),
+        ([System("a"), System("a")], r"systems \['a', 'a'\]: at least one system, every name once"),
+        ([], "at least one system"),
         ([System("a"), System("b", adapter=str(other))], "made with another text encoder and another tokenizer"),
         ([System("a"), System("b", lora=str(tmp_path))], "LoRA .* cannot be loaded"),
-        ([System("a"), System("b", encoder=str(tmp_path))], "no config.json"),
+        ([System("a"), System("b", encoder=str(tmp_path))], "no readable config.json"),
     ):
         with pytest.raises(ValueError, match=message):
             run.evaluate_images(str(sd1), benchmark(*prompts), systems, drawing, tmp_path / "out")

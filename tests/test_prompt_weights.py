@@ -1,5 +1,7 @@
 """Prompt weights: both syntaxes, against the tools that they come from."""
 
+from types import SimpleNamespace
+
 import pytest
 import tiny
 import torch
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 
 from fixclip_diffusion import FixClipStableDiffusionPipeline
 from fixclip_diffusion.conditioning import CONDITIONINGS, Break
-from fixclip_diffusion.prompt_weights import Fragment, parse_weights
+from fixclip_diffusion.prompt_weights import Fragment, parse_weights, weigh
 
 LONG = tiny.sentences(14)
 
@@ -75,14 +77,19 @@ def test_a1111_weights_multiply_states_and_restore_the_mean_of_each_pass(pipe, c
     prompt = f"(A red cat:1.5) sits. {LONG} A [blue] dog."
     encoder = pipe.prompt_encoder.__class__(pipe.prompt_encoder.encodings, conditioning, "a1111")
     layout = encoder.lay_out(prompt)
+    mean = pipe.text_encoder.text_model.final_layer_norm.bias
     with torch.no_grad():
+        mean.fill_(0.5)  # without a mean there is nothing to restore
         expected = []
         for ids, weight in zip(layout.ids_NP, layout.weight_NP, strict=True):
             states = pipe.text_encoder(ids[None])[0][0]
             scaled = states * weight[:, None]
             expected.append(scaled * states.mean() / scaled.mean() if (weight != 1).any() else states)
         rows = layout.join(torch.stack(expected))
-    torch.testing.assert_close(weighted(pipe, prompt, "a1111", conditioning)[0], rows, rtol=1e-4, atol=1e-4)
+    try:
+        torch.testing.assert_close(weighted(pipe, prompt, "a1111", conditioning)[0], rows, rtol=1e-4, atol=1e-4)
+    finally:
+        mean.data.fill_(0)
     assert layout.is_weighted
     read = layout.token_L[layout.token_L >= 0]
     heavy = {int(token) for token in range(3)}
@@ -151,3 +158,11 @@ def test_what_is_no_weight_is_refused_with_compels_name(prompt):
 def test_unknown_syntax():
     with pytest.raises(ValueError, match="weights='comp': valid are 'a1111', 'compel', and None for literal text"):
         parse_weights("a", "comp")
+
+
+def test_a_mean_of_zero_leaves_the_states_finite():
+    """Weighted states whose mean is exactly 0: no number restores it, and none is infinite."""
+    states_NPD = torch.tensor([[[1.0, 3.0], [-4.0, -4.0]]])
+    weight_NP = torch.tensor([[2.0, 1.0]])
+    found = weigh(states_NPD, SimpleNamespace(weight_NP=weight_NP), "a1111", lambda *_: states_NPD, states_NPD[0])
+    assert torch.equal(found, states_NPD * weight_NP[..., None])

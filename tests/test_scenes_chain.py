@@ -78,7 +78,7 @@ def test_any_other_text_is_still_read():
     ids = small("Zwölf Boxkämpfer jagen Viktor! 123 \U0001f600").input_ids
     assert small.unk_token_id not in ids[1:-1]
     assert small.decode(ids[1:-1]).replace(" ", "") == "zwölfboxkämpferjagenviktor!123\U0001f600"
-    assert len(small) < 1000
+    assert len(small) < 1100
 
 
 # -- pre-training --------------------------------------------------------------------------------------------

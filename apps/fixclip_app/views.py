@@ -88,7 +88,8 @@ def token_view(report: TokenReport) -> str:
             kind = "fc-long" if len(parts) == 2 else "fc-even" if number % 2 else "fc-odd"
             parts.append((kind, text[start:end]))
             start = end
-    parts.append(("", text[start:]))
+    if start < len(text):
+        parts.append(("", text[start:]))
     cut = '<span class="fc-cut">✂ a stock encoder stops here</span> '
     body = "".join(
         f'<span class="{kind}">{escape(part)}</span>' if kind else escape(part) if part else cut for kind, part in parts

@@ -20,6 +20,7 @@ import itertools
 import math
 import random
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -658,7 +659,10 @@ class StageTrainer(Trainer):
             values = averaged.evaluate(self.recipe.eval_scenes)
         self.model.train()
         log.write(self.state.step, values)
-        tqdm.write(f"step {self.state.step}: " + ", ".join(f"{name} {value:.3f}" for name, value in values.items()))
+        tqdm.write(
+            f"step {self.state.step}: " + ", ".join(f"{name} {value:.3f}" for name, value in values.items()),
+            file=sys.stderr,
+        )
 
     def save(self) -> Path:
         """Write the stage's folder so that it appears whole."""

@@ -134,8 +134,8 @@ class Judged:
         return self.zone != "e"
 
 
-def load(name: str, system: str, folder: Path = RESULTS) -> list[Judged]:
-    file = folder / f"{name}-{system}.json"
+def load(name: str, system: str, folder: Path | None = None) -> list[Judged]:
+    file = (folder or RESULTS) / f"{name}-{system}.json"
     if not file.exists():
         return []
     found = []

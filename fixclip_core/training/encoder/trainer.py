@@ -4,6 +4,7 @@ Shapes: B samples of this process, I images, T texts, E embedding.
 """
 
 import math
+import sys
 from pathlib import Path
 from typing import Any, Self
 
@@ -128,7 +129,7 @@ class EncoderTrainer(Trainer):
             self.save_model(self.folder / BEST)
         if self.accelerator.is_main_process:
             shown = ", ".join(f"{name} {value:.3f}" for name, value in values.items() if name.endswith("_at_1"))
-            tqdm.write(f"step {self.state.step}: {shown}")
+            tqdm.write(f"step {self.state.step}: {shown}", file=sys.stderr)
 
     @torch.no_grad()
     def retrieval(self, loader: Loader) -> dict[str, float]:
