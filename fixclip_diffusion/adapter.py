@@ -9,16 +9,18 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub import hf_hub_download
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fixclip_core.check import LoadError, check_finite, check_layers, check_shapes, loading, module_shapes
-from fixclip_core.files import write_atomically
+from fixclip_core.files import parse_json, write_atomically
 from fixclip_core.weights.kinds import what_is_in
 from fixclip_diffusion import builtin
 
 WEIGHTS_NAME = "adapter.safetensors"
 CONFIG_NAME = "adapter_config.json"
+METADATA_KEY = "fixclip_adapter"
 KINDS = ("mlp", "attention")
 
 
@@ -112,11 +114,15 @@ class TextAdapter(nn.Module):
         return states_BTD + change_BTD
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write adapter.safetensors and adapter_config.json into `folder`, each replaced in one step."""
+        """Write adapter.safetensors and adapter_config.json into `folder`, each replaced in one step.
+
+        adapter.safetensors has the configuration in its metadata too: it can be copied alone, to ComfyUI for example.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        write_atomically(folder / WEIGHTS_NAME, lambda path: save_file(state, path))
+        metadata = {METADATA_KEY: json.dumps(self.config)}
+        write_atomically(folder / WEIGHTS_NAME, lambda path: save_file(state, path, metadata))
         write_atomically(folder / CONFIG_NAME, (json.dumps(self.config, indent=2) + "\n").encode())
 
     @classmethod
@@ -137,15 +143,39 @@ class TextAdapter(nn.Module):
                 config_file, weights_file = (
                     Path(hf_hub_download(str(source), name, **hub_kwargs)) for name in (CONFIG_NAME, WEIGHTS_NAME)
                 )
-            config = json.loads(config_file.read_text(encoding="utf-8"))
-            if "num_layers" not in config:
-                raise LoadError(f"{what}; {config_file} is no configuration of a TextAdapter")
-            weights = {name: tensor.float() for name, tensor in load_file(weights_file).items()}
-            check_layers(config["num_layers"], weights, "blocks", what)
-            with torch.device("meta"):  # a wrong size is found before memory is asked for
-                adapter = cls(**config)
-            check_shapes(module_shapes(adapter), {name: tensor.shape for name, tensor in weights.items()}, what)
-            adapter.load_state_dict(weights, assign=True)
+            config = parse_json(config_file.read_text(encoding="utf-8"))
+            return cls._load(config, config_file, weights_file, what)
+
+    @classmethod
+    def from_file(cls, file: str | Path) -> "TextAdapter":
+        """Load from an adapter.safetensors alone, by the configuration in its metadata.
+
+        A file of version 0.1 has none there; it needs its adapter_config.json in the same folder.
+
+        Raises:
+            LoadError: as `from_pretrained`.
+        """
+        what = f"adapter {str(file)!r}: expected an {WEIGHTS_NAME} with its configuration in the metadata"
+        with loading(what):
+            with safe_open(file, framework="pt") as opened:
+                text = (opened.metadata() or {}).get(METADATA_KEY)
+            if text is not None:
+                return cls._load(parse_json(text), file, file, what)
+            beside = Path(file).with_name(CONFIG_NAME)
+            if not beside.is_file():
+                raise LoadError(f"{what}; it has none, and there is no {CONFIG_NAME} beside it")
+            return cls._load(parse_json(beside.read_text(encoding="utf-8")), beside, file, what)
+
+    @classmethod
+    def _load(cls, config: Any, config_file: str | Path, weights_file: str | Path, what: str) -> "TextAdapter":
+        if "num_layers" not in config:
+            raise LoadError(f"{what}; {config_file} is no configuration of a TextAdapter")
+        weights = {name: tensor.float() for name, tensor in load_file(weights_file).items()}
+        check_layers(config["num_layers"], weights, "blocks", what)
+        with torch.device("meta"):  # a wrong size is found before memory is asked for
+            adapter = cls(**config)
+        check_shapes(module_shapes(adapter), {name: tensor.shape for name, tensor in weights.items()}, what)
+        adapter.load_state_dict(weights, assign=True)
         check_finite(adapter, what)
         return adapter
 

@@ -46,7 +46,7 @@ def tokenize_prompt(tokenizer: FixClipTokenizer, prompt: str, weights: str | Non
             forced.add(len(ids) - 1)
     breaks = [
         Break.ALWAYS if place in forced else Break.NEVER if place in joints else level
-        for place, level in enumerate(_breaks(text, spans))
+        for place, level in enumerate(places_to_break(text, spans))
     ]
     return PromptTokens(str(text), tuple(ids), tuple(spans), tuple(breaks), tuple(factors))
 
@@ -87,7 +87,7 @@ def _tokens(tokenizer: FixClipTokenizer, fragment: Fragment) -> Iterator[tuple[l
 _SPACE = re.compile(r"\s")
 
 
-def _breaks(text: str, spans: list[Span]) -> list[Break]:
+def places_to_break(text: str, spans: list[Span]) -> list[Break]:
     """The `Break` behind each token: what ends between its last character and the next token's first."""
     ends = {
         Break.SENTENCE: [end for _, end in split_sentences(text)],

@@ -1,0 +1,87 @@
+"""The nodes in ComfyUI's schema V3."""
+
+from typing import Any
+
+from comfy_api.latest import ComfyExtension, io
+
+from .adapters import adapter_names, load_adapter
+from .encode import AUTO, CHOICES, encode_prompt, report_prompt
+from .picture import draw_report
+
+CATEGORY = "conditioning/fixclip"
+Adapter = io.Custom("FIXCLIP_ADAPTER")
+
+
+class EncodeLongPrompt(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FixClipEncodeLongPrompt",
+            display_name="Encode long prompt (FIX-CLIP)",
+            category=CATEGORY,
+            description="A prompt of any length for Stable Diffusion 1.x, 2.x and XL, positive or negative.",
+            inputs=[
+                io.Clip.Input("clip"),
+                io.String.Input("text", multiline=True, dynamic_prompts=True),
+                io.Combo.Input("conditioning", options=CHOICES, default=AUTO),
+                Adapter.Input("adapter", optional=True),
+                io.Clip.Input("long_clip", optional=True, tooltip="Reads what does not fit into 77 tokens of `clip`."),
+            ],
+            outputs=[io.Conditioning.Output()],
+        )
+
+    @classmethod
+    def execute(
+        cls, clip: Any, text: str, conditioning: str, adapter: Any = None, long_clip: Any = None
+    ) -> io.NodeOutput:
+        states, pooled = encode_prompt(clip, text, conditioning, adapter, long_clip)
+        return io.NodeOutput([[states, {"pooled_output": pooled}]])
+
+
+class LoadAdapter(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FixClipLoadAdapter",
+            display_name="Load adapter (FIX-CLIP)",
+            category=CATEGORY,
+            description="An adapter.safetensors in models/fixclip.",
+            inputs=[io.Combo.Input("name", options=adapter_names())],
+            outputs=[Adapter.Output(display_name="adapter")],
+        )
+
+    @classmethod
+    def execute(cls, name: str) -> io.NodeOutput:
+        return io.NodeOutput(load_adapter(name))
+
+
+class TokenReport(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FixClipTokenReport",
+            display_name="Token report (FIX-CLIP)",
+            category=CATEGORY,
+            description="How many tokens a prompt has, where 77 falls, and what reads the rest.",
+            inputs=[
+                io.Clip.Input("clip"),
+                io.String.Input("text", multiline=True, dynamic_prompts=True),
+                io.Combo.Input("conditioning", options=CHOICES, default=AUTO),
+                Adapter.Input("adapter", optional=True),
+            ],
+            outputs=[io.String.Output(display_name="report"), io.Image.Output(display_name="picture")],
+        )
+
+    @classmethod
+    def execute(cls, clip: Any, text: str, conditioning: str, adapter: Any = None) -> io.NodeOutput:
+        report = report_prompt(clip, text, conditioning, adapter)
+        return io.NodeOutput(report.describe(), draw_report(report))
+
+
+class FixClipExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [EncodeLongPrompt, LoadAdapter, TokenReport]
+
+
+async def comfy_entrypoint() -> FixClipExtension:
+    return FixClipExtension()

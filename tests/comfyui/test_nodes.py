@@ -1,0 +1,284 @@
+"""The nodes against our pipelines, on tiny real models."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import stand_in
+import tiny
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from fixclip_diffusion import (
+    FixClipStableDiffusionPipeline,
+    FixClipStableDiffusionXLPipeline,
+    FixClipTextEncoder,
+    TextAdapter,
+)
+from fixclip_diffusion.tiny import clip_text_config, stable_diffusion_xl
+
+ROOT = Path(__file__).parents[2]
+SHORT = "A red horse near a boat, in the evening."
+LONG = tiny.sentences(14)
+TEXTS = ("", SHORT, LONG, tiny.sentences(40))
+WINDOWS = ("stock", "chunks", "overlap")
+
+
+def same(found, expected):
+    assert found.shape == expected.shape
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def trained(**config):
+    """An adapter that is not the identity."""
+    adapter = TextAdapter(**{"num_heads": 4, **config})
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return adapter.eval()
+
+
+@pytest.fixture(scope="module")
+def sd1_clip(sd1):
+    model = CLIPTextModel.from_pretrained(sd1, subfolder="text_encoder").eval()
+    return stand_in.Clip({"l": (model, CLIPTokenizer.from_pretrained(sd1, subfolder="tokenizer"))})
+
+
+@pytest.fixture(scope="module")
+def sd1_pipe(sd1):
+    return FixClipStableDiffusionPipeline.from_pretrained(sd1)
+
+
+@pytest.fixture(scope="module")
+def long_model():
+    torch.manual_seed(1)
+    return CLIPTextModel(clip_text_config(max_position_embeddings=248, eos_token_id=49407)).eval()
+
+
+@pytest.fixture(scope="module")
+def long_clip(long_model):
+    return stand_in.Clip({"l": (long_model, tiny.clip_tokenizer(248))})
+
+
+@pytest.fixture(scope="module")
+def xl(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sdxl")
+    stable_diffusion_xl(tiny.clip_tokenizer(), tiny.clip_tokenizer(pad_token="!")).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def xl_clip(xl):
+    first = CLIPTextModel.from_pretrained(xl, subfolder="text_encoder").eval()
+    second = CLIPTextModelWithProjection.from_pretrained(xl, subfolder="text_encoder_2").eval()
+    return stand_in.Clip({"l": (first, tiny.clip_tokenizer()), "g": (second, tiny.clip_tokenizer(pad_token="!"))})
+
+
+@pytest.fixture(scope="module")
+def xl_pipe(xl):
+    return FixClipStableDiffusionXLPipeline.from_pretrained(xl, add_watermarker=False)
+
+
+@torch.no_grad()
+def ours(pipe, text, conditioning):
+    pipe.conditioning = conditioning
+    if isinstance(pipe, FixClipStableDiffusionXLPipeline):
+        states, _, pooled, _ = pipe.encode_prompt(text, do_classifier_free_guidance=False)
+        return states, pooled
+    return pipe.encode_prompt(text, "cpu", 1, False)[0], None
+
+
+@pytest.mark.parametrize("conditioning", WINDOWS)
+@pytest.mark.parametrize("text", TEXTS)
+def test_stable_diffusion_1_and_2(encode, sd1_clip, sd1_pipe, text, conditioning):
+    before = sd1_clip.calls
+    states, _ = encode.encode_prompt(sd1_clip, text, conditioning)
+    same(states, ours(sd1_pipe, text, conditioning)[0])
+    assert sd1_clip.calls == before + 1
+
+
+def test_stable_diffusion_2_pads_with_zero_and_has_the_key_h(encode, base_folders):
+    folder = base_folders["sd2"]
+    model = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder").eval()
+    clip = stand_in.Clip({"h": (model, tiny.clip_tokenizer(pad_token="!"))})
+    pipe = FixClipStableDiffusionPipeline.from_pretrained(folder)
+    for text in (SHORT, LONG):
+        same(encode.encode_prompt(clip, text, "chunks")[0], ours(pipe, text, "chunks")[0])
+
+
+WORDS = st.sampled_from(["a red horse", "BOAT.", "Mr. Gray,", "etc. The", "end!", "(1888);", "ünïcödé", "🐙", "it's"])
+
+
+@given(st.lists(WORDS, min_size=1, max_size=60), st.sampled_from(WINDOWS))
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_text(encode, sd1_clip, sd1_pipe, words, conditioning):
+    text = " ".join(words).replace("(", "[").replace(")", "]")  # brackets are weights in ComfyUI
+    same(encode.encode_prompt(sd1_clip, text, conditioning)[0], ours(sd1_pipe, text, conditioning)[0])
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_long_clip_in_one_pass(encode, long_clip, long_model, sd1, text):
+    pipe = FixClipStableDiffusionPipeline.from_pretrained(sd1, encoder=FixClipTextEncoder.from_clip(long_model))
+    states, _ = encode.encode_prompt(long_clip, text)  # auto
+    same(states, ours(pipe, text, "one_pass")[0])
+
+
+def test_short_prompts_beside_a_long_clip_are_the_base_s(encode, sd1_clip, long_clip):
+    short, _ = encode.encode_prompt(sd1_clip, SHORT, long_clip=long_clip)
+    same(short, encode.encode_prompt(sd1_clip, SHORT, "stock")[0])
+    long, _ = encode.encode_prompt(sd1_clip, LONG, long_clip=long_clip)
+    same(long, encode.encode_prompt(long_clip, LONG, "one_pass")[0])
+
+
+@pytest.mark.parametrize("conditioning", WINDOWS)
+@pytest.mark.parametrize("text", TEXTS)
+def test_stable_diffusion_xl(encode, xl_clip, xl_pipe, text, conditioning):
+    states, pooled = encode.encode_prompt(xl_clip, text, conditioning)
+    expected, expected_pooled = ours(xl_pipe, text, conditioning)
+    same(states, expected)
+    same(pooled, expected_pooled)
+
+
+@pytest.mark.parametrize("text", [SHORT, LONG])
+def test_stable_diffusion_xl_with_a_long_first_encoder(encode, xl_clip, long_model, text):
+    second, tokenizer_2 = xl_clip.models["g"], xl_clip.keys["g"].tokenizer
+    clip = stand_in.Clip({"l": (long_model, tiny.clip_tokenizer(248)), "g": (second, tokenizer_2)})
+    states, _ = encode.encode_prompt(clip, text)
+    with torch.no_grad():
+        ids = torch.tensor(tiny.clip_tokenizer(248)(text, padding="max_length").input_ids)[None]
+        first = long_model(ids, output_hidden_states=True).hidden_states[-2]
+    same(states[..., :32], first[:, : states.shape[1]])
+    same(states[..., 32:], encode.encode_prompt(xl_clip, text, "overlap")[0][..., 32:])
+
+
+@pytest.mark.parametrize("kind", ["mlp", "attention"])
+@pytest.mark.parametrize("mask_padding", [False, True])
+def test_adapters_act_as_in_the_pipeline(nodes, models_folder, sd1, sd1_clip, kind, mask_padding, tmp_path):
+    trained(width=32, kind=kind, mask_padding=mask_padding, conditioning="chunks").save_pretrained(tmp_path)
+    name = f"{kind}-{mask_padding}.safetensors"
+    (models_folder / "fixclip" / name).write_bytes((tmp_path / "adapter.safetensors").read_bytes())
+    (adapter,) = nodes["FixClipLoadAdapter"](name=name)
+    pipe = FixClipStableDiffusionPipeline.from_pretrained(sd1, adapter=tmp_path)
+    for text in (SHORT, LONG):
+        ((states, more),) = nodes["FixClipEncodeLongPrompt"](sd1_clip, text, "auto", adapter)[0]
+        same(states, ours(pipe, text, None)[0])
+        assert "pooled_output" in more
+
+
+def test_an_adapter_of_stable_diffusion_xl_goes_to_the_encoder_of_its_width(encode, xl, xl_clip):
+    adapter = trained(width=32)
+    pipe = FixClipStableDiffusionXLPipeline.from_pretrained(xl, adapter=(adapter, None), add_watermarker=False)
+    same(encode.encode_prompt(xl_clip, LONG, "overlap", adapter)[0], ours(pipe, LONG, "overlap")[0])
+
+
+@pytest.mark.parametrize("adapter", [None, "mlp"])
+def test_weights_stay_with_their_tokens(encode, sd1_clip, adapter):
+    adapter = trained(width=32) if adapter else None
+    text, weight = tiny.sentences(12), 1.5
+    plain, _ = encode.encode_prompt(sd1_clip, f"{text} zebra {SHORT}", "chunks", adapter)
+    heavy, _ = encode.encode_prompt(sd1_clip, f"{text} (zebra:{weight}) {SHORT}", "chunks", adapter)
+    empty, _ = encode.encode_prompt(sd1_clip, "", "chunks", adapter)
+    assert heavy.shape == plain.shape
+    changed = (heavy != plain).any(-1)[0].nonzero()[:, 0].tolist()
+    reading = encode.read_prompt(sd1_clip, f"{text} (zebra:{weight}) {SHORT}", "chunks")["l"]
+    assert changed == (reading.layout.weight_NP.flatten() == weight).nonzero()[:, 0].tolist()
+    (row,) = changed
+    assert row > 77
+    base = empty[0, row % 77]
+    same(heavy[0, row], base + weight * (plain[0, row] - base))
+
+
+def test_textual_inversions_are_not_cut(encode, sd1):
+    model = CLIPTextModel.from_pretrained(sd1, subfolder="text_encoder").eval()
+    vectors = torch.randn(5, 32)
+    clip = stand_in.Clip({"l": (model, tiny.clip_tokenizer())}, {"thing": vectors})
+    text = " ".join(["red"] * 73) + " embedding:thing " + SHORT
+    reading = encode.read_prompt(clip, text, "chunks")["l"]
+    assert len(reading.tokens) == 73 + 5 + len(tiny.clip_tokenizer()(SHORT).input_ids) - 2
+    assert reading.layout.pass_tokens()[0] == (0, 73)
+    window = reading.windows(True)[1]
+    assert all(torch.equal(token, vector) for (token, _), vector in zip(window[1:6], vectors, strict=True))
+    assert encode.encode_prompt(clip, text, "chunks")[0].shape == (1, 154, 32)
+
+
+def test_token_report(nodes, sd1_clip):
+    text, picture = nodes["FixClipTokenReport"](sd1_clip, LONG, "overlap")
+    assert "a 77-token encoder stops before" in text
+    assert "that overlap, one hidden state for each token" in text
+    assert picture.ndim == 4
+    assert picture.shape[-1] == 3
+    assert 0 <= picture.min() < picture.max() <= 1
+    blue, green = (picture[..., 2] - picture[..., 1] > 0.2), (picture[..., 1] - picture[..., 2] > 0.1)
+    below_title = slice(80, None)
+    assert blue[:, below_title].any()
+    assert green[:, below_title].any()
+    _, short = nodes["FixClipTokenReport"](sd1_clip, SHORT, "overlap")
+    assert not (short[..., 1] - short[..., 2] > 0.1).any()
+
+
+def test_refusals(encode, sd1_clip, long_clip):
+    with pytest.raises(ValueError, match="needs a CLIP of more than 77 positions"):
+        encode.encode_prompt(sd1_clip, SHORT, "one_pass")
+    with pytest.raises(ValueError, match="needs the original 77 position embeddings"):
+        encode.encode_prompt(long_clip, SHORT, "overlap")
+    with pytest.raises(ValueError, match="long_clip has 77 positions"):
+        encode.encode_prompt(sd1_clip, SHORT, long_clip=sd1_clip)
+    with pytest.raises(ValueError, match="adapter of width 16 on a text encoder of width 32"):
+        encode.encode_prompt(sd1_clip, SHORT, "overlap", trained(width=16))
+
+
+def test_no_adapter_of_that_name(nodes):
+    with pytest.raises(ValueError, match="no such file in models/fixclip"):
+        nodes["FixClipLoadAdapter"](name="gone.safetensors")
+
+
+def loaded(code):
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    return done.stdout
+
+
+def test_the_package_without_diffusers():
+    code = """
+import sys
+sys.modules["diffusers"] = None  # not installed
+import fixclip_diffusion
+from fixclip_diffusion import FixClipTextEncoder, TextAdapter, conditioning, prompt_tokens, token_report
+assert callable(token_report)
+try:
+    fixclip_diffusion.FixClipStableDiffusionPipeline
+except ModuleNotFoundError as error:
+    print(error.name)
+"""
+    assert loaded(code).strip() == "diffusers"
+
+
+def test_the_pack_loads_no_diffusers_though_it_is_there():
+    code = """
+import sys, pathlib
+sys.path.insert(0, "tests/comfyui")
+import conftest, stand_in
+sys.modules["comfy"] = sys.modules["comfy.sd"] = type(sys)("comfy")  # a process of ComfyUI
+sys.modules.update(stand_in.core_modules(pathlib.Path("."), False))
+pack = conftest.load_pack()
+assert "diffusers" not in sys.modules
+print(*pack.NODE_CLASS_MAPPINGS)
+import fixclip_diffusion, diffusers
+from fixclip_diffusion import FixClipStableDiffusionPipeline
+assert diffusers.FixClipStableDiffusionPipeline is FixClipStableDiffusionPipeline
+"""
+    assert loaded(code).split() == ["FixClipEncodeLongPrompt", "FixClipLoadAdapter", "FixClipTokenReport"]
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "comfyui" / "example_workflows").glob("*.json")), ids=lambda f: f.stem)
+def test_example_workflows_are_connected(nodes, file):
+    workflow = json.loads(file.read_text(encoding="utf-8"))
+    found = {node["id"]: node for node in workflow["nodes"]}
+    assert {node["type"] for node in found.values()} & set(nodes)
+    for number, source, out, target, place, kind in workflow["links"]:
+        assert number in found[source]["outputs"][out]["links"]
+        assert found[target]["inputs"][place]["link"] == number
+        assert found[source]["outputs"][out]["type"] == found[target]["inputs"][place]["type"] == kind
