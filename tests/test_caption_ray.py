@@ -22,11 +22,12 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module", autouse=True)
 def _ray():
-    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112, Ray's 15 starves workers on a busy machine
-    os.environ["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200_000_000)
-    yield
-    ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_worker_niceness", "0")  # Ray's 15 starves workers on a busy machine
+        patch.setenv("PYTHONPATH", os.path.dirname(__file__), prepend=os.pathsep)  # workers import the engine below
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200_000_000)
+        yield
+        ray.shutdown()
 
 
 @pytest.fixture(scope="module")
