@@ -24,6 +24,7 @@ JUDGE_HELP = (
     "URL of an OpenAI-compatible server, a vision-language model for transformers (folder or hub name), or `checker` "
     "for scenes; repeat. Default: checker, if all prompts are scenes."
 )
+SCORER_HELP = "CLIP for image-text cosines, as for `evaluate`; torchmetrics:MODEL for CLIPScore by a transformers CLIP."
 OUTPUT_HELP = "Folder for pictures, answers and the report; goes on with what is there."
 
 Texts = list[str] | None
@@ -48,7 +49,7 @@ def evaluate_images(
     judge_tokens: Annotated[
         int, typer.Option(min=1, max=100_000, help="Longest reply of a judge; one that thinks needs hundreds.")
     ] = 64,
-    scorer: Annotated[str | None, typer.Option(help="CLIP for image-text cosines, as for `evaluate`.")] = None,
+    scorer: Annotated[str | None, typer.Option(help=SCORER_HELP)] = None,
     official: Annotated[
         bool, typer.Option("--official", help="Add the score as the benchmark's own scorer has it.")
     ] = False,
@@ -95,7 +96,6 @@ def evaluate_images(
     import torch
 
     from fixclip_core.device import best_device
-    from fixclip_core.evaluation.encoders import load_encoder
     from fixclip_diffusion.evaluation import benchmarks, generate, report, run
 
     # Prompts, systems and judges first: a wrong one should not cost loading a model.
@@ -118,7 +118,7 @@ def evaluate_images(
         generate.Drawing(steps, guidance, width_height and width_height[0], seed, num, batch_size=batch_size),
         output,
         judges=judges,
-        scorer=load_encoder(scorer, device=device) if scorer and processes.is_main else None,
+        scorer=_scorer(scorer, device) if scorer and processes.is_main else None,
         device=device,
         dtype=dtype,
         partial=partial,
@@ -150,6 +150,15 @@ def _systems(
         parts = builtin.complete(base, encoder, adapter, lora)
         return generate.default_systems(parts.encoder, parts.adapter, parts.lora)
     return systems
+
+
+def _scorer(name: str, device: str) -> Any:
+    from fixclip_core.evaluation.encoders import load_encoder
+    from fixclip_diffusion.evaluation.clip_score import PREFIX, ClipScore
+
+    if name.startswith(PREFIX):
+        return ClipScore(name.removeprefix(PREFIX), device)
+    return load_encoder(name, device=device)
 
 
 def _judges(names: list[str], models: list[str], tokens: int, device: str, dtype: Any) -> list[Any]:

@@ -261,7 +261,7 @@ def test_pictures_of_dpg_are_grids(tmp_path):
         find_pictures(tmp_path, benchmark.prompts, Drawing(num_seeds=5), benchmark.layout, partial=False)
 
 
-def test_pictures_as_each_benchmark_names_them(tmp_path):
+def test_pictures_as_each_benchmark_names_them(tmp_path, monkeypatch):
     tiif = open_benchmark(str(folders.tiif(tmp_path / "tiif")))
     for kind in ("color", "negation"):
         for length in ("short", "long"):
@@ -281,6 +281,15 @@ def test_pictures_as_each_benchmark_names_them(tmp_path):
         found = find_pictures(root, benchmark.prompts, Drawing(), benchmark.layout, partial=False)
         assert re.search(wanted + "$", str(found[0][0].path)), benchmark.name
         assert all(picture.path for own in found for picture in own)
+    (tmp_path / "l" / "1").rename(tmp_path / "l" / "2")
+    (tmp_path / "l" / "0").rename(tmp_path / "l" / "1")  # the scorer pairs sorted folders with prompts, from any number
+    found = find_pictures(tmp_path / "l", longbench.prompts, Drawing(), longbench.layout, partial=False)
+    assert [own[0].path.parts[-3] for own in found] == ["1", "2"]
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "g.json").write_text((tmp_path / "g.json").read_text())
+    monkeypatch.chdir(tmp_path)  # GenEval 2's scorer reads paths from the working directory
+    found = find_pictures(tmp_path / "elsewhere" / "g.json", geneval.prompts, Drawing(), geneval.layout, partial=False)
+    assert all(own[0].path for own in found)
     square(tmp_path / "t" / "color" / "another" / "long_description" / "0.png", "red")
     with pytest.raises(ValueError, match="pictures of 2 models, another, my-model: keep one"):
         find_pictures(tmp_path / "t", tiif.prompts, Drawing(), tiif.layout, partial=False)

@@ -34,7 +34,7 @@ from fixclip_diffusion.evaluation.answers import ask, find_work, problems, read_
 from fixclip_diffusion.evaluation.generate import Picture
 from fixclip_diffusion.evaluation.judges import JudgeError, Reply, SceneChecker, instruction, read_reply
 from fixclip_diffusion.evaluation.prompts import Prompt, Question, read_prompts
-from fixclip_diffusion.evaluation.vision_judges import GIVE_UP_AFTER, LocalModel, VisionServer
+from fixclip_diffusion.evaluation.vision_judges import GIVE_UP_AFTER, NUM_CANDIDATES, LocalModel, VisionServer
 from fixclip_diffusion.tiny import train_tokenizer
 
 YES_NO, WORD, SCORE = (
@@ -97,7 +97,18 @@ def test_replies_with_probabilities():
     count = read_reply(WORD, "Three", {"Three": 0.7, "3": 0.2, "Four": 0.1})
     assert (count.right, count.probability) == (1.0, pytest.approx(0.9))
     thought = read_reply(YES_NO, "<think>no</think>yes", {"No": 0.9})
-    assert (thought.answer, thought.probability) == ("yes", None)
+    assert (thought.answer, thought.probability, thought.token_probability) == ("yes", None, None)
+
+
+def test_the_probability_among_all_tokens_is_kept_as_it_came():
+    """GenEval 2 takes it as it is; it does not make yes and no sum to 1."""
+    assert read_reply(YES_NO, "No", {" Yes": 0.5, "yes": 0.1, "No": 0.2}).token_probability == pytest.approx(0.6)
+    assert read_reply(Question("1", "?", "no"), "No", {"No": 0.6, "Yes": 0.2}).token_probability == pytest.approx(0.6)
+    unsure = read_reply(YES_NO, "Well, answer: no", {"Well": 0.9, "Yes": 0.05})
+    assert (unsure.probability, unsure.token_probability) == (None, 0.05)
+    assert read_reply(WORD, "Three", {"Three": 0.7, "3": 0.2, "Four": 0.1}).token_probability == pytest.approx(0.9)
+    assert read_reply(WORD, "Four", {"Four": 0.9}).token_probability == 0.0
+    assert read_reply(YES_NO, "Yes").token_probability is None
 
 
 @given(st.text(max_size=60), st.sampled_from([YES_NO, WORD, SCORE]))
@@ -357,6 +368,21 @@ def llava(folder):
         images, tokenizer, patch_size=8, vision_feature_select_strategy="default", chat_template=template,
         num_additional_image_tokens=1,
     ).save_pretrained(folder)  # fmt: skip
+
+
+def test_a_local_model_gives_the_probability_of_an_unlikely_answer_too(tmp_path):
+    """The vocabulary has far more tokens than the candidates; the expected word is looked up by itself."""
+    torch.manual_seed(0)
+    llava(tmp_path)
+    judge = LocalModel(str(tmp_path), max_tokens=1)
+    image, question = Image.new("RGB", (20, 30), "red"), Question("1", "Which letter?", "x")
+    _, found = judge._generate(image, question)
+    with torch.no_grad():
+        inputs = judge._inputs(image, instruction(question))
+        share_V = judge.model(**inputs).logits[0, -1].softmax(-1)
+    (expected,) = judge.processor.tokenizer.encode("x", add_special_tokens=False)
+    assert expected not in share_V.topk(NUM_CANDIDATES).indices  # else the seed shows nothing
+    assert found[judge.processor.tokenizer.decode([expected])] == pytest.approx(share_V[expected].item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("make", [blip, vilt, llava])

@@ -1,5 +1,6 @@
 """Pictures by any diffusers pipeline, from a folder, by several processes, and after a kill."""
 
+import io
 import json
 import os
 import signal
@@ -8,10 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+import benchmark_folders
 import numpy as np
 import pytest
 import tiny
 import torch
+from benchmark_demo.noisy_judge import NoisyJudge, completion, serving
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
@@ -174,6 +177,78 @@ def test_pictures_made_elsewhere(scene_pictures, tmp_path):
     assert "Every prompt scores the same in both." in text
 
 
+class Seer(NoisyJudge):
+    """White is right and black is not: Yes or No, three or four, a score of 5 or 2."""
+
+    def answer(self, picture, text, request):
+        right = Image.open(io.BytesIO(picture)).convert("L").getpixel((1, 1)) > 128
+        if "number alone" in text:
+            return 200, completion("5" if right else "2")
+        words = ("three", "four") if "How many" in text else ("Yes", "No")
+        shares = dict(zip(words, (0.9, 0.1) if right else (0.2, 0.7), strict=True))
+        return 200, completion(max(shares, key=shares.get), shares)
+
+
+def tile(path, *colours):
+    """One square, or a grid of four."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.new("RGB", (8, 8), colours[0])
+    for number, colour in enumerate(colours[1:], 1):
+        image.paste(colour, (number % 2 * 4, number // 2 * 4, number % 2 * 4 + 4, number // 2 * 4 + 4))
+    image.save(path)
+
+
+def elsewhere(name, root):
+    """Pictures as each benchmark names them: right ones but for one; options, ours in %, and official scores."""
+    if name == "dpg":
+        tile(root / "kitchen.png", "white", "white", "white", "white")
+        tile(root / "harbour.png", "white", "black", "white", "white")
+        # The kitchen is left out: its second question depends on the first, which DPG's scorer passes over.
+        return ["--num", "4"], (100 + 75) / 2, {"DPG-Bench score": 75.0, "left out": ["kitchen"]}
+    if name == "tiif":
+        for kind in ("color", "negation"):
+            for length in ("short", "long"):
+                path = root / kind / "model" / f"{length}_description" / "0.png"
+                tile(path, "black" if (kind, length) == ("color", "long") else "white")
+        # Of the negation's two questions one is to be answered no, and a white picture answers yes.
+        return [], (0 + 100 + 50 + 50) / 4, {"overall short": 0.75, "overall long": 0.25}
+    if name == "longbench":
+        tile(root / "0" / "step1" / "generated_image_0.jpg", "white")
+        tile(root / "1" / "step1" / "generated_image_0.jpg", "black")
+        return [], (100 + 25) / 2, {"average score of 5": 3.5}
+    if name == "lgbench":
+        tile(root / "7.png", "white")
+        return [], 100.0, None
+    tile(root / "a.png", "white")
+    tile(root / "b.png", "black")
+    paths = {"three red lobsters": "a.png", "a red lobster": "b.png"}
+    (root / "paths.json").write_text(json.dumps(paths))
+    return [], 50.0, {"AM": (90 + 20) / 2, "GM": (90 + 20) / 2, "answers of probability 0": 0}
+
+
+@pytest.mark.parametrize("name", benchmark_folders.MAKERS)
+def test_each_benchmark_from_its_folder_to_its_official_score(name, tmp_path):
+    benchmark_folders.MAKERS[name](tmp_path / "benchmark")
+    root = tmp_path / "pictures"
+    options, ours, theirs = elsewhere(name, root)
+    with serving(Seer()) as server:
+        code, text = invoke(
+            "--benchmark", name, tmp_path / "benchmark", "--judge", server.url, "--judge-model", "seer",
+            "--pictures", f"a={root / 'paths.json' if name == 'geneval2' else root}", *options,
+            *(["--official"] if theirs else []), "-o", tmp_path / "out",
+        )  # fmt: skip
+    assert code == 0, text
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    found = report["judges"]["seer"]
+    assert 100 * found["systems"]["a"]["all"]["mean"] == pytest.approx(ours)
+    assert found["unanswered"] == []
+    for key, value in (theirs or {}).items():
+        assert found["official"]["a"][key] == (value if isinstance(value, list) else pytest.approx(value)), key
+    assert "official" in found or theirs is None
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count('src="data:image/webp') == len(report["prompts"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -196,7 +271,7 @@ def test_what_does_not_go_together_is_refused(arguments, message):
 
 
 def test_a_killed_run_goes_on_in_two_processes(sd1, tmp_path):
-    """kill -9 while it draws; then the same command by torchrun, which draws what is missing, judges and reports."""
+    """kill -9 while it draws; then the same command by accelerate, which draws what is missing, judges and reports."""
     system = "stock:conditioning=stock"
     command = [
         "-m", "fixclip_cli", "evaluate-images", "scenes:3", "--base", str(sd1), "--system", system,
@@ -212,7 +287,11 @@ def test_a_killed_run_goes_on_in_two_processes(sd1, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     kept = {path: path.read_bytes() for path in images.glob("[!.]*.png")}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    # --multi_gpu starts processes; ACCELERATE_USE_CPU keeps each on the CPU.
+    launcher = [
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines",
+        "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+    ]  # fmt: skip
     done = subprocess.run([*launcher, *command], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(list(images.glob("[!.]*.png"))) == 6

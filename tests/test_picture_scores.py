@@ -1,6 +1,7 @@
 """Scores against numbers that were computed by hand, official quirks included, and where two runs differ."""
 
 import json
+from dataclasses import replace
 
 import benchmark_folders as folders
 import numpy as np
@@ -29,7 +30,7 @@ def answers(prompts, given, system="a"):
                 Answer(
                     system, name, seed, question.id, question.text, question.expected, None if none else answer,
                     None if none else right, float(probability) if probability else None, "no answer" if none else "",
-                    answer, "judge", "x.png", "0",
+                    answer, "judge", "x.png", "0", float(probability) if probability else None,
                 )
             )  # fmt: skip
     return found
@@ -194,6 +195,19 @@ def test_dpg_without_a_child_of_the_lost_proposition(tmp_path):
     assert found["DPG-Bench score"] == 50.0
 
 
+def test_dpg_meets_the_lost_parent_unless_another_before_it_is_no(tmp_path):
+    """The kitchen's question 3 depends on 2 and then 1, which was lost: the scorer looks at 2 first."""
+    folder = folders.dpg(tmp_path)
+    rows = (folder / "dpg_bench.csv").read_text().replace(",2,1,", ",2,0,", 1).replace(",3,0,", ',3,"2, 1",', 1)
+    (folder / "dpg_bench.csv").write_text(rows)
+    prompts = open_benchmark(str(folder)).prompts
+    harbour = {("harbour", 0): "yes yes yes"}
+    found = official.dpg(prompts, answers(prompts, {("kitchen", 0): "yes no yes", **harbour}), range(1))
+    assert (found["left out"], found["DPG-Bench score"]) == ([], 50.0)  # (0 + 0) / 2, and 1
+    found = official.dpg(prompts, answers(prompts, {("kitchen", 0): "yes yes yes", **harbour}), range(1))
+    assert (found["left out"], found["DPG-Bench score"]) == (["kitchen"], 100.0)
+
+
 def test_tiif(tmp_path):
     prompts = open_benchmark(str(folders.tiif(tmp_path))).prompts
     given = {
@@ -206,6 +220,25 @@ def test_tiif(tmp_path):
     assert found["accuracy"] == {"color long": 0.5, "color short": 1.0, "negation long": 1.0}
     assert found["mean accuracy"] == pytest.approx(2.5 / 3)
     assert found["left out"] == ["negation/0/short"]
+    assert found["groups"] == {"attribute long": 0.5, "attribute short": 1.0, "reasoning long": 1.0}
+    assert (found["overall short"], found["overall long"]) == (1.0, 0.75)
+
+
+def test_tiif_takes_the_mean_over_groups_of_dimensions():
+    """Of 39 dimensions; the two of a group weigh as much as the one of another, and shares have four places."""
+    given, prompts = {}, []
+    for dimension, right in (("color+texture", "yes yes no"), ("shape+color", "yes yes yes"), ("text", "no no no")):
+        questions = tuple(Question(str(n), "?") for n in range(3))
+        prompts.append(Prompt("x", id=dimension, category=dimension, questions=questions))
+        given[dimension, 0] = right
+    found = official.tiif(prompts, answers(prompts, given), range(1))
+    assert found["groups"] == {"attribute long": pytest.approx((0.6667 + 1) / 2, abs=1e-9), "text long": 0.0}
+    assert found["overall long"] == pytest.approx(0.83335 / 2, abs=1e-9)
+    assert found["overall short"] is None
+    assert [official.tiif_group(name) for name in ("action+2d", "3d_spatial_relation", "negation+color", "style")] == [
+        "relation", "relation", "attribute+reasoning", "style",
+    ]  # fmt: skip
+    assert official.tiif_group("comparison+3d") == official.tiif_group("numeracy+2d") == "reasoning+relation"
 
 
 def test_longbench(tmp_path):
@@ -214,6 +247,10 @@ def test_longbench(tmp_path):
     assert found == {"average score of 5": 2.0, "dimensions": {"Object": 4.0}, "left out": ["1"]}
     found = official.longbench(prompts, answers(prompts, {("0", 0): "4 5", ("1", 0): "1 2"}), range(1))
     assert (found["average score of 5"], found["dimensions"]) == (3.0, {"Object": 2.5, "Color and Tone": 3.5})
+    failed = [replace(a, problem="request failed") if a.problem else a for a in answers(prompts, {("0", 0): "4 -"})]
+    assert official.longbench(prompts, failed, range(1))["average score of 5"] == 4.0
+    missing = [replace(a, problem="picture missing") for a in answers(prompts, {("0", 0): "- -", ("1", 0): "- -"})]
+    assert official.longbench(prompts, missing, range(1))["left out"] == ["0", "1"]
 
 
 def test_geneval2(tmp_path):
@@ -221,10 +258,14 @@ def test_geneval2(tmp_path):
     given = {("00000", 0): "three:0.9 yes:0.4", ("00001", 0): "two:0.1 -"}
     found = official.geneval2(prompts, answers(prompts, given), range(1))
     assert found["AM"] == pytest.approx(100 * (0.65 + 0.05) / 2)
-    assert found["GM"] == pytest.approx(100 * (np.sqrt(0.36) + np.sqrt(0.1 * 1e-12)) / 2)
+    assert found["GM"] == pytest.approx(100 * np.sqrt(0.36) / 2)
     assert found["AM by skill"] == {"attribute": pytest.approx(20.0), "count": pytest.approx(50.0)}
-    assert found["GM by atoms"] == {"2": pytest.approx(0, abs=1e-4), "3": pytest.approx(60.0)}
-    assert found["probabilities"] is True
+    assert found["GM by atoms"] == {"2": 0.0, "3": pytest.approx(60.0)}
+    assert (found["probabilities"], found["answers of probability 0"]) == (True, 0)
+    given = {("00000", 0): "three:0.9 yes:0.0", ("00001", 0): "three:0.4 yes:1e-6"}
+    found = official.geneval2(prompts, answers(prompts, given), range(1))
+    assert found["GM"] == pytest.approx(100 * np.sqrt(0.4e-6) / 2)
+    assert found["answers of probability 0"] == 1
     hard = official.geneval2(prompts, answers(prompts, {("00000", 0): "three yes", ("00001", 0): "two no"}), range(1))
     assert (hard["AM"], hard["probabilities"]) == (50.0, False)
 

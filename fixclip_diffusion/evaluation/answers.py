@@ -1,8 +1,8 @@
 """Asking judges about all pictures, so that no answer is asked for twice and none is lost.
 
 Each answer is one line of JSON in answers/JUDGE/PROCESS.jsonl, written when it comes. A run that was stopped, or whose
-judge
-went down, goes on where it was: what has an answer is not asked again; what has a problem instead of one is.
+judge went
+down, goes on where it was: what has an answer is not asked again; what has a problem instead of one is.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ class Answer:
     Attributes:
         system, prompt, seed, question: names of the system, ids of prompt and question, and the picture's seed.
         text, expected: what was asked, and what a right picture is answered.
-        answer, right, probability, problem, reply: see `judges.Reply`, whose `raw` is the reply here.
+        answer, right, probability, problem, reply, token_probability: see `judges.Reply`; its `raw` is the reply here.
         judge: its name.
         picture: the file, and `digest` a hash of its content: a picture that changed is judged again.
     """
@@ -54,6 +54,7 @@ class Answer:
     judge: str
     picture: str | None
     digest: str
+    token_probability: float | None = None  # files of version 0.1 lack it
 
     @property
     def key(self) -> Key:
@@ -185,6 +186,7 @@ def _replies(judge: Judge, item: Work) -> Iterator[Answer]:
             judge=judge.name,
             picture=None if path is None else path.name,
             digest=item.digest,
+            token_probability=reply.token_probability,
         )
 
 

@@ -257,12 +257,14 @@ def _tiif_twins(where: str, index: int, row: Mapping[str, Any], asked: Mapping[s
 def _read_longbench(folder: Path) -> list[Prompt]:
     path = _one_file(folder, "instruction.jsonl", "longbench")
     prompts = []
-    for index, (where, row) in enumerate(_json_lines(path, ("instruction", "label"))):
+    rows = list(_json_lines(path, ("instruction", "label")))
+    for index, (where, row) in enumerate(rows):
         label = row["label"][0] if isinstance(row["label"], list) and row["label"] else None
         if not isinstance(label, dict) or not label:
             raise ValueError(f"{where}: label is no list with an object of dimensions")
         questions = tuple(Question(name, f"{name}: {text}", expected="", category=name) for name, text in label.items())
-        prompts.append(Prompt(row["instruction"].strip(), id=str(index), questions=questions))
+        extra = {"number": len(rows)}
+        prompts.append(Prompt(row["instruction"].strip(), id=str(index), questions=questions, extra=extra))
     return prompts
 
 
@@ -338,15 +340,19 @@ def _tiif_picture(root: Path, prompt: Prompt, seed: int) -> Path | None:
 
 
 def _longbench_picture(root: Path, prompt: Prompt, seed: int) -> Path | None:
-    """N/stepK/generated_image_J.jpg, the last step and its last picture; or N/ANY.png if it is the only one."""
-    folder = root / prompt.id
+    """N/stepK/generated_image_J.jpg, the last step and its last picture; or N/ANY.png if it is the only one.
+
+    The scorer pairs the folders, sorted by number, with the prompts, so N may begin at 0 or at 1.
+    """
+    from_one = not (root / "0").is_dir() and (root / str(prompt.extra["number"])).is_dir()
+    folder = root / str(int(prompt.id) + from_one)
     if not folder.is_dir():
         return plain_picture(root, prompt, seed)
 
     def number(path: Path) -> int:
         return int(re.findall(r"\d+", path.stem or path.name)[-1]) if re.search(r"\d", path.stem) else -1
 
-    steps = sorted((p for p in folder.glob("step*") if p.is_dir()), key=number)
+    steps = sorted((p for p in folder.iterdir() if p.is_dir() and re.match(r"(?i)step\d", p.name)), key=number)
     pictures = [p for p in (steps[-1] if steps else folder).iterdir() if p.suffix.lower() in SUFFIXES]
     return max(pictures, key=number, default=None)
 
@@ -363,8 +369,8 @@ def _geneval2_picture(root: Path, prompt: Prompt, seed: int) -> Path | None:
         raise ValueError(f"{root}: expected a JSON object of prompt and path, found {type(paths).__name__}")
     if prompt.text not in paths:
         return None
-    path = root.parent / str(paths[prompt.text])
-    return path if path.is_file() else None
+    path = Path(str(paths[prompt.text]))  # relative to the JSON file, or to the working directory as the scorer has it
+    return next((found for found in (root.parent / path, path) if found.is_file()), None)
 
 
 LAYOUTS = {

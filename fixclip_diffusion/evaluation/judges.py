@@ -51,6 +51,7 @@ class Reply:
         probability: of the expected answer, where the judge gives probabilities of tokens: of "yes" and "no" together
             for questions answered by them, of all tokens else.
         problem: why there is no answer, "" if there is one.
+        token_probability: of the expected answer among all tokens, for "yes" and "no", too: what the judge gave.
     """
 
     raw: str
@@ -58,6 +59,7 @@ class Reply:
     right: float | None = None
     probability: float | None = None
     problem: str = ""
+    token_probability: float | None = None
 
 
 class Judge(Protocol):
@@ -113,12 +115,23 @@ def read_reply(question: Question, raw: str, token_probabilities: Mapping[str, f
         return Reply(raw, problem=NO_ANSWER)
     read = {"yes_no": _read_yes_no, "word": _read_word, "score": _read_score}[question.kind]
     probabilities = token_probabilities if "</think>" not in raw else None
-    answer, probability = read(question, text, _by_word(probabilities or {}))
+    by_word = _by_word(probabilities or {})
+    answer, probability = read(question, text, by_word)
     if answer is None:
         return Reply(raw, problem=REFUSED if _REFUSAL.match(text) else NO_ANSWER)
     if question.kind == "score":
         return Reply(raw, answer, (int(answer) - 1) / (SCALE - 1))
-    return Reply(raw, answer, float(_same(answer, question.expected)), probability if probabilities else None)
+    right = float(_same(answer, question.expected))
+    if not probabilities:
+        return Reply(raw, answer, right)
+    share = sum(by_word.get(word, 0.0) for word in expected_words(question))
+    return Reply(raw, answer, right, probability, token_probability=share)
+
+
+def expected_words(question: Question) -> set[str]:
+    """How the expected answer is written, in lower case: {"three", "3"}, {"yes"}."""
+    expected = question.expected.lower()
+    return {expected, str(_NUMBERS.index(expected)) if expected in _NUMBERS else expected}
 
 
 def _by_word(probabilities: Mapping[str, float]) -> dict[str, float]:
@@ -149,10 +162,8 @@ def _read_word(question: Question, text: str, by_word: Mapping[str, float]) -> t
     words = re.findall(r"[\w'-]+", text.lower())
     if not words or _REFUSAL.match(text):
         return None, None
-    expected = question.expected.lower()
-    number = str(_NUMBERS.index(expected)) if expected in _NUMBERS else expected
-    share = sum(by_word.get(word, 0.0) for word in {expected, number})
-    if _is_number(expected) and len(words) > 1:
+    share = sum(by_word.get(word, 0.0) for word in expected_words(question))
+    if _is_number(question.expected.lower()) and len(words) > 1:
         numbers = [word for word in words if _is_number(word)]
         return (numbers[0] if len(set(numbers)) == 1 else None), share
     if len(words) > 3:

@@ -9,9 +9,8 @@ from statistics import fmean
 from typing import Any
 
 from fixclip_diffusion.evaluation.answers import Answer
+from fixclip_diffusion.evaluation.judges import NO_ANSWER, REFUSED
 from fixclip_diffusion.evaluation.prompts import SCALE, Prompt
-
-LEAST = 1e-12  # a probability of 0 would make a geometric mean 0, whatever the others
 
 
 def _by_picture(answers: Iterable[Answer]) -> dict[str, dict[int, dict[str, Answer]]]:
@@ -27,8 +26,9 @@ def dpg(prompts: Sequence[Prompt], answers: Iterable[Answer], seeds: Sequence[in
     """DPG-Bench as compute_dpg_bench.py scores it.
 
     Its quirks: the first row of the CSV is passed over, so the first prompt lacks its first question; a prompt that
-    any error stops, such as a child whose parent was passed over or a picture that is missing, is left out of the
-    mean, which rises; the scores of categories are those of the last picture, before parents count.
+    any error stops is left out of the mean, which rises: a picture that is missing, or a child whose parent was passed
+    over, unless another parent that stands before it is no; the scores of categories are those of the last picture,
+    before parents count.
     """
     found = _by_picture(answers)
     means: list[float] = []
@@ -39,17 +39,20 @@ def dpg(prompts: Sequence[Prompt], answers: Iterable[Answer], seeds: Sequence[in
         questions = [question for question in prompt.questions if question.id != lost]
         own = found.get(prompt.id, {})
         complete = all(question.id in own.get(seed, {}) for seed in seeds for question in questions)
-        if not complete or not questions or any(lost in question.parents for question in questions):
+        pictures = []
+        try:
+            for seed in seeds if complete and questions else ():
+                right = {question.id: float(own[seed][question.id].answer == "yes") for question in questions}
+                before = dict(right)
+                for question in questions:  # in the order of the rows, so that a parent may be 0 because of its own
+                    if any(right[parent] == 0 for parent in question.parents):
+                        right[question.id] = 0.0
+                pictures.append(fmean(right.values()))
+        except KeyError:  # the parent that was passed over
+            pictures = []
+        if not pictures:
             left_out.append(prompt.id)
             continue
-        pictures = []
-        for seed in seeds:
-            right = {question.id: float(own[seed][question.id].answer == "yes") for question in questions}
-            before = dict(right)
-            for question in questions:  # in the order of the rows, so that a parent may be 0 because of its own
-                if any(right[parent] == 0 for parent in question.parents):
-                    right[question.id] = 0.0
-            pictures.append(fmean(right.values()))
         means.append(fmean(pictures))
         for question in questions:
             categories.setdefault(question.category, []).append(before[question.id])
@@ -65,9 +68,11 @@ def dpg(prompts: Sequence[Prompt], answers: Iterable[Answer], seeds: Sequence[in
 
 
 def tiif(prompts: Sequence[Prompt], answers: Iterable[Answer], seeds: Sequence[int]) -> dict[str, Any]:
-    """TIIF-Bench: of each dimension and length the share of right answers, and the mean of those shares.
+    """TIIF-Bench: of each dimension and length the share of right answers, and means of those shares.
 
-    Its quirk: a picture that is missing, or whose answers are not all there, is left out.
+    "overall short" and "overall long" are the mean over nine groups of the mean over each group's dimensions; "mean
+    accuracy" is that over all dimensions and lengths. Its quirks: a picture that is missing, or whose answers are not
+    all there, is left out; shares are rounded to four places before the groups' means are taken.
     """
     found = _by_picture(answers)
     right: dict[str, list[float]] = {}
@@ -82,29 +87,60 @@ def tiif(prompts: Sequence[Prompt], answers: Iterable[Answer], seeds: Sequence[i
             values = [float(own[q.id].answer == q.expected) for q in prompt.questions]
             right.setdefault(f"{prompt.category} {length}", []).extend(values)
     shares = {name: fmean(values) for name, values in sorted(right.items())}
-    return {"mean accuracy": fmean(shares.values()) if shares else None, "accuracy": shares, "left out": left_out}
+    groups: dict[str, list[float]] = {}
+    for name, share in shares.items():
+        dimension, length = name.rsplit(" ", 1)
+        groups.setdefault(f"{tiif_group(dimension)} {length}", []).append(round(share, 4))
+    means = {name: fmean(values) for name, values in sorted(groups.items())}
+    by_length = {
+        length: [mean for name, mean in means.items() if name.endswith(f" {length}")] for length in ("short", "long")
+    }
+    return {
+        **{f"overall {length}": fmean(values) if values else None for length, values in by_length.items()},
+        "groups": means,
+        "mean accuracy": fmean(shares.values()) if shares else None,
+        "accuracy": shares,
+        "left out": left_out,
+    }
+
+
+TIIF_KINDS = {
+    **dict.fromkeys(("color", "texture", "shape"), "attribute"),
+    **dict.fromkeys(("2d", "3d", "action", "2d_spatial_relation", "3d_spatial_relation"), "relation"),
+    **dict.fromkeys(("numeracy", "negation", "differentiation", "comparison"), "reasoning"),
+}
+
+
+def tiif_group(dimension: str) -> str:
+    """The group of a dimension: "action+color" is "attribute+relation", "color+texture" is "attribute"."""
+    return "+".join(sorted({TIIF_KINDS.get(part, part) for part in dimension.split("+")}))
 
 
 def longbench(prompts: Sequence[Prompt], answers: Iterable[Answer], seeds: Sequence[int]) -> dict[str, Any]:
     """LongBench-T2I: mean score from 1 to 5, of the prompts and of each dimension.
 
-    Its quirks: a prompt without a picture is left out; a dimension without a score counts 0 in its prompt's mean and
-    is left out of its dimension's; means are rounded to two places before they are averaged.
+    Its quirks: a prompt without a picture is left out; a dimension whose reply holds no score counts 0 in its prompt's
+    mean and is left out of its dimension's; one whose request failed is left out of both; means are rounded to two
+    places before they are averaged.
     """
-    found = _by_picture(answers)
+    found: dict[tuple[str, int], dict[str, Answer]] = {}
+    for answer in answers:
+        if answer.problem in ("", NO_ANSWER, REFUSED):
+            found.setdefault((answer.prompt, answer.seed), {})[answer.question] = answer
     means: list[float] = []
     dimensions: dict[str, list[int]] = {}
     left_out = []
     for prompt in prompts:
         for seed in seeds:
-            own = found.get(prompt.id, {}).get(seed, {})
+            own = found.get((prompt.id, seed), {})
             if not own:
                 left_out.append(prompt.id)
                 continue
             score = {q.id: int(own[q.id].answer or 0) for q in prompt.questions if q.id in own}
-            means.append(round(sum(score.values()) / len(prompt.questions), 2))
+            means.append(round(fmean(score.values()), 2))
             for name, value in score.items():
-                dimensions.setdefault(name, []).append(value)
+                if value:
+                    dimensions.setdefault(name, []).append(value)
     return {
         f"average score of {SCALE}": round(fmean(means), 2) if means else None,
         "dimensions": {name: round(fmean(values), 2) for name, values in dimensions.items()},
@@ -115,34 +151,32 @@ def longbench(prompts: Sequence[Prompt], answers: Iterable[Answer], seeds: Seque
 def geneval2(prompts: Sequence[Prompt], answers: Iterable[Answer], seeds: Sequence[int]) -> dict[str, Any]:
     """GenEval 2's Soft-TIFA: arithmetic (AM) and geometric mean (GM) of the probabilities of a prompt's right answers.
 
-    A judge without probabilities gives 1 or 0, which is TIFA and not Soft-TIFA: "probabilities" says so. AM is by
-    skill, GM by the number of atoms. A question without an answer counts 0.
+    The probability is that of the answer among all tokens. A judge without probabilities gives 1 or 0, which is TIFA
+    and not Soft-TIFA: "probabilities" says so. AM is by skill, GM by the number of atoms. A question without an answer
+    counts 0. One answer of probability 0 makes a prompt's GM 0; a server names the likeliest tokens alone, so
+    "answers of probability 0" says how many were none of those, and GM is a lower bound then.
     """
     found = _by_picture(answers)
     arithmetic: list[float] = []
     geometric: list[float] = []
     skills: dict[str, list[float]] = {}
     atoms: dict[str, list[float]] = {}
-    soft = True
+    soft, zeros = True, 0
     for prompt in prompts:
         for seed in seeds:
             own = found.get(prompt.id, {}).get(seed, {})
             values = []
             for question in prompt.questions:
                 answer = own.get(question.id)
-                if answer is not None and answer.probability is None:
-                    soft = False
-                value = (
-                    0.0
-                    if answer is None
-                    else float(answer.right or 0)
-                    if answer.probability is None
-                    else answer.probability
-                )
+                share = None if answer is None else answer.token_probability
+                if answer is not None and share is None:
+                    soft, share = False, answer.right
+                value = share or 0.0
+                zeros += answer is not None and value == 0
                 values.append(value)
                 skills.setdefault(question.category, []).append(value)
             arithmetic.append(fmean(values))
-            geometric.append(math.exp(fmean(math.log(max(value, LEAST)) for value in values)))
+            geometric.append(math.exp(fmean(map(math.log, values))) if all(values) else 0.0)
             atoms.setdefault(str(prompt.extra["atom_count"]), []).append(geometric[-1])
     return {
         "AM": 100 * fmean(arithmetic),
@@ -150,6 +184,7 @@ def geneval2(prompts: Sequence[Prompt], answers: Iterable[Answer], seeds: Sequen
         "AM by skill": {name: 100 * fmean(values) for name, values in sorted(skills.items())},
         "GM by atoms": {name: 100 * fmean(values) for name, values in sorted(atoms.items(), key=lambda i: int(i[0]))},
         "probabilities": soft,
+        "answers of probability 0": zeros,
     }
 
 

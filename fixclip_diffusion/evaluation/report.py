@@ -12,6 +12,7 @@ from PIL import Image
 
 from fixclip_core import scenes
 from fixclip_core.files import write_atomically
+from fixclip_diffusion.evaluation.clip_score import ClipScore
 from fixclip_diffusion.evaluation.generate import Picture
 from fixclip_diffusion.evaluation.judges import as_tensor
 from fixclip_diffusion.evaluation.prompts import WHOLE, ZONES, Prompt
@@ -62,7 +63,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         if found["unanswered"]:
             parts.append(_unanswered(found))
     if report["cosines"]:
-        parts.append("## Cosines of picture and text\n\n" + _cosines_table(report["cosines"]))
+        parts.append(f"## {cosines_title(report)}\n\n{_cosines_table(report['cosines'])}")
     if not report["judges"] and not report["cosines"]:
         parts.append("nothing was scored: choose a --judge or a --scorer, or prompts of the scenes")
     return "\n\n".join(parts)
@@ -167,6 +168,11 @@ def _unanswered(found: Mapping[str, Any]) -> str:
     return f"Without an answer, counted 0: {listed}. report.json lists each; the same command asks them again."
 
 
+def cosines_title(report: Mapping[str, Any]) -> str:
+    scorer = report["settings"].get("scorer") or {}
+    return ClipScore.title if scorer.get("format") == ClipScore.format else "Cosines of picture and text"
+
+
 def _cosines_table(cosines: Mapping[str, Any]) -> str:
     metrics = list(dict.fromkeys(name for values in cosines.values() for name in values))
     rows = []
@@ -191,6 +197,7 @@ def write_report(report: Mapping[str, Any], folder: Path) -> None:
     environment.globals |= {
         "percent": percent, "interval": interval, "bars": bars, "zone_titles": ZONE_TITLES,
         "group_titles": GROUP_TITLES, "colours": COLOURS, "present": _plotted, "pairs": pairs, "right_of": _right_of,
+        "cosines_title": cosines_title,
     }  # fmt: skip
     shown = _shown(report, folder)
     zones = [zone for zone in (*ZONES, WHOLE) if any(zone in _zones(found) for found in report["judges"].values())]

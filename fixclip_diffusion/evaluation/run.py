@@ -21,6 +21,7 @@ from fixclip_diffusion import builtin
 from fixclip_diffusion.evaluation import scores
 from fixclip_diffusion.evaluation.answers import Answer, ask, find_work, problems, read_answers
 from fixclip_diffusion.evaluation.benchmarks import Benchmark
+from fixclip_diffusion.evaluation.clip_score import ClipScore
 from fixclip_diffusion.evaluation.generate import (
     Drawing,
     Painter,
@@ -80,7 +81,7 @@ def evaluate_images(
     folder: Path,
     *,
     judges: Sequence[Judge] = (),
-    scorer: Encoder | None = None,
+    scorer: Encoder | ClipScore | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     partial: bool = False,
@@ -96,7 +97,7 @@ def evaluate_images(
         drawing: steps, guidance, size and seeds.
         folder: pictures, answers and the report; what is there already is not made again.
         judges: answer the prompts' questions; none leaves them out.
-        scorer: a long-context CLIP for image-text cosines; None leaves them out.
+        scorer: a long-context CLIP for image-text cosines, or torchmetrics' CLIPScore; None leaves them out.
         device, dtype: of the drawing.
         partial: let pictures made elsewhere be missing; they count 0.
         official: add the benchmark's own score, see `official.py`.
@@ -187,18 +188,24 @@ def _draw(
 
 
 def _cosines(
-    benchmark: Benchmark, pictures: Sequence[Sequence[Picture]], tokenizer: FixClipTokenizer, scorer: Encoder
+    benchmark: Benchmark,
+    pictures: Sequence[Sequence[Picture]],
+    tokenizer: FixClipTokenizer,
+    scorer: Encoder | ClipScore,
 ) -> list[tuple[list[str], list[float]]]:
     """For each prompt the zones of its sentences, and the cosines of the whole prompt and of each sentence."""
     found = []
     for prompt, own in zip(tqdm(benchmark.prompts, desc="cosines"), pictures, strict=True):
         parts = sentences(prompt.text, tokenizer)
         images = [picture.load() for picture in own if picture.path is not None]
-        if images:
-            (cosine,) = text_scores([images], [[prompt.text, *(part.text for part in parts)]], scorer)
-            found.append(([part.zone for part in parts], cosine))
+        texts = [prompt.text, *(part.text for part in parts)]
+        if not images:
+            cosine = [0.0] * len(texts)
+        elif isinstance(scorer, ClipScore):
+            cosine = scorer.scores(images, texts)
         else:
-            found.append(([part.zone for part in parts], [0.0] * (len(parts) + 1)))
+            (cosine,) = text_scores([images], [texts], scorer)
+        found.append(([part.zone for part in parts], cosine))
     return found
 
 

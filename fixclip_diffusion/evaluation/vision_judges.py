@@ -12,7 +12,15 @@ from typing import Any
 import torch
 from PIL import Image
 
-from fixclip_diffusion.evaluation.judges import FAILED, REFUSED, JudgeError, Reply, instruction, read_reply
+from fixclip_diffusion.evaluation.judges import (
+    FAILED,
+    REFUSED,
+    JudgeError,
+    Reply,
+    expected_words,
+    instruction,
+    read_reply,
+)
 from fixclip_diffusion.evaluation.prompts import Prompt, Question
 
 NUM_CANDIDATES = 20  # tokens whose probability is asked for
@@ -227,12 +235,25 @@ class LocalModel:
         )
         tokenizer = self.processor.tokenizer
         new_tokens = output.sequences[0, -len(output.scores) :]
-        probability, index = output.scores[0][0].float().softmax(-1).topk(min(NUM_CANDIDATES, len(tokenizer)))
-        tokens = [tokenizer.decode([i]) for i in index.tolist()]
+        shares = output.scores[0][0].float().softmax(-1)
+        probability, index = shares.topk(min(NUM_CANDIDATES, len(shares)))
+        # An unlikely answer is looked up by itself: a geometric mean depends on how unlikely it is.
+        for first in self._first_tokens(question) - set(index.tolist()):
+            index = torch.cat([index, index.new_tensor([first])])
+            probability = torch.cat([probability, shares[first : first + 1]])
         found: dict[str, float] = {}
-        for token, share in zip(tokens, probability.tolist(), strict=True):
-            found[token] = found.get(token, 0.0) + share
+        for token, share in zip(index.tolist(), probability.tolist(), strict=True):
+            text = tokenizer.decode([token])
+            found[text] = found.get(text, 0.0) + share
         return tokenizer.decode(new_tokens, skip_special_tokens=True), found
+
+    def _first_tokens(self, question: Question) -> set[int]:
+        """The first token of the expected answer, however it is written: "three", " Three", "3"."""
+        tokenizer = self.processor.tokenizer
+        spellings = {spell(word) for word in expected_words(question) for spell in (str, str.capitalize)}
+        texts = [space + word for word in spellings if word for space in ("", " ")]
+        ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        return {own[0] for own in ids if own and own[0] != tokenizer.unk_token_id}
 
     def _classify(self, image: Image.Image, question: Question) -> tuple[str, Mapping[str, float]]:
         logits = self.model(**self._inputs(image, question.text)).logits[0].float()
