@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Two test processes with one thread each beat one process with two threads.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 MPLBACKEND=Agg
 
-.PHONY: demo benchmark-demo app test lint format install dev clean
+.PHONY: demo benchmark-demo app docs test lint format install dev clean
 
 install: $(VENV)/.installed
 dev: $(VENV)/.installed-dev
@@ -47,6 +47,15 @@ $(VENV)/.installed-app: pyproject.toml
 # The web page, on http://127.0.0.1:7860; see docs/app.md for its options.
 app: $(VENV)/.installed-app
 	$(BIN)/python apps/demo.py
+
+$(VENV)/.installed-docs: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -e ".[docs]"
+	touch $@ $(VENV)/.installed
+
+# The documentation site: build/site/index.html. A broken link or reference ends it. While you write: mkdocs serve.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 HF_HUB_OFFLINE=1 $(BIN)/mkdocs build --strict
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

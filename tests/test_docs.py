@@ -21,7 +21,9 @@ from fixclip_core.weights.read import ClipCheckpoint
 from fixclip_core.weights.write import write_open_clip
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = {
+    page.relative_to(ROOT).as_posix(): page for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+}
 BLOCK = re.compile(r"(?P<mark><!--[^\n]*-->\n)?^```(?P<language>python|bash|sh)\n(?P<code>.*?)^```$", re.M | re.S)
 NOT_RUN = re.compile(r"<!-- not run: \S.* -->\n")
 SET_UP = ("make", "pip")
@@ -35,16 +37,19 @@ REPLACED = {
 # What each page's capital letters stand for, and what its snippets take as given.
 PLACES = {
     "README.md": {"runs/vit_l14_stable_diffusion": "fixclip"},
-    "adapter.md": {
+    "docs/adapter.md": {
         "RECIPE": "builtin:vit_l14_stable_diffusion",
         "BASE": "builtin:scenes/base",
         "OUT": "builtin:scenes/encoder",
         "runs/.../adapter": "builtin:scenes/adapter",
         "runs/.../lora": "builtin:scenes/lora",
     },
-    "training.md": {"RECIPE": "builtin:vit_b16_sharegpt4v"},
-    "evaluation.md": {"MODEL": "fixclip", "DATA": "captions.jsonl", "FOLDER": "classes"},
-    "weights.md": {"SOURCE": "clip", "OUTPUT": "converted", "RUN": "fixclip", "EVERYTHING": "all", "HALF": "half"},
+    "docs/index.md": {"fixclip demo": "fixclip demo --steps 5"},
+    "docs/tutorials/measure.md": {"--steps 20": "--steps 5"},
+    "docs/tutorials/train_encoder.md": {"runs/own_data": "fixclip"},
+    "docs/training.md": {"RECIPE": "builtin:vit_b16_sharegpt4v"},
+    "docs/evaluation.md": {"MODEL": "fixclip", "DATA": "captions.jsonl", "FOLDER": "classes"},
+    "docs/weights.md": {"SOURCE": "clip", "OUTPUT": "converted", "RUN": "fixclip", "EVERYTHING": "all", "HALF": "half"},
 }
 
 
@@ -117,13 +122,14 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
-def test_the_blocks_of_a_page_run_in_order(page, folder, monkeypatch):
+@pytest.mark.parametrize("name", PAGES)
+def test_the_blocks_of_a_page_run_in_order(name, folder, monkeypatch):
+    page = PAGES[name]
     monkeypatch.chdir(folder)
     prompt = (folder / "prompt.txt").read_text()
     names = {"prompt": prompt, "base": REPLACED["stable-diffusion-v1-5/stable-diffusion-v1-5"], "device": "cpu"}
     for line, language, code in blocks(page):
-        code = replaced(code, PLACES.get(page.name, {}))
+        code = replaced(code, PLACES.get(name, {}))
         if language == "python":
             exec(compile("\n" * (line - 1) + code, str(page), "exec"), names)
         else:
@@ -132,7 +138,7 @@ def test_the_blocks_of_a_page_run_in_order(page, folder, monkeypatch):
 
 
 def test_a_mark_says_why():
-    for page in PAGES:
+    for name, page in PAGES.items():
         for found in BLOCK.finditer(page.read_text(encoding="utf-8")):
             mark = found["mark"] or ""
-            assert "not run" not in mark or NOT_RUN.fullmatch(mark), f"{page.name}: {mark!r} says no reason"
+            assert "not run" not in mark or NOT_RUN.fullmatch(mark), f"{name}: {mark!r} says no reason"
