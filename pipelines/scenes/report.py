@@ -24,6 +24,7 @@ from matplotlib import pyplot
 from fixclip_core import scenes
 
 OUT = Path("outputs/scenes")
+NOISE = Path("outputs/captions/noise/noise.json")
 RESULTS = Path("pipelines/scenes/results")
 PAGE = Path("docs/results.md")
 IMAGES = Path("docs/images")
@@ -73,6 +74,13 @@ METHODS = {
     "longclip": "Long-CLIP recipe",
     "finetune": "plain fine-tuning",
 }
+CAPTIONS = {
+    "true": "true",
+    "few_mistakes_filtered": "few mistakes, filtered",
+    "many_mistakes_filtered": "many mistakes, filtered",
+    "many_mistakes": "many mistakes, no filter",
+    "many_wrong_objects": "objects left out or of a wrong colour alone",
+}
 MEASURES = {
     "bound": "place, shape, colour and size all read off the text",
     "root_mean_square": "root mean square error (pictures from -1 to 1)",
@@ -98,7 +106,10 @@ def collect() -> None:
         (RESULTS / "ablations.json").write_text(json.dumps(runs, indent=1) + "\n")
     parts = {name: OUT / name for name in ("clip", "vae", "robust", "unet", "encoder")}
     training = {name: evaluations(folder) for name, folder in parts.items() if (folder / "metrics.jsonl").exists()}
-    (RESULTS / "training.json").write_text(json.dumps(training, indent=1) + "\n")
+    if training:
+        (RESULTS / "training.json").write_text(json.dumps(training, indent=1) + "\n")
+    if NOISE.exists():
+        (RESULTS / "caption_noise.json").write_text(NOISE.read_text() + "\n")
 
 
 def evaluations(folder: Path) -> list[dict[str, float]]:
@@ -416,6 +427,21 @@ def tuning_table() -> str:
     return table(["learning rate", *rates], rows) if rows else "Not measured yet."
 
 
+def noise_table() -> str:
+    """pipelines/captions/noise.py: what became of the captions, and the recalls after a training on them."""
+    file = RESULTS / "caption_noise.json"
+    if not file.exists():
+        return "Not measured yet."
+    rows = []
+    for name, found in json.loads(file.read_text()).items():
+        rejected = 1 - found["answers"].get("accepted", 0) / sum(found["answers"].values())
+        recalls = found["seeds"].values()
+        cells = [mean_spread([values[recall] for values in recalls]) for recall in RECALLS]
+        rows.append([CAPTIONS[name], f"{rejected:.1%}", str(found["written"]), *cells])
+    header = ["captions", "answers rejected", "scenes", "long i2t", "long t2i", "short i2t", "short t2i"]
+    return table(header, rows)
+
+
 def training_table() -> str:
     file = RESULTS / "training.json"
     if not file.exists():
@@ -473,6 +499,7 @@ TABLES = {
     "retrieval": retrieval_table,
     "ablations": ablations_table,
     "tuning": tuning_table,
+    "caption noise": noise_table,
 }
 
 
