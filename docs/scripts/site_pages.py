@@ -139,8 +139,9 @@ def site_links(markdown: str, path: str) -> str:
     def replace(link: re.Match[str]) -> str:
         target = posixpath.normpath(posixpath.join(in_repository, link["target"]))
         target = target.removeprefix("docs/")
-        if target.endswith(".ipynb"):
-            target = target.removesuffix(".ipynb") + ".md"
+        as_page = re.sub(r"\.ipynb$", ".md", target)
+        if as_page != path:  # a notebook's own page links to the file, to download it
+            target = as_page
         return posixpath.relpath(target, folder or ".") + (link["anchor"] or "")
 
     return LINK.sub(replace, markdown)
@@ -185,23 +186,23 @@ def _section_tables(recipe: type[BaseModel]) -> Iterator[str]:
 
 def _field_table(section: type[BaseModel], properties: dict[str, dict[str, Any]]) -> str:
     descriptions = _documented_arguments(section)
-    rows = ["| field | type | default | |", "|---|---|---|---|"]
+    rows = ["| field | | default | type |", "|---|---|---|---|"]
     for name, schema in properties.items():
         field = section.model_fields[name]
         default = "" if field.is_required() else f"`{json.dumps(field.get_default(call_default_factory=True))}`"
         text = schema.get("description") or descriptions.get(name, "")
-        rows.append(f"| `{name}` | {_type(schema)} | {default} | {_cell(text)} |")
+        rows.append(f"| `{name}` | {_cell(text)} | {default} | {_type(schema)} |")
     return "\n".join(rows)
 
 
 def _documented_arguments(section: type[BaseModel]) -> dict[str, str]:
     """{field: description} from the docstrings of a section and its bases, for fields that pydantic knows none of."""
-    from fixclip_core.data.captions import CaptionFilters, ShortCaptions
+    from fixclip_core.data.captions import CaptionFilters
 
     found: dict[str, str] = {}
-    for cls in (*section.__mro__, CaptionFilters, ShortCaptions):
+    for cls in (*section.__mro__, CaptionFilters):
         for part in griffe.Docstring(cls.__doc__ or "").parse("google", warnings=False):
-            if part.kind is griffe.DocstringSectionKind.parameters:
+            if part.kind in (griffe.DocstringSectionKind.parameters, griffe.DocstringSectionKind.attributes):
                 found = {item.name: item.description for item in part.value} | found
     return found
 

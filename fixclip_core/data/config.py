@@ -72,11 +72,16 @@ class CaptionsSection(Section):
     See `captions.ShortCaptions` and `captions.CaptionFilters` for what each field does.
     """
 
-    short_caption: ShortPolicy = "random_sentences"
-    max_short_sentences: int = Field(default=3, ge=1)
-    drop_short_from_long: bool = False
+    short_caption: ShortPolicy = Field(
+        default="random_sentences",
+        description="given: the data's own; else sentences of the long caption; debiased: any but the first",
+    )
+    max_short_sentences: int = Field(default=3, ge=1, description="random_sentences takes 1 to this many")
+    drop_short_from_long: bool = Field(
+        default=False, description="the long caption lacks these sentences, unless nothing would remain"
+    )
     pad_short: bool = Field(default=False, description="padding before the short text, so that late positions learn")
-    filter_captions: bool = False
+    filter_captions: bool = Field(default=False, description="leave out long captions outside the limits below")
     min_words: int | None = Field(default=CaptionFilters.min_words, ge=1)
     max_repeated_share: float | None = Field(default=CaptionFilters.max_repeated_share, ge=0, le=1)
     max_word_run: int | None = Field(default=CaptionFilters.max_word_run, ge=1)

@@ -203,12 +203,14 @@ class OptimSection(Section):
 
     lr: float = Field(default=1e-6, gt=0, description="peak learning rate of the pre-trained weights")
     lr_new: float = Field(default=1e-4, gt=0, description="peak learning rate of the new parameters")
-    weight_decay: float = Field(default=1e-2, ge=0)
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    beta2: float = Field(default=0.999, ge=0, lt=1)
-    eps: float = Field(default=1e-8, gt=0)
-    warmup_steps: int = Field(default=200, ge=0)
-    schedule: Literal["cosine", "constant"] = "cosine"
+    weight_decay: float = Field(default=1e-2, ge=0, description="AdamW's; of matrices alone")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's")
+    beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW's")
+    eps: float = Field(default=1e-8, gt=0, description="AdamW's")
+    warmup_steps: int = Field(default=200, ge=0, description="steps in which the learning rate rises to its peak")
+    schedule: Literal["cosine", "constant"] = Field(
+        default="cosine", description="of the learning rate after warm-up; cosine falls to 0 at the last step"
+    )
     max_grad_norm: float | None = Field(default=1.0, gt=0, description="clip the gradient's norm; null: never")
 
 
@@ -222,7 +224,9 @@ class RunSection(Section):
         default="auto",
         description="of the computation, weights are fp32; auto: bf16 where the device has instructions for it",
     )
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(
+        default=False, description="compute activations again in the backward pass: less memory, one more forward pass"
+    )
     compile: bool = Field(default=False, description="torch.compile the transformer blocks")
     ema_decay: float | None = Field(default=None, gt=0, lt=1, description="average the weights; null: do not")
     max_skipped_steps: int = Field(
@@ -233,9 +237,11 @@ class RunSection(Section):
 class OutputSection(Section):
     """Where the run writes, and how often."""
 
-    folder: str = Field(default="runs/encoder", min_length=1)
+    folder: str = Field(default="runs/encoder", min_length=1, description="where the run writes, and resumes from")
     log_every: int = Field(default=10, ge=1, description="steps between two lines of metrics.jsonl and the trackers")
     save_every: int = Field(default=500, ge=1, description="steps between two checkpoints")
     keep_last: int = Field(default=2, ge=1, description="checkpoints to keep")
-    trackers: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
+    trackers: list[Literal["tensorboard", "wandb"]] = Field(
+        default_factory=list, description="who else gets what metrics.jsonl gets"
+    )
     project: str = Field(default="fixclip", min_length=1, description="the trackers' project name")

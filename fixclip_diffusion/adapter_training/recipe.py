@@ -41,10 +41,12 @@ class BaseSection(Section):
 class AdapterSection(Section):
     """The adapter; see `TextAdapter`."""
 
-    kind: Literal["mlp", "attention"] = "mlp"
+    kind: Literal["mlp", "attention"] = Field(
+        default="mlp", description="mlp: each state for itself; attention: states of a pass see one another"
+    )
     hidden_width: int = Field(default=0, ge=0, description="of the hidden layers; 0: 2 D for mlp, 4 D for attention")
-    num_layers: int = Field(default=2, ge=1)
-    num_heads: int = Field(default=8, ge=1)
+    num_layers: int = Field(default=2, ge=1, description="residual layers")
+    num_heads: int = Field(default=8, ge=1, description="of attention")
     mask_padding: bool = Field(default=True, description="attention leaves the padding behind a text out")
     start_from: str | None = Field(default=None, description="adapter folder whose weights to go on from")
 
@@ -98,7 +100,7 @@ class CaptionedImagesSection(DataSection):
     """`DataSection` and how a picture is brought to the UNet's size."""
 
     resolution: int | None = Field(default=None, ge=8, multiple_of=8, description="pixels; null: the UNet's own")
-    random_crop: bool = False
+    random_crop: bool = Field(default=False, description="cut out a random square instead of the middle one")
     flip: bool = Field(default=False, description="mirror half of the pictures; wrong where captions say left")
 
 
@@ -107,7 +109,7 @@ class FeaturesSection(Section):
 
     folder: str | None = Field(default=None, min_length=1, description="null: encode at every step")
     text: bool = Field(default=False, description="cache text states too: 0.4 MB a caption at 248 x 768 in fp16")
-    dtype: Literal["fp16", "fp32"] = "fp16"
+    dtype: Literal["fp16", "fp32"] = Field(default="fp16", description="of what the cache holds")
     shard_size: int = Field(default=512, ge=1, description="samples a file")
     batch_size: int = Field(default=8, ge=1, description="samples encoded at a time")
 
@@ -133,21 +135,21 @@ class SamplesSection(Section):
 
     prompts: list[str] = Field(default_factory=list, description="none: no sheets")
     every: int = Field(default=1000, ge=1, description="steps between two sheets; the last step always has one")
-    seed: int = Field(default=0, ge=0)
-    steps: int = Field(default=30, ge=1, le=999)
-    guidance_scale: float = Field(default=7.5, ge=0)
+    seed: int = Field(default=0, ge=0, description="of the noise, the same for all sheets")
+    steps: int = Field(default=30, ge=1, le=999, description="denoising steps")
+    guidance_scale: float = Field(default=7.5, ge=0, description="1 and less: no guidance")
 
 
 class AdapterOutputSection(OutputSection):
     """`OutputSection` with a folder of its own."""
 
-    folder: str = Field(default="runs/adapter", min_length=1)
+    folder: str = Field(default="runs/adapter", min_length=1, description="where the run writes, and resumes from")
 
 
 class AdapterRecipe(Section):
     """Everything that `train_adapter.py` needs to know."""
 
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, description="of everything that is drawn: weights, order, captions, noise")
     model: BaseSection
     adapter: AdapterSection = AdapterSection()
     lora: LoraSection = LoraSection()

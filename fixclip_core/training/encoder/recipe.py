@@ -16,7 +16,7 @@ class ModelSection(Section, Modules):  # type: ignore[misc]  # a Section is froz
 
     name: str = Field(min_length=1, description="open_clip's model name, hf-hub:..., or weights on disk")
     pretrained: str | None = Field(default=None, description="open_clip's tag or a weights file; null: random weights")
-    cache_dir: str | None = None
+    cache_dir: str | None = Field(default=None, description="where open_clip keeps downloads; null: its own folder")
 
     @field_validator("*")
     @classmethod
@@ -33,11 +33,13 @@ class TrainSection(RunSection):
         default=None, ge=1, description="samples a pass in each process; below the batch: exact GradCache"
     )
     loss_chunk_size: int | None = Field(default=None, ge=1, description="rows of the loss computed at a time")
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    weight_long: float = Field(default=1.0, ge=0)
-    weight_short: float = Field(default=1.0, ge=0)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="of the contrastive losses")
+    weight_long: float = Field(default=1.0, ge=0, description="of the long branch's loss")
+    weight_short: float = Field(default=1.0, ge=0, description="of the short branch's loss")
     weight_mid: list[float] = Field(
-        default_factory=lambda: [1.0], min_length=1, description="one for all groups K..G, or one each"
+        default_factory=lambda: [1.0],
+        min_length=1,
+        description="of hierarchical alignment: one for all groups K..G, or one each",
     )
     weight_himo: float = Field(
         default=0.0, ge=0, description="of the image against the long caption's principal components; 0: off"
@@ -74,8 +76,10 @@ class EncoderRecipe(Section):
     whatever the model section says, and leaves all else as it is.
     """
 
-    method: Literal["fixclip", "longclip", "finetune"] = "fixclip"
-    seed: int = Field(default=0, ge=0)
+    method: Literal["fixclip", "longclip", "finetune"] = Field(
+        default="fixclip", description="longclip and finetune are baselines, whatever the model section says"
+    )
+    seed: int = Field(default=0, ge=0, description="of everything that is drawn: weights, order, captions, masks")
     model: ModelSection
     data: DataSection
     captions: CaptionsSection = CaptionsSection()
