@@ -2,6 +2,7 @@
 
     python benchmarks/train_step.py                      # ViT-B/16, fp32 and bf16
     python benchmarks/train_step.py --model ViT-B-32 --batch-size 4 --variants fix_clip_drop,long_clip
+    python benchmarks/train_step.py --claims             # FIX-CLIP and its rivals alone
 
 Samples per second (of the fastest step: other work on the machine only slows), CPU seconds a sample (median) and
 peak memory of
@@ -9,6 +10,9 @@ peak memory of
 - the full FIX-CLIP step, all modules on, with both kinds of masking;
 - its rivals on open_clip's own towers: plain fine-tuning at 248 padded tokens, and Long-CLIP's step (the image
   once, both captions padded to 248, PCA short branch);
+- both rivals with open_clip's newest length options (June 2026, `--length-bucketing --text-pad-multiple`):
+  batches of captions of similar length, padded to the longest of each, rounded up to a multiple of 8. Those lengths
+  differ from batch to batch, so a measured step is one of each of four batches that are made of the same lengths;
 - FIX-CLIP with state alignment, which adds the frozen base's pass over the overlapping windows of every caption;
 - each fast path and the plain computation that it replaces.
 
@@ -54,6 +58,8 @@ CONTEXT_LENGTH = 248
 EOS = 49407
 PCA_RANK = 32
 LOSS_ROWS = 8192
+BUCKETS = 4  # batches of different lengths that a step of a bucketed variant goes through
+PAD_MULTIPLE = 8
 
 # What is trained, and one step of it.
 Step = tuple[Iterable[Tensor], Callable[[], Any]]
@@ -194,6 +200,53 @@ def rival_long_clip_step(setting: Setting) -> Step:
     return model.parameters(), step
 
 
+def bucketed_batches(setting: Setting, image_size: int) -> list[SimpleNamespace]:
+    """Four batches sorted by length, as open_clip's LengthBucketer makes them of a pool."""
+    total = setting.batch_size * BUCKETS
+    lengths = {
+        "long_ids": sorted(caption_lengths(total, 120, 40, 40, CONTEXT_LENGTH)),
+        "short_ids": sorted(caption_lengths(total, 20, 5, 8, 40)),
+    }
+    batches = []
+    for start in range(0, total, setting.batch_size):
+        own = {name: random_texts(of[start : start + setting.batch_size]) for name, of in lengths.items()}
+        own["image"] = torch.randn(setting.batch_size, 3, image_size, image_size)
+        batches.append(SimpleNamespace(**{name: value.to(setting.device) for name, value in own.items()}))
+    return batches
+
+
+def encode_trimmed(model: Any, ids_BT: Tensor) -> Tensor:
+    """Text features of an open_clip CLIP, (B, E), from no more than the batch's longest text.
+
+    What open_clip's text tower does with texts of variable length; `CLIP.encode_text` of version 3.3 needs all 248.
+    """
+    longest = int(ids_BT.argmax(dim=-1).max()) + 1
+    length = min(-(-longest // PAD_MULTIPLE) * PAD_MULTIPLE, ids_BT.shape[1])
+    x_BTD = model.token_embedding(ids_BT[:, :length]) + model.positional_embedding[:length]
+    x_BTD = model.ln_final(model.transformer(x_BTD, attn_mask=model.attn_mask[:length, :length]))
+    rows_B = torch.arange(len(ids_BT), device=ids_BT.device)
+    return F.normalize(x_BTD[rows_B, ids_BT.argmax(dim=-1)] @ model.text_projection, dim=-1)
+
+
+def bucketed_step(setting: Setting, with_short: bool) -> Step:
+    """Fine-tuning, or Long-CLIP's step, over batches of similar lengths."""
+    model, _ = open_clip_at_248(setting)
+    batches = bucketed_batches(setting, open_clip.get_model_config(setting.model)["vision_cfg"]["image_size"])
+    loss_fn = open_clip.ClipLoss()
+
+    def step() -> None:
+        for batch in batches:
+            scale = model.logit_scale.exp()
+            image_BE = model.encode_image(batch.image, normalize=True)
+            loss = loss_fn(image_BE, encode_trimmed(model, batch.long_ids), scale)
+            if with_short:
+                coarse_BE = pca_reconstruction(image_BE, PCA_RANK).to(image_BE.dtype)
+                loss = loss + loss_fn(coarse_BE, encode_trimmed(model, batch.short_ids), scale)
+            loss.backward()
+
+    return model.parameters(), step
+
+
 # -- fast paths and what they replace ----------------------------------------------------------------------------
 
 
@@ -255,6 +308,8 @@ VARIANTS: dict[str, tuple[str, Callable[[Setting], Step]]] = {
     "fix_clip_replace": ("FIX-CLIP, all modules, masking replace", lambda s: fix_clip_step(s, masking="replace")),
     "long_clip": ("Long-CLIP step, padded to 248", rival_long_clip_step),
     "fine_tune": ("fine-tuning, padded to 248", rival_fine_tune_step),
+    "long_clip_bucketed": ("Long-CLIP step, length buckets", lambda s: bucketed_step(s, with_short=True)),
+    "fine_tune_bucketed": ("fine-tuning, length buckets", lambda s: bucketed_step(s, with_short=False)),
     "our_long_clip": ("Long-CLIP recipe in this code", lambda s: fix_clip_step(s, **LONG_CLIP)),
     "our_fine_tune": ("fine-tuning in this code", lambda s: fix_clip_step(s, **FINE_TUNE)),
     "fix_clip_cached": ("FIX-CLIP drop, GradCache in 4 parts", cached_step),
@@ -270,10 +325,10 @@ VARIANTS: dict[str, tuple[str, Callable[[Setting], Step]]] = {
 }
 # What each variant is to be compared with.
 AGAINST = {
-    "fix_clip_drop": ["long_clip", "fine_tune"],
-    "fix_clip_replace": ["long_clip", "fine_tune"],
-    "our_long_clip": ["long_clip"],
-    "our_fine_tune": ["fine_tune"],
+    "fix_clip_drop": ["long_clip", "long_clip_bucketed", "fine_tune"],
+    "fix_clip_replace": ["long_clip", "long_clip_bucketed", "fine_tune"],
+    "our_long_clip": ["long_clip", "long_clip_bucketed"],
+    "our_fine_tune": ["fine_tune", "fine_tune_bucketed"],
     "fix_clip_cached": ["fix_clip_drop"],
     "fix_clip_recomputed": ["fix_clip_drop"],
     "fix_clip_states": ["fix_clip_drop"],
@@ -282,6 +337,12 @@ AGAINST = {
     "prompts_slices": ["prompts_mask"],
     "loss_chunked": ["loss_plain"],
 }
+CLAIMS = [*list(AGAINST)[:4], "long_clip", "long_clip_bucketed", "fine_tune", "fine_tune_bucketed"]
+
+
+def rows_of(variant: str, batch_size: int) -> int:
+    """Samples, or rows of a loss, that one step of the variant goes through."""
+    return LOSS_ROWS if variant.startswith("loss") else batch_size * (BUCKETS if "bucketed" in variant else 1)
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------
@@ -323,19 +384,22 @@ def measure_apart(variant: str, setting: Setting) -> dict[str, Any]:
 
 def table(results: dict[str, dict[str, Any]], batch_size: int) -> str:
     """Markdown: speed, CPU time, memory, and the ratios of samples per second that the claims are about."""
+
+    def per_row(name: str, what: str) -> float:
+        return results[name][what] / rows_of(name, batch_size)
+
     lines = ["| variant | samples/s | CPU s/sample | peak MiB | against: times its samples/s (by CPU time) |"]
     lines.append("|---|---|---|---|---|")
     for name, result in results.items():
-        rows = LOSS_ROWS if name.startswith("loss") else batch_size
         ratios = [
-            f"{other}: {results[other]['seconds'] / result['seconds']:.2f}x"
-            f" ({results[other]['cpu_seconds'] / result['cpu_seconds']:.2f}x)"
+            f"{other}: {per_row(other, 'seconds') / per_row(name, 'seconds'):.2f}x"
+            f" ({per_row(other, 'cpu_seconds') / per_row(name, 'cpu_seconds'):.2f}x)"
             for other in AGAINST.get(name, [])
             if other in results
         ]
         lines.append(
-            f"| {name}: {VARIANTS[name][0]} | {rows / result['seconds']:.3g} | "
-            f"{result['cpu_seconds'] / rows:.3g} | {result['peak_mib']:.0f} | {', '.join(ratios)} |"
+            f"| {name}: {VARIANTS[name][0]} | {1 / per_row(name, 'seconds'):.3g} | "
+            f"{per_row(name, 'cpu_seconds'):.3g} | {result['peak_mib']:.0f} | {', '.join(ratios)} |"
         )
     return "\n".join(lines)
 
@@ -364,6 +428,7 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each variant, in turns.")] = 2,
     dtypes: Annotated[str, typer.Option(help="fp32, bf16 (autocast), or both.")] = "fp32,bf16",
     variants: Annotated[str, typer.Option(help=f"Some of {', '.join(VARIANTS)}.")] = ",".join(VARIANTS),
+    claims: Annotated[bool, typer.Option("--claims", help="FIX-CLIP and its rivals alone.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of a run.")] = torch.get_num_threads(),
     num_prompts: Annotated[int, typer.Option(min=1, help="Regional prompts.")] = 4,
@@ -374,7 +439,7 @@ def main(
         variant, values = json.loads(worker)
         print(json.dumps(measure(variant, Setting(**values))))
         return
-    names, dtype_names = variants.split(","), dtypes.split(",")
+    names, dtype_names = CLAIMS if claims else variants.split(","), dtypes.split(",")
     if unknown := [name for name in names if name not in VARIANTS]:
         raise typer.BadParameter(f"variants {unknown}: valid are {', '.join(VARIANTS)}")
     if unknown := [name for name in dtype_names if name not in ("fp32", "bf16")]:

@@ -59,6 +59,37 @@ def _print_skipped(counts: dict[str, int], skipped: "Sequence[Skipped]") -> None
     typer.echo(format_columns([header, *rows]) if rows else "nothing skipped")
 
 
+@data_app.command("sampler")
+def sampler_command(
+    samples: Annotated[int, typer.Option(min=1, help="Samples of the data.")] = 30_000_000,
+    shard_size: Annotated[int, typer.Option(min=1, help="Samples per shard.")] = 10_000,
+    ranks: Annotated[int, typer.Option(min=1, help="Training processes.")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples a step of each process.")] = 256,
+    shuffle_shards: Annotated[int, typer.Option(min=1, help="As data.shuffle_shards of a recipe.")] = 16,
+    resume_ranks: Annotated[int | None, typer.Option(min=1, help="Go on with so many; default: half.")] = None,
+    epoch: Annotated[int, typer.Option(min=0, help="Which epoch.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the order.")] = 0,
+) -> None:
+    """Dry run of the order of remote shards: who reads what, is every sample read once; reads nothing."""
+    from fixclip_core.data.simulation import RANKS_OF_A_NODE, Cluster, simulate
+
+    again = resume_ranks or max(1, ranks // 2)
+    cluster = Cluster(samples, shard_size, ranks, batch_size, shuffle_shards, again, seed)
+    found = simulate(cluster, epoch)
+    mean, most = found.shards_of_rank
+    rows = [
+        ("every sample", f"read once an epoch of {found.steps:,} steps; {found.unread:,} fill no step"),
+        ("resumed", f"in the middle with {again} ranks instead of {ranks}: every sample read once, too"),
+        ("shards of a rank", f"{mean:.1f} of {-(-samples // shard_size):,}, at most {most}"),
+        ("mixed at a time", f"up to {found.open_shards} shards by a rank: fetched before its first batch is whole"),
+        ("fetched", f"{found.fetched_by_rank:.2f} times the data by ranks alone, {found.fetched_by_node:.2f} times by "
+         f"nodes of {RANKS_OF_A_NODE} ranks with one cache"),
+        ("shared", f"{found.foreign_shards:.1%} of the open shards are read by two nodes at a time; each fetches its "
+         "own copy, none waits"),
+    ]  # fmt: skip
+    typer.echo(format_columns(rows))
+
+
 @data_app.command("pack")
 def pack_command(
     ctx: typer.Context,

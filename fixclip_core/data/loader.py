@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fixclip_core.data.captions import caption_pair
 from fixclip_core.data.config import DataConfig
-from fixclip_core.data.order import EpochOrder, sample_seeds
+from fixclip_core.data.order import EpochOrder, History, apart_positions, epoch_history, sample_seeds
 from fixclip_core.data.samples import (
     FILTER_REASONS,
     BadSampleError,
@@ -80,7 +80,13 @@ LoadedSample = tuple[Tensor, str, str, int, str]
 
 
 class Batches(Dataset):
-    """Item (epoch, number) is a batch; nothing else decides what it holds."""
+    """Item (epoch, number) is a batch; nothing else decides what it holds, but for `history` where shards are remote.
+
+    Attributes:
+        history: from which step of the run on how many ranks shared it, see `order.apart_positions`.
+    """
+
+    history: History
 
     def __init__(
         self,
@@ -94,6 +100,7 @@ class Batches(Dataset):
     ) -> None:
         self.source, self.config, self.transform, self.tokenizer = source, config, transform, tokenizer
         self.rank, self.world_size, self.draft_size = rank, world_size, draft_size
+        self.history = [(0, world_size)]
         self.order = EpochOrder(source.sizes, config)
         if config.pad_short and (last := int(tokenizer([""])[0, -1])) != PAD_ID:
             raise ValueError(f"pad_short=true: the tokenizer pads with {last}, not {PAD_ID}; set it to false")
@@ -111,7 +118,7 @@ class Batches(Dataset):
         whole, rest = divmod(len(self.order), self.config.batch_size * self.world_size)
         return whole if self.config.last_batch == "drop" else whole + bool(rest)
 
-    def positions(self, number: int) -> tuple[list[int], range]:
+    def positions(self, number: int, epoch: int = 0) -> tuple[list[int], range]:
         """The epoch's positions that form a batch, and the range of positions that no replacement may come from.
 
         Ranks share each global batch, so that what is trained on does not depend on their number. Where shards
@@ -119,21 +126,23 @@ class Batches(Dataset):
         """
         size = self.config.batch_size
         if self.source.remote:
-            begin = (self.rank * len(self) + number) * size
+            history = epoch_history(self.history, epoch, len(self))
+            found = apart_positions(self.rank, np.array([number]), len(self), size * self.world_size, history)
+            begin, positions = int(found[0, 0]), found[0].tolist()
             taken = range(begin, begin + size)
         else:
             begin = (number * self.world_size + self.rank) * size
+            positions = list(range(begin, begin + size))
             taken = range(begin - self.rank * size, begin + (self.world_size - self.rank) * size)
-        positions = range(begin, begin + size)
         if self.config.last_batch == "keep":
-            return list(positions)[: len(self.order) - begin], taken
+            return positions[: len(self.order) - begin], taken
         return [position % len(self.order) for position in positions], taken
 
     def __getitem__(self, item: tuple[int, int]) -> Batch | list[Skipped]:
         """The batch, or what was tried in vain to fill it: an error raised here would reach the user garbled."""
         epoch, number = item
         skipped: list[Skipped] = []
-        positions, taken = self.positions(number)
+        positions, taken = self.positions(number, epoch)
         loaded = [self._usable_sample(epoch, position, taken, skipped) for position in positions]
         samples = [sample for sample in loaded if sample is not None]
         if len(samples) < len(loaded):

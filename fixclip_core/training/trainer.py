@@ -15,7 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -29,6 +29,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
+from fixclip_core.data.loader import Loader
 from fixclip_core.data.samples import describe_skipped
 from fixclip_core.device import choose_precision
 from fixclip_core.files import lock_folder, prepare_folder, write_atomically
@@ -81,12 +82,16 @@ class TrainState:
         skipped: steps skipped because their gradient was not finite.
         skipped_in_a_row: how many of those came last.
         best: the best evaluation so far.
+        history: (first step, processes from there on), see `data.order.apart_positions`.
+        batch_size: samples a step of all processes; the history holds for it alone.
     """
 
     step: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
     best: float = -math.inf
+    history: list[tuple[int, int]] = field(default_factory=list)
+    batch_size: int = 0
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -94,6 +99,15 @@ class TrainState:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
             setattr(self, name, value)
+
+    def share_among(self, processes: int, batch_size: int) -> None:
+        """Note how many processes take the steps from here on."""
+        if batch_size != self.batch_size:
+            self.history, self.batch_size = [], batch_size
+        before = [(step, ranks) for step, ranks in self.history if step < self.step]
+        if not before or before[-1][1] != processes:
+            before.append((self.step if before else 0, processes))
+        self.history = before
 
 
 class Trainer:
@@ -201,6 +215,9 @@ class Trainer:
             set_hyperparameters(self.optimizer, self.schedule, wanted)
             if self.accelerator.is_main_process:
                 logger.info("Resumed step %d from %s", self.state.step, path)
+        self.state.share_among(self.accelerator.num_processes, self.recipe.train.batch_size)
+        if isinstance(self.loader, Loader):
+            self.loader.batches.history = self.state.history
         newer = [other.name for step, other in list_checkpoints(checkpoints) if step > self.state.step]
         if newer and resume != "auto":
             raise ValueError(

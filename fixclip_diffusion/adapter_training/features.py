@@ -526,7 +526,7 @@ class CachedFeatures(Batches):
     def __getitem__(self, item: tuple[int, int]) -> Any:
         epoch, number = item
         skipped: list[Skipped] = []
-        positions, taken = self.positions(number)
+        positions, taken = self.positions(number, epoch)
         rows: list[Any] = [self._usable_sample(epoch, position, taken, skipped) for position in positions]
         if any(row is None for row in rows):
             return skipped
