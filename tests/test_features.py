@@ -131,7 +131,8 @@ def test_window_states_stand_where_their_tokens_stand(sd1, models, conditioning,
     pipe = FixClipStableDiffusionPipeline.from_pretrained(sd1, conditioning="overlap")
     texts = [SHORT, LONG, "", *(tiny_adapter.caption(i, sentences=n) for i, n in ((1, 16), (2, 21), (3, 30)))]
     ids = frozen.caption_ids(texts)
-    states = encode_windows_for_teacher(frozen, ids)
+    states, known = encode_windows_for_teacher(frozen, ids)
+    assert [int(row.sum()) for row in known] == [len(layout) for layout in unpack_layouts(ids)]
     for row, (text, layout) in enumerate(zip(texts, unpack_layouts(ids), strict=True)):
         wanted = pipe.encode_prompt(text, "cpu", 1, False)[0][0]
         for place, token in enumerate(layout.token_L.tolist()):

@@ -8,6 +8,8 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from difflib import SequenceMatcher
+from functools import lru_cache
 from typing import Literal, get_args
 
 import ftfy
@@ -34,6 +36,19 @@ _WORD = re.compile(r"[぀-ヿ㐀-鿿가-힯]|[^\W_]+(?:['’-][^\W_]+)*")
 _NEVER_FINAL = re.compile(r"mr|mrs|ms|dr|prof|rev|gen|sen|st|mt|ft|vs|cf|fig|approx|e\.g|i\.e|eg|ie", re.IGNORECASE)
 _SELDOM_FINAL = re.compile(r"etc|inc|ltd|co|corp|jr|sr|am|pm|ca|al|dept|est|(?:[a-z]\.)+[a-z]", re.IGNORECASE)
 _BEFORE_A_NUMBER = re.compile(r"nos?|vol|pp?|ch|sec|jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec", re.IGNORECASE)
+
+
+@lru_cache(maxsize=4096)
+def shared_tokens(ids: tuple[int, ...], other: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Positions of the tokens that two wordings of a caption share, in `ids` and in `other`: the longest common runs.
+
+    For example (5, 1, 2, 9) and (5, 2, 3, 9) share the tokens 5, 2 and 9, at (0, 2, 3) and (0, 1, 3).
+    """
+    if ids == other:
+        return (tuple(range(len(ids))),) * 2
+    blocks = SequenceMatcher(None, ids, other, autojunk=False).get_matching_blocks()
+    own = tuple(block.a + i for block in blocks for i in range(block.size))
+    return own, tuple(block.b + i for block in blocks for i in range(block.size))
 
 
 def clean_caption(text: str) -> str:

@@ -13,7 +13,7 @@ class SourceSection(Section):
 
     `source` is shards (`data/shard-{000..099}.tar`, a folder of them, http(s)://, s3://, any `pipe:`; several joined
     by `::`), a manifest (.jsonl, .csv, .tsv), ShareGPT4V's .json, a folder of image + txt, or the procedural world:
-    `scenes` and `scenes-references`.
+    `scenes`, `scenes-references` and `scenes-mixed`, which is half of either.
     """
 
     source: str = Field(min_length=1, description="shards, manifest, ShareGPT4V's JSON, a folder, or scenes")

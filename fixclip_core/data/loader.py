@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fixclip_core.data.captions import caption_pair
+from fixclip_core.data.captions import caption_pair, clean_caption
 from fixclip_core.data.config import DataConfig
 from fixclip_core.data.order import EpochOrder, History, apart_positions, epoch_history, sample_seeds
 from fixclip_core.data.samples import (
@@ -51,6 +51,8 @@ class Batch:
         seeds: (B,) int64, one per sample, for the model's masks.
         keys: B names for reports.
         skipped: samples that were to stand here and could not; others were taken in their place.
+        plain_ids: (B, T') of the long captions' plain wordings (`Sample.plain`), which are the long captions themselves
+            where the data have none; None where no caption of the batch has one.
     """
 
     image: Tensor
@@ -59,6 +61,7 @@ class Batch:
     seeds: Tensor
     keys: list[str]
     skipped: list[Skipped] = field(default_factory=list)
+    plain_ids: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -71,12 +74,12 @@ class Batch:
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        image, long_ids, short_ids = function(self.image), function(self.long_ids), function(self.short_ids)
-        return Batch(image, long_ids, short_ids, function(self.seeds), self.keys, self.skipped)
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: function(tensor) for name, tensor in tensors.items()})
 
 
-# image, long caption, short caption, mask seed, key
-LoadedSample = tuple[Tensor, str, str, int, str]
+# image, long caption, short caption, mask seed, key, plain wording of the long caption
+LoadedSample = tuple[Tensor, str, str, int, str, str]
 
 
 class Batches(Dataset):
@@ -147,7 +150,7 @@ class Batches(Dataset):
         samples = [sample for sample in loaded if sample is not None]
         if len(samples) < len(loaded):
             return skipped
-        images, longs, shorts, seeds, keys = map(list, zip(*samples, strict=True))
+        images, longs, shorts, seeds, keys, plains = map(list, zip(*samples, strict=True))
         ids_BT = self.tokenizer(longs + shorts)
         short_BT = ids_BT[len(longs) :]
         if self.config.pad_short:
@@ -159,6 +162,7 @@ class Batches(Dataset):
             seeds=torch.tensor(seeds, dtype=torch.int64),
             keys=keys,
             skipped=skipped,
+            plain_ids=None if plains == longs else self.tokenizer(plains),
         )
 
     def _usable_sample(self, epoch: int, position: int, taken: range, skipped: list[Skipped]) -> LoadedSample | None:
@@ -179,7 +183,7 @@ class Batches(Dataset):
         picture = decode_image(sample, self.draft_size)
         _, augmentation_seed, mask_seed = sample_seeds(self.config.seed, epoch, index)
         with seeded(augmentation_seed):
-            return self.transform(picture), long, short, mask_seed, sample.key
+            return self.transform(picture), long, short, mask_seed, sample.key, plain_wording(sample, long)
 
     def captions(self, epoch: int, index: int) -> tuple[Sample, str, str]:
         """The sample, its picture not yet decoded, and its long and short captions; raises BadSampleError."""
@@ -189,6 +193,12 @@ class Batches(Dataset):
             raise BadSampleError("no_short_caption", sample.file, sample.key)
         caption_seed, _, _ = sample_seeds(self.config.seed, epoch, index)
         return sample, *caption_pair(long, short, self.short_captions, random.Random(caption_seed))
+
+
+def plain_wording(sample: Sample, long: str) -> str:
+    """The plain wording of a sample's long caption; `long` where it has none, or where `long` is a part of it."""
+    whole = isinstance(sample.plain, str) and long == clean_caption(sample.long)
+    return clean_caption(sample.plain) if whole else long
 
 
 def pad_before(ids_BT: Tensor, shares: Sequence[float]) -> Tensor:

@@ -43,6 +43,7 @@ class CaptionedImages(Protocol):
     image: Tensor  # (B, C, H, W)
     long_ids: Tensor  # (B, T)
     short_ids: Tensor  # (B, T), not read where the short branch is off
+    plain_ids: Tensor | None  # (B, T') plain wordings of the long captions, read by state alignment only
     seeds: Tensor  # (B,) int64, one a sample, the only source of randomness
 
 

@@ -6,7 +6,7 @@ identifies the scene in a sentence.
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from fixclip_core.scenes.grammar import (
@@ -60,12 +60,14 @@ class Reference:
 class Caption:
     """A caption and which of its characters describe what.
 
-    Spans come in the order of the text, references in the order of the objects that have them.
+    Spans come in the order of the text, references in the order of the objects that have them. `plain` is the same
+    caption without references, each sentence to be understood alone; None where the text has none.
     """
 
     text: str
     spans: tuple[Span, ...]
     references: tuple[Reference, ...] = ()
+    plain: str | None = field(default=None, compare=False)
 
 
 def long_caption(

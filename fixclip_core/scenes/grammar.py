@@ -9,11 +9,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, TypeVar
 
 from fixclip_core.scenes.world import PLACES, WORLD, Colour, SceneObject, Shape, Size, World
 
 Split = Literal["train", "heldout", "all"]
+T = TypeVar("T")
 
 COUNTS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
@@ -30,6 +31,7 @@ class Grammar:
         again: an object that is `{antecedent}` once more, but for its size or its colour (`{change}`).
         colourless: an object whose colour another sentence gives, namely one of `defaults`, which sets the
             colour of a shape, or of `remainders`, which sets the colour of all objects that have none yet.
+            With each sentence of these three comes the one of `objects` that says the same without a reference.
         fillers: sentences that are true of every scene and hold no word for a shape, colour, size or place.
         counted: what objects are called where they are counted: "the second shape".
         places: the phrases of each place.
@@ -40,9 +42,9 @@ class Grammar:
     closings: tuple[str, ...]
     short_complete: tuple[str, ...]
     short_partial: tuple[str, ...]
-    same: tuple[str, ...]
-    again: tuple[str, ...]
-    colourless: tuple[str, ...]
+    same: tuple[tuple[str, str], ...]
+    again: tuple[tuple[str, str], ...]
+    colourless: tuple[tuple[str, str], ...]
     defaults: tuple[str, ...]
     remainders: tuple[str, ...]
     fillers: tuple[str, ...]
@@ -92,22 +94,40 @@ TRAIN = Grammar(
         "{objects} in a {background} picture with {count} shapes.",
     ),
     same=(
-        "{place} there is a {size} {shape} of the same colour as {antecedent}.",
-        "the {shape} {place} is {size} and has the same colour as {antecedent}.",
-        "a {size} {shape} sits {place}. its colour is that of {antecedent}.",
-        "{place} a {size} {shape} is painted in the colour of {antecedent}.",
+        (
+            "{place} there is a {size} {shape} of the same colour as {antecedent}.",
+            "{place} there is a {shape} that is {size} and {colour}.",
+        ),
+        (
+            "the {shape} {place} is {size} and has the same colour as {antecedent}.",
+            "the {shape} that sits {place} is {size} and {colour}.",
+        ),
+        (
+            "a {size} {shape} sits {place}. its colour is that of {antecedent}.",
+            "{place} is a {shape}. its colour is {colour} and its size is {size}.",
+        ),
+        (
+            "{place} a {size} {shape} is painted in the colour of {antecedent}.",
+            "{place} lies a {size} {shape} painted in {colour}.",
+        ),
     ),
     again=(
-        "{place} you can see {antecedent} again, but {change}.",
-        "{antecedent} is drawn again {place}, only {change}.",
-        "{place} there is {antecedent} again, only that it is {change}.",
+        ("{place} you can see {antecedent} again, but {change}.", "{place} you can see a {size} {colour} {shape}."),
+        (
+            "{antecedent} is drawn again {place}, only {change}.",
+            "someone has drawn a {size} {shape} {place} and coloured it {colour}.",
+        ),
+        (
+            "{place} there is {antecedent} again, only that it is {change}.",
+            "{place} there is a {shape} that is {size} and {colour}.",
+        ),
     ),
     colourless=(
-        "a {size} {shape} sits {place}.",
-        "{place} there is a {size} {shape}.",
-        "{place} you can see a {shape} that is {size}.",
-        "a {shape} appears {place}. it is {size}.",
-        "the picture shows a {size} {shape} {place}.",
+        ("a {size} {shape} sits {place}.", "a {size} {colour} {shape} sits {place}."),
+        ("{place} there is a {size} {shape}.", "{place} there is a {shape} that is {size} and {colour}."),
+        ("{place} you can see a {shape} that is {size}.", "{place} you can see a {size} {colour} {shape}."),
+        ("a {shape} appears {place}. it is {size}.", "a {shape} appears {place}. it is {size} and {colour}."),
+        ("the picture shows a {size} {shape} {place}.", "the picture shows a {size} {shape} in {colour} {place}."),
     ),
     defaults=(
         "every {shape} is {colour} unless its own sentence says otherwise.",
@@ -196,19 +216,37 @@ HELDOUT = Grammar(
         "on {background} paper one sees {count} figures, for instance {objects}.",
     ),
     same=(
-        "{place} one notices a {size} {shape} whose colour matches that of {antecedent}.",
-        "as for the {shape} {place}, it is {size} and coloured just like {antecedent}.",
-        "a {size} {shape} has been put {place}. it wears the colour of {antecedent}.",
+        (
+            "{place} one notices a {size} {shape} whose colour matches that of {antecedent}.",
+            "{place} one notices a {size} {shape}, {colour} all over.",
+        ),
+        (
+            "as for the {shape} {place}, it is {size} and coloured just like {antecedent}.",
+            "as for the {shape} {place}, it is {size} and its colour is {colour}.",
+        ),
+        (
+            "a {size} {shape} has been put {place}. it wears the colour of {antecedent}.",
+            "a {size} {shape} has been put {place}. it is entirely {colour}.",
+        ),
     ),
     again=(
-        "{place} one notices {antecedent} once more, this time {change}.",
-        "the artist has put {antecedent} a further time {place}, though {change}.",
+        (
+            "{place} one notices {antecedent} once more, this time {change}.",
+            "{place} one notices a {size} {shape}, {colour} all over.",
+        ),
+        (
+            "the artist has put {antecedent} a further time {place}, though {change}.",
+            "{place} the artist has left a {shape}, which is {colour} and {size}.",
+        ),
     ),
     colourless=(
-        "{place} one notices a {size} {shape}.",
-        "as for the {shape} {place}, it is {size}.",
-        "resting {place} is a {shape} of {size} size.",
-        "a {size} {shape} has been put {place}.",
+        ("{place} one notices a {size} {shape}.", "{place} one notices a {size} {shape}, {colour} all over."),
+        (
+            "as for the {shape} {place}, it is {size}.",
+            "as for the {shape} {place}, it is {size} and its colour is {colour}.",
+        ),
+        ("resting {place} is a {shape} of {size} size.", "resting {place} is a {colour} {shape} of {size} size."),
+        ("a {size} {shape} has been put {place}.", "a {size} {shape} has been put {place}. it is entirely {colour}."),
     ),
     defaults=(
         "as a rule a {shape} is {colour} here, and exceptions are named.",
@@ -292,9 +330,9 @@ class Words:
         return {kind: self.choose(kind, getattr(item, kind)) for kind in ("shape", "colour", "size", "place")}
 
 
-def deal(templates: Sequence[str], number: int, rng: random.Random) -> list[str]:
+def deal(templates: Sequence[T], number: int, rng: random.Random) -> list[T]:
     """`number` templates; none comes twice before all came once."""
-    dealt: list[str] = []
+    dealt: list[T] = []
     while len(dealt) < number:
         dealt += rng.sample(templates, min(len(templates), number - len(dealt)))
     return dealt
@@ -323,7 +361,8 @@ def vocabulary(world: World = WORLD, split: Split = "all") -> tuple[str, ...]:
     """
     grammar = grammar_of(split)
     sentences = [getattr(grammar, field.name) for field in fields(Grammar) if field.name != "places"]
-    templates = [*itertools.chain(*sentences), NOUN_PHRASE, "an, and is are"]
+    texts = [text if isinstance(text, tuple) else (text,) for text in itertools.chain(*sentences)]
+    templates = [*itertools.chain(*texts), NOUN_PHRASE, "an, and is are"]
     phrases = [re.sub(r"{\w+}", " ", template) for template in templates]
     for named in word_pools(world, split).values():
         phrases += [phrase for pool in named.values() for phrase in pool]

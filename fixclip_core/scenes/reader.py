@@ -209,10 +209,10 @@ def _pointer_patterns(world: World) -> tuple[tuple[Literal["same", "again"], re.
     grammar = grammar_of("all")
     counted = rf"the (?P<ordinal>{'|'.join(ORDINALS)}) (?:{'|'.join(grammar.counted)})"
     antecedent = rf"(?P<antecedent>{counted}|the (?P<shape>{_any_of(world, 'shape')}))"
-    kinds: dict[Literal["same", "again"], tuple[str, ...]] = {"same": grammar.same, "again": grammar.again}
+    kinds: dict[Literal["same", "again"], tuple[tuple[str, str], ...]] = {"same": grammar.same, "again": grammar.again}
     patterns = []
     for kind, templates in kinds.items():
-        for template in templates:
+        for template, _ in templates:
             around = re.search(r"([^{}.,]*){antecedent}([^{}.,]*)", template)
             assert around is not None
             before, after = re.escape(around[1].lstrip()), re.escape(around[2].rstrip())

@@ -18,6 +18,9 @@ What makes each of them unambiguous:
 - A shape has one default at most, a caption one remainder, and something is left for it.
 
 A caption has one kind of reference: one object for "same" and "again", one to nine for the other two.
+
+Beside its text it has `Caption.plain`, the same without references: the ring "is small and blue", every star says that
+it is red, and the sentence with the rule is left out. Order, words and all other sentences are those of the text.
 """
 
 import itertools
@@ -123,8 +126,11 @@ def reference_caption(
 
 @dataclass(frozen=True)
 class _Sentence:
+    """A sentence, the object that it describes, and its wording without a reference: None for the same, "" for none."""
+
     text: str
     place: str | None = None
+    plain: str | None = None
 
 
 @dataclass(frozen=True)
@@ -149,8 +155,8 @@ class _Writer:
         if not pairs:
             return None
         antecedent, item = self.words.rng.choice(pairs)
-        template = self.words.rng.choice(self.grammar.same if kind == "same" else self.grammar.again)
-        others = self._describe([other for other in self.scene.objects if other != item], self.grammar.objects)
+        template, plain = self.words.rng.choice(self.grammar.same if kind == "same" else self.grammar.again)
+        others = self._describe([other for other in self.scene.objects if other != item], self._objects)
         ends = others.pop(antecedent.place), _Sentence(template, item.place)
         order = self._arrange(ends, list(others.values()), distance, before=True, after=True)
         if order is None:
@@ -161,7 +167,7 @@ class _Writer:
         if kind == "again":
             properties = ("shape", "colour") if _same_colour(antecedent, item) else ("shape", "size")
             words["change"] = words["size" if "colour" in properties else "colour"]
-        order[order.index(ends[1])] = _Sentence(fill(template, words), item.place)
+        order[order.index(ends[1])] = _Sentence(fill(template, words), item.place, fill(plain, words))
         return self._finish(order, kind, {item.place: properties}, ends[0], distance)
 
     def _set_by_rule(self, kind: ReferenceKind, distance: range) -> Caption | None:
@@ -172,9 +178,9 @@ class _Writer:
             alike, rules = [item for item in alike if item.shape == main.shape], self.grammar.defaults
         # Some of those alike name their colour all the same: were it named nowhere, it could be guessed by exclusion.
         meant = [main, *self.words.rng.sample(alike, self.words.rng.randint(0, len(alike)))]
-        rule = _Sentence(fill(self.words.rng.choice(rules), self.words.of(main)))
+        rule = _Sentence(fill(self.words.rng.choice(rules), self.words.of(main)), plain="")
         coloured = [item for item in self.scene.objects if item not in meant]
-        others = self._describe(coloured, self.grammar.objects) | self._describe(meant, self.grammar.colourless)
+        others = self._describe(coloured, self._objects) | self._describe(meant, self.grammar.colourless)
         about = others.pop(main.place)
         first = kind == "default"
         ends = (rule, about) if first else (about, rule)
@@ -183,10 +189,18 @@ class _Writer:
             return None
         return self._finish(order, kind, {item.place: ("colour",) for item in meant}, rule, distance)
 
-    def _describe(self, items: Sequence[SceneObject], templates: Sequence[str]) -> dict[str, _Sentence]:
-        """A sentence for each object, by its place."""
-        dealt = zip(items, deal(templates, len(items), self.words.rng), strict=True)
-        return {item.place: _Sentence(fill(text, self.words.of(item)), item.place) for item, text in dealt}
+    @property
+    def _objects(self) -> list[tuple[str, str]]:
+        """Sentences without a reference are their own plain wording."""
+        return [(template, template) for template in self.grammar.objects]
+
+    def _describe(self, items: Sequence[SceneObject], templates: Sequence[tuple[str, str]]) -> dict[str, _Sentence]:
+        """A sentence for each object, by its place; `templates` are pairs of a text and its plain wording."""
+        described = {}
+        for item, (text, plain) in zip(items, deal(templates, len(items), self.words.rng), strict=True):
+            words = self.words.of(item)
+            described[item.place] = _Sentence(fill(text, words), item.place, fill(plain, words))
+        return described
 
     def _antecedent(self, kind: ReferenceKind, item: SceneObject, number: int) -> str:
         """ "the heart" or "the second shape": what points to object `number` (from 0) of the caption."""
@@ -245,6 +259,8 @@ class _Writer:
         caption = join([(sentence.place, capitalised(sentence.text)) for sentence in sentences], " ")
         given_by = caption.spans[sentences.index(antecedent)]
         found = {place: Reference(kind, place, properties[place], given_by) for place in properties}
+        plain = [sentence.text if sentence.plain is None else sentence.plain for sentence in sentences]
+        caption = replace(caption, plain=" ".join(capitalised(text) for text in plain if text))
         main = replace(caption, references=(found[next(iter(found))],))
         if self.tokens(caption.text) > self.max_tokens or reference_distances(main, self.tokens)[0] not in distance:
             return None

@@ -28,8 +28,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+from fixclip_core.data.captions import shared_tokens
 from fixclip_core.data.config import DataConfig
-from fixclip_core.data.loader import Batch, Batches, LoadedSample
+from fixclip_core.data.loader import Batch, Batches, LoadedSample, plain_wording
 from fixclip_core.data.order import sample_range, sample_seeds
 from fixclip_core.data.samples import BadSampleError, Skipped
 from fixclip_core.data.sources import Source
@@ -211,32 +212,45 @@ def encode_for_teacher(frozen: FrozenModels, packed_B4S: Tensor) -> tuple[Tensor
 
 
 @torch.no_grad()
-def encode_windows_for_teacher(frozen: FrozenModels, packed_B4S: Tensor) -> Tensor:
+def encode_windows_for_teacher(
+    frozen: FrozenModels, packed_B4S: Tensor, plain_B4S: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """What each row of the captions' embeds would be if the base's own encoder read them in overlapping windows.
 
-    (B, L, D): the hidden state of the same token, start or end; 0 for padding behind a text of more than 77 tokens. The
-    base's own padding is part of what it gives for a text that fits.
+    The teacher reads a caption's plain wording where there is one (`Sample.plain`).
+
+    Returns:
+        (B, L, D): the hidden state of the same token, start or end; 0 for padding behind a text of more than 77 tokens.
+        The base's own padding is part of what it gives for a text that fits.
+        (B, L): False for tokens that the plain wording lacks: nothing is taught there.
     """
     teacher = TextEncoding(frozen.teacher, frozen.tokenizer)
     layouts = unpack_layouts(packed_B4S)
-    taught = [Overlap().lay_out(tokens_of(layout), teacher.context) for layout in layouts]
+    plain = layouts if plain_B4S is None else unpack_layouts(plain_B4S)
+    taught = [Overlap().lay_out(tokens_of(layout), teacher.context) for layout in plain]
     device = frozen.teacher.device
     states, _ = encode_passes(lambda ids_NP: teacher(ids_NP.to(device)), taught, teacher.context)
-    rows = []
+    rows, known = [], []
     for layout, other, part in zip(layouts, taught, states, strict=True):
-        known_LD = torch.cat([other.join(part), part.new_zeros(1, part.shape[-1])])
-        rows.append(known_LD[row_of_same_token(layout, other, teacher.context.end_id).to(device)])
-    return pad_sequence(rows, batch_first=True)
+        wanted_LD = torch.cat([other.join(part), part.new_zeros(1, part.shape[-1])])
+        row_L = row_of_same_token(layout, other, teacher.context.end_id).to(device)
+        rows.append(wanted_LD[row_L.clamp(min=0)])
+        known.append(row_L >= 0)
+    return pad_sequence(rows, batch_first=True), pad_sequence(known, batch_first=True)
 
 
 def row_of_same_token(layout: Layout, other: Layout, end_id: int) -> Tensor:
-    """(L,) for each row of `layout`, the row of `other` that holds the same token; len(other) where there is none.
+    """(L,) for each row of `layout`, the row of `other` that holds the same token; len(other) for padding that `other`
+    has not, and -1 for a token that it lacks, being another wording of the caption.
 
     `other` has a row for every token: start, tokens, end, and perhaps padding.
     """
     none, place_L = len(other), layout.source_L % layout.ids_NP.shape[1]
     is_text_L = positions_of_text(layout.ids_NP, end_id).flatten()[layout.source_L].bool()
-    row_L = torch.where(layout.token_L >= 0, layout.token_L + 1, torch.where(place_L == 0, 0, layout.num_read + 1))
+    own, others = shared_tokens(tokens_of(layout).ids, tokens_of(other).ids)
+    row_of = {token: row + 1 for token, row in zip(own, others, strict=True)}
+    token_row_L = torch.tensor([row_of.get(token, -1) for token in layout.token_L.tolist()])
+    row_L = torch.where(layout.token_L >= 0, token_row_L, torch.where(place_L == 0, 0, other.num_read + 1))
     # A text that fits into 77 tokens has the base's own padding behind it, at the same places.
     fits = len(layout.ids_NP) == 1 and len(other) > layout.num_read + SPECIAL_TOKENS
     padding_L = torch.where(place_L < none, place_L, none) if fits else torch.full_like(place_L, none)
@@ -261,8 +275,10 @@ def encode_batch(frozen: FrozenModels, batch: Batch, objectives: ObjectivesSecti
     teacher, fits = short.states[:, :1], torch.zeros(len(batch), dtype=torch.bool, device=short.states.device)
     if objectives.is_taught:
         teacher, fits = encode_for_teacher(frozen, batch.short_ids)
-    windows = encode_windows_for_teacher(frozen, batch.long_ids) if objectives.reads_windows else None
-    return Features(mean, logvar, long, short, teacher, fits, batch.seeds, batch.keys, batch.skipped, windows)
+    windows: tuple[Tensor, ...] = ()
+    if objectives.reads_windows:
+        windows = encode_windows_for_teacher(frozen, batch.long_ids, batch.plain_ids)
+    return Features(mean, logvar, long, short, teacher, fits, batch.seeds, batch.keys, batch.skipped, *windows)
 
 
 def empty_states(frozen: FrozenModels) -> tuple[CaptionStates, Tensor]:
@@ -454,7 +470,9 @@ class FeatureCache:
             tensors |= encode_captions(frozen, short_ids).tensors("short")
             tensors["teacher"], tensors["teacher_fits"] = encode_for_teacher(frozen, short_ids)
             if self.key.get("window states"):
-                tensors["windows"] = encode_windows_for_teacher(frozen, long_ids)
+                plain_ids = batches.tokenizer([row[5] for row in rows])
+                windows = encode_windows_for_teacher(frozen, long_ids, plain_ids)
+                tensors["windows"], tensors["windows_known"] = windows
         dtype = DTYPES[self.section.dtype]
         return {name: (t.to(dtype) if t.is_floating_point() else t).cpu() for name, t in tensors.items()}
 
@@ -513,9 +531,9 @@ class CachedLatents(Batches):
 
     def load(self, epoch: int, index: int) -> LoadedSample:
         tensors, key = self.cache.read(index)
-        _, long, short = self.captions(epoch, index)
+        sample, long, short = self.captions(epoch, index)
         seed = sample_seeds(self.config.seed, epoch, index)[2]
-        return torch.cat([tensors["mean"], tensors["logvar"]]), long, short, seed, key
+        return torch.cat([tensors["mean"], tensors["logvar"]]), long, short, seed, key, plain_wording(sample, long)
 
 
 class CachedFeatures(Batches):

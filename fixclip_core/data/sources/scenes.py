@@ -3,14 +3,15 @@
 from fixclip_core.data.config import DataConfig
 from fixclip_core.data.samples import Sample
 
-NAMES = ("scenes", "scenes-references")
+NAMES = ("scenes", "scenes-references", "scenes-mixed")
 
 
 class SceneSource:
     """Procedural scenes, drawn when they are read; scene number i of a seed is always the same.
 
     The long captions of `scenes` describe one object after the other; those of `scenes-references` also give an
-    object's properties by pointing to another sentence, see fixclip_core/scenes/references.py.
+    object's properties by pointing to another sentence, see fixclip_core/scenes/references.py, and come with a plain
+    wording. In `scenes-mixed` the two kinds take turns.
     """
 
     remote = False
@@ -27,12 +28,13 @@ class SceneSource:
     def read(self, index: int) -> Sample:
         from fixclip_core import scenes
 
-        if self.name == "scenes-references":
-            scene, long = scenes.reference_at(self.seed, index)
+        if self.name == "scenes-references" or (self.name == "scenes-mixed" and index % 2):
+            scene, long = scenes.reference_at(self.seed, index if self.name == "scenes-references" else index // 2)
         else:
             scene = scenes.scene_at(self.seed, index)
             long = scenes.long_caption(scene, index)
-        return Sample(self.name, str(index), scenes.render(scene), long.text, scenes.short_caption(scene, index).text)
+        short = scenes.short_caption(scene, index).text
+        return Sample(self.name, str(index), scenes.render(scene), long.text, short, plain=long.plain)
 
     def fingerprint(self, index: int) -> str:
         return f"{self.name}/{self.seed}/{index}"

@@ -199,6 +199,6 @@ def forward_backward(
 
 def split_batch(batch: Any, size: int) -> list[Any]:
     """Consecutive parts of at most `size` samples: a batch's tensors cut, all else of it left as it is."""
-    names = ("image", "long_ids", "short_ids", "seeds")
+    tensors = {name: value for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
     starts = range(0, len(batch.image), size)
-    return [replace(batch, **{name: getattr(batch, name)[start : start + size] for name in names}) for start in starts]
+    return [replace(batch, **{name: t[start : start + size] for name, t in tensors.items()}) for start in starts]

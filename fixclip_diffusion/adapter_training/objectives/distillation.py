@@ -39,17 +39,21 @@ class States:
 
 
 class Windows:
-    """|A(f(long)) - w(long)|^2, where w is the hidden state of the same token by g, which reads the caption in
-    overlapping windows of 77; 0 is wanted of padding. It needs no UNet, so that a run of it alone is a cheap start for
-    the others."""
+    """|A(f(long)) - w(plain)|^2, where w is the hidden state of the same token by g, which reads the caption's plain
+    wording (`Sample.plain`; the caption itself where there is none) in overlapping windows of 77. 0 is wanted of
+    padding, nothing of tokens that the plain wording lacks. It needs no UNet, so that a run of it alone is a cheap
+    start for the others."""
 
     name = "windows"
 
     def __call__(self, step: Step) -> Tensor:
         rows = (~step.draws.short & ~step.draws.dropped).nonzero()[:, 0]
-        assert step.features.windows is not None
-        wanted_RLD = as_long(step.features.windows[step.draws.sample[rows]].float(), step.embeds.shape[1])
-        return mean_square_of_rows(step.embeds[rows].float() - wanted_RLD, step.length[rows]).sum()
+        features, sample, length = step.features, step.draws.sample[rows], step.embeds.shape[1]
+        assert features.windows is not None
+        assert features.windows_known is not None
+        wanted_RLD = as_long(features.windows[sample].float(), length)
+        known_RL = as_long(features.windows_known[sample][..., None], length)[..., 0]
+        return mean_square_of_rows(step.embeds[rows].float() - wanted_RLD, step.length[rows], known_RL).sum()
 
 
 def as_long(states_RLD: Tensor, length: int) -> Tensor:

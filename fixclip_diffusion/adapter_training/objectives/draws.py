@@ -81,6 +81,7 @@ class Features:
         seeds: (B,) decide all draws.
         windows: (B, L, D) for each row of the long captions' embeds the base's own encoder's hidden state of the same
             token, read in overlapping windows; None where the objectives do not read them.
+        windows_known: (B, L) False for tokens that the teacher has not read, as it read the caption's plain wording.
     """
 
     mean: Tensor
@@ -93,6 +94,7 @@ class Features:
     keys: list[str]
     skipped: list[Skipped]
     windows: Tensor | None = None
+    windows_known: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.seeds)

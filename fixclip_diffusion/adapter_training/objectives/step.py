@@ -66,11 +66,12 @@ def mean_square(difference: Tensor) -> Tensor:
     return difference.square().flatten(1).mean(1)
 
 
-def mean_square_of_rows(difference_RLD: Tensor, length_R: Tensor) -> Tensor:
-    """(R,) mean over the first `length` rows of each draw and over D."""
+def mean_square_of_rows(difference_RLD: Tensor, length_R: Tensor, known_RL: Tensor | None = None) -> Tensor:
+    """(R,) mean over D and over the first `length` rows of each draw, those that are False in `known` left out."""
     used_RL = torch.arange(difference_RLD.shape[1], device=length_R.device) < length_R[:, None]
+    used_RL = used_RL if known_RL is None else used_RL & known_RL
     sum_R = (difference_RLD.square() * used_RL[..., None]).flatten(1).sum(1)
-    return sum_R / (length_R * difference_RLD.shape[-1])
+    return sum_R / (used_RL.sum(1) * difference_RLD.shape[-1])
 
 
 def caption_states(draws: Draws, features: Features, denoiser: Denoiser) -> tuple[CaptionStates, Tensor]:

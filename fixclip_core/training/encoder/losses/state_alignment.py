@@ -13,6 +13,11 @@ is one window, so its target is what the base itself makes of it. For example a 
 counts 99: the states of tokens 0..75 come from the first window, those of 76..98 from the second, which begins 35
 tokens later.
 
+What a sentence says by pointing to one that lies further back ("the ring has the same colour as the heart"), no window
+can read. Where the data give a long caption's plain wording too ("the ring is blue"; `Sample.plain`), the base reads
+that one instead, and the tokens are those that the two wordings share (`captions.shared_tokens`): the state of the
+sentence's full stop, say, must be the same whichever way the sentence is put.
+
 Shapes: B captions, W windows of a caption, V windows of all captions, T tokens, S tokens of all captions, D width.
 """
 
@@ -23,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fixclip_core.data.captions import shared_tokens
 from fixclip_core.model.config import HiddenState
 from fixclip_core.model.fixclip import CaptionedImages, FixClipOutput
 from fixclip_core.model.text_tower import TextTower
@@ -77,6 +83,25 @@ def window_states(base: TextTower, ids_BT: Tensor, state: HiddenState) -> tuple[
     return torch.cat(windows)[row_BT[before_end_BT]].split(last_B.tolist())
 
 
+def shared_positions(base: TextTower, batch: CaptionedImages) -> list[tuple[Tensor, Tensor]]:
+    """Positions of the aligned tokens of each caption, long ones before short ones, and of their targets' tokens.
+
+    The end-of-text token is left out. All tokens of a caption that has no other wording are aligned with themselves.
+    """
+    plain_ids = batch.long_ids if batch.plain_ids is None else batch.plain_ids
+    pairs = []
+    for ids_BT, other_BT in ((batch.long_ids, plain_ids), (batch.short_ids, batch.short_ids)):
+        rows, others = (_before_end(base, ids) for ids in (ids_BT, other_BT))
+        shared = [shared_tokens(row, other) for row, other in zip(rows, others, strict=True)]
+        pairs += [tuple(torch.tensor(part, device=ids_BT.device) for part in pair) for pair in shared]
+    return pairs
+
+
+def _before_end(base: TextTower, ids_BT: Tensor) -> list[tuple[int, ...]]:
+    ends = base.last_token(ids_BT).tolist()
+    return [tuple(row[:end]) for row, end in zip(ids_BT.tolist(), ends, strict=True)]
+
+
 @dataclass(frozen=True)
 class StateAlignment:
     """The loss as a training uses it: its weight, and the base that gives the targets.
@@ -98,8 +123,8 @@ class StateAlignment:
         Gradients are averaged over processes, so the average divides by all tokens of all processes, however
         unevenly the captions' lengths fell.
         """
-        counts = [self.base.last_token(ids_BT).sum() for ids_BT in (batch.long_ids, batch.short_ids)]
-        total = torch.stack(counts).sum().double()
+        pairs = shared_positions(self.base, batch)
+        total = torch.tensor(sum(len(own) for own, _ in pairs), dtype=torch.float64, device=batch.long_ids.device)
         if is_distributed():
             dist.all_reduce(total)
             total = total / dist.get_world_size()
@@ -113,6 +138,10 @@ class StateAlignment:
             output: what `FixClip.forward(batch, state)` made of them.
             num_tokens: `num_tokens` of the whole batch.
         """
-        targets = window_states(self.base, torch.cat([batch.long_ids, batch.short_ids]), self.state)
-        loss = state_alignment_loss(output.text_states, targets, num_tokens)
+        pairs = shared_positions(self.base, batch)
+        long_ids = batch.long_ids if batch.plain_ids is None else batch.plain_ids
+        targets = window_states(self.base, torch.cat([long_ids, batch.short_ids]), self.state)
+        states = [state[own] for state, (own, _) in zip(output.text_states, pairs, strict=True)]
+        wanted = [target[other] for target, (_, other) in zip(targets, pairs, strict=True)]
+        loss = state_alignment_loss(states, wanted, num_tokens)
         return {"loss": self.weight * loss, "loss_states": loss}
