@@ -239,14 +239,29 @@ def _adapt(adapter: TextAdapter, states_NPD: Tensor, layout: Layout, weighted: b
     if weighted:
         length_N = torch.cat([length_N, torch.tensor([SPECIAL_TOKENS])])
     text_NP = torch.arange(states_NPD.shape[1]) < length_N[:, None]
-    adapter = adapter.to(states_NPD.device, states_NPD.dtype)
-    states_NPD = adapter(states_NPD, text_NP.to(states_NPD.device))
+    adapter, text_NP = adapter.to(states_NPD.device, states_NPD.dtype), text_NP.to(states_NPD.device)
+    if adapter.config["scope"] == "text":
+        states_NPD = _adapt_joined(adapter, states_NPD, text_NP, layout)
+    else:
+        states_NPD = adapter(states_NPD, text_NP)
     if not weighted:
         return states_NPD
     empty_1PD = states_NPD[-1:]
     weight_NP1 = layout.weight_NP[..., None].to(states_NPD)
     changed_NPD = empty_1PD + weight_NP1 * (states_NPD[:-1] - empty_1PD)
     return torch.where(weight_NP1 == 1, states_NPD[:-1], changed_NPD)
+
+
+def _adapt_joined(adapter: TextAdapter, states_NPD: Tensor, text_NP: Tensor, layout: Layout) -> Tensor:
+    """The windows' states, those that become rows of the embeds adapted as one sequence; a further window by itself."""
+    source_L = layout.source_L.to(states_NPD.device)
+    flat_SD = states_NPD.flatten(0, 1)
+    rows_LD = adapter(flat_SD[source_L][None], text_NP.flatten()[source_L][None])[0]
+    adapted_NPD = flat_SD.index_copy(0, source_L, rows_LD).unflatten(0, states_NPD.shape[:2])
+    further = range(len(layout.ids_NP), len(states_NPD))
+    return torch.cat(
+        [adapted_NPD[: len(layout.ids_NP)], *(adapter(states_NPD[n][None], text_NP[n][None]) for n in further)]
+    )
 
 
 def _adapted_key(clip: Any, readings: dict[str, Reading], adapter: TextAdapter | None) -> str | None:

@@ -22,6 +22,7 @@ WEIGHTS_NAME = "adapter.safetensors"
 CONFIG_NAME = "adapter_config.json"
 METADATA_KEY = "fixclip_adapter"
 KINDS = ("mlp", "attention")
+SCOPES = ("window", "text")
 
 
 class TextAdapter(nn.Module):
@@ -38,9 +39,13 @@ class TextAdapter(nn.Module):
         conditioning: name of the conditioning that the adapter was trained with, which pipelines then use; None: any.
         mask_padding: whether tokens of the `attention` kind attend to the text alone. Adapters of version 0.1 attended
             to the padding behind it too.
+        scope: what the `attention` kind sees of a prompt that takes several passes: "window", the hidden states of one
+            pass at a time, or "text", those of all passes as they are joined (`conditioning.Layout.join`), `max_tokens`
+            at a time. For a prompt in one pass they are the same.
 
     Raises:
-        ValueError: an unknown kind, a size below 1, or heads that do not divide the width.
+        ValueError: an unknown kind or scope, a size below 1, heads that do not divide the width, or the scope "text"
+            of an adapter that sees a token at a time or attends to padding.
     """
 
     def __init__(
@@ -53,8 +58,16 @@ class TextAdapter(nn.Module):
         max_tokens: int = 248,
         conditioning: str | None = None,
         mask_padding: bool = False,
+        scope: Literal["window", "text"] = "window",
     ):
         super().__init__()
+        if scope not in SCOPES:
+            raise ValueError(f"adapter scope {scope!r}: valid are {', '.join(SCOPES)}")
+        if scope == "text" and (kind != "attention" or not mask_padding):
+            raise ValueError(
+                f"adapter scope 'text' with kind={kind!r}, mask_padding={mask_padding}: it needs kind='attention' and "
+                "mask_padding=true"
+            )
         if kind not in KINDS:
             raise ValueError(f"adapter kind {kind!r}: valid are {', '.join(KINDS)}")
         if min(width, num_layers, num_heads, max_tokens) < 1 or hidden_width < 0:
@@ -73,6 +86,7 @@ class TextAdapter(nn.Module):
             "max_tokens": max_tokens,
             "conditioning": conditioning,
             "mask_padding": mask_padding,
+            "scope": scope,
         }
         hidden_width = self.config["hidden_width"]
         if kind == "attention":
@@ -101,12 +115,19 @@ class TextAdapter(nn.Module):
                 states_BTD = states_BTD + block(states_BTD)
             return states_BTD
         num_tokens, limit = states_BTD.shape[1], self.config["max_tokens"]
+        if num_tokens > limit and self.config["scope"] == "text":
+            assert text_BT is not None
+            parts = zip(states_BTD.split(limit, dim=1), text_BT.split(limit, dim=1), strict=True)
+            return torch.cat([self(states, text) for states, text in parts], dim=1)
         if num_tokens > limit:
             raise ValueError(f"{num_tokens} text states: this adapter holds positions for {limit}")
         # The stream of the blocks is kept apart from the states, so that positions do not leak into them.
         stream_BTD = states_BTD + self.position_embedding[:num_tokens]
         change_BTD = torch.zeros_like(states_BTD)
-        mask_B11T = text_BT[:, None, None] if self.config["mask_padding"] and text_BT is not None else None
+        mask_B11T = None
+        if self.config["mask_padding"] and text_BT is not None:
+            # Where there is no text at all, as in padding behind a cut at `max_tokens`, attention to none would be NaN.
+            mask_B11T = (text_BT | ~text_BT.any(1, keepdim=True))[:, None, None]
         for block in self.blocks:
             delta_BTD = block(stream_BTD, mask_B11T)
             stream_BTD = stream_BTD + delta_BTD

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from fixclip_diffusion.adapter import TextAdapter
 from fixclip_diffusion.conditioning import Conditioning, Context, Layout, PromptTokens, get_conditioning
 from fixclip_diffusion.families import TextEncoding, lora_scale_of
 from fixclip_diffusion.prompt_tokens import tokenize_prompt
 from fixclip_diffusion.prompt_weights import check_syntax, weigh
+from fixclip_diffusion.text_encoder import text_lengths
 from fixclip_diffusion.token_report import TokenReport, report_of
 
 PASSES_AT_ONCE = 64  # bounds memory: 64 passes of 77 tokens
@@ -121,7 +123,33 @@ class PromptEncoder:
         clip_skip: int | None,
     ) -> tuple[list[Tensor], Tensor | None]:
         """Rows (L, D) of each prompt and pooled vectors (B, E)."""
+        joint = getattr(encoding.encoder, "joint_adapter", None)
+        several = [number for number, layout in enumerate(layouts) if joint is not None and len(layout.ids_NP) > 1]
+        if not several:
+            return self._encode_each(encoding, layouts, device, clip_skip)
+        # Such an adapter reads the rows of a prompt of several passes; one pass has it as any encoder has.
+        with encoding.encoder.adapter_left_out():
+            chosen = [layouts[number] for number in several]
+            joined, joined_pooled = self._encode_each(encoding, chosen, device, clip_skip)
+        joined = [adapt_rows(joint, *pair, encoding.context.end_id) for pair in zip(joined, chosen, strict=True)]
+        others = [number for number in range(len(layouts)) if number not in several]
+        rows, pooled = self._encode_each(encoding, [layouts[number] for number in others], device, clip_skip)
+        order = torch.tensor(several + others).argsort()
+        both = joined + rows
+        if joined_pooled is not None:
+            pooled = joined_pooled if pooled is None else torch.cat([joined_pooled, pooled])
+            pooled = pooled[order.to(pooled.device)]
+        return [both[number] for number in order.tolist()], pooled
 
+    def _encode_each(
+        self,
+        encoding: TextEncoding,
+        layouts: Sequence[Layout],
+        device: torch.device | str | None,
+        clip_skip: int | None,
+    ) -> tuple[list[Tensor], Tensor | None]:
+        if not layouts:
+            return [], None
         context = encoding.context
 
         def encode(ids_NP: Tensor, mask_NP: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -139,6 +167,18 @@ class PromptEncoder:
                 states_NPD = weigh(states_NPD, layout, self.weights, lambda *x: encode(*x)[0], empty_PD)
             rows.append(layout.join(states_NPD))
         return rows, None if pooled is None else torch.stack(pooled)
+
+
+def adapt_rows(adapter: TextAdapter, states_LD: Tensor, layout: Layout, end_id: int) -> Tensor:
+    """The rows (L, D) of a prompt's embeds through an adapter of the scope "text"; prompt weights come before it."""
+    text_L = positions_of_text(layout.ids_NP, end_id).flatten()[layout.source_L].bool().to(states_LD.device)
+    return adapter(states_LD[None], text_L[None])[0]
+
+
+def positions_of_text(ids_NP: Tensor, end_id: int) -> Tensor:
+    """(N, P) int64: 1 for the text of each pass, start and end included, 0 for the padding behind it."""
+    place_1P = torch.arange(ids_NP.shape[1])[None]
+    return (place_1P < text_lengths(ids_NP, end_id)[:, None]).long()
 
 
 def default_conditioning(encoder: object) -> str:

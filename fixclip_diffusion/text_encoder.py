@@ -172,6 +172,7 @@ class LongTextEncoder(CLIPPreTrainedModel):
         self.adapter: TextAdapter | None = None
         if config.adapter is not None:
             self.adapter = TextAdapter(**config.adapter)
+        self._leave_adapter_out = False
         self._is_short = False  # whether the base's copy read the pass that ran last
         self._text_BT: Tensor | None = None  # True up to each text's end, in the pass that runs or ran last
         self.text_model.final_layer_norm.register_forward_hook(self._finish_last)
@@ -187,7 +188,7 @@ class LongTextEncoder(CLIPPreTrainedModel):
         text_BT = self._text_BT
         if text_BT is not None and text_BT.shape != states_BTD.shape[:2]:
             text_BT = None  # diffusers' clip_skip calls the LayerNorm by itself, for the pass that ran last
-        if self.adapter is not None:
+        if self.adapter is not None and not self._leave_adapter_out:
             states_BTD = self.adapter(states_BTD, text_BT)
         num_tokens, short = states_BTD.shape[1], self.config.short_position_embeddings
         if self.config.padding == "mask" and num_tokens > short and text_BT is not None:
@@ -264,6 +265,20 @@ class LongTextEncoder(CLIPPreTrainedModel):
         encoder's."""
         adapted = self.adapter.config["conditioning"] if self.adapter is not None else None
         return adapted or self.config.conditioning or ("overlap" if self.short_context_length else "one_pass")
+
+    @property
+    def joint_adapter(self) -> TextAdapter | None:
+        """The adapter, if it reads the joined hidden states of all passes of a prompt; see `adapter_left_out`."""
+        return self.adapter if self.adapter is not None and self.adapter.config["scope"] == "text" else None
+
+    @contextmanager
+    def adapter_left_out(self) -> Iterator[None]:
+        """Hidden states without the adapter while the block runs."""
+        self._leave_adapter_out = True
+        try:
+            yield
+        finally:
+            self._leave_adapter_out = False
 
     def set_adapter_module(self, adapter: TextAdapter | None) -> None:
         """Put `adapter` behind the hidden state that the UNet reads, or take it away with None.

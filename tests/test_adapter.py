@@ -62,6 +62,34 @@ def test_bad_sizes_are_named(arguments, message):
         TextAdapter(16, **arguments)
 
 
+def test_an_adapter_of_the_scope_text_reads_a_long_text_in_parts():
+    torch.manual_seed(0)
+    adapter = TextAdapter(16, "attention", num_heads=4, max_tokens=8, mask_padding=True, scope="text")
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    states, text = torch.randn(2, 21, 16), torch.ones(2, 21, dtype=torch.bool)
+    text[1, 5:] = False
+    found = adapter(states, text)
+    for start in (0, 8, 16):
+        part = slice(start, start + 8)
+        torch.testing.assert_close(found[:, part], adapter(states[:, part], text[:, part]))
+    assert found.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"scope": "page"}, "scope 'page': valid are window, text"),
+        ({"scope": "text"}, "scope 'text' with kind='mlp'"),
+        ({"scope": "text", "kind": "attention"}, "mask_padding=False"),
+    ],
+)
+def test_scopes_that_cannot_be_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        TextAdapter(16, **arguments)
+
+
 def test_too_many_tokens_for_the_positions():
     with pytest.raises(ValueError, match="9 text states: this adapter holds positions for 8"):
         TextAdapter(16, "attention", num_heads=4, max_tokens=8)(torch.zeros(1, 9, 16))

@@ -72,6 +72,7 @@ def make_features(count=4, seed=0):
         keys=[str(i) for i in range(count)],
         skipped=[],
         windows=torch.randn(count, LONG, WIDTH),
+        windows_known=torch.rand(count, LONG, generator=torch.Generator().manual_seed(seed)) < 0.8,
     )
 
 
@@ -120,7 +121,8 @@ def plain_losses(adapter, features, denoiser, objectives):
             name = "short" if short else "long"
             sums[name] = sums[name] + weight * (predicted - target).pow(2).mean()
             if not short and not dropped:
-                sums["windows"] = sums["windows"] + (adapted[0] - features.windows[i, :length]).pow(2).mean()
+                known = features.windows_known[i, :length]
+                sums["windows"] = sums["windows"] + (adapted[0] - features.windows[i, :length])[known].pow(2).mean()
             if short and (dropped or features.teacher_fits[i]):
                 teacher = denoiser.empty_teacher if dropped else features.teacher[i : i + 1]
                 wanted = model(noisy[None], t, teacher).sample[0]

@@ -695,3 +695,22 @@ def test_scenes_with_references_are_a_source_of_their_own():
     assert all(verdict.right for verdict in verdicts.objects)
     with pytest.raises(ValueError, match="scenes-references:200"):
         open_source(DataConfig(source="scenes-references"))
+
+
+def test_mixed_scenes_take_turns_and_give_their_plain_wordings_to_the_batch():
+    """Every second caption refers; a batch has plain ids where one of its captions does."""
+    mixed = open_source(DataConfig(source="scenes-mixed:32"))
+    assert mixed.read(6).long == open_source(DataConfig(source="scenes:32")).read(6).long
+    assert mixed.read(7).long == open_source(DataConfig(source="scenes-references:32")).read(3).long
+    assert mixed.read(6).plain is None
+    assert mixed.read(7).plain != mixed.read(7).long
+
+    def loaded(source="scenes-mixed:32", **fields):
+        return next(loader(source, batch_size=4, shuffle=False, **fields).epoch(0))
+
+    batch = loaded(short_caption="given")
+    assert [torch.equal(*rows) for rows in zip(batch.long_ids, batch.plain_ids, strict=True)] == [True, False] * 2
+    assert batch.to("cpu").plain_ids is not None
+    # What is left of a long caption without its short one is no caption that the plain wording is of.
+    assert loaded(short_caption="debiased", drop_short_from_long=True).plain_ids is None
+    assert loaded("scenes:32", short_caption="given").plain_ids is None

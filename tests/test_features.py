@@ -72,21 +72,22 @@ def cached(tmp_path, *overrides):
 
 @torch.no_grad()
 @pytest.mark.parametrize("conditioning", [name for name in CONDITIONINGS if name != "stock"])
-@pytest.mark.parametrize("kind", [None, "mlp", "attention"])
+@pytest.mark.parametrize("kind", [None, "mlp", "attention", "text"])
 def test_training_reads_captions_as_the_pipeline_reads_prompts(sd1, models, conditioning, kind):
     """One caption at a time and all together: embeds of prompts, of the empty one, and of the base's own encoder."""
     frozen = dataclasses.replace(models, conditioning=conditioning)
-    width = models.text_encoder.config.hidden_size
+    width, scope = models.text_encoder.config.hidden_size, "text" if kind == "text" else "window"
     adapter = identity = tiny_adapter.no_adapter
     if kind is not None:
-        adapter = tiny_adapter.randomize(train.TextAdapter(width, kind, 16, 1, 4, mask_padding=True))
+        kind = "attention" if kind == "text" else kind
+        adapter = tiny_adapter.randomize(train.TextAdapter(width, kind, 16, 1, 4, mask_padding=True, scope=scope))
     pipe = FixClipStableDiffusionPipeline.from_pretrained(
         sd1, adapter=None if adapter is identity else adapter, conditioning=conditioning
     )
     stock = StableDiffusionPipeline.from_pretrained(sd1, safety_checker=None)
     texts = [SHORT, LONG, "", *(tiny_adapter.caption(i, sentences=n) for i, n in ((1, 16), (2, 21), (3, 40)))]
     ids = pickle.loads(pickle.dumps(frozen.caption_ids))(texts)
-    together, length = adapted_embeds(adapter, encode_captions(frozen, ids), masks=True)
+    together, length = adapted_embeds(adapter, encode_captions(frozen, ids), True, scope)
     teacher, fits = encode_for_teacher(frozen, ids)
     for row, text in enumerate(texts):
         expected = pipe.encode_prompt(text, "cpu", 1, False)[0][0]
@@ -94,14 +95,15 @@ def test_training_reads_captions_as_the_pipeline_reads_prompts(sd1, models, cond
         torch.testing.assert_close(together[row, : len(expected)], expected, rtol=1e-4, atol=1e-4)
         assert not together[row, len(expected) :].any()
         alone = encode_captions(frozen, frozen.caption_ids([text]))
-        torch.testing.assert_close(adapted_embeds(adapter, alone, masks=False)[0][0], expected, rtol=1e-4, atol=1e-4)
+        one, _ = adapted_embeds(adapter, alone, False, scope)
+        torch.testing.assert_close(one[0], expected, rtol=1e-4, atol=1e-4)
         assert bool(fits[row]) == (len(pipe.tokenizer(text).input_ids) <= 77)
         if fits[row]:
             base = stock.encode_prompt(text, "cpu", 1, False)[0][0]
             torch.testing.assert_close(teacher[row], base, rtol=1e-4, atol=1e-5)
     empty, empty_teacher = empty_states(frozen)
     torch.testing.assert_close(
-        adapted_embeds(adapter, empty, masks=True)[0], pipe.encode_prompt("", "cpu", 1, False)[0], rtol=1e-4, atol=1e-4
+        adapted_embeds(adapter, empty, True, scope)[0], pipe.encode_prompt("", "cpu", 1, False)[0], rtol=1e-4, atol=1e-4
     )
     torch.testing.assert_close(empty_teacher, teacher[2:3], rtol=1e-4, atol=1e-5)
 
@@ -144,6 +146,27 @@ def test_window_states_stand_where_their_tokens_stand(sd1, models, conditioning,
         elif len(layout.ids_NP) == 1:
             torch.testing.assert_close(states[row, len(wanted) - 1], wanted[-1], rtol=1e-4, atol=1e-5)
             assert not states[row, len(wanted) :].any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("conditioning", ["one_pass", "overlap"])
+def test_window_states_come_from_the_plain_wording(sd1, models, conditioning):
+    """Tokens that both wordings have are taught the state in the plain one; of the others nothing is known."""
+    frozen = dataclasses.replace(models, conditioning=conditioning)
+    pipe = FixClipStableDiffusionPipeline.from_pretrained(sd1, conditioning="overlap")
+    first = tiny_adapter.caption(1, sentences=14)
+    texts, plain = [f"{first} A cat.", LONG], [f"A cat. {first}", LONG]
+    states, known = encode_windows_for_teacher(frozen, frozen.caption_ids(texts), frozen.caption_ids(plain))
+    shift = len(pipe.tokenizer("A cat.").input_ids) - 2
+    wanted = pipe.encode_prompt(plain[0], "cpu", 1, False)[0][0]
+    length = len(pipe.tokenizer(texts[0]).input_ids)
+    shared = range(1, length - 1 - shift)
+    for place in shared:
+        torch.testing.assert_close(states[0, place], wanted[place + shift], rtol=1e-4, atol=1e-5)
+    assert known[0].nonzero().flatten().tolist() == [0, *shared, length - 1]
+    torch.testing.assert_close(states[0, length - 1], wanted[length - 1], rtol=1e-4, atol=1e-5)
+    alone, _ = encode_windows_for_teacher(frozen, frozen.caption_ids([LONG]))
+    torch.testing.assert_close(states[1, : alone.shape[1]], alone[0], rtol=1e-4, atol=1e-5)
 
 
 @settings(deadline=None, max_examples=50)

@@ -127,6 +127,20 @@ def test_captions_are_read_back_with_their_references_at_the_distance_asked_for(
 
 
 @given(seed=seeds, index=st.integers(0, 2**20), split=splits)
+@settings(deadline=None, max_examples=100)
+def test_the_plain_wording_says_the_same_without_references(seed, index, split):
+    scene, caption = reference_at(seed, index, split=split)
+    assert read_caption(caption.plain) == read_caption(caption.text) == scene.described()
+    assert not annotate_caption(caption.plain).references
+    # Sentences about all other objects, and their order, stay as they are.
+    refer = {reference.place for reference in caption.references}
+    others = [caption.text[s.start : s.end] for s in caption.spans if s.place is not None and s.place not in refer]
+    places = [caption.plain.find(sentence) for sentence in others]
+    assert -1 not in places
+    assert places == sorted(places)
+
+
+@given(seed=seeds, index=st.integers(0, 2**20), split=splits)
 @settings(max_examples=80, deadline=None)
 def test_captions_are_plain_english_of_the_vocabulary(seed, index, split):
     _, caption = reference_at(seed, index, split=split)

@@ -1,6 +1,7 @@
 """State alignment against the formula written out: loops over captions and windows, open_clip's own base."""
 
 import copy
+import dataclasses
 import json
 
 import open_clip
@@ -17,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from fixclip_core.data.captions import shared_tokens
 from fixclip_core.data.loader import Batch
 from fixclip_core.model.config import FINE_TUNE, LONG_CLIP
 from fixclip_core.model.fixclip import FixClip
@@ -215,6 +217,47 @@ def test_values_and_gradients_are_those_of_the_formula(fields, state):
 
 def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@given(ids=st.lists(st.integers(0, 5), max_size=30), other=st.lists(st.integers(0, 5), max_size=30))
+def test_shared_tokens_are_the_same_tokens_in_the_same_order(ids, other):
+    own, others = shared_tokens(tuple(ids), tuple(other))
+    assert [ids[i] for i in own] == [other[i] for i in others]
+    assert list(own) == sorted(set(own))
+    assert list(others) == sorted(set(others))
+    assert shared_tokens(tuple(ids), tuple(ids)) == (tuple(range(len(ids))),) * 2
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 2])
+def test_a_plain_wording_gives_the_targets_of_the_tokens_that_it_shares(micro_batch_size):
+    """Against a loop: the long captions' tokens are those of the plain ones, some left out and some put in."""
+    clip = base_clip()
+    model = made_of(clip)
+    task = ContrastiveTask.from_recipe(
+        train := TrainSection(weight_states=0.7), model.config, make_alignment(train, model, "cpu")
+    )
+    moved(model)
+    batch = captioned_images()
+    plain = batch.long_ids.clone()
+    plain[2, 40:110], plain[2, 110:113] = batch.long_ids[2, 43:113], 0  # tokens 40, 41 and 42 are left out
+    plain[1, 5] = START - 1 if batch.long_ids[1, 5] != START - 1 else 1  # another token
+    batch = dataclasses.replace(batch, plain_ids=plain)
+    losses = forward_backward(Accelerator(cpu=True), model, batch, task, micro_batch_size)
+
+    states = model(batch, state="last").text_states
+    errors = []
+    for number, (ids, wording) in enumerate(zip(batch.long_ids, plain, strict=True)):
+        length = int(ids.argmax()) + 1
+        targets = plain_targets(clip, wording[: int(wording.argmax()) + 1], "last")
+        for place in range(length - 1):
+            if number == 2 and 40 <= place < 43 or number == 1 and place == 5:
+                continue
+            other = place - 3 if number == 2 and place >= 43 else place
+            errors.append((states[number][place] - targets[other]).square().mean())
+    for number, ids in enumerate(batch.short_ids):
+        targets = plain_targets(clip, ids[: int(ids.argmax()) + 1], "last")
+        errors += [(a - b).square().mean() for a, b in zip(states[len(LONG) + number], targets, strict=True)]
+    torch.testing.assert_close(losses["loss_states"], torch.stack(errors).mean())
 
 
 def test_kept_positions_leave_the_first_77_states_as_they_are(tmp_path):

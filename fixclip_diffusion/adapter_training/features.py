@@ -51,9 +51,9 @@ from fixclip_diffusion.conditioning import (
 )
 from fixclip_diffusion.families import TextEncoding
 from fixclip_diffusion.fingerprint import tokenizer_digest, weights_digest
-from fixclip_diffusion.prompt_encoder import PromptEncoder, encode_passes
+from fixclip_diffusion.prompt_encoder import PromptEncoder, encode_passes, positions_of_text
 from fixclip_diffusion.prompt_tokens import tokenize_prompt
-from fixclip_diffusion.text_encoder import FixClipTextEncoder, text_lengths
+from fixclip_diffusion.text_encoder import FixClipTextEncoder
 from fixclip_diffusion.tokenizer import FixClipTokenizer
 
 KEY_FILE = "features.json"
@@ -191,12 +191,6 @@ def encode_captions(frozen: FrozenModels, packed_B4S: Tensor) -> CaptionStates:
         source=pad_sequence([layout.source_L for layout in layouts], batch_first=True, padding_value=-1).to(device),
         size=torch.tensor([layout.ids_NP.shape[1] for layout in layouts], device=device),
     )
-
-
-def positions_of_text(ids_NP: Tensor, end_id: int) -> Tensor:
-    """(N, P) int64: 1 for the text of each pass, start and end included, 0 for the padding behind it."""
-    place_1P = torch.arange(ids_NP.shape[1])[None]
-    return (place_1P < text_lengths(ids_NP, end_id)[:, None]).long()
 
 
 @torch.no_grad()

@@ -48,6 +48,9 @@ class AdapterSection(Section):
     num_layers: int = Field(default=2, ge=1, description="residual layers")
     num_heads: int = Field(default=8, ge=1, description="of attention")
     mask_padding: bool = Field(default=True, description="attention leaves the padding behind a text out")
+    scope: Literal["window", "text"] = Field(
+        default="window", description="attention reads one window at a time, or the joined states of all: text"
+    )
     start_from: str | None = Field(default=None, description="adapter folder whose weights to go on from")
 
 

@@ -65,7 +65,7 @@ def adapter_losses(
     captions, number_R = caption_states(draws, features, denoiser)
     config = getattr(adapter, "config", {"kind": "attention"})
     masks = config["kind"] == "mlp" or config.get("mask_padding", False)
-    embeds_CLD, length_C = adapted_embeds(adapter, captions, masks)
+    embeds_CLD, length_C = adapted_embeds(adapter, captions, masks, config.get("scope", "window"))
     step = Step(
         draws=draws,
         features=features,

@@ -87,14 +87,22 @@ def caption_states(draws: Draws, features: Features, denoiser: Denoiser) -> tupl
     return everyone[rows_C], number_R
 
 
-def adapted_embeds(adapter: Callable[..., Tensor], captions: CaptionStates, masks: bool) -> tuple[Tensor, Tensor]:
-    """Hidden states through the adapter, pass by pass, and joined: embeds (C, L, D), and the length (C,) of each.
+def adapted_embeds(
+    adapter: Callable[..., Tensor], captions: CaptionStates, masks: bool, scope: str = "window"
+) -> tuple[Tensor, Tensor]:
+    """Hidden states through the adapter, and joined: embeds (C, L, D), and the length (C,) of each.
 
     Args:
         adapter: hidden states (N, P, D) and the text's positions (N, P) to hidden states.
         captions: C captions.
         masks: whether the adapter leaves padding out; else it must see passes of their own length only.
+        scope: "window": the adapter reads pass by pass; "text": what all passes of a caption are joined to.
     """
+    if scope == "text":
+        embeds_CLD, source_CL = joined(captions.states, captions.source)
+        text_CL = captions.text.gather(1, source_CL.clamp(min=0)) * (source_CL >= 0)
+        embeds_CLD = adapter(embeds_CLD, text_CL > 0).to(embeds_CLD.dtype) * (source_CL >= 0)[..., None]
+        return embeds_CLD, (source_CL >= 0).sum(1)
     states_CSD = torch.zeros_like(captions.states)
     sizes = sorted(set(captions.size.tolist()))
     groups = [captions.size == size for size in sizes] if not masks else [captions.size > 0]
@@ -115,7 +123,13 @@ def adapted_embeds(adapter: Callable[..., Tensor], captions: CaptionStates, mask
         adapted_NPD[read_N] = adapter(states_NPD[read_N], text_NP[read_N] > 0).to(adapted_NPD.dtype)
         adapted_MSD = adapted_NPD.unflatten(0, (len(members), -1)).flatten(1, 2)[:, : captions.states.shape[1]]
         states_CSD = states_CSD.index_copy(0, members, adapted_MSD)
-    length_C = (captions.source >= 0).sum(1)
-    source_CL = captions.source[:, : int(length_C.max())]
+    embeds_CLD, source_CL = joined(states_CSD, captions.source)
+    return embeds_CLD, (source_CL >= 0).sum(1)
+
+
+def joined(states_CSD: Tensor, source_CS: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of embeds (C, L, D) that `source` picks from the hidden states, 0 behind a caption's own, and (C, L) of
+    `source` for them."""
+    source_CL = source_CS[:, : int((source_CS >= 0).sum(1).max())]
     embeds_CLD = states_CSD.gather(1, source_CL.clamp(min=0)[..., None].expand(-1, -1, states_CSD.shape[-1]))
-    return embeds_CLD * (source_CL >= 0)[..., None], length_C
+    return embeds_CLD * (source_CL >= 0)[..., None], source_CL
