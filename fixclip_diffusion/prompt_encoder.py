@@ -124,8 +124,8 @@ class PromptEncoder:
     ) -> tuple[list[Tensor], Tensor | None]:
         """Rows (L, D) of each prompt and pooled vectors (B, E)."""
         joint = getattr(encoding.encoder, "joint_adapter", None)
-        several = [number for number, layout in enumerate(layouts) if joint is not None and len(layout.ids_NP) > 1]
-        if not several:
+        several = [number for number, layout in enumerate(layouts) if len(layout.ids_NP) > 1]
+        if joint is None or not several:
             return self._encode_each(encoding, layouts, device, clip_skip)
         # Such an adapter reads the rows of a prompt of several passes; one pass has it as any encoder has.
         with encoding.encoder.adapter_left_out():

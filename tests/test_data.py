@@ -706,10 +706,11 @@ def test_mixed_scenes_take_turns_and_give_their_plain_wordings_to_the_batch():
     assert mixed.read(7).plain != mixed.read(7).long
 
     def loaded(source="scenes-mixed:32", **fields):
-        return next(loader(source, batch_size=4, shuffle=False, **fields).epoch(0))
+        return next(loader(source, batch_size=8, shuffle=False, **fields).epoch(0))
 
     batch = loaded(short_caption="given")
-    assert [torch.equal(*rows) for rows in zip(batch.long_ids, batch.plain_ids, strict=True)] == [True, False] * 2
+    assert torch.equal(batch.long_ids[::2], batch.plain_ids[::2])
+    assert not torch.equal(batch.long_ids[1::2], batch.plain_ids[1::2])
     assert batch.to("cpu").plain_ids is not None
     # What is left of a long caption without its short one is no caption that the plain wording is of.
     assert loaded(short_caption="debiased", drop_short_from_long=True).plain_ids is None

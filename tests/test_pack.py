@@ -309,3 +309,14 @@ def test_nothing_packed_is_an_error(tmp_path):
     manifest = write_manifest(tmp_path / "in", 3)
     result = run("data", "pack", manifest, tmp_path / "out", "--image-root", tmp_path)
     assert "not a single sample could be packed" in error_of(result)
+
+
+def test_plain_wordings_are_packed_with_their_captions(tmp_path):
+    """The field `plain` of a manifest, of shards and of scenes is what state alignment reads."""
+    run_pack(Path("scenes-mixed:8"), tmp_path / "out", shard_size=8)
+    before, after = (
+        next(loader(source, batch_size=8, shuffle=False, short_caption="given").epoch(0))
+        for source in ("scenes-mixed:8", tmp_path / "out")
+    )
+    assert not torch.equal(before.plain_ids, before.long_ids)
+    assert torch.equal(before.plain_ids, after.plain_ids)

@@ -250,7 +250,7 @@ def test_a_plain_wording_gives_the_targets_of_the_tokens_that_it_shares(micro_ba
         length = int(ids.argmax()) + 1
         targets = plain_targets(clip, wording[: int(wording.argmax()) + 1], "last")
         for place in range(length - 1):
-            if number == 2 and 40 <= place < 43 or number == 1 and place == 5:
+            if (number == 2 and 40 <= place < 43) or (number == 1 and place == 5):
                 continue
             other = place - 3 if number == 2 and place >= 43 else place
             errors.append((states[number][place] - targets[other]).square().mean())

@@ -26,8 +26,6 @@ class Sample:
 
     `extra` are further fields of a manifest's row or a shard's .json (where a caption came from, say); packing keeps
     them. `caption_place` is where the long caption was looked for, e.g. "0.txt", for the report of one that is missing.
-    `plain` is the long caption worded so that each of its sentences can be understood alone; state alignment takes its
-    targets from it.
     """
 
     file: str
@@ -37,7 +35,12 @@ class Sample:
     short: Any
     extra: Mapping[str, Any] = field(default_factory=dict)
     caption_place: str = "long caption"
-    plain: Any = None
+
+    @property
+    def plain(self) -> Any:
+        """The long caption worded so that each of its sentences can be understood alone, where the data have a field of
+        that name; state alignment takes its targets from it."""
+        return self.extra.get("plain")
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,8 @@ class SceneSource:
             scene = scenes.scene_at(self.seed, index)
             long = scenes.long_caption(scene, index)
         short = scenes.short_caption(scene, index).text
-        return Sample(self.name, str(index), scenes.render(scene), long.text, short, plain=long.plain)
+        extra = {} if long.plain is None else {"plain": long.plain}
+        return Sample(self.name, str(index), scenes.render(scene), long.text, short, extra)
 
     def fingerprint(self, index: int) -> str:
         return f"{self.name}/{self.seed}/{index}"

@@ -93,7 +93,8 @@ def shared_positions(base: TextTower, batch: CaptionedImages) -> list[tuple[Tens
     for ids_BT, other_BT in ((batch.long_ids, plain_ids), (batch.short_ids, batch.short_ids)):
         rows, others = (_before_end(base, ids) for ids in (ids_BT, other_BT))
         shared = [shared_tokens(row, other) for row, other in zip(rows, others, strict=True)]
-        pairs += [tuple(torch.tensor(part, device=ids_BT.device) for part in pair) for pair in shared]
+        device = ids_BT.device
+        pairs += [(torch.tensor(own, device=device), torch.tensor(targets, device=device)) for own, targets in shared]
     return pairs
 
 
