@@ -61,6 +61,7 @@ def make_features(count=4, seed=0):
     torch.manual_seed(seed)
     short = [SHORT] * (count - 1) + [LONG]
     states = torch.randn(2, count, LONG, WIDTH)
+    has_gap = (torch.arange(count) > 0)[:, None] & (torch.arange(LONG) < 10)  # the first caption has no plain wording
     return Features(
         mean=torch.randn(count, 4, 8, 8),
         logvar=torch.randn(count, 4, 8, 8) - 2,
@@ -73,6 +74,7 @@ def make_features(count=4, seed=0):
         skipped=[],
         windows=torch.randn(count, LONG, WIDTH),
         windows_known=torch.rand(count, LONG, generator=torch.Generator().manual_seed(seed)) < 0.8,
+        windows_gap=torch.rand(count, LONG, generator=torch.Generator().manual_seed(seed)) * has_gap,
     )
 
 
@@ -83,7 +85,7 @@ def identity(states, text):
 
 def section(**changes):
     values = {"weight_long": 1.3, "weight_short": 0.7, "weight_prediction": 0.9, "weight_states": 0.4}
-    values |= {"weight_windows": 0.6}
+    values |= {"weight_windows": 0.6, "weight_plain": 0.8}
     values |= {"short_share": 0.5, "caption_dropout": 0.3, "noise_draws": 3, "snr_gamma": 5.0}
     return ObjectivesSection(**{**values, **changes})
 
@@ -91,7 +93,7 @@ def section(**changes):
 def plain_losses(adapter, features, denoiser, objectives):
     """One draw at a time, nothing batched, formulas written out."""
     scheduler, model = denoiser.scheduler, denoiser.unet
-    sums = dict.fromkeys(("long", "short", "prediction", "states", "windows"), torch.zeros(()))
+    sums = dict.fromkeys(("long", "short", "prediction", "states", "windows", "plain"), torch.zeros(()))
     total = 0
     for i, seed in enumerate(features.seeds.tolist()):
         generator = torch.Generator().manual_seed(seed)
@@ -123,13 +125,19 @@ def plain_losses(adapter, features, denoiser, objectives):
             if not short and not dropped:
                 known = features.windows_known[i, :length]
                 sums["windows"] = sums["windows"] + (adapted[0] - features.windows[i, :length])[known].pow(2).mean()
+                gap = features.windows_gap[i, :length]
+                if gap.any():
+                    error = (adapted[0] - features.windows[i, :length]).pow(2).mean(-1)
+                    sums["plain"] = sums["plain"] + (gap * error).sum() / features.windows_gap[i].sum()
             if short and (dropped or features.teacher_fits[i]):
                 teacher = denoiser.empty_teacher if dropped else features.teacher[i : i + 1]
                 wanted = model(noisy[None], t, teacher).sample[0]
                 sums["prediction"] = sums["prediction"] + weight * (predicted - wanted).pow(2).mean()
                 wanted = torch.cat([teacher[:, :length], torch.zeros(1, max(0, length - SHORT), WIDTH)], dim=1)
                 sums["states"] = sums["states"] + (adapted - wanted).pow(2).mean()
-    shares = {"long": 0.5, "windows": 0.5 * 0.7} | dict.fromkeys(("short", "prediction", "states"), 0.5)
+    shares = {"long": 0.5, "windows": 0.5 * 0.7, "plain": 0.5 * 0.7} | dict.fromkeys(
+        ("short", "prediction", "states"), 0.5
+    )
     losses = {name: value / (total * shares[name]) for name, value in sums.items()}
     return losses, sum(getattr(objectives, f"weight_{name}") * value for name, value in losses.items())
 
@@ -217,7 +225,7 @@ def test_the_adapter_sees_one_pass_at_a_time(denoiser, mask):
             return UNet2DConditionOutput(noisy)
 
     seeing = dataclasses.replace(denoiser, unet=Reading())
-    only_long = section(short_share=0.0, caption_dropout=0.0, weight_windows=0.0, noise_draws=1)
+    only_long = section(short_share=0.0, caption_dropout=0.0, weight_windows=0.0, weight_plain=0.0, noise_draws=1)
     adapter_losses(adapter, features, seeing, only_long)
     for row, wanted in enumerate(expected):
         torch.testing.assert_close(read[0][row, : len(wanted)], wanted, rtol=1e-4, atol=1e-5)
@@ -249,8 +257,8 @@ def test_an_adapter_that_changes_nothing_keeps_the_base(denoiser):
 def test_only_losses_that_count_are_computed(denoiser):
     features = make_features()
     only_long = adapter_losses(identity, features, denoiser, section(short_share=0.0))
-    assert set(only_long) == {"loss", "loss_long", "loss_windows"}
-    no_teacher = {"weight_states": 0.0, "weight_prediction": 0.0, "weight_windows": 0.0}
+    assert set(only_long) == {"loss", "loss_long", "loss_windows", "loss_plain"}
+    no_teacher = {"weight_states": 0.0, "weight_prediction": 0.0, "weight_windows": 0.0, "weight_plain": 0.0}
     without = adapter_losses(identity, features, denoiser, section(**no_teacher))
     assert set(without) == {"loss", "loss_long", "loss_short"}
 
@@ -268,12 +276,14 @@ def test_states_are_learnt_without_a_unet(denoiser):
         dataclasses.replace(denoiser, unet=None),
         section(**no_noise, caption_dropout=0.0),
     )
-    assert set(without) == {"loss", "loss_states", "loss_windows"}
-    torch.testing.assert_close(without["loss"], 0.4 * without["loss_states"] + 0.6 * without["loss_windows"])
+    assert set(without) == {"loss", "loss_states", "loss_windows", "loss_plain"}
+    total = 0.4 * without["loss_states"] + 0.6 * without["loss_windows"] + 0.8 * without["loss_plain"]
+    torch.testing.assert_close(without["loss"], total)
     rows = torch.arange(LONG)[None, :, None] < features.long.size[:, None, None]
     wanted = dataclasses.replace(features, long=dataclasses.replace(features.long, states=features.windows * rows))
     alike = adapter_losses(identity, wanted, denoiser, section())
     assert alike["loss_windows"] == 0 < every["loss_windows"]
+    assert alike["loss_plain"] == 0 < every["loss_plain"]
 
 
 def test_teacher_predictions_are_computed_without_the_lora_and_without_gradient(tiny_unet):

@@ -133,7 +133,8 @@ def test_window_states_stand_where_their_tokens_stand(sd1, models, conditioning,
     pipe = FixClipStableDiffusionPipeline.from_pretrained(sd1, conditioning="overlap")
     texts = [SHORT, LONG, "", *(tiny_adapter.caption(i, sentences=n) for i, n in ((1, 16), (2, 21), (3, 30)))]
     ids = frozen.caption_ids(texts)
-    states, known = encode_windows_for_teacher(frozen, ids)
+    states, known, gap = encode_windows_for_teacher(frozen, ids)
+    assert not gap.any()
     assert [int(row.sum()) for row in known] == [len(layout) for layout in unpack_layouts(ids)]
     for row, (text, layout) in enumerate(zip(texts, unpack_layouts(ids), strict=True)):
         wanted = pipe.encode_prompt(text, "cpu", 1, False)[0][0]
@@ -156,7 +157,7 @@ def test_window_states_come_from_the_plain_wording(sd1, models, conditioning):
     pipe = FixClipStableDiffusionPipeline.from_pretrained(sd1, conditioning="overlap")
     first = tiny_adapter.caption(1, sentences=14)
     texts, plain = [f"{first} A cat.", LONG], [f"A cat. {first}", LONG]
-    states, known = encode_windows_for_teacher(frozen, frozen.caption_ids(texts), frozen.caption_ids(plain))
+    states, known, gap = encode_windows_for_teacher(frozen, frozen.caption_ids(texts), frozen.caption_ids(plain))
     shift = len(pipe.tokenizer("A cat.").input_ids) - 2
     wanted = pipe.encode_prompt(plain[0], "cpu", 1, False)[0][0]
     length = len(pipe.tokenizer(texts[0]).input_ids)
@@ -165,7 +166,13 @@ def test_window_states_come_from_the_plain_wording(sd1, models, conditioning):
         torch.testing.assert_close(states[0, place], wanted[place + shift], rtol=1e-4, atol=1e-5)
     assert known[0].nonzero().flatten().tolist() == [0, *shared, length - 1]
     torch.testing.assert_close(states[0, length - 1], wanted[length - 1], rtol=1e-4, atol=1e-5)
-    alone, _ = encode_windows_for_teacher(frozen, frozen.caption_ids([LONG]))
+    literal = pipe.encode_prompt(texts[0], "cpu", 1, False)[0][0]
+    for place in (1, shared[-1]):
+        far = (states[0, place] - literal[place]).square().mean()
+        torch.testing.assert_close(gap[0, place], far, rtol=1e-3, atol=1e-6)
+    assert not gap[0][~known[0]].any()
+    assert not gap[1].any()
+    alone, *_ = encode_windows_for_teacher(frozen, frozen.caption_ids([LONG]))
     torch.testing.assert_close(states[1, : alone.shape[1]], alone[0], rtol=1e-4, atol=1e-5)
 
 

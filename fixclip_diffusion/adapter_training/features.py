@@ -208,7 +208,7 @@ def encode_for_teacher(frozen: FrozenModels, packed_B4S: Tensor) -> tuple[Tensor
 @torch.no_grad()
 def encode_windows_for_teacher(
     frozen: FrozenModels, packed_B4S: Tensor, plain_B4S: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """What each row of the captions' embeds would be if the base's own encoder read them in overlapping windows.
 
     The teacher reads a caption's plain wording where there is one (`Sample.plain`).
@@ -217,11 +217,31 @@ def encode_windows_for_teacher(
         (B, L, D): the hidden state of the same token, start or end; 0 for padding behind a text of more than 77 tokens.
         The base's own padding is part of what it gives for a text that fits.
         (B, L): False for tokens that the plain wording lacks: nothing is taught there.
+        (B, L): mean squared difference of these hidden states to those of the caption as it stands, read in the same
+        windows; 0 where there is nothing to teach.
     """
-    teacher = TextEncoding(frozen.teacher, frozen.tokenizer)
     layouts = unpack_layouts(packed_B4S)
-    plain = layouts if plain_B4S is None else unpack_layouts(plain_B4S)
-    taught = [Overlap().lay_out(tokens_of(layout), teacher.context) for layout in plain]
+    rows, known = _window_rows(frozen, layouts, layouts)
+    gap = [row_LD.new_zeros(len(row_LD)) for row_LD in rows]
+    if plain_B4S is not None:
+        literal = rows
+        rows, known = _window_rows(frozen, layouts, unpack_layouts(plain_B4S))
+        pairs = zip(rows, literal, known, strict=True)
+        gap = [(row_LD - own_LD).float().square().mean(-1) * known_L for row_LD, own_LD, known_L in pairs]
+    return (
+        pad_sequence(rows, batch_first=True),
+        pad_sequence(known, batch_first=True),
+        pad_sequence(gap, batch_first=True),
+    )
+
+
+def _window_rows(
+    frozen: FrozenModels, layouts: Sequence[Layout], wordings: Sequence[Layout]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """For each row of `layouts` the teacher's hidden state of the same token of another wording, (L, D), and whether
+    (L,) there is one."""
+    teacher = TextEncoding(frozen.teacher, frozen.tokenizer)
+    taught = [Overlap().lay_out(tokens_of(layout), teacher.context) for layout in wordings]
     device = frozen.teacher.device
     states, _ = encode_passes(lambda ids_NP: teacher(ids_NP.to(device)), taught, teacher.context)
     rows, known = [], []
@@ -230,7 +250,7 @@ def encode_windows_for_teacher(
         row_L = row_of_same_token(layout, other, teacher.context.end_id).to(device)
         rows.append(wanted_LD[row_L.clamp(min=0)])
         known.append(row_L >= 0)
-    return pad_sequence(rows, batch_first=True), pad_sequence(known, batch_first=True)
+    return rows, known
 
 
 def row_of_same_token(layout: Layout, other: Layout, end_id: int) -> Tensor:
@@ -466,7 +486,7 @@ class FeatureCache:
             if self.key.get("window states"):
                 plain_ids = batches.tokenizer([row[5] for row in rows])
                 windows = encode_windows_for_teacher(frozen, long_ids, plain_ids)
-                tensors["windows"], tensors["windows_known"] = windows
+                tensors |= dict(zip(("windows", "windows_known", "windows_gap"), windows, strict=True))
         dtype = DTYPES[self.section.dtype]
         return {name: (t.to(dtype) if t.is_floating_point() else t).cpu() for name, t in tensors.items()}
 

@@ -70,6 +70,11 @@ class ObjectivesSection(Section):
     weight_windows: float = Field(
         default=0.0, ge=0, description="long captions: the base encoder's text states of their windows of 77 tokens"
     )
+    weight_plain: float = Field(
+        default=0.0,
+        ge=0,
+        description="captions with a plain wording: as weight_windows, of the tokens that windows misread",
+    )
     short_share: float = Field(default=0.25, ge=0, lt=1, description="draws that read the short caption")
     caption_dropout: float = Field(default=0.1, ge=0, lt=1, description="draws that read no caption, for guidance")
     snr_gamma: float | None = Field(default=None, gt=0, description="min-SNR weighting, usually 5; null: none")
@@ -91,7 +96,7 @@ class ObjectivesSection(Section):
     @property
     def reads_windows(self) -> bool:
         """Whether the base's own encoder reads the long captions too, in windows."""
-        return self.weight_windows > 0
+        return self.weight_windows + self.weight_plain > 0
 
     @property
     def is_taught(self) -> bool:
@@ -173,7 +178,7 @@ class AdapterRecipe(Section):
                 f"train.micro_batch_size={train.micro_batch_size}: it must be at most "
                 f"train.batch_size={train.batch_size}"
             )
-        weights = [objectives.weight_long, objectives.weight_windows]
+        weights = [objectives.weight_long, objectives.weight_windows, objectives.weight_plain]
         if objectives.short_share:
             weights += [objectives.weight_short, objectives.weight_prediction, objectives.weight_states]
         if not any(weights):

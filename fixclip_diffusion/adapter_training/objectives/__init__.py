@@ -16,7 +16,7 @@ from fixclip_diffusion.adapter_training.objectives.denoising import (
     noise_target,
     snr_weight,
 )
-from fixclip_diffusion.adapter_training.objectives.distillation import Prediction, States, Windows
+from fixclip_diffusion.adapter_training.objectives.distillation import Plain, Prediction, States, Windows
 from fixclip_diffusion.adapter_training.objectives.draws import CaptionStates, Denoiser, Draws, Features, draw
 from fixclip_diffusion.adapter_training.objectives.step import Objective, Step, adapted_embeds, caption_states
 from fixclip_diffusion.adapter_training.recipe import ObjectivesSection
@@ -44,7 +44,8 @@ def objectives_of(section: ObjectivesSection) -> list[Objective]:
     if section.reads_short:
         terms += [Prediction()] if section.weight_prediction else []
         terms += [States()] if section.weight_states else []
-    return [*terms, Windows()] if section.reads_windows else terms
+    terms += [Windows()] if section.weight_windows else []
+    return [*terms, Plain()] if section.weight_plain else terms
 
 
 def adapter_losses(
@@ -77,7 +78,8 @@ def adapter_losses(
         weight=snr_weight(denoiser.scheduler, draws.timestep, section.snr_gamma),
     )
     short_share, long_share = section.short_share, 1 - section.short_share
-    shares = {"long": long_share, "windows": long_share * (1 - section.caption_dropout)}
+    read_share = long_share * (1 - section.caption_dropout)
+    shares = {"long": long_share, "windows": read_share, "plain": read_share}
     losses: dict[str, Tensor] = {}
     for objective in objectives_of(section):
         losses[objective.name] = objective(step) / (len(draws.sample) * shares.get(objective.name, short_share))

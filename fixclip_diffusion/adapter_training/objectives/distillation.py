@@ -56,6 +56,26 @@ class Windows:
         return mean_square_of_rows(step.embeds[rows].float() - wanted_RLD, step.length[rows], known_RL).sum()
 
 
+class Plain:
+    """sum of d_t |A(f(long))_t - w(plain)_t|^2 / sum of d_t over tokens t, where d_t = |w(long)_t - w(plain)_t|^2 / D is
+    how far g itself is from the plain wording's states when it reads the caption as it stands, window by window. So it
+    is about the tokens that windows misread, such as those of a sentence that points to another one, which are few
+    among all that `Windows` averages over. 0 for captions without a plain wording."""
+
+    name = "plain"
+
+    def __call__(self, step: Step) -> Tensor:
+        rows = (~step.draws.short & ~step.draws.dropped).nonzero()[:, 0]
+        features, sample, length = step.features, step.draws.sample[rows], step.embeds.shape[1]
+        assert features.windows is not None
+        assert features.windows_gap is not None
+        wanted_RLD = as_long(features.windows[sample].float(), length)
+        gap_RL = as_long(features.windows_gap[sample][..., None].float(), length)[..., 0]
+        error_RL = (step.embeds[rows].float() - wanted_RLD).square().mean(-1)
+        total_R = gap_RL.sum(1)
+        return ((gap_RL * error_RL).sum(1) / total_R.masked_fill(total_R == 0, 1)).sum()
+
+
 def as_long(states_RLD: Tensor, length: int) -> Tensor:
     """The states cut or filled up with zeros to `length` rows."""
     return torch.nn.functional.pad(states_RLD, (0, 0, 0, length - states_RLD.shape[1]))

@@ -82,6 +82,8 @@ class Features:
         windows: (B, L, D) for each row of the long captions' embeds the base's own encoder's hidden state of the same
             token, read in overlapping windows; None where the objectives do not read them.
         windows_known: (B, L) False for tokens that the teacher has not read, as it read the caption's plain wording.
+        windows_gap: (B, L) mean squared difference to what the teacher makes of the caption as it stands; 0 where its
+            hidden state is not known.
     """
 
     mean: Tensor
@@ -95,6 +97,7 @@ class Features:
     skipped: list[Skipped]
     windows: Tensor | None = None
     windows_known: Tensor | None = None
+    windows_gap: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.seeds)
