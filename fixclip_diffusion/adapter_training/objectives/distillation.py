@@ -57,10 +57,11 @@ class Windows:
 
 
 class Plain:
-    """sum of d_t |A(f(long))_t - w(plain)_t|^2 / sum of d_t over tokens t, where d_t = |w(long)_t - w(plain)_t|^2 / D is
-    how far g itself is from the plain wording's states when it reads the caption as it stands, window by window. So it
-    is about the tokens that windows misread, such as those of a sentence that points to another one, which are few
-    among all that `Windows` averages over. 0 for captions without a plain wording."""
+    """sum of d_t |A(f(long))_t - w(plain)_t|^2 / sum of d_t over tokens t, where d_t = |w(long)_t - w(plain)_t|^2 / D.
+
+    d_t is how far g itself is from the plain wording's states when it reads the caption as it stands, window by window.
+    So this is about the tokens that windows misread, such as those of a sentence that points to another one, which are
+    few among all that `Windows` averages over. 0 for captions without a plain wording."""
 
     name = "plain"
 
