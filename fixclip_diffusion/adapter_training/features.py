@@ -221,13 +221,15 @@ def encode_windows_for_teacher(
         windows; 0 where there is nothing to teach.
     """
     layouts = unpack_layouts(packed_B4S)
-    rows, known = _window_rows(frozen, layouts, layouts)
-    gap = [row_LD.new_zeros(len(row_LD)) for row_LD in rows]
-    if plain_B4S is not None:
-        literal = rows
-        rows, known = _window_rows(frozen, layouts, unpack_layouts(plain_B4S))
-        pairs = zip(rows, literal, known, strict=True)
-        gap = [(row_LD - own_LD).float().square().mean(-1) * known_L for row_LD, own_LD, known_L in pairs]
+    wordings = layouts if plain_B4S is None else unpack_layouts(plain_B4S)
+    rows, known = _window_rows(frozen, layouts, wordings)
+    gap = [row_LD.new_zeros(len(row_LD), dtype=torch.float32) for row_LD in rows]
+    pairs = enumerate(zip(layouts, wordings, strict=True))
+    if others := [number for number, (own, plain) in pairs if tokens_of(own).ids != tokens_of(plain).ids]:
+        reworded = [layouts[number] for number in others]
+        literal, _ = _window_rows(frozen, reworded, reworded)
+        for number, own_LD in zip(others, literal, strict=True):
+            gap[number] = (rows[number] - own_LD).float().square().mean(-1) * known[number]
     return (
         pad_sequence(rows, batch_first=True),
         pad_sequence(known, batch_first=True),
