@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fixclip_cli.app import Commands, app, errors_exit_with, refuse
+from fixclip_cli.app import Commands, app, errors_exit_with, format_columns, refuse
 
 if TYPE_CHECKING:
     from fixclip_core.training.recipe import Section
@@ -29,6 +29,15 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="Any field of the re
 Resume = Annotated[str, typer.Option(help="auto, none, or a checkpoint's folder.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, stop.")]
 Smoke = Annotated[bool, typer.Option("--smoke", help="Two steps on generated data in a temporary folder.")]
+Plan = Annotated[bool, typer.Option("--plan", help="Print what a training on --gpus GPUs needs, stop.")]
+Gpus = Annotated[int, typer.Option(min=1, help="GPUs to plan for.")]
+Gpu = Annotated[str, typer.Option(help="Their kind: h100, h200, a100, l40s or rtx4090.")]
+Samples = Annotated[int | None, typer.Option(min=1, help="Samples of the data, if it is not at hand.")]
+Rate = Annotated[float | None, typer.Option(min=0.001, help="Samples/s of one GPU, as a benchmark of yours says.")]
+Utilisation = Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of a GPU's peak, if it says nothing.")]
+SampleKb = Annotated[float | None, typer.Option(min=0.001, help="KB of a stored sample.")]
+Price = Annotated[float | None, typer.Option(min=0, help="Of one GPU for an hour.")]
+PLANNING = ("gpus", "gpu", "samples", "samples_per_second", "utilisation", "sample_kb", "price")
 Diff = Annotated[bool, typer.Option("--recipe-diff", help="Print what differs from the recipe of reference, stop.")]
 
 
@@ -91,7 +100,23 @@ def command(kind: Kind) -> Callable[..., None]:
         dry_run: DryRun = False,
         smoke: Smoke = False,
         diff: Diff = False,
+        plan: Plan = False,
+        gpus: Gpus = 8,
+        gpu: Gpu = "h100",
+        samples: Samples = None,
+        samples_per_second: Rate = None,
+        utilisation: Utilisation = 0.35,
+        sample_kb: SampleKb = None,
+        price: Price = None,
     ) -> None:
+        if not plan:
+            refuse(ctx, "is of --plan", *PLANNING)
+        elif kind is not KINDS["encoder"]:
+            raise ValueError("--plan is for the encoder; --dry-run prints what an adapter's training needs")
+        else:
+            refuse(ctx, "does not act beside --plan, which trains nothing", "resume", "dry_run", "smoke", "diff")
+        if samples_per_second is not None:
+            refuse(ctx, "does not act beside --samples-per-second", "utilisation")
         if diff:
             refuse(ctx, "does not act beside --recipe-diff, which trains nothing", "resume", "dry_run", "smoke")
         if dry_run or smoke:
@@ -104,6 +129,11 @@ def command(kind: Kind) -> Callable[..., None]:
             if diff:
                 for key, value, reference in recipe_diff(chosen, load_recipe(schema, kind.reference)):
                     echo(f"{key}: {value!r} ({kind.reference}: {reference!r})")
+            elif plan:
+                from fixclip_core.training.encoder.plan import Cluster, cluster_plan
+
+                cluster = Cluster(gpus, gpu, samples, samples_per_second, utilisation, sample_kb, price)
+                echo(format_columns(cluster_plan(chosen, cluster)))
             else:
                 run(imported(kind.trainer), chosen, resume=resume, dry_run=dry_run, smoke=smoke)
 

@@ -204,8 +204,14 @@ class EncoderTrainer(Trainer):
     def _first_batch(self) -> Batch:
         return next(batches(self.loader, 0, 1)).to(self.accelerator.device)
 
-    def memory(self, probe: int = 4) -> dict[str, int]:
-        """Activations are measured on half a probe and a whole one, and extrapolated along a line: what does not
+    def memory(self) -> dict[str, int]:
+        """See `memory_of`, of as many samples as a process has at a time."""
+        return self.memory_of(min(self.recipe.train.micro_batch_size or self.batch_size, self.batch_size))
+
+    def memory_of(self, samples: int, probe: int = 4) -> dict[str, int]:
+        """Bytes that a process needs with so many samples at a time, by what for.
+
+        Activations are measured on half a probe and a whole one, and extrapolated along a line: what does not
         grow with the samples, such as low-precision copies of the weights, counts once. Gradient checkpointing adds
         the layer that is being recomputed.
         """
@@ -214,8 +220,7 @@ class EncoderTrainer(Trainer):
         base = [] if self.task.alignment is None else self.task.alignment.base.parameters()
         frozen = sum(p.numel() * p.element_size() for p in base)
         trained = sum(p.numel() * p.element_size() for p in clip.parameters() if p.requires_grad)
-        samples = min(self.recipe.train.micro_batch_size or len(batch.image), len(batch.image))
-        probe = min(probe, samples)
+        probe = min(probe, samples, len(batch.image))
 
         def extrapolated() -> float:
             half = max(1, probe // 2)
