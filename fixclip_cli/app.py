@@ -197,11 +197,23 @@ WeightsOption = Annotated[
     Literal["a1111", "compel"] | None,
     typer.Option(help="Prompt weights: a1111 reads (word:1.3), compel reads word++; default: text is literal."),
 ]
+# The registry's names and those of version 0.1, for an answer before a library is imported; a test compares them.
+CONDITIONING_NAMES = ("stock", "chunks", "overlap", "one_pass")
+OLD_CONDITIONING_NAMES = ("overlap_77", "windows_77", "truncate_77", "windows", "truncate")
+
+
+def _check_conditioning(name: str | None) -> str | None:
+    if name is not None and name not in (*CONDITIONING_NAMES, *OLD_CONDITIONING_NAMES):
+        raise ValueError(f"conditioning={name!r}: valid are {', '.join(CONDITIONING_NAMES)}")
+    return name
+
+
 ConditioningOption = Annotated[
     str | None,
     typer.Option(
         "--conditioning",
         "--long-prompt",
+        callback=_check_conditioning,
         help="How more than 77 tokens are read: overlap, one_pass, chunks or stock; default: as the encoder says.",
     ),
 ]

@@ -228,32 +228,20 @@ def tokens(
     prompt: Annotated[str | None, typer.Argument(help="The prompt; - reads standard input.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from a text file.")] = None,
     base: BaseOption = "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    encoder: EncoderOption = None,
+    adapter: AdapterOption = None,
     conditioning: ConditioningOption = None,
     weights: WeightsOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Count a prompt's tokens and show where a stock encoder stops reading. Needs the base's tokenizer only."""
+    """Count a prompt's tokens and show how `fixclip generate` with the same options would read it.
+
+    Needs tokenizer and configurations only, no weights.
+    """
     text = read_prompt(prompt, prompt_file)
     from dataclasses import asdict
 
-    from huggingface_hub import hf_hub_download
+    from fixclip_diffusion.prompt_reader import PromptReader
 
-    from fixclip_diffusion import builtin
-    from fixclip_diffusion.conditioning import get_conditioning
-    from fixclip_diffusion.prompt_weights import check_syntax
-    from fixclip_diffusion.text_encoder import check_folder_or_hub_name
-    from fixclip_diffusion.token_report import token_report
-    from fixclip_diffusion.tokenizer import FixClipTokenizer
-
-    how = get_conditioning(conditioning or "overlap")
-    check_syntax(weights)
-    base = builtin.resolve(builtin.base_of(base))
-    check_folder_or_hub_name("base", base)
-    if not Path(base).is_dir():  # one file first: the tokenizer alone would try a dozen before it gives up
-        try:
-            hf_hub_download(base, "tokenizer/tokenizer_config.json")
-        except Exception as error:
-            raise ValueError(f"base {base!r}: its tokenizer could not be read from the hub ({error})") from error
-    tokenizer = FixClipTokenizer.from_pretrained(base, subfolder="tokenizer")
-    report = token_report(tokenizer, text, how, weights=weights)
+    report = PromptReader.from_pretrained(base, encoder, adapter, conditioning, weights).report(text)
     typer.echo(json.dumps(asdict(report), ensure_ascii=False, indent=1) if as_json else report)

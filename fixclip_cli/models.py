@@ -59,6 +59,7 @@ def load_pipeline(options: ModelOptions, device: str | None = None, dtype: str |
     Raises:
         ValueError: one of them cannot be loaded, does not fit, or the device cannot be used.
     """
+    _check_names(options)
     import torch
 
     from fixclip_core.device import best_device
@@ -80,6 +81,22 @@ def load_pipeline(options: ModelOptions, device: str | None = None, dtype: str |
     if options.scheduler is not None:
         pipe.scheduler = make_scheduler(pipe, options.scheduler)
     return pipe.to(device)
+
+
+def _check_names(options: ModelOptions) -> None:
+    """Refuse names that can be nothing at all, before the libraries that load a pipeline are imported.
+
+    Raises:
+        ValueError: a name is neither a folder nor one of the hub, or a built-in part that there is not.
+    """
+    from fixclip_core import builtin
+    from fixclip_core.check import check_folder_or_hub_name
+
+    for what in ("base", "encoder", "adapter"):
+        name = getattr(options, what)
+        if name is None or Path(name).is_file() or (what == "base" and builtin.whole_model(name) is not None):
+            continue  # what a file is, is told by its loader
+        check_folder_or_hub_name(what, builtin.resolve(name))
 
 
 def base_options(options: ModelOptions) -> ModelOptions:

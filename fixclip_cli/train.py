@@ -6,19 +6,22 @@
 RECIPE is a YAML file or the name of one in the package, such as `builtin:own_data`; `fixclip train --list` shows them.
 """
 
+import hashlib
 import logging
 import os
 import sys
-import time
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fixclip_cli.app import Commands, app, errors_exit_with, format_columns, refuse
+from fixclip_core.files import is_running
 
 if TYPE_CHECKING:
     from fixclip_core.training.recipe import Section
@@ -125,7 +128,8 @@ def command(kind: Kind) -> Callable[..., None]:
             from fixclip_core.training.recipe import load_recipe, recipe_diff
 
             schema = imported(kind.schema)
-            chosen = load_recipe(schema, recipe, overrides or [])
+            # The smoke test generates its data, whatever the recipe reads.
+            chosen = load_recipe(schema, recipe, overrides or [], {"data.source": "scenes"} if smoke else None)
             if diff:
                 for key, value, reference in recipe_diff(chosen, load_recipe(schema, kind.reference)):
                     echo(f"{key}: {value!r} ({kind.reference}: {reference!r})")
@@ -168,30 +172,63 @@ def run(trainer: "type[Trainer]", recipe: "Section", *, resume: str, dry_run: bo
         training.smoke(trainer, recipe)
         echo("Smoke test passed: two steps on generated data, a checkpoint, and the files that come out.")
     else:
-        echo(f"Done: {trainer(recipe).train(resume)}")
+        made = trainer(recipe)
+        with failing_once_begun(made):
+            echo(f"Done: {made.train(resume)}")
+
+
+@contextmanager
+def failing_once_begun(trainer: "Trainer") -> Iterator[None]:
+    """Exit code 1 for what ends a training: from its first step on, or whatever is no wrong input, as a full disk."""
+    try:
+        yield
+    except (ValueError, OSError, FloatingPointError) as error:
+        with errors_exit_with(1 if trainer.has_begun or not isinstance(error, ValueError) else 2):
+            raise
 
 
 @contextmanager
 def training_errors() -> Iterator[None]:
-    """End with exit code 1 after an error, or 130 after Ctrl-C; the main process logs and prints for all.
+    """Log from the main process; print an error from the first process that fails, and 130 after Ctrl-C.
 
-    Another process prints its error if it is alive 30 seconds later: where all of them failed alike, the launcher has
-    ended it by then.
+    The others end with the same exit code and without a word: where a recipe is wrong, all of them fail alike.
     """
     rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(level=logging.ERROR if rank else logging.WARNING, format="%(levelname)s %(message)s")
     for package in ("fixclip_core", "fixclip_diffusion"):
         logging.getLogger(package).setLevel(logging.ERROR if rank else logging.INFO)
     try:
-        with errors_exit_with(1):
-            yield
+        yield
     except (ValueError, OSError, FloatingPointError) as error:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not is_first_to_fail():
+            raise typer.Exit(getattr(error, "exit_code", 2)) from None
         if rank:
-            time.sleep(30)
             error.args = (f"process {rank}: {error}",)
         raise
     except KeyboardInterrupt as error:
         raise typer.Abort(str(error) or "interrupted before the first step") from None
+
+
+def is_first_to_fail() -> bool:
+    """Whether no other process of this launcher, on this machine, has failed before: by a file that one can make.
+
+    The launcher is the parent of all of them. It may restart them (`--max-restarts`), and each try has its own file.
+    Files of launchers that have ended are removed.
+    """
+    folder, start = Path(tempfile.gettempdir()), "fixclip-failed-"
+    for other in folder.glob(f"{start}*"):
+        pid = other.name.removeprefix(start).partition("-")[0]
+        if pid.isdecimal() and not is_running(int(pid)):
+            other.unlink(missing_ok=True)
+    launch = [os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT")]
+    digest = hashlib.sha256("\n".join(launch).encode()).hexdigest()[:16]
+    try:
+        (folder / f"{start}{os.getppid()}-{digest}").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:  # a full disk: better twice than never
+        return True
+    return True
 
 
 def echo(text: str) -> None:

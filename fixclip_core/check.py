@@ -7,6 +7,7 @@ configuration gives with those of the file's own tensors before anything is buil
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def loading(what: str) -> Iterator[None]:
     except (LoadError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise LoadError(f"{what}: {one_line(error)}") from error
+        raise LoadError(f"{what}: {hub_reason(error)}") from error
 
 
 def one_line(error: BaseException) -> str:
@@ -47,6 +48,46 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, (ValueError, OSError, RuntimeError)) and text:
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def check_folder_or_hub_name(what: str, name: str) -> None:
+    """Say so at once where a name can be neither; the hub client would retry, or explain its own rules.
+
+    Args:
+        what: begins the message, e.g. "adapter".
+        name: as somebody wrote it.
+
+    Raises:
+        LoadError: it is a file, or no folder and not like owner/model.
+    """
+    path = Path(name)
+    if path.is_file():
+        raise LoadError(f"{what} {name!r} is a file; a folder or a hub name like owner/model is needed")
+    if not path.is_dir() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+        raise LoadError(f"{what} {name!r} is neither a folder nor a hub name like owner/model")
+
+
+def hub_reason(error: BaseException) -> str:
+    """Why something could not be fetched from the hub, in words that say what to do; else the error on one line.
+
+    The hub's client and the libraries around it wrap each other's errors, with paragraphs about their own settings;
+    what happened is told by the class of one of them.
+    """
+    reasons = {
+        "GatedRepoError": "access to it must be asked for on its page of the hub, then: hf auth login",
+        "RepositoryNotFoundError": "there is no such folder here and no such public repository on the hub; for a "
+        "private one: hf auth login",
+        "RevisionNotFoundError": "the repository has no such revision",
+        "RemoteEntryNotFoundError": "the repository has no such file",
+        "LocalEntryNotFoundError": "there is no such folder here, and the hub cannot be reached to look there",
+        "OfflineModeIsEnabled": "there is no such folder here, and HF_HUB_OFFLINE forbids to look on the hub",
+    }
+    chain: BaseException | None = error
+    while chain is not None:
+        if reason := next((reasons[item.__name__] for item in type(chain).__mro__ if item.__name__ in reasons), None):
+            return reason
+        chain = chain.__cause__ or (None if chain.__suppress_context__ else chain.__context__)
+    return one_line(error)
 
 
 def check_finite(weights: nn.Module | Mapping[str, Tensor], what: str) -> None:

@@ -64,11 +64,11 @@ def _remove_abandoned(path: Path) -> None:
     start, end = _temporary_name(path, "|").split("|")
     for other in path.parent.glob(f"{glob.escape(start)}*{end}"):
         pid = other.name.removeprefix(start).removesuffix(end)
-        if pid.isdecimal() and not _is_running(int(pid)):
+        if pid.isdecimal() and not is_running(int(pid)):
             other.unlink(missing_ok=True)
 
 
-def _is_running(pid: int) -> bool:
+def is_running(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -91,7 +91,7 @@ def prepare_output(path: Path) -> None:
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        raise ValueError(f"output {str(path)!r} cannot be written: {error}") from error
+        raise ValueError(f"output {str(path)!r} cannot be written: {path.parent}: {error.strerror}") from error
 
 
 def prepare_folder(folder: Path, needed_bytes: int = 0, *, empty: bool = False) -> None:

@@ -13,7 +13,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fixclip_core.check import LoadError, check_finite, check_layers, check_shapes, loading, module_shapes
+from fixclip_core.check import (
+    LoadError,
+    check_finite,
+    check_folder_or_hub_name,
+    check_layers,
+    check_shapes,
+    hub_reason,
+    loading,
+    module_shapes,
+)
 from fixclip_core.files import parse_json, write_atomically
 from fixclip_core.weights.kinds import what_is_in
 from fixclip_diffusion import builtin
@@ -153,17 +162,11 @@ class TextAdapter(nn.Module):
         Raises:
             LoadError: a file is missing or damaged, the weights do not fit the configuration, or are not finite.
         """
-        source = builtin.resolve(source)
-        what = f"adapter {str(source)!r}: expected a folder or hub name with {CONFIG_NAME} and {WEIGHTS_NAME}"
+        source = str(builtin.resolve(source))
+        what = _what(source)
         with loading(what):
-            if Path(source).is_file() or (Path(source).is_dir() and not (Path(source) / CONFIG_NAME).is_file()):
-                raise LoadError(f"{what}{what_is_in(Path(source))}")
-            if Path(source).is_dir():
-                config_file, weights_file = Path(source) / CONFIG_NAME, Path(source) / WEIGHTS_NAME
-            else:
-                config_file, weights_file = (
-                    Path(hf_hub_download(str(source), name, **hub_kwargs)) for name in (CONFIG_NAME, WEIGHTS_NAME)
-                )
+            config_file = _find_file(source, CONFIG_NAME, hub_kwargs)
+            weights_file = _find_file(source, WEIGHTS_NAME, hub_kwargs)
             config = parse_json(config_file.read_text(encoding="utf-8"))
             return cls._load(config, config_file, weights_file, what)
 
@@ -199,6 +202,41 @@ class TextAdapter(nn.Module):
         adapter.load_state_dict(weights, assign=True)
         check_finite(adapter, what)
         return adapter
+
+
+def read_adapter_config(source: str | Path, **hub_kwargs: Any) -> dict[str, Any]:
+    """The configuration of an adapter, without its weights; `source` as in `TextAdapter.from_pretrained`.
+
+    Raises:
+        LoadError: there is none, or it is damaged.
+    """
+    source = str(builtin.resolve(source))
+    with loading(_what(source)):
+        file = _find_file(source, CONFIG_NAME, hub_kwargs)
+        with torch.device("meta"):
+            return TextAdapter(**parse_json(file.read_text(encoding="utf-8"))).config
+
+
+def _what(source: str) -> str:
+    return f"adapter {source!r}: expected a folder or hub name with {CONFIG_NAME} and {WEIGHTS_NAME}"
+
+
+def _find_file(source: str, name: str, hub_kwargs: dict[str, Any]) -> Path:
+    """A file of an adapter, in a folder or fetched from the hub.
+
+    Raises:
+        LoadError: `source` is neither a folder with an adapter nor a hub name.
+    """
+    path = Path(source)
+    if path.is_dir() and (path / CONFIG_NAME).is_file():
+        return path / name
+    if path.exists():
+        raise LoadError(f"{_what(source)}{what_is_in(path)}")
+    check_folder_or_hub_name("adapter", source)
+    try:
+        return Path(hf_hub_download(source, name, **hub_kwargs))
+    except Exception as error:
+        raise LoadError(f"{_what(source)}; {hub_reason(error)}") from error
 
 
 class _FeedForward(nn.Module):

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from enum import IntEnum
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -303,6 +303,32 @@ def get_conditioning(name: "str | Conditioning") -> Conditioning:
     if found is None:
         raise ValueError(f"conditioning={name!r}: valid are {', '.join(CONDITIONINGS)}")
     return found
+
+
+def default_conditioning(config: Any) -> str:
+    """The name of the conditioning for a text encoder where none is given: the one place where this is chosen.
+
+    That of its adapter, else the encoder's own, which training writes into its configuration, else `overlap` for an
+    untrained encoder of 77 tokens and `one_pass` for one that was trained for more.
+
+    Args:
+        config: configuration of a text encoder, stock (`CLIPTextConfig`) or `FixClipTextConfig`.
+    """
+    adapter = getattr(config, "adapter", None) or {}
+    named = adapter.get("conditioning") or getattr(config, "conditioning", None)
+    return named or ("overlap" if short_length(config) else "one_pass")
+
+
+def short_length(config: Any) -> int:
+    """Tokens up to which a text encoder has its original position embeddings: 77, or 0 if it has none.
+
+    Args:
+        config: see `default_conditioning`.
+    """
+    if short_model := getattr(config, "short_text_model", None):
+        return int(short_model["max_position_embeddings"])
+    length = int(config.max_position_embeddings)
+    return int(getattr(config, "short_position_embeddings", length if length <= CLIP_CONTEXT_LENGTH else 0))
 
 
 def renamed(conditioning: str | None, long_prompt: str | None) -> str | None:

@@ -12,11 +12,11 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from fixclip_core.check import check_tokenizer
+from fixclip_core.check import check_folder_or_hub_name, check_tokenizer, hub_reason
 from fixclip_core.weights.names import Which
 from fixclip_core.weights.text_encoder import read_text_config, text_encoders_in
 from fixclip_diffusion import builtin
-from fixclip_diffusion.adapter import TextAdapter
+from fixclip_diffusion.adapter import TextAdapter, read_adapter_config
 from fixclip_diffusion.conditioning import get_conditioning, renamed
 from fixclip_diffusion.families import Family, Tower
 from fixclip_diffusion.fingerprint import MADE_FOR, warn_of_another_encoder
@@ -26,7 +26,7 @@ from fixclip_diffusion.text_encoder import (
     FixClipTextEncoder,
     FixClipTextEncoderWithProjection,
     LongTextEncoder,
-    check_folder_or_hub_name,
+    encoder_subfolder,
     load_clip_text_config,
 )
 from fixclip_diffusion.tokenizer import FixClipTokenizer
@@ -70,6 +70,9 @@ def load_components(
     check_syntax(kwargs.get("weights"))
     check_spelling(kwargs)
     hub_kwargs = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
+    for adapter in adapters.values():
+        if adapter is not None and not isinstance(adapter, TextAdapter):
+            read_adapter_config(adapter, **hub_kwargs)  # a wrong name is told before gigabytes are read
     index = load_index(family, base, hub_kwargs)
     towers = [tower for tower in family.towers if index.get(tower.encoder, [None])[0] is not None]
     widths: dict[str, int] = {}
@@ -208,9 +211,7 @@ def load_index(family: Family, base: str, hub_kwargs: dict[str, Any]) -> dict[st
     try:
         index = dict(DiffusionPipeline.load_config(base, **hub_kwargs))
     except Exception as error:
-        raise ValueError(
-            f"base {base!r}: its model_index.json could not be read, from a folder or from the hub ({error})"
-        ) from error
+        raise ValueError(f"base {base!r}: its model_index.json could not be read: {hub_reason(error)}") from error
     parts = [part for tower in family.towers for part in (tower.encoder, tower.tokenizer)]
     missing = [name for name in ("vae", "unet", "scheduler", *parts) if name not in index]
     if missing or ("text_encoder_2" in index) != ("text_encoder_2" in parts):
@@ -243,7 +244,7 @@ def _unet_width(base: str, kwargs: dict[str, Any], hub_kwargs: dict[str, Any]) -
     try:
         return UNet2DConditionModel.load_config(base, subfolder="unet", **hub_kwargs).get("cross_attention_dim")
     except Exception as error:
-        raise ValueError(f"base {base!r}: unet/config.json could not be read ({error})") from error
+        raise ValueError(f"base {base!r}: unet/config.json could not be read: {hub_reason(error)}") from error
 
 
 def plan_encoder(
@@ -263,10 +264,7 @@ def plan_encoder(
     name, where = base, own
     if encoder is not None:
         name = builtin.resolve(encoder)
-        # `fixclip export` writes text_encoder/ beside tokenizer/; its parent folder is welcome too.
-        subfolder = next(
-            (s for s in (tower.encoder, "text_encoder") if (Path(name) / s / "config.json").is_file()), None
-        )
+        subfolder = encoder_subfolder(name, tower.encoder)
         where = {key: value for key, value in hub_kwargs.items() if key != "revision"}
         where |= {} if subfolder is None else {"subfolder": subfolder}
     config = own_config if encoder is None else load_clip_text_config(name, **where)
@@ -323,8 +321,8 @@ def convert_stock(
             )
         elif given is not None:
             name = builtin.resolve(given)
-            nested = (Path(name) / "text_encoder" / "config.json").is_file()
-            where: dict[str, Any] = {"subfolder": "text_encoder"} if nested else {}
+            subfolder = encoder_subfolder(name)
+            where: dict[str, Any] = {} if subfolder is None else {"subfolder": subfolder}
             encoder = encoder_class(tower).from_pretrained(
                 name, dtype=encoder.dtype, hidden_state=tower.output, **where
             )

@@ -1,6 +1,7 @@
 """What every pipeline for long prompts does, whatever its base."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -36,6 +37,8 @@ from fixclip_diffusion.state_mask import mask_empty_states
 from fixclip_diffusion.token_report import TokenReport
 from fixclip_diffusion.tokenizer import FixClipTokenizer
 
+logger = logging.getLogger(__name__)
+
 
 class LongPromptMixin:
     """Goes before a stock diffusers pipeline: reads prompts by a conditioning; `family` says with which text
@@ -68,9 +71,7 @@ class LongPromptMixin:
         name = renamed(conditioning, long_prompt)
         self._conditioning = None if name is None else get_conditioning(name).name
         self._weights = check_syntax(weights)
-        self.register_to_config(  # type: ignore[attr-defined]
-            conditioning=self._conditioning, weights=weights, long_prompt=None
-        )
+        self.register_to_config(conditioning=self._conditioning, weights=weights, long_prompt=None)
         if all(getattr(self, part) is not None for tower in self.towers for part in (tower.encoder, tower.tokenizer)):
             self.prompt_encoder  # noqa: B018 -- refuses an encoder that this conditioning cannot use
 
@@ -93,13 +94,16 @@ class LongPromptMixin:
         except ValueError:
             self._conditioning = before
             raise
-        self.register_to_config(conditioning=self._conditioning)  # type: ignore[attr-defined]
+        self.register_to_config(conditioning=self._conditioning)
 
     @property
     def prompt_encoder(self) -> PromptEncoder:
         """What turns prompts into embeds, made of the components as they are now."""
+        return self._prompt_encoder_of(self._conditioning, self._weights)
+
+    def _prompt_encoder_of(self, conditioning: str | None, weights: str | None) -> PromptEncoder:
         encodings = [TextEncoding(getattr(self, t.encoder), getattr(self, t.tokenizer), t) for t in self.towers]
-        return PromptEncoder(encodings, self._conditioning, self._weights)
+        return PromptEncoder(encodings, conditioning, weights)
 
     def __call__(
         self,
@@ -121,15 +125,22 @@ class LongPromptMixin:
         finally:
             self._conditioning, self._weights = before
 
-    def token_report(self, prompt: str) -> TokenReport:
+    def token_report(
+        self, prompt: str, conditioning: str | None = None, weights: str | None = None, long_prompt: str | None = None
+    ) -> TokenReport:
         """Length of the prompt in tokens, where the 77th falls, and in which passes it is read.
 
+        Args:
+            prompt: one text.
+            conditioning, weights, long_prompt: as for a call of the pipeline, which reads the prompt likewise.
+
         Raises:
-            ValueError: the prompt is not text.
+            ValueError: the prompt is not text, its weights cannot be parsed, or the encoder cannot be read that way.
         """
         if not isinstance(prompt, str):
             raise ValueError(f"token_report takes one text, got {type(prompt).__name__}")
-        return self.prompt_encoder.report(prompt)
+        how = renamed(conditioning, long_prompt) or self._conditioning
+        return self._prompt_encoder_of(how, weights or self._weights).report(prompt)
 
     def maybe_convert_prompt(self, prompt: str | list[str], tokenizer: FixClipTokenizer) -> Any:
         """Nothing to do: the tokenizer expands textual inversions itself."""
@@ -180,12 +191,42 @@ class LongPromptMixin:
         with without_lora_layers(list(lora_models(pipe).values())):
             super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
+    def register_to_config(self, **kwargs: Any) -> None:
+        """Stock; and, where a pipeline has been loaded from a folder, the LoRAs that `save_pretrained` wrote there.
+
+        `DiffusionPipeline.from_pretrained` finds this class in model_index.json and makes it without asking
+        `from_pretrained` of this class; the last thing that it does is to register the name of the folder.
+        """
+        super().register_to_config(**kwargs)  # type: ignore[misc]
+        if kwargs.get("_name_or_path") is None or LORAS_KEY in kwargs:
+            return
+        base = str(kwargs["_name_or_path"])
+        try:
+            self._load_saved_loras(base, {"local_files_only": True})
+        except OSError as error:
+            logger.warning(
+                "%s was saved with LoRAs, which could not be loaded (%s): they do not act. %s.from_pretrained loads "
+                "them with token=, revision= and so on.",
+                base,
+                error,
+                type(self).__name__,
+            )
+
     def _load_saved_loras(self, base: str, kwargs: dict[str, Any]) -> None:
-        """Called by `from_pretrained` with its arguments: the LoRAs that `save_pretrained` wrote."""
+        """Load the LoRAs that `save_pretrained` wrote into `base`, unless they are there already; kwargs: of
+        `from_pretrained`."""
         hub_kwargs = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
         saved = self.load_config(base, **hub_kwargs).get(LORAS_KEY)  # type: ignore[attr-defined]
-        if saved:
-            load_saved_loras(self, base, saved, **hub_kwargs)
+        if not saved or self._has_loras(saved):
+            return
+        if getattr(self, "unet", None) is None:
+            logger.warning("%s was saved with LoRAs, which do not act: there is no UNet to load them into", base)
+            return
+        load_saved_loras(self, base, saved, **hub_kwargs)
+
+    def _has_loras(self, names: Collection[str]) -> bool:
+        pipe: Any = self
+        return set(names) <= {name for found in pipe.get_list_adapters().values() for name in found}
 
     @classmethod
     def load_lora_into_text_encoder(
@@ -307,7 +348,9 @@ class LongPromptMixin:
             conditioning=conditioning,  # type: ignore[call-arg]
             weights=weights,
         )
-        pipe.register_to_config(_name_or_path=stock.config.get("_name_or_path"))  # type: ignore[attr-defined]
+        # A stock pipeline's LoRAs are in its components, if it has any.
+        name = stock.config.get("_name_or_path")
+        pipe.register_to_config(_name_or_path=name, **{LORAS_KEY: {}})
         return pipe
 
     def _encode(

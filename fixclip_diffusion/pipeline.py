@@ -121,6 +121,8 @@ class FixClipStableDiffusionPipeline(LongPromptMixin, StableDiffusionPipeline):
             pipe.load_lora_weights(parts.lora, adapter_name=LORA_NAME)
         elif parts.encoder is None and not given:
             pipe._load_saved_loras(base, kwargs)
+        else:
+            pipe.unload_lora_weights()  # those of the base belong to its encoder
         return pipe
 
     def encode_prompt(

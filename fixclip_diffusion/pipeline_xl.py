@@ -121,6 +121,8 @@ class FixClipStableDiffusionXLPipeline(LongPromptMixin, StableDiffusionXLPipelin
             raise ValueError(f"base {str(base)!r} could not be loaded: {error}") from error
         if is_own:
             pipe._load_saved_loras(str(base), kwargs)
+        else:
+            pipe.unload_lora_weights()  # those of the base belong to its encoders
         return pipe
 
     @classmethod

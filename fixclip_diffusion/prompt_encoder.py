@@ -14,7 +14,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fixclip_diffusion.adapter import TextAdapter
-from fixclip_diffusion.conditioning import Conditioning, Context, Layout, PromptTokens, get_conditioning
+from fixclip_diffusion.conditioning import (
+    Conditioning,
+    Context,
+    Layout,
+    PromptTokens,
+    default_conditioning,
+    get_conditioning,
+)
 from fixclip_diffusion.families import TextEncoding, lora_scale_of
 from fixclip_diffusion.prompt_tokens import tokenize_prompt
 from fixclip_diffusion.prompt_weights import check_syntax, weigh
@@ -60,7 +67,7 @@ class PromptEncoder:
         weights: str | None = None,
     ):
         self.encodings = tuple(encodings)
-        self.conditioning = get_conditioning(conditioning or default_conditioning(encodings[0].encoder))
+        self.conditioning = get_conditioning(conditioning or default_conditioning(encodings[0].encoder.config))
         self.weights = check_syntax(weights)
         for encoding in self.encodings:
             self.conditioning.check(encoding.context)
@@ -179,12 +186,6 @@ def positions_of_text(ids_NP: Tensor, end_id: int) -> Tensor:
     """(N, P) int64: 1 for the text of each pass, start and end included, 0 for the padding behind it."""
     place_1P = torch.arange(ids_NP.shape[1])[None]
     return (place_1P < text_lengths(ids_NP, end_id)[:, None]).long()
-
-
-def default_conditioning(encoder: object) -> str:
-    """The conditioning that an encoder asks for; a stock encoder is untrained for long texts, so its windows
-    overlap."""
-    return getattr(encoder, "conditioning", None) or "overlap"
 
 
 def encode_passes(

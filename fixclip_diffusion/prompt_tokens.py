@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from fixclip_core.data.captions import split_clauses, split_sentences
-from fixclip_diffusion.conditioning import Break, Context, PromptTokens
+from fixclip_diffusion.conditioning import Break, Context, PromptTokens, short_length
 from fixclip_diffusion.prompt_weights import Fragment, parse_weights
 from fixclip_diffusion.tokenizer import CleanText, FixClipTokenizer
 
@@ -53,12 +53,14 @@ def tokenize_prompt(tokenizer: FixClipTokenizer, prompt: str, weights: str | Non
 
 def context_of(encoder: Any, tokenizer: FixClipTokenizer) -> Context:
     """What `conditioning` must know of an encoder and its tokenizer; stock classes have 77 positions and no others."""
-    config = encoder.config
-    length = config.max_position_embeddings
-    short = getattr(config, "short_position_embeddings", length if length <= 77 else 0)
+    return context_of_config(encoder.config, tokenizer)
+
+
+def context_of_config(config: Any, tokenizer: FixClipTokenizer) -> Context:
+    """The same of an encoder's configuration, without its weights."""
     return Context(
-        length=length,
-        short_length=short,
+        length=config.max_position_embeddings,
+        short_length=short_length(config),
         start_id=tokenizer.bos_token_id,
         end_id=tokenizer.eos_token_id,
         pad_id=tokenizer.pad_token_id,

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.models.clip.modeling_clip import CLIPPreTrainedModel, CLIPTextEmbeddings
 from transformers.utils import logging as transformers_logging
 
-from fixclip_core.check import LoadError, check_finite, check_layers, loading
+from fixclip_core.check import LoadError, check_finite, check_folder_or_hub_name, check_layers, loading
 from fixclip_core.model.positional import stretch_positions, stretched_length
 from fixclip_core.weights.files import open_weights
 from fixclip_core.weights.kinds import what_is_in
@@ -33,7 +33,7 @@ from fixclip_core.weights.names import Which, find_text_towers, text_tower_names
 from fixclip_core.weights.text_encoder import read_text_encoder
 from fixclip_diffusion import builtin
 from fixclip_diffusion.adapter import TextAdapter
-from fixclip_diffusion.conditioning import CLIP_CONTEXT_LENGTH
+from fixclip_diffusion.conditioning import CLIP_CONTEXT_LENGTH, default_conditioning, short_length
 from fixclip_diffusion.short_weights import (
     POSITIONS,
     LongRows,
@@ -255,16 +255,12 @@ class LongTextEncoder(CLIPPreTrainedModel):
     @property
     def short_context_length(self) -> int:
         """Tokens up to which the original positions are used; 0 for an encoder that has none."""
-        if self.short_text_model is not None:
-            return self.short_text_model.config.max_position_embeddings
-        return self.config.short_position_embeddings
+        return short_length(self.config)
 
     @property
     def conditioning(self) -> str:
-        """The name of the conditioning for prompts that do not fit into 77 tokens: the adapter's, else the
-        encoder's."""
-        adapted = self.adapter.config["conditioning"] if self.adapter is not None else None
-        return adapted or self.config.conditioning or ("overlap" if self.short_context_length else "one_pass")
+        """The name of the conditioning for prompts that do not fit into 77 tokens: `default_conditioning`."""
+        return default_conditioning(self.config)
 
     @property
     def joint_adapter(self) -> TextAdapter | None:
@@ -384,26 +380,8 @@ class LongTextEncoder(CLIPPreTrainedModel):
         """
         text_model = getattr(source, "text_model", source)
         config = source.config
-        layers = config.num_hidden_layers if num_hidden_layers is None else num_hidden_layers
-        if not 1 <= layers <= config.num_hidden_layers:
-            raise ValueError(f"num_hidden_layers={layers}: the text encoder has {config.num_hidden_layers}")
-        positions = config.max_position_embeddings
-        stretch = positions <= CLIP_CONTEXT_LENGTH
-        values = config.to_dict()
-        for name in _CLASS_FIELDS:
-            values.pop(name, None)
-        if config.eos_token_id == 2:
-            # The legacy value makes transformers pool at the largest id, which an added token would be.
-            values["eos_token_id"] = min(CLIP_EOS_TOKEN_ID, config.vocab_size - 1)
-        values.update(
-            num_hidden_layers=layers,
-            max_position_embeddings=stretched_length(positions, keep, ratio) if stretch else positions,
-            short_position_embeddings=positions if stretch else 0,
-            padding=getattr(config, "padding", "mask" if stretch else "keep"),
-            conditioning=getattr(config, "conditioning", None),
-            hidden_state=hidden_state or getattr(config, "hidden_state", "last"),
-        )
-        new_config = FixClipTextConfig(**values)
+        new_config = long_config(config, keep, ratio, num_hidden_layers, hidden_state)
+        layers, stretch = new_config.num_hidden_layers, bool(new_config.short_position_embeddings)
         new_config._attn_implementation = config._attn_implementation
         encoder = cls(new_config).to(device=source.device, dtype=source.dtype)
         state = {
@@ -595,6 +573,42 @@ def _check_layers(config: CLIPTextConfig, folder: Path, what: str) -> None:
         check_layers(config.num_hidden_layers, names, "encoder.layers", what)
 
 
+def long_config(
+    config: CLIPTextConfig,
+    keep: int = 20,
+    ratio: int = 4,
+    num_hidden_layers: int | None = None,
+    hidden_state: str | None = None,
+) -> FixClipTextConfig:
+    """The configuration of the long text encoder that `from_clip` makes of a stock CLIP.
+
+    Args:
+        config: of a `CLIPTextModel`; one of at most 77 positions is stretched.
+        keep, ratio, num_hidden_layers, hidden_state: see `LongTextEncoder.from_clip`.
+
+    Raises:
+        ValueError: more layers are asked for than the model has; keep or ratio out of range.
+    """
+    layers = config.num_hidden_layers if num_hidden_layers is None else num_hidden_layers
+    if not 1 <= layers <= config.num_hidden_layers:
+        raise ValueError(f"num_hidden_layers={layers}: the text encoder has {config.num_hidden_layers}")
+    positions = config.max_position_embeddings
+    stretch = positions <= CLIP_CONTEXT_LENGTH
+    values = {name: value for name, value in config.to_dict().items() if name not in _CLASS_FIELDS}
+    if config.eos_token_id == 2:
+        # The legacy value makes transformers pool at the largest id, which an added token would be.
+        values["eos_token_id"] = min(CLIP_EOS_TOKEN_ID, config.vocab_size - 1)
+    values.update(
+        num_hidden_layers=layers,
+        max_position_embeddings=stretched_length(positions, keep, ratio) if stretch else positions,
+        short_position_embeddings=positions if stretch else 0,
+        padding=getattr(config, "padding", "mask" if stretch else "keep"),
+        conditioning=getattr(config, "conditioning", None),
+        hidden_state=hidden_state or getattr(config, "hidden_state", "last"),
+    )
+    return FixClipTextConfig(**values)
+
+
 _CONFIG_KWARGS = (
     "cache_dir",
     "force_download",
@@ -634,17 +648,13 @@ def load_clip_text_config(name: str, **kwargs: Any) -> CLIPTextConfig | FixClipT
     )
 
 
-def check_folder_or_hub_name(what: str, name: str) -> None:
-    """Say so at once where a name can be neither; the hub client would retry, or explain its own rules.
+def encoder_subfolder(name: str, component: str = "text_encoder") -> str | None:
+    """The folder in `name` that holds the text encoder, None where that is `name` itself or a hub name.
 
-    Raises:
-        LoadError: it is a file, or no folder and not like owner/model.
+    `fixclip export` writes text_encoder/ beside tokenizer/; their parent folder is welcome as encoder= too.
     """
-    path = Path(name)
-    if path.is_file():
-        raise LoadError(f"{what} {name!r} is a file; a folder or a hub name like owner/model is needed")
-    if not path.is_dir() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
-        raise LoadError(f"{what} {name!r} is neither a folder nor a hub name like owner/model")
+    folders = (component, "text_encoder")
+    return next((part for part in folders if (Path(name) / part / "config.json").is_file()), None)
 
 
 def _where(name: str, kwargs: dict[str, Any]) -> str:

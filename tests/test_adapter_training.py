@@ -486,7 +486,7 @@ def test_command(recipe_file, tmp_path):
     assert "12 samples, 3 batches an epoch, 16 px" in planned.output
     assert not (tmp_path / "run" / "adapter").exists()
     wrong = run_command(recipe_file(), "optim.learning_rate=1")
-    assert wrong.exit_code == 1
+    assert wrong.exit_code == 2
     assert "did you mean optim.lr" in wrong.output
 
 

@@ -30,7 +30,7 @@ ROOMS = {
         ("adapter", "prompt_weights", "tokenizer"),
         ("prompt_tokens", "text_encoder"),
         ("families", "fingerprint", "token_report"),
-        ("loading", "prompt_encoder"),
+        ("loading", "prompt_encoder", "prompt_reader"),
         ("long_prompts",),
         ("attention_maps", "pipeline", "pipeline_xl"),
         ("auto",),

@@ -246,10 +246,13 @@ def test_a_long_negative_prompt_is_reported(sd1, tmp_path):
             "is neither a pickle of tensors",
         ),
         (["a", "--base", "BASE", "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
-        (["a", "--base", "BASE", "--adapter", "/no/such/adapter"], "expected a folder or hub name"),
+        (["a", "--base", "BASE", "--adapter", "/no/such/adapter"], "neither a folder nor a hub name"),
         (["a", "--base", "BASE", "-o", "picture.jpg"], "pictures are written as .png"),
         (["a", "--base", "BASE", "-o", "/proc/nowhere/a.png"], "cannot be written"),
-        (["a", "--base", "/no/such/model", "-o", "/proc/a.png"], "cannot be written"),  # before the model is loaded
+        (
+            ["a", "--base", "/no/such/model", "-o", "/proc/a.png"],
+            "'/proc/a.png' cannot be written: /proc: No such",
+        ),  # before the model is loaded
         (["a", "-o", ""], "output '': name a .png file or a folder"),
         (["a", "--compare", "--conditioning", "chunks"], "--conditioning does not act with --compare"),
         (["a", "--negative", "b", "--guidance", "1"], "--negative acts with a --guidance above 1 only"),

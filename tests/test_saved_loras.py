@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from peft import LoraConfig, inject_adapter_in_model
 from tiny_scenes import write_model
 
@@ -47,7 +47,11 @@ def test_a_whole_model_is_saved_and_loaded_with_its_lora(model, tmp_path):
     pipe.save_pretrained(tmp_path / "mini")
     assert np.array_equal(picture(pipe), expected), "saving leaves the pipeline as it was"
     assert np.array_equal(picture(FixClipStableDiffusionPipeline.from_pretrained(tmp_path / "mini")), expected)
+    plain = DiffusionPipeline.from_pretrained(tmp_path / "mini")
+    assert type(plain) is FixClipStableDiffusionPipeline
+    assert np.array_equal(picture(plain), expected), "the class that model_index.json names, with its LoRA"
     stock = StableDiffusionPipeline.from_pretrained(tmp_path / "mini")
+    assert FixClipStableDiffusionPipeline.from_pipe(stock).get_list_adapters() == {}, "what a stock pipeline has"
     pipe.disable_lora()
     assert np.array_equal(picture(stock), picture(pipe))
     stock.load_lora_weights(tmp_path / "mini", subfolder="lora", weight_name="fixclip.safetensors")
@@ -125,3 +129,16 @@ def test_an_adapter_for_another_encoder_is_told(model, caplog):
         f"adapter {model / 'adapter'} was made for another text encoder than {model / 'base'}: "
         "pictures may be worse than without it"
     ]
+
+
+def test_saved_loras_belong_to_the_encoder_and_need_a_unet(sd1, tmp_path, caplog):
+    pipe = FixClipStableDiffusionPipeline.from_pretrained(sd1)
+    add_random_lora(pipe, "one", r=4)
+    pipe.save_pretrained(tmp_path)
+    encoder = FixClipStableDiffusionPipeline.from_pretrained(sd1).text_encoder
+    other = FixClipStableDiffusionPipeline.from_pretrained(tmp_path, encoder=encoder)
+    assert other.get_list_adapters() == {}
+    assert np.array_equal(picture(other), picture(FixClipStableDiffusionPipeline.from_pretrained(sd1)))
+    assert not caplog.records
+    DiffusionPipeline.from_pretrained(tmp_path, unet=None)
+    assert "saved with LoRAs, which do not act: there is no UNet" in caplog.text

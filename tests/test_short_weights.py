@@ -11,6 +11,7 @@ from fixclip_cli.main import app
 from fixclip_core.model.fixclip import FixClip
 from fixclip_core.weights.read import ClipCheckpoint
 from fixclip_core.weights.write import export, plain_clip, write_delta, write_diffusers
+from fixclip_diffusion.conditioning import Context, PromptTokens, get_conditioning, short_length
 from fixclip_diffusion.text_encoder import FixClipTextEncoder
 
 PREPROCESS = {"size": 32, "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
@@ -102,6 +103,19 @@ def test_clip_skip_of_short_texts_reads_the_bases_layer_norm(models, base, make)
     with torch.no_grad():
         found = encoder.text_model.final_layer_norm(skipped)
         assert torch.equal(found, base.final_layer_norm(states(base, ids)[-4]))
+
+
+@pytest.mark.parametrize("make", [with_copy, with_delta])
+def test_prompts_of_up_to_77_tokens_are_laid_out_as_stock_lays_them_out(models, base, make):
+    """The base's copy reads them with their padding, so that a pipeline's embeds are those of the stock pipeline."""
+    encoder = make(models, base)
+    context = Context(248, short_length(encoder.config), VOCAB_SIZE - 2, VOCAB_SIZE - 1, 0, encoder.config.padding)
+    tokens = PromptTokens("a b c", (3, 4, 5), ((0, 1), (2, 3), (4, 5)), (2, 2, 2), (1.0, 1.0, 1.0))
+    layout = get_conditioning(encoder.conditioning).lay_out(tokens, context)
+    assert layout.ids_NP.shape == (1, 77)
+    with torch.no_grad():
+        embeds = layout.join(encoder(layout.ids_NP).last_hidden_state)
+        assert torch.equal(embeds, base(layout.ids_NP).last_hidden_state[0])
 
 
 def test_added_tokens_are_read_in_short_texts_too(models, base):

@@ -451,7 +451,7 @@ def test_a_second_training_into_a_folder_is_refused(recipe_file, tmp_path, monke
     lock = files.lock_folder(tmp_path / "run")
     result = command(recipe_file())
     lock.release()
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert result.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'run'}: process {os.getpid()} on ")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
@@ -652,20 +652,29 @@ def test_smoke_trains_two_steps_and_leaves_nothing(recipe_file, tmp_path):
 
 def test_traceback_shows_where_an_error_arose(recipe_file):
     result = command(recipe_file(), "data.source=missing.jsonl", "--traceback")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "Traceback (most recent call last)" in result.stderr
     assert result.stderr.splitlines()[-1].startswith("error: missing.jsonl: ")
 
 
 def test_one_s_own_data_needs_no_override_but_its_source(tmp_path, clip_folder, monkeypatch):
     result = command("builtin:own_data")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert ": data.source: the recipe leaves it to you: data.source=..." in result.stderr
+    wrong = command_line.error_of(command("builtin:own_data", "optim.learning_rate=1", "train.batch_size=-1"))
+    assert [word in wrong for word in ("did you mean optim.lr?", "train.batch_size=-1", "leaves it to you")] == [
+        True
+    ] * 3
+    assert wrong.index("optim.lr") < wrong.index("leaves it to you"), "what is misspelt comes first"
     monkeypatch.chdir(tmp_path)
     base = [f"model.name={clip_folder}", "model.pretrained=null", "model.num_groups=2", "model.first_group=1"]
     result = command("builtin:own_data", "data.source=scenes", "data.stop=300", *base, "--dry-run")
     assert result.exit_code == 0, result.output
     assert "294 samples, 1 batches an epoch" in result.stdout
+    reset_accelerator()
+    smoke = command("builtin:own_data", *base, "--smoke")
+    assert smoke.exit_code == 0, smoke.output
+    assert "Smoke test passed" in smoke.stdout
     listed = command_line.run("train", "--list")
     assert {line.split()[0] for line in listed.stdout.splitlines()} == {"encoder", "adapter"}
     assert "encoder  builtin:own_data" in listed.stdout
@@ -673,5 +682,22 @@ def test_one_s_own_data_needs_no_override_but_its_source(tmp_path, clip_folder, 
 
 def test_wrong_recipes_end_with_one_message(recipe_file):
     result = command(recipe_file(), "train.lr=1e-5")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "error: command line: train.lr: unknown key; did you mean optim.lr?" in str(result.output)
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_processes_that_fail_alike_print_one_error(recipe_file, late):
+    """As a launcher starts them; one of them comes much later, as on a loaded machine, and finds it said."""
+    code = "from fixclip_cli.main import main; main()"
+    command = [sys.executable, "-c", code, "train", "encoder", recipe_file(), "optim.learning_rate=1"]
+    launch = {**os.environ, "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": f"{recipe_file()}-{late}"}
+    printed = []
+    for rank in (1 - late, late):  # one after the other
+        done = subprocess.run(
+            [str(word) for word in command], env={**launch, "RANK": str(rank)}, capture_output=True, text=True
+        )
+        assert done.returncode == 2
+        printed += [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    (line,) = printed
+    assert "optim.learning_rate: unknown key; did you mean optim.lr?" in line

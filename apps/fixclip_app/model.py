@@ -180,13 +180,14 @@ class DemoModel:
 
         def draw(**arguments: Any) -> Any:
             encoder, unet = pipe.text_encoder, pipe.unet
-            own, encoder.adapter = encoder.adapter, adapter
+            own = encoder.adapter
+            encoder.set_adapter_module(adapter)
             if shares_lora:
                 unet.disable_lora()
             try:
                 return pipe(**fixed, **arguments)
             finally:
-                encoder.adapter = own
+                encoder.set_adapter_module(own)
                 if shares_lora:
                     unet.enable_lora()
 

@@ -64,6 +64,12 @@ STYLE = """
 }
 """
 
+CUT_MARK = '<span class="fc-cut">✂ a stock encoder stops here</span> '
+
+
+def _span(kind: str, text: str) -> str:
+    return f'<span class="{kind}">{escape(text)}</span>'
+
 
 def token_view(report: TokenReport) -> str:
     """The text coloured by where it falls, with a mark where a stock encoder stops reading."""
@@ -80,20 +86,15 @@ def token_view(report: TokenReport) -> str:
     count += (
         f"Conditioning “{escape(report.conditioning)}” reads it {how}." if report.cut is None else "So does this one."
     )
-    parts = [("fc-stock", text[:stock_cut]), ("", "")]
+    beyond: list[str] = []  # behind the stock encoder's 77 tokens
     start = stock_cut
     for number, item in enumerate(report.passes):
         end = min(item.end, read_until)
         if end > start:
-            kind = "fc-long" if len(parts) == 2 else "fc-even" if number % 2 else "fc-odd"
-            parts.append((kind, text[start:end]))
+            kind = "fc-long" if not beyond else "fc-even" if number % 2 else "fc-odd"
+            beyond.append(_span(kind, text[start:end]))
             start = end
-    if start < len(text):
-        parts.append(("", text[start:]))
-    cut = '<span class="fc-cut">✂ a stock encoder stops here</span> '
-    body = "".join(
-        f'<span class="{kind}">{escape(part)}</span>' if kind else escape(part) if part else cut for kind, part in parts
-    )
+    body = "".join([_span("fc-stock", text[:stock_cut]), CUT_MARK, *beyond, escape(text[start:])])
     key = '<span class="fc-stock">tokens 1 to 77</span>'
     if len(report.passes) == 1:
         key += f'<span class="fc-long">up to {report.context_length}</span>'

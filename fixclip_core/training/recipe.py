@@ -6,13 +6,13 @@ its file, or `builtin:NAME` for recipes/NAME.yaml beside the module of its schem
 
 import difflib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import ErrorDetails
 
@@ -27,7 +27,12 @@ BUILTIN = "builtin:"
 # -- the loader: any pydantic model -------------------------------------------------------------------------
 
 
-def load_recipe(schema: type[RecipeT], path: str | Path, overrides: Sequence[str] = ()) -> RecipeT:
+def load_recipe(
+    schema: type[RecipeT],
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    blanks: Mapping[str, Any] | None = None,
+) -> RecipeT:
     """Read a YAML recipe, apply `section.key=value` overrides and validate the result.
 
     Args:
@@ -35,6 +40,7 @@ def load_recipe(schema: type[RecipeT], path: str | Path, overrides: Sequence[str
         path: the YAML file, or `builtin:NAME`; OmegaConf interpolations such as `${train.batch_size}` are resolved.
         overrides: e.g. `["optim.lr=1e-5", "data.train=my.jsonl"]`; a value is read as YAML, and taken
             literally where it is none, so brace patterns need no quotes.
+        blanks: {key: value} for keys that the recipe leaves to whoever uses it (`???`) and that `overrides` leave out.
 
     Raises:
         ValueError: the file cannot be read or is no YAML mapping, or keys or values are wrong. Every wrong
@@ -57,18 +63,31 @@ def load_recipe(schema: type[RecipeT], path: str | Path, overrides: Sequence[str
     for override in overrides:
         location = _apply_override(tree, override)
         sources[location] = "command line"
+    for key, value in (blanks or {}).items():
+        if key in OmegaConf.missing_keys(tree):
+            OmegaConf.update(tree, key, value)
     try:
-        values = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
+        values = OmegaConf.to_container(tree, resolve=True, throw_on_missing=False)
     except OmegaConfBaseException as error:
         key = str(error.full_key)
-        left = isinstance(error, MissingMandatoryValue)
-        reason = f"the recipe leaves it to you: {key}=..." if left else str(error).splitlines()[0]
+        reason = str(error).splitlines()[0]
         raise ValueError(f"{sources.get(tuple(key.split('.')), name)}: {key}: {reason}") from None
+    left = [tuple(key.split(".")) for key in sorted(OmegaConf.missing_keys(tree))]
+    found: list[str] = []
     try:
-        return schema.model_validate(values)
+        recipe = schema.model_validate(values)
     except ValidationError as error:
-        found = [_explain(schema, details, sources, name) for details in error.errors()]
-        raise ValueError("\n".join(found)) from None
+        found += [
+            _explain(schema, details, sources, name)
+            for details in error.errors()
+            if not any(location[: len(details["loc"])] == details["loc"] for location in left)
+        ]
+    for location in left:
+        key = ".".join(location)
+        found.append(f"{sources.get(location, name)}: {key}: the recipe leaves it to you: {key}=...")
+    if found:
+        raise ValueError("\n".join(found))
+    return recipe
 
 
 def find_recipe(schema: type[BaseModel], name: str | Path) -> Path:

@@ -139,6 +139,7 @@ class Trainer:
     ema: AveragedModel | None
     total_steps: int
     cpu = False  # True: whatever else the machine has
+    has_begun = False  # True from the first step on
 
     def __init__(self, recipe: Any):
         self.recipe = recipe = with_precision(recipe, self.cpu)
@@ -242,6 +243,7 @@ class Trainer:
         """
         if self._is_too_short() and self.accelerator.is_main_process:
             logger.warning("The learning rate is still warming up at the end of the run: %s", self._is_too_short())
+        self.has_begun = True
         with self._saying_what_is_whole():
             log = MetricsLog(self.accelerator, self.folder, self.state.step)
             bar = tqdm(total=self.total_steps, initial=self.state.step, desc="steps", disable=not log.is_main_process)

@@ -1,0 +1,106 @@
+"""How a pipeline would read prompts, from its parts' configurations and tokenizer: no weights are loaded."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+
+from fixclip_core.check import LoadError, check_folder_or_hub_name, hub_reason
+from fixclip_core.files import parse_json
+from fixclip_diffusion import builtin
+from fixclip_diffusion.adapter import read_adapter_config
+from fixclip_diffusion.conditioning import Conditioning, Context, default_conditioning, get_conditioning, renamed
+from fixclip_diffusion.prompt_tokens import context_of_config
+from fixclip_diffusion.prompt_weights import check_syntax
+from fixclip_diffusion.text_encoder import FixClipTextConfig, encoder_subfolder, load_clip_text_config, long_config
+from fixclip_diffusion.token_report import TokenReport, token_report
+from fixclip_diffusion.tokenizer import FixClipTokenizer
+
+
+@dataclass(frozen=True)
+class PromptReader:
+    """What decides how prompts are read.
+
+    Attributes:
+        tokenizer: of the first text encoder.
+        context: of that encoder and its tokenizer.
+        conditioning: what `pipe.conditioning` of these parts would be.
+        weights: syntax of prompt weights, or None.
+    """
+
+    tokenizer: FixClipTokenizer
+    context: Context
+    conditioning: Conditioning
+    weights: str | None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        base: str,
+        encoder: str | None = None,
+        adapter: str | None = None,
+        conditioning: str | None = None,
+        weights: str | None = None,
+    ) -> "PromptReader":
+        """The reader of the pipeline that `from_pretrained` of the pipelines makes of the same arguments.
+
+        A base of which there is only tokenizer/ is taken for an untrained one of 77 positions.
+
+        Raises:
+            ValueError: a part is unknown or damaged, or the encoder cannot be read by that conditioning.
+        """
+        parts = builtin.complete(base, encoder, adapter)
+        base = builtin.resolve(parts.base)
+        index = _read_json(base, "model_index.json", needed=False)
+        config = _read_config(base, parts.encoder)
+        if parts.adapter is not None:
+            config.adapter = read_adapter_config(parts.adapter)
+        # Names the file that is missing, and asks once; the tokenizer alone would try a dozen before it gives up.
+        _read_json(base, "tokenizer/tokenizer_config.json")
+        length = config.max_position_embeddings
+        tokenizer = FixClipTokenizer.from_pretrained(base, subfolder="tokenizer", context_length=length)
+        saved = renamed(index.get("conditioning"), index.get("long_prompt"))
+        how = get_conditioning(conditioning or saved or default_conditioning(config))
+        context = context_of_config(config, tokenizer)
+        how.check(context)
+        return cls(tokenizer, context, how, check_syntax(weights or index.get("weights")))
+
+    def report(self, prompt: str) -> TokenReport:
+        """What becomes of the prompt."""
+        return token_report(self.tokenizer, prompt, self.conditioning, self.context, self.weights)
+
+
+def _read_config(base: str, encoder: str | None) -> FixClipTextConfig:
+    if encoder is not None:
+        name = builtin.resolve(encoder)
+        subfolder = encoder_subfolder(name)
+        config = load_clip_text_config(name, **({} if subfolder is None else {"subfolder": subfolder}))
+    elif Path(base).is_dir() and not (Path(base) / "text_encoder").is_dir():
+        return long_config(FixClipTextConfig())
+    else:
+        config = load_clip_text_config(base, subfolder="text_encoder")
+    return config if isinstance(config, FixClipTextConfig) else long_config(config)
+
+
+def _read_json(base: str, name: str, needed: bool = True) -> dict[str, Any]:
+    """A file of a base, in a folder or fetched from the hub; {} if it is not there and not needed.
+
+    Raises:
+        LoadError: `base` is neither a folder nor a hub name, the file is not there, or is damaged.
+    """
+    check_folder_or_hub_name("base", base)
+    path = Path(base) / name
+    if not Path(base).is_dir():
+        try:
+            path = Path(hf_hub_download(base, name))
+        except Exception as error:
+            raise LoadError(f"base {base!r}: {name} could not be read: {hub_reason(error)}") from error
+    if not path.is_file():
+        if needed:
+            raise LoadError(f"base {base!r}: there is no {name} in this folder")
+        return {}
+    try:
+        return dict(parse_json(path.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise LoadError(f"base {base!r}: {name} is damaged: {error}") from error
