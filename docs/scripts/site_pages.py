@@ -2,7 +2,7 @@
 
 - reference/: the API (mkdocstrings fills it in), the fields of the recipes from their schema, the commands from typer;
 - the page of each notebook;
-- pages that lie outside docs/, at their path in the repository, such as comfyui/README.md.
+- pages of the navigation that lie outside docs/, at their path in the repository, such as comfyui/README.md.
 
 Links are written for the repository, so that the pages also work where it is browsed; `on_page_markdown` turns them
 into the site's.
@@ -26,9 +26,6 @@ from pydantic import BaseModel
 from typer.cli import get_docs_for_click
 
 ROOT = Path(__file__).parents[2]
-
-OUTSIDE = [path for path in ("CHANGELOG.md", "CONTRIBUTING.md") if (ROOT / path).exists()]
-OUTSIDE += ["comfyui/README.md", "pipelines/captions/README.md"]
 
 LINK = re.compile(r"(?<=\]\()(?P<target>[^)\s#:]+)(?P<anchor>#[^)\s]*)?(?=\))")
 
@@ -113,7 +110,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, f"reference/{page}.md", content=content))
     files.append(File.generated(config, "reference/recipes.md", content=recipes_page()))
     files.append(File.generated(config, "reference/commands.md", content=commands_page()))
-    for path in OUTSIDE:
+    for path in filter(lies_outside, pages_of(config.nav)):
         files.append(File.generated(config, path, content=(ROOT / path).read_text(encoding="utf-8")))
     for notebook in sorted(Path(config.docs_dir).rglob("*.ipynb")):
         for path, made in notebook_files(notebook, Path(config.docs_dir)):
@@ -126,6 +123,19 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     return site_links(markdown, page.file.src_uri)
 
 
+def pages_of(nav: Any) -> Iterator[str]:
+    """The pages that a navigation names: `[{"Start": "index.md"}, {"Tutorials": [...]}]`, nested."""
+    if isinstance(nav, str):
+        yield nav
+    for entry in nav.values() if isinstance(nav, dict) else nav if isinstance(nav, list) else ():
+        yield from pages_of(entry)
+
+
+def lies_outside(path: str) -> bool:
+    """Whether a page of the site is a file of the repository outside docs/."""
+    return (ROOT / path).is_file() and not (ROOT / "docs" / path).is_file()
+
+
 def site_links(markdown: str, path: str) -> str:
     """The text of a page of the site with each relative link as the site needs it.
 
@@ -134,7 +144,7 @@ def site_links(markdown: str, path: str) -> str:
         path: of the page in the site, e.g. "faq.md"; the example becomes "[nodes](comfyui/README.md)".
     """
     folder = posixpath.dirname(path)
-    in_repository = folder if path in OUTSIDE else posixpath.join("docs", folder)
+    in_repository = folder if lies_outside(path) else posixpath.join("docs", folder)
 
     def replace(link: re.Match[str]) -> str:
         target = posixpath.normpath(posixpath.join(in_repository, link["target"]))
