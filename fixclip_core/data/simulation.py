@@ -63,8 +63,10 @@ class Cluster:
         sizes = [self.shard_size] * (self.samples // self.shard_size)
         if rest := self.samples % self.shard_size:
             sizes.append(rest)
-        fields = {"seed": self.seed, "shuffle_shards": self.shuffle_shards}
-        return EpochOrder(sizes, DataConfig(source="simulated", batch_size=self.batch_size, **fields))
+        config = DataConfig(
+            source="simulated", batch_size=self.batch_size, seed=self.seed, shuffle_shards=self.shuffle_shards
+        )
+        return EpochOrder(sizes, config)
 
 
 @dataclass(frozen=True)
