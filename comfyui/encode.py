@@ -8,6 +8,7 @@ What ComfyUI does inside (LoRA on the CLIP, clip skip, textual inversions, offlo
 Shapes: N windows, P positions of a window, L rows of the conditioning, D width.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,42 +166,50 @@ def _check_long(clip: Any) -> None:
 
 def _tokens(clip: Any, text: str, rows: list[list[tuple[Any, float, int]]]) -> tuple[PromptTokens, list[Entry]]:
     """The prompt's tokens, with the text put together from them: ComfyUI's syntax is not in it any more."""
-    words: dict[int, list[Entry]] = {}
-    for token, weight, word in (item for row in rows for item in row):
-        if word:
-            words.setdefault(word, []).append((token, weight))
-    entries = [entry for group in words.values() for entry in group]
+    groups: dict[int, list[Entry]] = {}  # a word in older cores, all between two weights in newer ones
+    for token, weight, group in (item for row in rows for item in row):
+        if group:
+            groups.setdefault(group, []).append((token, weight))
     read, place = "", 0
     spans: list[tuple[int, int]] = []
     lower = "".join(low if len(low := letter.lower()) == 1 else letter for letter in text)  # as long as the text
-    for group in words.values():
-        word_text, inside = _word(clip, [token for token, _ in group])
-        word_text, place = _in_its_case(word_text, text, lower, place)
-        read += " " if read else ""
+    for word, inside in (word for group in groups.values() for word in _words(clip, [token for token, _ in group])):
+        found = -1 if word == INVERSION else lower.find(word, place)
+        gap = " "
+        if found >= 0:
+            gap, place = text[place:found], found + len(word)
+            word = text[found:place]  # in its case
+            gap = gap if gap.isspace() else " " * any(map(str.isspace, gap))
+        read += gap if read else ""
         spans += [(len(read) + start, len(read) + end) for start, end in inside]
-        read += word_text
+        read += word
+    entries = [entry for group in groups.values() for entry in group]
     ids = tuple(token if isinstance(token, int) else 0 for token, _ in entries)
     breaks = tuple(places_to_break(read, spans))
     return PromptTokens(read, ids, tuple(spans), breaks, tuple(weight for _, weight in entries)), entries
 
 
-def _word(clip: Any, tokens: list[Any]) -> tuple[str, list[tuple[int, int]]]:
-    """Characters of the tokens of one word, and those of each token, which share a character that they split."""
+def _words(clip: Any, tokens: list[Any]) -> Iterator[tuple[str, list[tuple[int, int]]]]:
+    """Each word of a group, in lower case, and where its tokens stand in it; a textual inversion is one word."""
     if not all(isinstance(token, int) for token in tokens):
-        return INVERSION, [(0, len(INVERSION))] * len(tokens)
-    pieces = [
-        piece.removesuffix(END_OF_WORD) for _, piece in clip.tokenizer.untokenize([(token, 1.0) for token in tokens])
-    ]
+        yield INVERSION, [(0, len(INVERSION))] * len(tokens)
+        return
+    pieces: list[str] = []
+    for _, piece in clip.tokenizer.untokenize([(token, 1.0) for token in tokens]):
+        pieces.append(piece.removesuffix(END_OF_WORD))
+        if piece.endswith(END_OF_WORD):
+            yield _word(pieces)
+            pieces = []
+    if pieces:
+        yield _word(pieces)
+
+
+def _word(pieces: list[str]) -> tuple[str, list[tuple[int, int]]]:
+    """Characters of a word, and those of each of its tokens, which share a character that they split."""
     until = [decoders.ByteLevel().decode(pieces[:number]) for number in range(len(pieces) + 1)]
     whole = [len(part.rstrip(HALF)) for part in until]
     ends = [count + part.endswith(HALF) for count, part in zip(whole[1:], until[1:], strict=True)]
     return until[-1], list(zip(whole[:-1], ends, strict=True))
-
-
-def _in_its_case(word: str, text: str, lower: str, place: int) -> tuple[str, int]:
-    """A word in lower case as it is written in the text from `place` on, where it is found, and the place behind it."""
-    found = lower.find(word, place)
-    return (word, place) if found < 0 else (text[found : found + len(word)], found + len(word))
 
 
 def _encode(clip: Any, readings: dict[str, Reading], adapter: TextAdapter | None) -> tuple[Tensor, Tensor | None]:

@@ -1,4 +1,7 @@
-"""The node pack, loaded as ComfyUI loads it, in a core and on CLIP objects that stand in for ComfyUI's."""
+"""The node pack, loaded as ComfyUI loads it, in a core and on CLIP objects that stand in for ComfyUI's.
+
+`pytest tests/comfyui --comfyui PATH` takes those of a real ComfyUI.
+"""
 
 import importlib.util
 import sys
@@ -6,8 +9,13 @@ from pathlib import Path
 
 import pytest
 import stand_in
+from real_core import RealCore
 
 PACK = Path(__file__).parents[2] / "comfyui"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--comfyui", type=Path, metavar="PATH", help="a checkout of ComfyUI for tests/comfyui")
 
 
 def load_pack(name="fixclip_nodes"):
@@ -28,19 +36,33 @@ def models_folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def core(request, tmp_path_factory):
+    """What CLIP objects and the modules of a core come from."""
+    path = request.config.getoption("--comfyui", None)
+    return RealCore(path, tmp_path_factory.mktemp("embeddings")) if path else stand_in.StandIn()
+
+
+@pytest.fixture
+def real_core(core):
+    if not isinstance(core, RealCore):
+        pytest.skip("needs --comfyui PATH")
+    return core
+
+
 @pytest.fixture(params=["schema V3", "older core"])
-def nodes(request, models_folder, monkeypatch):
+def nodes(request, core, models_folder, monkeypatch):
     """{node id: function of its inputs to the tuple of its outputs}."""
-    for name, module in stand_in.core_modules(models_folder, request.param == "schema V3").items():
+    for name, module in core.modules(models_folder, request.param == "schema V3").items():
         monkeypatch.setitem(sys.modules, name, module)
     return stand_in.node_functions(load_pack())
 
 
 @pytest.fixture(scope="session")
-def encode(models_folder):
-    """The module `encode` of the pack, which needs no core."""
+def encode(core, models_folder):
+    """The module `encode` of the pack, which needs no schema."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, module in stand_in.core_modules(models_folder, False).items():
+        for name, module in core.modules(models_folder, False).items():
             patch.setitem(sys.modules, name, module)
         load_pack("fixclip_pack")
         return sys.modules["fixclip_pack.encode"]

@@ -1,8 +1,9 @@
 """What the nodes need of ComfyUI, written from its interface: a CLIP object on transformers' models, and a core.
 
-`clip.tokenize` cuts words at spaces, puts them into windows of 77 (or 248) and never splits one of fewer than 8 tokens;
-"(word:1.3)" is a weight. `clip.encode_from_tokens` runs the windows of each text encoder, weighs states against those
-of an empty window, lays the windows end to end and the encoders side by side, cut to the shorter.
+`clip.tokenize` puts the text between two weights or textual inversions into windows of 77 (or 248) as one group, older
+cores each word; a group of fewer than 8 tokens is never split. "(word:1.3)" is a weight. `clip.encode_from_tokens` runs
+the windows of each text encoder, weighs states against those of an empty window, lays the windows end to end and the
+encoders side by side, cut to the shorter.
 """
 
 import asyncio
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 
-WORD_IN_ONE_WINDOW = 8
+GROUP_IN_ONE_WINDOW = 8
 
 
 @dataclass
@@ -24,25 +25,27 @@ class KeyTokenizer:
     embedding_size: int
     max_length: int
     inversions: dict[str, torch.Tensor]
+    by_word: bool  # older cores
 
-    def words(self, text):
-        for part in re.findall(r"\([^()]*:[\d.]+\)|[^()]+", text):
+    def groups(self, text):
+        for part in re.findall(r"\([^()]*:[\d.]+\)|(?:\\[()]|[^()])+", text):
             weighted = re.fullmatch(r"\((.*):([\d.]+)\)", part, re.DOTALL)
             content, weight = (weighted[1], float(weighted[2])) if weighted else (part, 1.0)
-            for word in content.replace("\n", " ").split(" "):
-                name = word.removeprefix("embedding:")
-                if word != name:
+            for piece in re.split(r"[ \n]" if self.by_word else r"[ \n](?=embedding:)", content):
+                piece = piece.replace("\\(", "(").replace("\\)", ")")
+                if piece.startswith("embedding:"):
+                    name, _, piece = piece.removeprefix("embedding:").partition(" ")
                     yield [(vector, weight) for vector in self.inversions[name]]
-                elif word:
-                    yield [(token, weight) for token in self.tokenizer(word, add_special_tokens=False).input_ids]
+                if piece:
+                    yield [(token, weight) for token in self.tokenizer(piece, add_special_tokens=False).input_ids]
 
     def rows(self, text):
         start, end = (self.tokenizer.bos_token_id, 1.0, 0), (self.tokenizer.eos_token_id, 1.0, 0)
         room, rows = self.max_length - 1, [[start]]
-        for number, word in enumerate(self.words(text), 1):
-            items = [(*entry, number) for entry in word]
+        for number, group in enumerate(self.groups(text), 1):
+            items = [(*entry, number) for entry in group]
             while len(rows[-1]) + len(items) > room:
-                taken = room - len(rows[-1]) if len(items) >= WORD_IN_ONE_WINDOW else 0
+                taken = room - len(rows[-1]) if len(items) >= GROUP_IN_ONE_WINDOW else 0
                 rows[-1] += items[:taken]
                 items = items[taken:]
                 rows.append([start])
@@ -66,18 +69,18 @@ class Clip:
     Args:
         models: {key: (text model, tokenizer)}, keys "l", "h", "g".
         inversions: {name: (number, D) vectors} of the first text encoder's width.
+        by_word: as older cores read a text.
     """
 
-    def __init__(self, models, inversions=None):
+    def __init__(self, models, inversions=None, by_word=False):
         self.models = {key: model for key, (model, _) in models.items()}
         self.keys = {
             key: KeyTokenizer(
-                tokenizer, model.config.hidden_size, model.config.max_position_embeddings, inversions or {}
+                tokenizer, model.config.hidden_size, model.config.max_position_embeddings, inversions or {}, by_word
             )
             for key, (model, tokenizer) in models.items()
         }
         self.tokenizer = Tokenizers(self.keys)
-        self.calls = 0
 
     def tokenize(self, text, return_word_ids=False):
         found = {key: tokenizer.rows(text) for key, tokenizer in self.keys.items()}
@@ -87,7 +90,6 @@ class Clip:
 
     @torch.no_grad()
     def encode_from_tokens(self, tokens, return_pooled=False):
-        self.calls += 1
         parts, pooled = [], None
         for key, model in self.models.items():
             states, pooled = self._encode(key, model, tokens[key])
@@ -123,6 +125,16 @@ class Clip:
         states = torch.where(weights == 1, states[:-1], states[-1:] + weights * (states[:-1] - states[-1:]))
         pooled = output.text_embeds if hasattr(output, "text_embeds") else output.pooler_output
         return states.flatten(0, 1)[None], pooled[:1]
+
+
+class StandIn:
+    """A core made of this file; see `real_core.RealCore`."""
+
+    def clip(self, models, inversions=None):
+        return Clip(models, inversions)
+
+    def modules(self, folder, schema):
+        return core_modules(folder, schema)
 
 
 def core_modules(folder, schema):
