@@ -13,7 +13,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves {"owner/name": folder}; `downloads` lists what was fetched."""
+    """Serves {"owner/name": folder} as models, and their files as those of data sets too; `downloads` lists fetches."""
 
     def __init__(self, repositories: dict[str, Path]):
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -37,6 +37,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, body: bool) -> None:
         parts = unquote(urlparse(self.path).path).strip("/").split("/")
+        if parts[:1] == ["datasets"]:
+            parts = parts[1:]
         is_api = parts[:2] == ["api", "models"]
         parts = parts[2:] if is_api else parts
         name, rest = "/".join(parts[:2]), parts[2:]
