@@ -37,10 +37,11 @@ from transformers import CLIPTextModel
 from fixclip_core.training.optim import optimizer_step
 from fixclip_core.weights.write import clip_tokenizer
 from fixclip_diffusion import FixClipTextEncoder, FixClipTokenizer
-from fixclip_diffusion.adapter_training import trainer as train
 from fixclip_diffusion.adapter_training.features import FrozenModels
+from fixclip_diffusion.adapter_training.random_models import random_models
 from fixclip_diffusion.adapter_training.recipe import AdapterRecipe
 from fixclip_diffusion.adapter_training.trainer import AdapterTrainer
+from fixclip_diffusion.families import STABLE_DIFFUSION, TextEncoding
 from fixclip_diffusion.tiny import clip_text_config, unet
 
 LONG_ONLY = {"short_share": 0.0, "caption_dropout": 0.0}
@@ -57,7 +58,7 @@ Scale = Literal["small", "sd15"]
 def build_models(scale: Scale) -> FrozenModels:
     """Random weights: of Stable Diffusion 1.5's sizes, or a hundredth of them."""
     if scale == "sd15":
-        return train.random_stable_diffusion(torch.bfloat16)
+        return random_models(STABLE_DIFFUSION, torch.bfloat16)
     torch.manual_seed(0)
     width, plain = 192, clip_tokenizer()
     text = CLIPTextModel(
@@ -68,11 +69,11 @@ def build_models(scale: Scale) -> FrozenModels:
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
     )
-    encoder = FixClipTextEncoder.from_clip(text)
     tokenizer = FixClipTokenizer(vocab=plain.get_vocab(), merges=plain._merges)
+    encodings = (TextEncoding(FixClipTextEncoder.from_clip(text), tokenizer),)
     model = unet(block_out_channels=(64, 128), cross_attention_dim=width, attention_head_dim=4)
     scheduler = DDPMScheduler(beta_schedule="scaled_linear")
-    return FrozenModels(vae, encoder, encoder, model, scheduler, scheduler, tokenizer)
+    return FrozenModels(vae, encodings, encodings, model, scheduler, scheduler)
 
 
 def build_recipe(system: str, scale: Scale, batch_size: int, folder: Path) -> AdapterRecipe:
@@ -124,7 +125,7 @@ def plain_step(run: AdapterTrainer, batch: Any) -> None:
     dtype = frozen.unet.dtype
     with torch.no_grad():
         latents = frozen.vae.encode(batch.image.to(dtype)).latent_dist.sample() * frozen.vae.config.scaling_factor
-        states = frozen.text_encoder(batch.long_ids).last_hidden_state
+        states = frozen.encodings[0].encoder(batch.long_ids).last_hidden_state
     noise = torch.randn_like(latents)
     timesteps = torch.randint(1000, (len(latents),), device=latents.device)
     noisy = frozen.scheduler.add_noise(latents, noise, timesteps)

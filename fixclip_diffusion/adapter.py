@@ -116,7 +116,7 @@ class TextAdapter(nn.Module):
         """Hidden states (B, T, D) of one pass to adapted ones (B, T, D).
 
         Args:
-            states_BTD: of the text encoder, behind its final LayerNorm.
+            states_BTD: what the UNet reads of the text encoder.
             text_BT: True for the text, False for the padding behind it; read with `mask_padding` only.
         """
         if self.config["kind"] == "mlp":

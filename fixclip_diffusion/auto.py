@@ -7,6 +7,7 @@ from diffusers import DiffusionPipeline
 
 from fixclip_core.weights.text_encoder import text_encoders_in
 from fixclip_diffusion import builtin
+from fixclip_diffusion.families import STABLE_DIFFUSION, Family
 from fixclip_diffusion.loading import HUB_KWARGS
 from fixclip_diffusion.pipeline import FixClipStableDiffusionPipeline
 from fixclip_diffusion.pipeline_xl import FixClipStableDiffusionXLPipeline
@@ -35,6 +36,44 @@ def pipeline_class(base: str | Path, **hub_kwargs: Any) -> type[LongPromptPipeli
     except OSError:
         return FixClipStableDiffusionPipeline
     return FixClipStableDiffusionXLPipeline if "text_encoder_2" in index else FixClipStableDiffusionPipeline
+
+
+# What a pipeline of each family is built with where pictures of training and evaluation are drawn.
+_PLAIN_OPTIONS: dict[type, dict[str, Any]] = {
+    FixClipStableDiffusionPipeline: {
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+    },
+    FixClipStableDiffusionXLPipeline: {"add_watermarker": False},
+}
+
+
+def load_plain_pipeline(base: str | Path, **kwargs: Any) -> LongPromptPipeline:
+    """`load_pipeline` without safety checker and watermark, as training reads a base.
+
+    Raises:
+        ValueError: see `load_pipeline`.
+    """
+    return load_pipeline(base, **_PLAIN_OPTIONS[pipeline_class(base)], **kwargs)
+
+
+def pipeline_of(
+    family: Family, components: dict[str, Any], conditioning: str | None = None, zeros_for_empty: bool = False
+) -> LongPromptPipeline:
+    """The pipeline of a family, made of components in memory, without safety checker and watermark.
+
+    Args:
+        family: of the base.
+        components: text encoders, tokenizers, UNet, VAE and scheduler.
+        conditioning: see the pipelines.
+        zeros_for_empty: for Stable Diffusion XL: `force_zeros_for_empty_prompt`.
+    """
+    if family is STABLE_DIFFUSION:
+        options = _PLAIN_OPTIONS[FixClipStableDiffusionPipeline]
+        return FixClipStableDiffusionPipeline(**components, **options, conditioning=conditioning)
+    options = _PLAIN_OPTIONS[FixClipStableDiffusionXLPipeline] | {"force_zeros_for_empty_prompt": zeros_for_empty}
+    return FixClipStableDiffusionXLPipeline(**components, **options, conditioning=conditioning)
 
 
 def load_pipeline(base: str | Path, **kwargs: Any) -> LongPromptPipeline:

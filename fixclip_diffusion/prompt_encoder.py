@@ -53,7 +53,8 @@ class PromptEncoder:
 
     Args:
         encodings: the text encoders with their tokenizers.
-        conditioning: how prompts are read; by default as the first encoder says.
+        conditioning: how prompts are read; by default as the first encoder says, or in one pass where that cannot be
+            done with another one.
         weights: syntax of prompt weights, "a1111" or "compel"; None takes prompts literally.
 
     Raises:
@@ -68,6 +69,9 @@ class PromptEncoder:
     ):
         self.encodings = tuple(encodings)
         self.conditioning = get_conditioning(conditioning or default_conditioning(encodings[0].encoder.config))
+        lacks_positions = not all(encoding.context.short_length for encoding in self.encodings)
+        if conditioning is None and self.conditioning.needs_short and lacks_positions:
+            self.conditioning = get_conditioning("one_pass")
         self.weights = check_syntax(weights)
         for encoding in self.encodings:
             self.conditioning.check(encoding.context)

@@ -44,5 +44,17 @@ def base_folders(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def sdxl(tmp_path_factory):
+    """The folder of a stock Stable Diffusion XL with random weights."""
+    import tiny
+
+    from fixclip_diffusion.tiny import stable_diffusion_xl
+
+    folder = tmp_path_factory.mktemp("sdxl")
+    stable_diffusion_xl(tiny.clip_tokenizer(), tiny.clip_tokenizer(pad_token="!")).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def sd1(base_folders):
     return base_folders["sd1"]

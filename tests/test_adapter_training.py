@@ -23,12 +23,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_files import full_disk
 from tiny_adapter import without_onednn  # noqa: F401
-from transformers import CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from fixclip_core.training.checkpoint import list_checkpoints
 from fixclip_core.training.recipe import builtin_recipes, load_recipe
 from fixclip_core.training.trainer import smoke
 from fixclip_diffusion import FixClipStableDiffusionPipeline, TextAdapter
+from fixclip_diffusion.adapter_training import random_models
 from fixclip_diffusion.adapter_training import trainer as train
 from fixclip_diffusion.adapter_training.recipe import AdapterRecipe
 from fixclip_diffusion.adapter_training.trainer import AdapterTrainer
@@ -230,13 +231,13 @@ def test_it_learns(recipe, tmp_path):
     options = ["objectives.weight_long=0", "objectives.weight_short=0", "objectives.weight_states=1"]
     options += ["objectives.weight_prediction=0", "objectives.short_share=0.99", "objectives.caption_dropout=0"]
     models = train.load_frozen(recipe("run", *options).model)
-    shifted = copy.deepcopy(models.text_encoder)
+    shifted = copy.deepcopy(models.encodings[0].encoder)
     with torch.no_grad():
         shifted.text_model.final_layer_norm.bias += torch.randn(shifted.config.hidden_size)
     chosen = recipe(
         "run", *options, "train.steps=15", "adapter.hidden_width=64", "output.save_every=15", "optim.lr=3e-2"
     )
-    train_again(chosen, models=replace(models, text_encoder=shifted))
+    train_again(chosen, models=replace(models, encodings=(replace(models.encodings[0], encoder=shifted),)))
     rows = metrics(tmp_path / "run")
     assert rows[-1]["loss_states"] < 0.5 * rows[0]["loss_states"]
 
@@ -463,7 +464,7 @@ def test_poisoned_steps_are_skipped_and_stop_the_run(recipe, tmp_path):
     run.total_steps = 6
     with torch.no_grad():
         run.denoiser.empty_teacher.fill_(math.nan)
-        run.frozen.teacher.text_model.final_layer_norm.bias.fill_(math.nan)
+        run.frozen.teachers[0].encoder.text_model.final_layer_norm.bias.fill_(math.nan)
     before = {name: p.detach().clone() for name, p in run.module.named_parameters()}
     with pytest.raises(FloatingPointError, match="step 5: 3 steps in a row without a finite gradient") as caught:
         run.fit()
@@ -533,8 +534,16 @@ def test_shipped_recipes_are_valid():
         assert load_recipe(AdapterRecipe, name, ["data.source=my.jsonl"]).data.source == "my.jsonl"
 
 
-def test_sizes_of_the_random_stable_diffusion():
-    """The modules' shapes are those of Stable Diffusion 1.5: its published numbers of parameters."""
+def test_sizes_of_the_random_bases():
+    """The modules' shapes are those of Stable Diffusion 1.5 and XL: their published numbers of parameters."""
     with torch.device("meta"):
-        models = UNet2DConditionModel(**train.SD15_UNET), AutoencoderKL(**train.SD15_VAE)
-    assert [sum(p.numel() for p in model.parameters()) for model in models] == [859_520_964, 83_653_863]
+        models = [
+            UNet2DConditionModel(**random_models.SD15_UNET),
+            AutoencoderKL(**random_models.SD15_VAE),
+            UNet2DConditionModel(**random_models.SDXL_UNET),
+            AutoencoderKL(**random_models.SDXL_VAE),
+            CLIPTextModel(CLIPTextConfig(**random_models.VIT_L)),
+            CLIPTextModelWithProjection(CLIPTextConfig(**random_models.VIT_BIG_G)),
+        ]
+    wanted = [859_520_964, 83_653_863, 2_567_463_684, 83_653_863, 123_060_480, 694_659_840]
+    assert [sum(p.numel() for p in model.parameters()) for model in models] == wanted

@@ -162,8 +162,8 @@ def test_other_names_stay_as_they_are(sd1):
 def test_training_takes_the_parts(embedded):
     section = train.BaseSection(base="builtin:scenes/base", encoder="builtin:scenes/encoder")
     frozen = train.load_frozen(section)
-    assert frozen.text_encoder.short_context_length == 0
-    assert frozen.teacher.short_context_length == 77
+    assert frozen.encodings[0].context.short_length == 0
+    assert frozen.teachers[0].context.short_length == 77
     with pytest.raises(ValueError, match="'builtin:scenes' is a whole model, and one of its parts is needed"):
         train.load_frozen(train.BaseSection(base="builtin:scenes"))
 

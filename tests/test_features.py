@@ -49,6 +49,11 @@ def models(sd1, tmp_path_factory):
     return found
 
 
+def with_encoder(models, encoder):
+    """The same with another text encoder to adapt."""
+    return dataclasses.replace(models, encodings=(dataclasses.replace(models.encodings[0], encoder=encoder),))
+
+
 @pytest.fixture
 def setup(sd1, models, tmp_path):
     """Loaders of one recipe, with and without cache."""
@@ -76,7 +81,7 @@ def cached(tmp_path, *overrides):
 def test_training_reads_captions_as_the_pipeline_reads_prompts(sd1, models, conditioning, kind):
     """One caption at a time and all together: embeds of prompts, of the empty one, and of the base's own encoder."""
     frozen = dataclasses.replace(models, conditioning=conditioning)
-    width, scope = models.text_encoder.config.hidden_size, "text" if kind == "text" else "window"
+    width, scope = models.encodings[0].encoder.config.hidden_size, "text" if kind == "text" else "window"
     adapter = identity = tiny_adapter.no_adapter
     if kind is not None:
         kind = "attention" if kind == "text" else kind
@@ -88,7 +93,7 @@ def test_training_reads_captions_as_the_pipeline_reads_prompts(sd1, models, cond
     texts = [SHORT, LONG, "", *(tiny_adapter.caption(i, sentences=n) for i, n in ((1, 16), (2, 21), (3, 40)))]
     ids = pickle.loads(pickle.dumps(frozen.caption_ids))(texts)
     together, length = adapted_embeds(adapter, encode_captions(frozen, ids), True, scope)
-    teacher, fits = encode_for_teacher(frozen, ids)
+    teacher, _, fits = encode_for_teacher(frozen, ids)
     for row, text in enumerate(texts):
         expected = pipe.encode_prompt(text, "cpu", 1, False)[0][0]
         assert int(length[row]) == len(expected)
@@ -101,7 +106,7 @@ def test_training_reads_captions_as_the_pipeline_reads_prompts(sd1, models, cond
         if fits[row]:
             base = stock.encode_prompt(text, "cpu", 1, False)[0][0]
             torch.testing.assert_close(teacher[row], base, rtol=1e-4, atol=1e-5)
-    empty, empty_teacher = empty_states(frozen)
+    empty, empty_teacher, _ = empty_states(frozen)
     torch.testing.assert_close(
         adapted_embeds(adapter, empty, True, scope)[0], pipe.encode_prompt("", "cpu", 1, False)[0], rtol=1e-4, atol=1e-4
     )
@@ -109,10 +114,10 @@ def test_training_reads_captions_as_the_pipeline_reads_prompts(sd1, models, cond
 
 
 def test_an_encoder_without_original_positions_reads_as_it_was_trained(models):
-    trained = copy.deepcopy(models.text_encoder)
+    trained = copy.deepcopy(models.encodings[0].encoder)
     trained.text_model.embeddings.short_position_embedding = None
     trained.config.short_position_embeddings = 0
-    frozen = dataclasses.replace(models, text_encoder=trained)
+    frozen = with_encoder(models, trained)
     assert frozen.prompt_encoder.conditioning.name == "one_pass"
     num_tokens = len(models.tokenizer(SHORT).input_ids)
     for padding, size in (("keep", 248), ("mask", num_tokens)):
@@ -127,9 +132,9 @@ def test_an_encoder_without_original_positions_reads_as_it_was_trained(models):
 @pytest.mark.parametrize("padding", ["mask", "keep"])
 def test_window_states_stand_where_their_tokens_stand(sd1, models, conditioning, padding):
     """Against the pipeline's overlapping windows, token by token; 0 for padding behind more than 77 tokens."""
-    encoder = copy.deepcopy(models.text_encoder)
+    encoder = copy.deepcopy(models.encodings[0].encoder)
     encoder.config.padding = padding
-    frozen = dataclasses.replace(models, conditioning=conditioning, text_encoder=encoder)
+    frozen = dataclasses.replace(with_encoder(models, encoder), conditioning=conditioning)
     pipe = FixClipStableDiffusionPipeline.from_pretrained(sd1, conditioning="overlap")
     texts = [SHORT, LONG, "", *(tiny_adapter.caption(i, sentences=n) for i, n in ((1, 16), (2, 21), (3, 30)))]
     ids = frozen.caption_ids(texts)
@@ -204,7 +209,7 @@ def test_pictures_become_the_latents_of_the_vae(models):
 
 
 def test_digests_tell_weights_and_tokenizers_apart(models):
-    encoder = models.text_encoder
+    encoder = models.encodings[0].encoder
     one = weights_digest(encoder)
     encoder.set_adapter_module(tiny_adapter.randomize(train.TextAdapter(encoder.config.hidden_size)))
     assert weights_digest(encoder) == one
@@ -340,16 +345,17 @@ def test_stale_caches_are_refused(setup, models, sd1, tmp_path):
     other_vae = type(models.vae).from_pretrained(sd1, subfolder="vae")
     with torch.no_grad():
         other_vae.encoder.conv_in.weight[0] += 1
-    encoder = copy.deepcopy(models.text_encoder)
+    own = models.encodings[0]
+    encoder = copy.deepcopy(own.encoder)
     with torch.no_grad():
         encoder.text_model.final_layer_norm.bias += 1
     tokenizer = copy.deepcopy(models.tokenizer)
     tokenizer.add_tokens(["<new>"])
     for changes, overrides, named in (
         ({"vae": other_vae}, (), "vae"),
-        ({"text_encoder": encoder}, (), "text_encoder"),
-        ({"teacher": encoder}, (), "base text_encoder"),
-        ({"tokenizer": tokenizer}, (), "tokenizer"),
+        ({"encodings": (dataclasses.replace(own, encoder=encoder),)}, (), "text_encoder"),
+        ({"teachers": (dataclasses.replace(own, encoder=encoder),)}, (), "base text_encoder"),
+        ({"encodings": (dataclasses.replace(own, tokenizer=tokenizer),)}, (), "tokenizer"),
         ({}, ("captions.drop_short_from_long=true",), "captions"),
         ({}, ("features.dtype=fp16",), "dtype"),
     ):

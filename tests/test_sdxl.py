@@ -27,7 +27,7 @@ from fixclip_diffusion import (
 )
 from fixclip_diffusion.auto import load_pipeline, pipeline_class
 from fixclip_diffusion.conditioning import CONDITIONINGS
-from fixclip_diffusion.tiny import stable_diffusion_xl, unet
+from fixclip_diffusion.tiny import unet
 
 SHORT = "A red horse near a boat"
 LONG = tiny.sentences(14)
@@ -35,10 +35,8 @@ VERY_LONG = tiny.sentences(40)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("sdxl")
-    stable_diffusion_xl(tiny.clip_tokenizer(), tiny.clip_tokenizer(pad_token="!")).save_pretrained(path)
-    return path
+def folder(sdxl):
+    return sdxl
 
 
 def quiet(pipe):

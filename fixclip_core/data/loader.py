@@ -54,6 +54,8 @@ class Batch:
         skipped: samples that were to stand here and could not; others were taken in their place.
         plain_ids: (B, T') of the long captions' plain wordings (`Sample.plain`), which are the long captions themselves
             where the data have none; None where no caption of the batch has one.
+        sizes: (B, K) float, what the transform says of each picture besides, such as its size before it was cropped;
+            None where it gives pictures alone.
     """
 
     image: Tensor
@@ -63,6 +65,7 @@ class Batch:
     keys: list[str]
     skipped: list[Skipped] = field(default_factory=list)
     plain_ids: Tensor | None = None
+    sizes: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -79,8 +82,17 @@ class Batch:
         return replace(self, **moved)
 
 
-# image, long caption, short caption, mask seed, key, plain wording of the long caption
-LoadedSample = tuple[Tensor, str, str, int, str, str]
+# A picture (C, H, W), and on demand what is said of it besides (K,); see `Batch.sizes`.
+Picture = Tensor | tuple[Tensor, Tensor]
+# picture, long caption, short caption, mask seed, key, plain wording of the long caption
+LoadedSample = tuple[Picture, str, str, int, str, str]
+
+
+def stack_pictures(pictures: Sequence[Picture]) -> tuple[Tensor, Tensor | None]:
+    """Pictures as (B, C, H, W), and what is said of them besides as (B, K), or None."""
+    images = torch.stack([picture if isinstance(picture, Tensor) else picture[0] for picture in pictures])
+    sizes = [picture[1] for picture in pictures if not isinstance(picture, Tensor)]
+    return images, torch.stack(sizes) if sizes else None
 
 
 class Batches(Dataset):
@@ -96,7 +108,7 @@ class Batches(Dataset):
         self,
         source: Source,
         config: DataConfig,
-        transform: Callable[[Image.Image], Tensor],
+        transform: Callable[[Image.Image], Picture],
         tokenizer: Callable[[list[str]], Tensor],
         rank: int,
         world_size: int,
@@ -151,19 +163,21 @@ class Batches(Dataset):
         samples = [sample for sample in loaded if sample is not None]
         if len(samples) < len(loaded):
             return skipped
-        images, longs, shorts, seeds, keys, plains = map(list, zip(*samples, strict=True))
+        pictures, longs, shorts, seeds, keys, plains = map(list, zip(*samples, strict=True))
+        images, sizes = stack_pictures(pictures)
         ids_BT = self.tokenizer(longs + shorts)
         short_BT = ids_BT[len(longs) :]
         if self.config.pad_short:
             short_BT = pad_before(short_BT, [random.Random(seed).random() for seed in seeds])
         return Batch(
-            image=torch.stack(images),
+            image=images,
             long_ids=ids_BT[: len(longs)],
             short_ids=short_BT,
             seeds=torch.tensor(seeds, dtype=torch.int64),
             keys=keys,
             skipped=skipped,
             plain_ids=None if plains == longs else self.tokenizer(plains),
+            sizes=sizes,
         )
 
     def _usable_sample(self, epoch: int, position: int, taken: range, skipped: list[Skipped]) -> LoadedSample | None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from fixclip_core.data.captions import LIMITS, CaptionFilters, clean_caption, rejection
@@ -83,7 +83,8 @@ def check_captions(sample: Sample, filters: CaptionFilters | None = None) -> tup
 
 
 def decode_image(sample: Sample, draft_size: int | None = None) -> Image.Image:
-    """The sample's picture, upright and RGB, decoded completely.
+    """The sample's picture, upright and RGB, decoded completely; `info["original_size"]` is (width, height) of the
+    file's picture.
 
     Args:
         sample: its `image` is an encoded file, or a uint8 tensor (3, H, W).
@@ -102,6 +103,8 @@ def decode_image(sample: Sample, draft_size: int | None = None) -> Image.Image:
             image = Image.open(io.BytesIO(sample.image))
             if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
                 raise BadSampleError("extreme_aspect_ratio", sample.file, sample.key, image.size)
+            is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) in range(5, 9)
+            image.info["original_size"] = image.size[::-1] if is_turned else image.size
             if draft_size:
                 image.draft(None, (draft_size, draft_size))
             ImageOps.exif_transpose(image, in_place=True)

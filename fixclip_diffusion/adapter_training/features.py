@@ -5,8 +5,8 @@ latents, so that every step samples them anew, and on demand the text states. fe
 with; a cache of other weights, preprocessing, tokenizer or captions is refused. A file appears when it is complete,
 so an interrupted run goes on where it stopped.
 
-Shape letters: B samples, C latent channels, H, W latent height and width, N passes, P positions of a pass, S = N P
-positions of a caption, L rows of its embeds, D width.
+Shape letters: B samples, C latent channels, H, W latent height and width, T text encoders, N passes, P positions of a
+pass, S = N P positions of a caption, L rows of its embeds, D width of the embeds, E width of the pooled vector.
 """
 
 import hashlib
@@ -20,17 +20,19 @@ from typing import Any, cast
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
+from torchvision import tv_tensors
 from torchvision.transforms import v2
 from tqdm import tqdm
 
 from fixclip_core.data.captions import shared_tokens
 from fixclip_core.data.config import DataConfig
-from fixclip_core.data.loader import Batch, Batches, LoadedSample, plain_wording
+from fixclip_core.data.loader import Batch, Batches, LoadedSample, Picture, plain_wording, stack_pictures
 from fixclip_core.data.order import sample_range, sample_seeds
 from fixclip_core.data.samples import BadSampleError, Skipped
 from fixclip_core.data.sources import Source
@@ -49,17 +51,17 @@ from fixclip_diffusion.conditioning import (
     PromptTokens,
     Stock,
 )
-from fixclip_diffusion.families import TextEncoding
+from fixclip_diffusion.families import STABLE_DIFFUSION, Family, TextEncoding
 from fixclip_diffusion.fingerprint import tokenizer_digest, weights_digest
 from fixclip_diffusion.prompt_encoder import PromptEncoder, encode_passes, positions_of_text
 from fixclip_diffusion.prompt_tokens import tokenize_prompt
-from fixclip_diffusion.text_encoder import FixClipTextEncoder
 from fixclip_diffusion.tokenizer import FixClipTokenizer
 
 KEY_FILE = "features.json"
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 SHORT_CAPTIONS = {"short_caption", "max_short_sentences", "drop_short_from_long"}
 SMALL_LATENTS = 16  # side
+WINDOWS = ("windows", "windows_known", "windows_gap")  # fields of `Features`
 _OPEN_SHARDS = 16
 
 
@@ -68,36 +70,53 @@ class FrozenModels:
     """What training reads and does not change.
 
     Attributes:
-        vae, text_encoder, unet, tokenizer: of the base, the encoder being the one to adapt.
-        teacher: the base's own text encoder.
+        vae, unet: of the base.
+        encodings: the text encoders to adapt with their tokenizers: one, or two of Stable Diffusion XL.
+        teachers: the same of the base's own text encoders.
         scheduler: the noise schedule.
         sampler: the base's own scheduler, for pictures.
-        conditioning: how `text_encoder` reads captions; None: as it says itself.
+        conditioning: how captions are read; None: as the first text encoder says.
+        family: of the base.
+        zeros_for_empty: whether the UNet reads zeros for no caption, as Stable Diffusion XL's does, and not the hidden
+            states of "".
     """
 
     vae: AutoencoderKL
-    text_encoder: FixClipTextEncoder
-    teacher: FixClipTextEncoder
+    encodings: tuple[TextEncoding, ...]
+    teachers: tuple[TextEncoding, ...]
     unet: UNet2DConditionModel
     scheduler: DDPMScheduler
     sampler: Any
-    tokenizer: FixClipTokenizer
     conditioning: str | None = None
+    family: Family = STABLE_DIFFUSION
+    zeros_for_empty: bool = False
 
     @property
     def modules(self) -> list[nn.Module]:
-        return [self.vae, self.text_encoder, self.teacher, self.unet]
+        encoders = [encoding.encoder for encoding in (*self.encodings, *self.teachers)]
+        return [self.vae, *encoders, self.unet]
+
+    @property
+    def tokenizer(self) -> FixClipTokenizer:
+        """The first; all of them split a text alike."""
+        return self.encodings[0].tokenizer
+
+    @property
+    def reads_sizes(self) -> bool:
+        """Whether the UNet reads sizes of pictures and a pooled vector."""
+        return any(encoding.tower.pooled for encoding in self.encodings)
 
     @property
     def prompt_encoder(self) -> PromptEncoder:
         """Captions are read as the pipeline reads prompts."""
-        return PromptEncoder([TextEncoding(self.text_encoder, self.tokenizer)], self.conditioning)
+        return PromptEncoder(self.encodings, self.conditioning)
 
     @property
     def caption_ids(self) -> "CaptionIds":
         """Texts to packed layouts, in the loading processes, which hold no model."""
         encoder = self.prompt_encoder
-        return CaptionIds(self.tokenizer, encoder.conditioning, encoder.encodings[0].context)
+        readers = tuple((encoding.tokenizer, encoding.context) for encoding in encoder.encodings)
+        return CaptionIds(readers, encoder.conditioning)
 
 
 def write_attention_out(unet: UNet2DConditionModel, device: torch.device) -> None:
@@ -112,26 +131,57 @@ def write_attention_out(unet: UNet2DConditionModel, device: torch.device) -> Non
 # -- encoding ------------------------------------------------------------------------------------------------
 
 
-def picture_transform(resolution: int, random_crop: bool = False, flip: bool = False) -> Callable[[Any], Tensor]:
-    """RGB picture -> (3, resolution, resolution) from -1 to 1, as the VAE reads it."""
+def picture_transform(
+    resolution: int, random_crop: bool = False, flip: bool = False, sizes: bool = False
+) -> Callable[[Any], Any]:
+    """RGB picture -> (3, resolution, resolution) from -1 to 1, as the VAE reads it.
+
+    With `sizes` each picture comes with its time ids (6,) for Stable Diffusion XL's UNet: see `SizedPicture`.
+    """
     steps: list[Any] = [v2.Resize(resolution, v2.InterpolationMode.BICUBIC)]
     steps.append(v2.RandomCrop(resolution) if random_crop else v2.CenterCrop(resolution))
     if flip:
         steps.append(v2.RandomHorizontalFlip())
-    return v2.Compose([*steps, v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5], [0.5])])
+    transform = v2.Compose([*steps, v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5], [0.5])])
+    return SizedPicture(transform) if sizes else transform
+
+
+@dataclass(frozen=True)
+class SizedPicture:
+    """RGB picture -> (3, H, W), and (6,): height and width of the file's picture, top and left of the crop in the
+    resized (and mirrored) one, height and width of the crop.
+
+    These are the micro-conditionings that Stable Diffusion XL was trained with (Podell et al. 2023, section 2.2). For
+    example 1920 x 1080 pixels brought to 1024 x 1024 are (1080, 1920, 0, 398, 1024, 1024).
+    """
+
+    transform: Callable[..., Any]
+
+    def __call__(self, picture: Image.Image) -> tuple[Tensor, Tensor]:
+        width, height = picture.size
+        # A box around all of it goes the picture's way; behind the crop its corner says where that begins.
+        corners = [[0.0, 0.0, float(width), float(height)]]
+        options: Any = {"format": "XYXY", "canvas_size": (height, width), "clamping_mode": None}
+        image_CHW, box_14 = self.transform(picture, tv_tensors.BoundingBoxes(corners, **options))
+        left, top = (-round(corner) for corner in box_14[0, :2].tolist())
+        original_width, original_height = picture.info.get("original_size", picture.size)
+        return image_CHW, torch.tensor([original_height, original_width, top, left, *image_CHW.shape[1:]]).float()
 
 
 @dataclass(frozen=True)
 class CaptionIds:
-    """Texts -> (B, 4, S) int64: layouts, so packed that they travel through a `Batch`; see `pack_layouts`."""
+    """Texts -> (B, 4 T, S) int64: their layouts for T text encoders, so packed that they travel through a `Batch`; see
+    `pack_layouts`."""
 
-    tokenizer: FixClipTokenizer
+    readers: tuple[tuple[FixClipTokenizer, Context], ...]
     conditioning: Conditioning
-    context: Context
 
     def __call__(self, texts: list[str]) -> Tensor:
-        layouts = [self.conditioning.lay_out(tokenize_prompt(self.tokenizer, text), self.context) for text in texts]
-        return pack_layouts(layouts)
+        packed = []
+        for tokenizer, context in self.readers:
+            layouts = [self.conditioning.lay_out(tokenize_prompt(tokenizer, text), context) for text in texts]
+            packed.append(pack_layouts(layouts))
+        return torch.cat(packed, dim=1)
 
 
 def pack_layouts(layouts: Sequence[Layout]) -> Tensor:
@@ -159,6 +209,12 @@ def unpack_layouts(packed_B4S: Tensor) -> list[Layout]:
     return layouts
 
 
+def layouts_of(encodings: Sequence[TextEncoding], packed_BRS: Tensor) -> list[tuple[TextEncoding, list[Layout]]]:
+    """Each text encoder with its layouts of B captions, which `CaptionIds` packed (R = 4 T)."""
+    parts = packed_BRS.chunk(len(encodings), dim=1)
+    return [(encoding, unpack_layouts(part)) for encoding, part in zip(encodings, parts, strict=True)]
+
+
 def tokens_of(layout: Layout) -> PromptTokens:
     """The tokens that a layout reads, each once, for another encoder to read them."""
     read_NP = layout.token_NP >= 0
@@ -177,37 +233,50 @@ def encode_pictures(vae: AutoencoderKL, image_BCHW: Tensor) -> tuple[Tensor, Ten
 
 
 @torch.no_grad()
-def encode_captions(frozen: FrozenModels, packed_B4S: Tensor) -> CaptionStates:
+def encode_captions(frozen: FrozenModels, packed_BRS: Tensor) -> CaptionStates:
     """Captions, as `frozen.caption_ids` packs them, to the hidden states of their passes, without adapter."""
-    encoding = TextEncoding(frozen.text_encoder, frozen.tokenizer)
-    layouts = unpack_layouts(packed_B4S)
-    device = frozen.text_encoder.device
-    states, _ = encode_passes(lambda ids_NP: encoding(ids_NP.to(device)), layouts, encoding.context)
-    ends = encoding.context.end_id
+    found: list[Tensor] = []
+    pooled_BE = None
+    for encoding, layouts in layouts_of(frozen.encodings, packed_BRS):
+        states, pooled = encode_passes(_on_its_device(encoding), layouts, encoding.context)
+        found.append(pad_sequence([part.flatten(0, 1) for part in states], batch_first=True))
+        pooled_BE = torch.stack(pooled) if pooled else pooled_BE
+    # All text encoders read the same tokens at the same places (`check_encodings`); the last one's layouts serve all.
+    device, ends = found[0].device, encoding.context.end_id
     text = [positions_of_text(layout.ids_NP, ends).flatten() for layout in layouts]
     return CaptionStates(
-        states=pad_sequence([part.flatten(0, 1) for part in states], batch_first=True),
+        states=torch.cat(found, dim=-1),
         text=pad_sequence(text, batch_first=True, padding_value=-1).to(device),
         source=pad_sequence([layout.source_L for layout in layouts], batch_first=True, padding_value=-1).to(device),
         size=torch.tensor([layout.ids_NP.shape[1] for layout in layouts], device=device),
+        pooled=pooled_BE,
     )
 
 
+def _on_its_device(encoding: TextEncoding) -> Callable[[Tensor], tuple[Tensor, Tensor | None]]:
+    return lambda ids_NP: encoding(ids_NP.to(encoding.encoder.device))
+
+
 @torch.no_grad()
-def encode_for_teacher(frozen: FrozenModels, packed_B4S: Tensor) -> tuple[Tensor, Tensor]:
-    """Hidden states (B, 77, D) of the base's own encoder, and whether (B,) it reads all of each caption."""
-    teacher = TextEncoding(frozen.teacher, frozen.tokenizer)
-    # A base without its original positions cannot teach (`check_frozen`), but its states are recorded all the same.
-    context = replace(teacher.context, short_length=teacher.context.short_length or CLIP_CONTEXT_LENGTH)
-    tokens = [tokens_of(layout) for layout in unpack_layouts(packed_B4S)]
-    ids = torch.cat([Stock().lay_out(part, context).ids_NP for part in tokens])
+def encode_for_teacher(frozen: FrozenModels, packed_BRS: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Hidden states (B, 77, D) of the base's own encoder, its pooled vectors (B, E) or None, and whether (B,) it reads
+    all of each caption."""
+    found, pooled_BE = [], None
+    for teacher, layouts in layouts_of(frozen.teachers, packed_BRS):
+        # A base without its original positions cannot teach (`check_frozen`), but its states are recorded all the same.
+        context = replace(teacher.context, short_length=teacher.context.short_length or CLIP_CONTEXT_LENGTH)
+        tokens = [tokens_of(layout) for layout in layouts]
+        ids = torch.cat([Stock().lay_out(part, context).ids_NP for part in tokens])
+        states, pooled = _on_its_device(teacher)(ids)
+        found.append(states)
+        pooled_BE = pooled if pooled is not None else pooled_BE
     fits = [len(part) + SPECIAL_TOKENS <= context.short_length for part in tokens]
-    return teacher(ids.to(frozen.teacher.device))[0], torch.tensor(fits, device=frozen.teacher.device)
+    return torch.cat(found, dim=-1), pooled_BE, torch.tensor(fits, device=found[0].device)
 
 
 @torch.no_grad()
 def encode_windows_for_teacher(
-    frozen: FrozenModels, packed_B4S: Tensor, plain_B4S: Tensor | None = None
+    frozen: FrozenModels, packed_BRS: Tensor, plain_BRS: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What each row of the captions' embeds would be if the base's own encoder read them in overlapping windows.
 
@@ -220,13 +289,13 @@ def encode_windows_for_teacher(
         (B, L): mean squared difference of these hidden states to those of the caption as it stands, read in the same
         windows; 0 where there is nothing to teach.
     """
-    layouts = unpack_layouts(packed_B4S)
-    wordings = layouts if plain_B4S is None else unpack_layouts(plain_B4S)
+    layouts = [part for _, part in layouts_of(frozen.teachers, packed_BRS)]
+    wordings = layouts if plain_BRS is None else [part for _, part in layouts_of(frozen.teachers, plain_BRS)]
     rows, known = _window_rows(frozen, layouts, wordings)
     gap = [row_LD.new_zeros(len(row_LD), dtype=torch.float32) for row_LD in rows]
-    pairs = enumerate(zip(layouts, wordings, strict=True))
+    pairs = enumerate(zip(layouts[0], wordings[0], strict=True))
     if others := [number for number, (own, plain) in pairs if tokens_of(own).ids != tokens_of(plain).ids]:
-        reworded = [layouts[number] for number in others]
+        reworded = [[part[number] for number in others] for part in layouts]
         literal, _ = _window_rows(frozen, reworded, reworded)
         for number, own_LD in zip(others, literal, strict=True):
             gap[number] = (rows[number] - own_LD).float().square().mean(-1) * known[number]
@@ -238,21 +307,22 @@ def encode_windows_for_teacher(
 
 
 def _window_rows(
-    frozen: FrozenModels, layouts: Sequence[Layout], wordings: Sequence[Layout]
+    frozen: FrozenModels, layouts: Sequence[Sequence[Layout]], wordings: Sequence[Sequence[Layout]]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """For each row of `layouts` the teacher's hidden state of the same token of another wording, (L, D), and whether
-    (L,) there is one."""
-    teacher = TextEncoding(frozen.teacher, frozen.tokenizer)
-    taught = [Overlap().lay_out(tokens_of(layout), teacher.context) for layout in wordings]
-    device = frozen.teacher.device
-    states, _ = encode_passes(lambda ids_NP: teacher(ids_NP.to(device)), taught, teacher.context)
-    rows, known = [], []
-    for layout, other, part in zip(layouts, taught, states, strict=True):
-        wanted_LD = torch.cat([other.join(part), part.new_zeros(1, part.shape[-1])])
-        row_L = row_of_same_token(layout, other, teacher.context.end_id).to(device)
-        rows.append(wanted_LD[row_L.clamp(min=0)])
-        known.append(row_L >= 0)
-    return rows, known
+    """For each row of `layouts` the teachers' hidden states of the same token of another wording, (L, D), and whether
+    (L,) there is one. Layouts are given for each teacher; all of them have the same tokens at the same places."""
+    columns: list[list[Tensor]] = []
+    for teacher, own, plain in zip(frozen.teachers, layouts, wordings, strict=True):
+        taught = [Overlap().lay_out(tokens_of(layout), teacher.context) for layout in plain]
+        states, _ = encode_passes(_on_its_device(teacher), taught, teacher.context)
+        rows, known = [], []
+        for layout, other, part in zip(own, taught, states, strict=True):
+            wanted_LD = torch.cat([other.join(part), part.new_zeros(1, part.shape[-1])])
+            row_L = row_of_same_token(layout, other, teacher.context.end_id).to(part.device)
+            rows.append(wanted_LD[row_L.clamp(min=0)])
+            known.append(row_L >= 0)
+        columns.append(rows)
+    return [torch.cat(parts, dim=-1) for parts in zip(*columns, strict=True)], known
 
 
 def row_of_same_token(layout: Layout, other: Layout, end_id: int) -> Tensor:
@@ -288,19 +358,44 @@ def encode_batch(frozen: FrozenModels, batch: Batch, objectives: ObjectivesSecti
     long = short = encode_captions(frozen, batch.long_ids)
     if objectives.reads_short:
         short = encode_captions(frozen, batch.short_ids)
-    teacher, fits = short.states[:, :1], torch.zeros(len(batch), dtype=torch.bool, device=short.states.device)
+    fits = torch.zeros(len(batch), dtype=torch.bool, device=short.states.device)
+    teacher, pooled = short.states[:, :1], short.pooled
     if objectives.is_taught:
-        teacher, fits = encode_for_teacher(frozen, batch.short_ids)
-    windows: tuple[Tensor, ...] = ()
+        teacher, pooled, fits = encode_for_teacher(frozen, batch.short_ids)
+    windows: dict[str, Tensor] = {}
     if objectives.reads_windows:
-        windows = encode_windows_for_teacher(frozen, batch.long_ids, batch.plain_ids)
-    return Features(mean, logvar, long, short, teacher, fits, batch.seeds, batch.keys, batch.skipped, *windows)
+        found = encode_windows_for_teacher(frozen, batch.long_ids, batch.plain_ids)
+        windows = dict(zip(WINDOWS, found, strict=True))
+    return Features(
+        mean=mean,
+        logvar=logvar,
+        long=long,
+        short=short,
+        teacher=teacher,
+        teacher_fits=fits,
+        seeds=batch.seeds,
+        keys=batch.keys,
+        skipped=batch.skipped,
+        teacher_pooled=pooled,
+        time_ids=batch.sizes,
+        **windows,
+    )
 
 
-def empty_states(frozen: FrozenModels) -> tuple[CaptionStates, Tensor]:
-    """The empty caption's states of the encoder, and (1, 77, D) of the base's own."""
+def empty_states(frozen: FrozenModels) -> tuple[CaptionStates, Tensor, Tensor | None]:
+    """What the UNet reads for no caption: the encoder's states, and (1, 77, D) and (1, E) or None of the base's own.
+
+    A base of `zeros_for_empty` has 77 rows of zeros there and a pooled vector of zeros, which no adapter changes.
+    """
     packed = frozen.caption_ids([""])
-    return encode_captions(frozen, packed), encode_for_teacher(frozen, packed)[0]
+    empty, (teacher, pooled, _) = encode_captions(frozen, packed), encode_for_teacher(frozen, packed)
+    if not frozen.zeros_for_empty:
+        return empty, teacher, pooled
+    rows_1L = torch.arange(teacher.shape[1], device=teacher.device)[None]
+    zeros = torch.zeros_like(teacher)
+    no_pooled = None if pooled is None else torch.zeros_like(pooled)
+    nothing = CaptionStates(zeros, torch.full_like(rows_1L, -1), rows_1L, torch.tensor([len(rows_1L[0])]), no_pooled)
+    return nothing.map(lambda tensor: tensor.to(teacher.device)), zeros, no_pooled
 
 
 # -- what a cache was made with ------------------------------------------------------------------------------
@@ -322,14 +417,18 @@ def cache_key(recipe: AdapterRecipe, frozen: FrozenModels, resolution: int) -> d
         "caption filters": recipe.captions.model_dump(mode="json", exclude=SHORT_CAPTIONS),
         "given short captions": recipe.captions.short_caption == "given",
     }
+    if frozen.reads_sizes:
+        key["sizes of pictures"] = True
     if section.text:
-        key |= {
-            "text_encoder": weights_digest(frozen.text_encoder),
-            "base text_encoder": weights_digest(frozen.teacher),
-            "tokenizer": tokenizer_digest(frozen.tokenizer),
-            "captions": recipe.captions.model_dump(mode="json"),
-        }
-        key["conditioning"] = asdict(frozen.caption_ids.context) | {"name": frozen.caption_ids.conditioning.name}
+        for encoding, teacher in zip(frozen.encodings, frozen.teachers, strict=True):
+            key |= {
+                encoding.tower.encoder: weights_digest(encoding.encoder),
+                f"base {encoding.tower.encoder}": weights_digest(teacher.encoder),
+                encoding.tower.tokenizer: tokenizer_digest(encoding.tokenizer),
+            }
+        key["captions"] = recipe.captions.model_dump(mode="json")
+        conditioning = {"name": frozen.prompt_encoder.conditioning.name}
+        key["conditioning"] = asdict(frozen.encodings[0].context) | conditioning
         if recipe.objectives.reads_windows:
             key["window states"] = True
     return key
@@ -476,21 +575,25 @@ class FeatureCache:
             ) from error
 
     def _encode(self, rows: Sequence[LoadedSample], batches: Batches, frozen: FrozenModels) -> dict[str, Tensor]:
-        images, longs, shorts = ([row[i] for row in rows] for i in range(3))
-        mean, logvar = encode_pictures(frozen.vae, torch.stack(cast(list[Tensor], images)))
+        pictures, longs, shorts = ([row[i] for row in rows] for i in range(3))
+        images, sizes = stack_pictures(cast(list[Picture], pictures))
+        mean, logvar = encode_pictures(frozen.vae, images)
         tensors = {"mean": mean, "logvar": logvar}
         if self.section.text:
             packed_B4S = batches.tokenizer(cast(list[str], longs + shorts))
             long_ids, short_ids = packed_B4S[: len(rows)], packed_B4S[len(rows) :]
             tensors |= encode_captions(frozen, long_ids).tensors("long")
             tensors |= encode_captions(frozen, short_ids).tensors("short")
-            tensors["teacher"], tensors["teacher_fits"] = encode_for_teacher(frozen, short_ids)
+            tensors["teacher"], pooled, tensors["teacher_fits"] = encode_for_teacher(frozen, short_ids)
+            tensors |= {} if pooled is None else {"teacher_pooled": pooled}
             if self.key.get("window states"):
                 plain_ids = batches.tokenizer([row[5] for row in rows])
                 windows = encode_windows_for_teacher(frozen, long_ids, plain_ids)
-                tensors |= dict(zip(("windows", "windows_known", "windows_gap"), windows, strict=True))
+                tensors |= dict(zip(WINDOWS, windows, strict=True))
         dtype = DTYPES[self.section.dtype]
-        return {name: (t.to(dtype) if t.is_floating_point() else t).cpu() for name, t in tensors.items()}
+        tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+        tensors |= {} if sizes is None else {"time_ids": sizes}  # whole pixels, which fp16 rounds from 2048 on
+        return {name: t.cpu() for name, t in tensors.items()}
 
     def read(self, index: int) -> tuple[dict[str, Tensor], str]:
         """One sample's tensors, floats in float32, and its key.
@@ -549,7 +652,9 @@ class CachedLatents(Batches):
         tensors, key = self.cache.read(index)
         sample, long, short = self.captions(epoch, index)
         seed = sample_seeds(self.config.seed, epoch, index)[2]
-        return torch.cat([tensors["mean"], tensors["logvar"]]), long, short, seed, key, plain_wording(sample, long)
+        moments = torch.cat([tensors["mean"], tensors["logvar"]])
+        picture = (moments, tensors["time_ids"]) if "time_ids" in tensors else moments
+        return picture, long, short, seed, key, plain_wording(sample, long)
 
 
 class CachedFeatures(Batches):

@@ -11,12 +11,13 @@ from fixclip_diffusion.conditioning import get_conditioning
 
 
 class BaseSection(Section):
-    """The Stable Diffusion to adapt to, and the text encoder to adapt."""
+    """The Stable Diffusion to adapt to, and the text encoders to adapt."""
 
-    base: str = Field(min_length=1, description="Stable Diffusion 1.x or 2.x: folder, hub or built-in name")
+    base: str = Field(min_length=1, description="Stable Diffusion 1.x, 2.x or XL: folder, hub or built-in name")
     encoder: str | None = Field(
         default=None, description="text encoder: folder, hub or built-in name; null: the base's"
     )
+    encoder_2: str | None = Field(default=None, description="Stable Diffusion XL: the second one, a ViT-bigG/14")
     conditioning: str | None = Field(
         default=None,
         description="how captions of more than 77 tokens are read: overlap, one_pass or chunks, see "
@@ -116,7 +117,9 @@ class FeaturesSection(Section):
     """The cache of latents and text states; see `features`."""
 
     folder: str | None = Field(default=None, min_length=1, description="null: encode at every step")
-    text: bool = Field(default=False, description="cache text states too: 0.4 MB a caption at 248 x 768 in fp16")
+    text: bool = Field(
+        default=False, description="cache text states too: 0.4 MB a caption at 248 x 768 in fp16, 1 MB for two encoders"
+    )
     dtype: Literal["fp16", "fp32"] = Field(default="fp16", description="of what the cache holds")
     shard_size: int = Field(default=512, ge=1, description="samples a file")
     batch_size: int = Field(default=8, ge=1, description="samples encoded at a time")

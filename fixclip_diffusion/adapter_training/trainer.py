@@ -20,7 +20,6 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from fixclip_core.data.config import READ_SCENES, DataConfig
 from fixclip_core.data.loader import Batch, Batches, Loader
@@ -34,7 +33,7 @@ from fixclip_core.training.memory import activation_bytes
 from fixclip_core.training.metrics import MetricsLog
 from fixclip_core.training.optim import check_finite
 from fixclip_core.training.trainer import CHECKPOINTS, Trainer, batches, changed
-from fixclip_diffusion import builtin, tiny
+from fixclip_diffusion import builtin
 from fixclip_diffusion.adapter import TextAdapter
 from fixclip_diffusion.adapter_training.features import (
     CachedFeatures,
@@ -47,13 +46,16 @@ from fixclip_diffusion.adapter_training.features import (
     picture_transform,
     write_attention_out,
 )
+from fixclip_diffusion.adapter_training.joined import JoinedAdapter, adapter_folders
 from fixclip_diffusion.adapter_training.objectives import Denoiser, Features, adapter_losses, noise_target
+from fixclip_diffusion.adapter_training.random_models import random_base
 from fixclip_diffusion.adapter_training.recipe import AdapterRecipe, BaseSection, ObjectivesSection
+from fixclip_diffusion.auto import load_plain_pipeline, pipeline_of
 from fixclip_diffusion.conditioning import CLIP_CONTEXT_LENGTH
+from fixclip_diffusion.families import STABLE_DIFFUSION_XL, TextEncoding, Tower
 from fixclip_diffusion.fingerprint import MADE_FOR, check_made_for, fingerprint
-from fixclip_diffusion.pipeline import FixClipStableDiffusionPipeline
+from fixclip_diffusion.loading import encoder_class, file_tower
 from fixclip_diffusion.state_mask import mask_empty_states
-from fixclip_diffusion.text_encoder import FixClipTextEncoder
 from fixclip_diffusion.tokenizer import FixClipTokenizer
 
 logger = logging.getLogger(__name__)
@@ -64,15 +66,6 @@ LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 SAMPLES = "samples"
 CROSS_ATTENTION = r".*attn2\.(to_q|to_k|to_v|to_out\.0)"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SD15_UNET: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768}
-SD15_VAE: dict[str, Any] = {
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-    "sample_size": 512,
-}
-_GIB = 2**30
 
 
 class Trainable(nn.Module):
@@ -81,7 +74,7 @@ class Trainable(nn.Module):
     Frozen models are passed to `forward` and not registered here, so that checkpoints and averages stay small.
     """
 
-    def __init__(self, adapter: TextAdapter, lora: Mapping[str, nn.Parameter]):
+    def __init__(self, adapter: TextAdapter | JoinedAdapter, lora: Mapping[str, nn.Parameter]):
         super().__init__()
         self.adapter = adapter
         self.lora_names = tuple(lora)
@@ -90,12 +83,17 @@ class Trainable(nn.Module):
     def forward(self, features: Features, denoiser: Denoiser, objectives: ObjectivesSection) -> dict[str, Tensor]:
         return adapter_losses(self.adapter, features, denoiser, objectives)
 
+    @property
+    def adapters(self) -> list[TextAdapter]:
+        """One for each text encoder."""
+        return self.adapter.adapters if isinstance(self.adapter, JoinedAdapter) else [self.adapter]
+
     def lora_state(self) -> dict[str, Tensor]:
         return {name: p.detach() for name, p in zip(self.lora_names, self.lora, strict=True)}
 
 
 class AdapterTrainer(Trainer):
-    """Trains a `TextAdapter` and, on demand, a LoRA of the UNet; `module` is `Trainable`.
+    """Trains a `TextAdapter` for each text encoder and, on demand, a LoRA of the UNet; `module` is `Trainable`.
 
     Args:
         recipe: what to do.
@@ -108,7 +106,7 @@ class AdapterTrainer(Trainer):
     frozen: FrozenModels
     denoiser: Denoiser
     resolution: int
-    made_for: dict[str, str]
+    made_for: list[dict[str, str]]  # for each text encoder
 
     def __init__(self, recipe: AdapterRecipe, models: FrozenModels | None = None):
         super().__init__(recipe)
@@ -122,7 +120,7 @@ class AdapterTrainer(Trainer):
         given = self.models and replace(self.models, conditioning=recipe.model.conditioning)
         frozen = self.frozen = given or load_frozen(recipe.model)
         check_frozen(frozen, recipe)
-        self.made_for = fingerprint(frozen.text_encoder, frozen.tokenizer)
+        self.made_for = [fingerprint(encoding.encoder, encoding.tokenizer) for encoding in frozen.encodings]
         torch.manual_seed(recipe.seed)  # whatever loading drew from the generators
         adapter = make_adapter(recipe, frozen, self.made_for)
         place(frozen, self.accelerator.device, DTYPES[recipe.train.precision])
@@ -153,12 +151,14 @@ class AdapterTrainer(Trainer):
         Raises:
             ValueError: see `Trainer.start`; the run was begun with another encoder or tokenizer.
         """
+        first, *others = self.made_for
+        made_for = first | {f"second {name}": digest for part in others for name, digest in part.items()}
         if list_checkpoints(self.folder / CHECKPOINTS):
-            check_made_for(self.folder, self.made_for)
+            check_made_for(self.folder, made_for)
         self.accelerator.wait_for_everyone()
         super().start(resume)
         if self.accelerator.is_main_process:
-            _write_made_for(self.folder, self.made_for)
+            _write_made_for(self.folder, made_for)
 
     # -- the step --------------------------------------------------------------------------------------------
 
@@ -181,12 +181,17 @@ class AdapterTrainer(Trainer):
     # -- what comes out --------------------------------------------------------------------------------------
 
     def save(self) -> Path:
-        """Write adapter/ and, if one was trained, lora/, which stock `load_lora_weights` reads."""
+        """Write adapter/ and, if one was trained, lora/, which stock `load_lora_weights` reads.
+
+        In adapter/ lies the adapter, or for Stable Diffusion XL text_encoder/ and text_encoder_2/, each with its own.
+        """
         check_finite(self.model)
         if self.accelerator.is_main_process:
             module = self.ema_module
-            module.adapter.save_pretrained(self.folder / ADAPTER)
-            _write_made_for(self.folder / ADAPTER, self.made_for)
+            folders = adapter_folders(self.folder / ADAPTER, [encoding.tower for encoding in self.frozen.encodings])
+            for adapter, folder, made_for in zip(module.adapters, folders, self.made_for, strict=True):
+                adapter.save_pretrained(folder)
+                _write_made_for(folder, made_for)
             if module.lora_names:
                 save_lora(self.frozen.unet, module.lora_state(), self.folder / LORA)
         self.accelerator.wait_for_everyone()
@@ -202,16 +207,18 @@ class AdapterTrainer(Trainer):
             frozen, module = self.frozen, self.ema_module
             if not self.references:
                 with self.denoiser.base_unet():
-                    if frozen.teacher.short_context_length:
-                        self.references["stock"] = self.generate_samples(frozen.teacher, "stock")
-                    self.references["untuned"] = self.generate_samples(frozen.text_encoder, frozen.conditioning)
+                    if all(teacher.context.short_length for teacher in frozen.teachers):
+                        self.references["stock"] = self.generate_samples(frozen.teachers, "stock")
+                    self.references["untuned"] = self.generate_samples(frozen.encodings, frozen.conditioning)
             try:
                 # The encoder casts what it is given, and the adapter in training must stay in float32.
-                frozen.text_encoder.set_adapter_module(copy.deepcopy(module.adapter))
+                for encoding, adapter in zip(frozen.encodings, module.adapters, strict=True):
+                    encoding.encoder.set_adapter_module(copy.deepcopy(adapter))
                 with self.lora_weights(module):
-                    current = self.generate_samples(frozen.text_encoder, frozen.conditioning)
+                    current = self.generate_samples(frozen.encodings, frozen.conditioning)
             finally:
-                frozen.text_encoder.set_adapter_module(None)
+                for encoding in frozen.encodings:
+                    encoding.encoder.set_adapter_module(None)
             columns = {**self.references, "current": current}
             picture = sample_sheet(columns, self.recipe.samples.prompts)
             folder = self.folder / SAMPLES
@@ -233,23 +240,17 @@ class AdapterTrainer(Trainer):
             for parameter, value in zip(self.module.lora, before, strict=True):
                 parameter.copy_(value)
 
-    def generate_samples(self, encoder: FixClipTextEncoder, conditioning: str | None) -> list[Image.Image]:
+    def generate_samples(self, encodings: tuple[TextEncoding, ...], conditioning: str | None) -> list[Image.Image]:
         section, frozen = self.recipe.samples, self.frozen
-        tokenizer = frozen.tokenizer
-        if tokenizer.context_length != encoder.context_length:
-            tokenizer = copy.deepcopy(tokenizer)
-            tokenizer.context_length = tokenizer.model_max_length = encoder.context_length
-        pipe: Any = FixClipStableDiffusionPipeline(
-            vae=frozen.vae,
-            text_encoder=encoder,
-            tokenizer=tokenizer,
-            unet=frozen.unet,
-            scheduler=copy.deepcopy(frozen.sampler),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-            conditioning=conditioning,
-        )
+        components: dict[str, Any] = {"vae": frozen.vae, "unet": frozen.unet}
+        for encoding in encodings:
+            encoder, tokenizer = encoding.encoder, encoding.tokenizer
+            if tokenizer.context_length != encoder.context_length:
+                tokenizer = copy.deepcopy(tokenizer)
+                tokenizer.context_length = tokenizer.model_max_length = encoder.context_length
+            components |= {encoding.tower.encoder: encoder, encoding.tower.tokenizer: tokenizer}
+        components["scheduler"] = copy.deepcopy(frozen.sampler)
+        pipe: Any = pipeline_of(frozen.family, components, conditioning, frozen.zeros_for_empty)
         pipe.set_progress_bar_config(disable=True)
         return [
             pipe(
@@ -271,7 +272,7 @@ class AdapterTrainer(Trainer):
         cache = "none" if recipe.features.folder is None else recipe.features.folder
         return {
             "base": f"{recipe.model.base}, {cast(Any, frozen.scheduler.config).prediction_type}",
-            "encoder": f"{recipe.model.encoder or 'the base encoder'}, "
+            "encoder": f"{' and '.join(filter(None, self.encoder_names)) or 'the base encoder'}, "
             + f"long captions {frozen.prompt_encoder.conditioning.summary}",
             "trained": f"{trained / 1e6:.2f}M parameters: {recipe.adapter.kind} adapter"
             + (f", LoRA of rank {recipe.lora.rank}" if recipe.lora.rank else ""),
@@ -279,6 +280,10 @@ class AdapterTrainer(Trainer):
             f"{self.resolution} px",
             "cache": f"{cache}{', with text states' if recipe.features.text and recipe.features.folder else ''}",
         }
+
+    @property
+    def encoder_names(self) -> list[str | None]:
+        return [self.recipe.model.encoder, self.recipe.model.encoder_2]
 
     def memory(self) -> dict[str, int]:
         modules = {id(module): module for module in self.frozen.modules}.values()
@@ -311,7 +316,7 @@ class AdapterTrainer(Trainer):
         """A base that is no local folder is replaced by random weights."""
         models = None
         if not Path(builtin.resolve(recipe.model.base)).is_dir():
-            models = random_stable_diffusion(DTYPES[recipe.train.precision], recipe.seed)
+            models = random_base(recipe.model.base, DTYPES[recipe.train.precision], recipe.seed)
         return cls(smoke_recipe(recipe, folder, 2 * PartialState().num_processes), models)
 
 
@@ -319,39 +324,76 @@ class AdapterTrainer(Trainer):
 
 
 def load_frozen(section: BaseSection) -> FrozenModels:
-    """The base and the encoder to adapt, in float32.
+    """The base and the text encoders to adapt, in float32.
 
     Raises:
-        ValueError: see `FixClipStableDiffusionPipeline.from_pretrained`; the encoder's width is not the UNet's; the
-            base is a whole model, with adapter and LoRA.
+        ValueError: see the pipelines' `from_pretrained`; an encoder's width is not the UNet's; the base is a whole
+            model, with adapter and LoRA; or see `check_encodings`.
     """
-    pipe = FixClipStableDiffusionPipeline.from_pretrained(
-        builtin.resolve(section.base),
-        encoder=section.encoder,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    encoder = pipe.text_encoder
-    if encoder.adapter is not None:
-        logger.warning("the text encoder carries an adapter, which is left out; adapter.start_from goes on from one")
-        encoder.set_adapter_module(None)
-    teacher = encoder
-    if section.encoder is not None:
-        teacher = FixClipTextEncoder.from_pretrained(section.base, subfolder="text_encoder")
-        teacher.set_adapter_module(None)
-    schedule = DDPMScheduler.from_config(pipe.scheduler.config)
+    base = builtin.resolve(section.base)
+    pipe: Any = load_plain_pipeline(base, encoder=section.encoder, encoder_2=section.encoder_2)
+    encodings = pipe.prompt_encoder.encodings
+    for encoding in encodings:
+        if encoding.encoder.adapter is not None:
+            logger.warning(
+                "%s carries an adapter, which is left out; adapter.start_from goes on from one", encoding.tower.encoder
+            )
+            encoding.encoder.set_adapter_module(None)
+    names = dict(zip(("text_encoder", "text_encoder_2"), (section.encoder, section.encoder_2), strict=True))
+    teachers = [e if names[e.tower.encoder] is None else _own_encoding(base, e) for e in encodings]
+    check_encodings(encodings, section)
     return FrozenModels(
-        pipe.vae, encoder, teacher, pipe.unet, schedule, pipe.scheduler, pipe.tokenizer, section.conditioning
+        vae=pipe.vae,
+        encodings=encodings,
+        teachers=tuple(teachers),
+        unet=pipe.unet,
+        scheduler=DDPMScheduler.from_config(pipe.scheduler.config),
+        sampler=pipe.scheduler,
+        conditioning=section.conditioning,
+        family=pipe.family,
+        zeros_for_empty=bool(pipe.config.get("force_zeros_for_empty_prompt", False)),
     )
+
+
+def _own_encoding(base: str, encoding: TextEncoding) -> TextEncoding:
+    """The base's own text encoder in the place of another, with the same tokenizer."""
+    tower: Tower = encoding.tower
+    load: Any = encoder_class(tower)
+    if Path(base).is_file():
+        teacher = load.from_file(base, file_tower(base, tower), hidden_state=tower.output)
+    else:
+        teacher = load.from_pretrained(base, subfolder=tower.encoder, hidden_state=tower.output)
+    teacher.set_adapter_module(None)
+    return replace(encoding, encoder=teacher)
+
+
+def check_encodings(encodings: tuple[TextEncoding, ...], section: BaseSection) -> None:
+    """Refuse text encoders that do not read the same tokens at the same places.
+
+    Raises:
+        ValueError: the refiner, which has the second one only; or encoders of other lengths or vocabularies.
+    """
+    if encodings[0].tower == STABLE_DIFFUSION_XL.towers[1]:
+        raise ValueError(f"base {section.base!r} has the second text encoder only: adapters are trained on the base")
+    first, *others = encodings
+    for other in others:
+        one, two = (replace(encoding.context, pad_id=0) for encoding in (first, other))
+        if one != two:
+            raise ValueError(
+                f"model.encoder and model.encoder_2 read texts differently: {one.length} and {two.length} positions, "
+                f"of which {one.short_length} and {two.short_length} are the original ones, padding {one.padding} and "
+                f"{two.padding}; give encoders trained alike, or keep the base's weights for short texts in both"
+            )
+        if first.tokenizer.get_vocab() != other.tokenizer.get_vocab():
+            raise ValueError(f"base {section.base!r}: its two tokenizers have different vocabularies")
 
 
 def check_frozen(frozen: FrozenModels, recipe: AdapterRecipe) -> None:
     """Refuse models that cannot be trained with as the recipe says.
 
     Raises:
-        ValueError: an inpainting UNet, an unknown prediction type, a base without its own positions, or windows of
-            77 tokens for an encoder without its original positions.
+        ValueError: an inpainting UNet, an unknown prediction type, a base without its own positions, windows of
+            77 tokens for an encoder without its original positions, or a VAE that fp16 makes overflow.
     """
     unet, vae = cast(Any, frozen.unet.config), cast(Any, frozen.vae.config)
     if unet.in_channels != vae.latent_channels:
@@ -361,15 +403,21 @@ def check_frozen(frozen: FrozenModels, recipe: AdapterRecipe) -> None:
         )
     zeros = torch.zeros(1, 1, 1, 1)
     noise_target(frozen.scheduler, zeros, zeros, torch.zeros(1, dtype=torch.long))
-    if recipe.objectives.is_taught and not frozen.teacher.short_context_length:
+    if frozen.reads_sizes and recipe.train.precision == "fp16" and vae.get("force_upcast"):
+        raise ValueError(
+            f"train.precision=fp16: the VAE of base {recipe.model.base!r} overflows in it (force_upcast); use bf16 or "
+            "fp32"
+        )
+    short_length = min(teacher.context.short_length for teacher in frozen.teachers)
+    if recipe.objectives.is_taught and not short_length:
         raise ValueError(
             f"base {recipe.model.base!r}: its text encoder has no original positions, so it cannot teach; give a stock "
             "base, or set objectives.weight_prediction and objectives.weight_states to 0"
         )
-    if recipe.objectives.reads_windows and frozen.teacher.short_context_length != CLIP_CONTEXT_LENGTH:
+    if recipe.objectives.reads_windows and short_length != CLIP_CONTEXT_LENGTH:
         raise ValueError(
             f"base {recipe.model.base!r}: its text encoder cannot read windows of {CLIP_CONTEXT_LENGTH} tokens, as it "
-            f"has {frozen.teacher.short_context_length or 'none'} of its original positions; give a stock base, or set "
+            f"has {short_length or 'none'} of its original positions; give a stock base, or set "
             "objectives.weight_windows to 0"
         )
     try:
@@ -378,26 +426,40 @@ def check_frozen(frozen: FrozenModels, recipe: AdapterRecipe) -> None:
         raise ValueError(f"model.encoder={recipe.model.encoder or recipe.model.base!r}: {error}") from None
 
 
-def make_adapter(recipe: AdapterRecipe, frozen: FrozenModels, made_for: dict[str, str]) -> TextAdapter:
-    """A new adapter, or the one to go on from.
+def make_adapter(
+    recipe: AdapterRecipe, frozen: FrozenModels, made_for: list[dict[str, str]]
+) -> TextAdapter | JoinedAdapter:
+    """New adapters for all text encoders, or those to go on from.
 
     Raises:
         ValueError: sizes that do not fit, or an adapter that was made for another encoder or tokenizer.
     """
-    section, encoder = recipe.adapter, frozen.text_encoder
-    if section.start_from is None:
-        sizes = section.model_dump(exclude={"start_from"})
-        name = frozen.prompt_encoder.conditioning.name
-        adapter = TextAdapter(encoder.config.hidden_size, max_tokens=encoder.context_length, conditioning=name, **sizes)
-    else:
-        adapter = TextAdapter.from_pretrained(section.start_from)
-        if adapter.config["width"] != encoder.config.hidden_size:
-            raise ValueError(
-                f"adapter.start_from={section.start_from!r}: an adapter of width {adapter.config['width']} on a text "
-                f"encoder of width {encoder.config.hidden_size}"
-            )
-        check_made_for(Path(builtin.resolve(section.start_from)), made_for)
-        adapter.config["conditioning"] = frozen.prompt_encoder.conditioning.name
+    start, conditioning = recipe.adapter.start_from, frozen.prompt_encoder.conditioning.name
+    towers = [encoding.tower for encoding in frozen.encodings]
+    folders: list[Path | None] = [None] * len(towers)
+    if start is not None:
+        folders = list(adapter_folders(Path(builtin.resolve(start)), towers))
+    adapters: dict[str, TextAdapter] = {}
+    for encoding, folder, digests in zip(frozen.encodings, folders, made_for, strict=True):
+        encoder = encoding.encoder
+        if folder is None:
+            sizes = recipe.adapter.model_dump(exclude={"start_from"})
+            adapter = TextAdapter(encoder.config.hidden_size, max_tokens=encoder.context_length, **sizes)
+        else:
+            adapter = _adapter_to_go_on_from(folder, encoder.config.hidden_size, digests)
+        adapter.config["conditioning"] = conditioning
+        adapters[encoding.tower.encoder] = adapter
+    return JoinedAdapter(adapters) if len(adapters) > 1 else adapter
+
+
+def _adapter_to_go_on_from(folder: Path, width: int, made_for: dict[str, str]) -> TextAdapter:
+    adapter = TextAdapter.from_pretrained(folder)
+    if adapter.config["width"] != width:
+        raise ValueError(
+            f"adapter.start_from={str(folder)!r}: an adapter of width {adapter.config['width']} on a text encoder of "
+            f"width {width}"
+        )
+    check_made_for(folder, made_for)
     return adapter
 
 
@@ -438,7 +500,7 @@ def make_denoiser(frozen: FrozenModels, has_lora: bool) -> Denoiser:
             frozen.unet.enable_adapters()
 
     config = cast(Any, frozen.vae.config)
-    empty, empty_teacher = empty_states(frozen)
+    empty, empty_teacher, empty_teacher_pooled = empty_states(frozen)
     mask_empty_states(frozen.unet)
     return Denoiser(
         unet=frozen.unet,
@@ -448,6 +510,7 @@ def make_denoiser(frozen: FrozenModels, has_lora: bool) -> Denoiser:
         empty=empty,
         empty_teacher=empty_teacher,
         base_unet=without_lora if has_lora else nullcontext,
+        empty_teacher_pooled=empty_teacher_pooled,
     )
 
 
@@ -464,7 +527,7 @@ def make_loader(
     config = DataConfig(**fields, batch_size=batch_size, seed=recipe.seed)
     source = open_source(config)
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    transform = picture_transform(resolution, section.random_crop, section.flip)
+    transform = picture_transform(resolution, section.random_crop, section.flip, frozen.reads_sizes)
     draft_size = 2 * resolution if config.draft else None
     arguments = (source, config, transform, frozen.caption_ids, rank, world_size, draft_size)
     result = Batches(*arguments)
@@ -529,7 +592,7 @@ def smoke_recipe(recipe: AdapterRecipe, folder: str | Path, batch_size: int = 2)
     Models, adapter, weights of the objectives, optimizer and precision stay the recipe's.
     """
     changes: dict[str, dict[str, Any]] = {
-        "model": {"encoder": None},
+        "model": {"encoder": None, "encoder_2": None},
         "adapter": {"start_from": None},
         "data": {**READ_SCENES, "stop": 2 * batch_size, "workers": 0},
         "captions": {"short_caption": "first_sentence", "filter_captions": False},
@@ -542,34 +605,3 @@ def smoke_recipe(recipe: AdapterRecipe, folder: str | Path, batch_size: int = 2)
     }
     changes["data"]["resolution"] = max(64, (recipe.data.resolution or 512) // 2)
     return changed(recipe, changes)
-
-
-def random_stable_diffusion(dtype: torch.dtype = torch.float32, seed: int = 0) -> FrozenModels:
-    """Models of Stable Diffusion 1.5's sizes with random weights: 1.07 billion of them."""
-    from fixclip_core.weights.write import clip_tokenizer
-
-    default = torch.get_default_dtype()
-    torch.manual_seed(seed)
-    try:
-        torch.set_default_dtype(dtype)  # made in float32 and cast, the UNet alone would take 5 GB for a while
-        unet = UNet2DConditionModel(**SD15_UNET)
-        vae = AutoencoderKL(**SD15_VAE)
-        text = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=49408,
-                hidden_size=768,
-                intermediate_size=3072,
-                num_hidden_layers=12,
-                num_attention_heads=12,
-                projection_dim=768,
-                eos_token_id=2,
-            )
-        )
-        encoder = FixClipTextEncoder.from_clip(text)
-    finally:
-        torch.set_default_dtype(default)
-    plain = clip_tokenizer()
-    tokenizer = FixClipTokenizer(vocab=plain.get_vocab(), merges=plain._merges)
-    sampler = tiny.scheduler()
-    schedule = DDPMScheduler.from_config(sampler.config)
-    return FrozenModels(vae, encoder, encoder, unet, schedule, sampler, tokenizer)

@@ -76,6 +76,7 @@ def adapter_losses(
         noisy=denoiser.scheduler.add_noise(draws.latents, draws.noise, draws.timestep),
         target=noise_target(denoiser.scheduler, draws.latents, draws.noise, draws.timestep),
         weight=snr_weight(denoiser.scheduler, draws.timestep, section.snr_gamma),
+        pooled=None if captions.pooled is None else captions.pooled[number_R],
     )
     short_share, long_share = section.short_share, 1 - section.short_share
     read_share = long_share * (1 - section.caption_dropout)

@@ -1,7 +1,8 @@
 """What a step of the adapter's training reads: features of a batch, and random draws from them.
 
 Shape letters: B samples, R draws, C latent channels, H, W latent height and width, N passes, P positions of a pass,
-S = N P positions of a caption, L rows of its embeds, D width.
+S = N P positions of a caption, L rows of its embeds, D width of the UNet's embeds (all text encoders side by side), E
+width of the pooled vector.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,29 +26,35 @@ class CaptionStates:
 
     Attributes:
         states: (B, S, D), passes one behind the other; 0 behind a caption's own.
-        text: (B, S), 1 for the text of each pass, 0 for its padding, -1 behind a caption's own passes.
+        text: (B, S), 1 for the text of each pass, 0 for its padding, -1 where no adapter is to act: behind a caption's
+            own passes, and in the empty caption of a base whose UNet reads zeros for it.
         source: (B, L), the position in `states` that each row of the embeds comes from, -1 behind a caption's own rows.
         size: (B,), positions P of each caption's passes.
+        pooled: (B, E), the pooled vector of each caption's first pass; None where the UNet reads none.
     """
 
     states: Tensor
     text: Tensor
     source: Tensor
     size: Tensor
+    pooled: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.states)
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors under the names NAME.states and so on, for a cache."""
-        return {f"{name}.{field.name}": getattr(self, field.name) for field in fields(self)}
+        values = {f"{name}.{field.name}": getattr(self, field.name) for field in fields(self)}
+        return {key: value for key, value in values.items() if value is not None}
 
     @classmethod
     def from_tensors(cls, name: str, tensors: dict[str, Tensor]) -> "CaptionStates":
-        return cls(**{field.name: tensors[f"{name}.{field.name}"] for field in fields(cls)})
+        start = f"{name}."
+        return cls(**{key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)})
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "CaptionStates":
-        return CaptionStates(*(function(getattr(self, field.name)) for field in fields(self)))
+        values: dict[str, Tensor | None] = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: function(value) for name, value in values.items() if value is not None})
 
     def __getitem__(self, rows: Tensor) -> "CaptionStates":
         return self.map(lambda tensor: tensor[rows.to(tensor.device)])
@@ -66,7 +73,9 @@ class CaptionStates:
             return torch.cat(rows)
 
         sizes = torch.cat([part.size for part in parts])
-        return CaptionStates(joined("states", 0), joined("text", -1), joined("source", -1), sizes)
+        pooled = [part.pooled for part in parts if part.pooled is not None]
+        pooled_BE = torch.cat(pooled) if pooled else None
+        return CaptionStates(joined("states", 0), joined("text", -1), joined("source", -1), sizes, pooled_BE)
 
 
 @dataclass(frozen=True)
@@ -84,6 +93,9 @@ class Features:
         windows_known: (B, L) False for tokens that the teacher has not read, as it read the caption's plain wording.
         windows_gap: (B, L) mean squared difference to what the teacher makes of the caption as it stands; 0 where its
             hidden state is not known.
+        teacher_pooled: (B, E) pooled vectors of the short captions by the base's own encoder, or None.
+        time_ids: (B, 6) size of the picture, place of the crop, size of the crop, as Stable Diffusion XL's UNet reads
+            them, for example (1080, 1920, 0, 398, 1024, 1024); None for other UNets.
     """
 
     mean: Tensor
@@ -98,6 +110,8 @@ class Features:
     windows: Tensor | None = None
     windows_known: Tensor | None = None
     windows_gap: Tensor | None = None
+    teacher_pooled: Tensor | None = None
+    time_ids: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.seeds)
@@ -132,6 +146,7 @@ class Denoiser:
         empty: states of the empty caption by the encoder to adapt, B = 1.
         empty_teacher: (1, 77, D) the same by the base's own encoder.
         base_unet: what to compute the base's predictions in, e.g. a context that switches the LoRA off.
+        empty_teacher_pooled: (1, E) the empty caption's pooled vector by the base's own encoder, or None.
     """
 
     unet: Any
@@ -141,11 +156,24 @@ class Denoiser:
     empty: CaptionStates
     empty_teacher: Tensor
     base_unet: Callable[[], AbstractContextManager[Any]] = nullcontext
+    empty_teacher_pooled: Tensor | None = None
 
-    def predict(self, noisy_RCHW: Tensor, timestep_R: Tensor, embeds_RLD: Tensor) -> Tensor:
-        """The UNet's prediction in float32; it does not attend to rows of zeros, see `state_mask`."""
-        dtype = self.unet.dtype
-        return self.unet(noisy_RCHW.to(dtype), timestep_R, embeds_RLD.to(dtype)).sample.float()
+    def predict(
+        self,
+        noisy_RCHW: Tensor,
+        timestep_R: Tensor,
+        embeds_RLD: Tensor,
+        pooled_RE: Tensor | None = None,
+        time_ids_R6: Tensor | None = None,
+    ) -> Tensor:
+        """The UNet's prediction in float32; it does not attend to rows of zeros, see `state_mask`.
+
+        Pooled vectors and time ids are read by Stable Diffusion XL's UNet, and by no other.
+        """
+        dtype, added = self.unet.dtype, {}
+        if pooled_RE is not None:
+            added["added_cond_kwargs"] = {"text_embeds": pooled_RE.to(dtype), "time_ids": time_ids_R6}
+        return self.unet(noisy_RCHW.to(dtype), timestep_R, embeds_RLD.to(dtype), **added).sample.float()
 
 
 @dataclass(frozen=True)

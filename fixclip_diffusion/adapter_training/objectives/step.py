@@ -21,6 +21,7 @@ class Step:
         length: (R,) rows of each.
         noisy, target: (R, C, H, W) noisy latents, and what the UNet is to predict.
         weight: (R,) of each draw's noise prediction.
+        pooled: (R, E) pooled vector of each draw's caption, or None.
     """
 
     draws: Draws
@@ -31,11 +32,17 @@ class Step:
     noisy: Tensor
     target: Tensor
     weight: Tensor
+    pooled: Tensor | None = None
 
     @cached_property
     def predicted(self) -> Tensor:
         """(R, C, H, W); the UNet runs once, for the first objective that asks."""
-        return self.denoiser.predict(self.noisy, self.draws.timestep, self.embeds)
+        return self.denoiser.predict(self.noisy, self.draws.timestep, self.embeds, self.pooled, self.time_ids)
+
+    @property
+    def time_ids(self) -> Tensor | None:
+        """(R, 6) of each draw's picture, or None."""
+        return None if self.features.time_ids is None else self.features.time_ids[self.draws.sample]
 
     @cached_property
     def taught(self) -> Tensor:
@@ -50,6 +57,19 @@ class Step:
         rows = self.taught
         states = self.features.teacher[self.draws.sample[rows]]
         return torch.where(self.draws.dropped[rows, None, None], self.denoiser.empty_teacher.to(states), states)
+
+    @cached_property
+    def taught_predictions(self) -> Tensor:
+        """(taught draws, C, H, W) what the base predicts of them: without gradient, adapter and LoRA."""
+        rows, pooled, time_ids = self.taught, self.features.teacher_pooled, self.time_ids
+        empty = self.denoiser.empty_teacher_pooled
+        if pooled is not None and empty is not None and time_ids is not None:
+            pooled = pooled[self.draws.sample[rows]]
+            pooled = torch.where(self.draws.dropped[rows, None], empty.to(pooled), pooled)
+            time_ids = time_ids[rows]
+        with torch.no_grad(), self.denoiser.base_unet():
+            noisy, timestep = self.noisy[rows], self.draws.timestep[rows]
+            return self.denoiser.predict(noisy, timestep, self.teacher, pooled, time_ids)
 
 
 class Objective(Protocol):
@@ -101,16 +121,18 @@ def adapted_embeds(
     if scope == "text":
         embeds_CLD, source_CL = joined(captions.states, captions.source)
         text_CL = captions.text.gather(1, source_CL.clamp(min=0)) * (source_CL >= 0)
-        embeds_CLD = adapter(embeds_CLD, text_CL > 0).to(embeds_CLD.dtype) * (source_CL >= 0)[..., None]
-        return embeds_CLD, (source_CL >= 0).sum(1)
+        adapted_CLD = adapter(embeds_CLD, text_CL > 0).to(embeds_CLD.dtype) * (source_CL >= 0)[..., None]
+        has_text_C11 = (text_CL > 0).any(1)[:, None, None]
+        return torch.where(has_text_C11, adapted_CLD, embeds_CLD), (source_CL >= 0).sum(1)
     states_CSD = torch.zeros_like(captions.states)
     sizes = sorted(set(captions.size.tolist()))
     groups = [captions.size == size for size in sizes] if not masks else [captions.size > 0]
     for group_C in groups:
         members = group_C.nonzero()[:, 0]
         part, size = captions[members], int(captions.size[members].max())
-        # One pass of a caption has its own length; several have the length of them all.
-        single_C = part.size == (part.text >= 0).sum(1)
+        # One pass of a caption has its own length; several have the length of them all. No adapter acts on some.
+        acted_C = (part.text >= 0).sum(1)
+        single_C = (part.size == acted_C) | (acted_C == 0)
         if masks and not bool((single_C | (part.size == size)).all()):
             return adapted_embeds(adapter, captions, masks=False)
         states_MSD, text_MS = part.states, part.text
