@@ -142,3 +142,7 @@ def test_a_mark_says_why():
         for found in BLOCK.finditer(page.read_text(encoding="utf-8")):
             mark = found["mark"] or ""
             assert "not run" not in mark or NOT_RUN.fullmatch(mark), f"{name}: {mark!r} says no reason"
+
+
+def test_the_readme_is_for_newcomers():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 120

@@ -11,7 +11,7 @@ import run_notebooks
 from mkdocs.commands.build import build
 from mkdocs.config import load_config
 from mkdocs.exceptions import Abort
-from site_pages import recipes_page, site_links
+from site_pages import assets_of, recipes_page, site_links
 
 from fixclip_core import builtin
 from fixclip_core.synthesis.recipe import CaptionRecipe
@@ -98,19 +98,29 @@ def test_what_leads_nowhere_ends_the_build(text, tmp_path):
 @pytest.mark.parametrize(
     ("path", "link", "expected"),
     [
-        ("faq.md", "../comfyui/README.md", "comfyui/README.md"),
-        ("tutorials/comfyui.md", "../../comfyui/README.md#nodes", "../comfyui/README.md#nodes"),
-        ("comfyui/README.md", "../docs/diffusers.md#x", "../diffusers.md#x"),
-        ("pipelines/captions/README.md", "../../docs/data.md", "../../data.md"),
-        ("CHANGELOG.md", "docs/training.md", "training.md"),
-        ("index.md", "notebooks/first_steps.ipynb", "notebooks/first_steps.md"),
-        ("notebooks/first_steps.md", "first_steps.ipynb", "first_steps.ipynb"),
-        ("index.md", "#start", "#start"),
-        ("index.md", "https://arxiv.org/abs/2507.10095", "https://arxiv.org/abs/2507.10095"),
+        ("faq.md", "[it](../comfyui/README.md)", "[it](comfyui/README.md)"),
+        ("tutorials/comfyui.md", "[it](../../comfyui/README.md#nodes)", "[it](../comfyui/README.md#nodes)"),
+        ("comfyui/README.md", "[it](../docs/faq.md#x)", "[it](../faq.md#x)"),
+        ("CHANGELOG.md", "[it](docs/faq.md)", "[it](faq.md)"),
+        ("index.md", "[it](notebooks/first_steps.ipynb)", "[it](notebooks/first_steps.md)"),
+        ("notebooks/first_steps.md", "[it](first_steps.ipynb)", "[it](first_steps.ipynb)"),
+        ("faq.md", "![it](images/method.svg)", "![it](images/method.svg)"),
+        ("faq.md", "[it](../pyproject.toml)", "it"),
+        ("faq.md", "[it](../tests)", "it"),
+        ("faq.md", "[it](gone.md)", "[it](gone.md)"),
+        ("index.md", "[it](#start)", "[it](#start)"),
+        ("index.md", "[it](https://arxiv.org/abs/2507.10095)", "[it](https://arxiv.org/abs/2507.10095)"),
     ],
 )
 def test_links_of_the_repository_become_links_of_the_site(path, link, expected):
-    assert site_links(f"see [it]({link}), and (that)", path) == f"see [it]({expected}), and (that)"
+    pages = {"index.md", "faq.md", "comfyui/README.md", "images/method.svg"}
+    pages |= {"notebooks/first_steps.md", "notebooks/first_steps.ipynb"}
+    assert site_links(f"see {link}, and (that)", path, pages) == f"see {expected}, and (that)"
+
+
+def test_pages_outside_the_docs_bring_what_they_show():
+    text = "![a](example_workflows/long_prompt_sd15.json) [b](encode.py) [c](gone.png) [d](../docs/images/method.svg)"
+    assert assets_of(text, "comfyui/README.md") == {"comfyui/example_workflows/long_prompt_sd15.json"}
 
 
 @pytest.mark.skipif(not builtin.is_available(), reason="this copy has no embedded weights")

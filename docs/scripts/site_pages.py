@@ -2,7 +2,8 @@
 
 - reference/: the API (mkdocstrings fills it in), the fields of the recipes from their schema, the commands from typer;
 - the page of each notebook;
-- pages of the navigation that lie outside docs/, at their path in the repository, such as comfyui/README.md.
+- pages of the navigation that lie outside docs/, at their path in the repository, such as comfyui/README.md, with
+  the pictures and workflows that they link to.
 
 Links are written for the repository, so that the pages also work where it is browsed; `on_page_markdown` turns them
 into the site's.
@@ -12,7 +13,7 @@ import inspect
 import json
 import posixpath
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from typer.cli import get_docs_for_click
 
 ROOT = Path(__file__).parents[2]
 
-LINK = re.compile(r"(?<=\]\()(?P<target>[^)\s#:]+)(?P<anchor>#[^)\s]*)?(?=\))")
+LINK = re.compile(r"\[(?P<text>[^\[\]]*)\]\((?P<target>[^)\s#:]+)(?P<anchor>#[^)\s]*)?\)")
+ASSETS = {".gif", ".jpg", ".json", ".png", ".svg", ".webp"}
 
 # page of the reference -> title, and the objects it shows
 API: dict[str, tuple[str, list[str]]] = {
@@ -111,16 +113,19 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     files.append(File.generated(config, "reference/recipes.md", content=recipes_page()))
     files.append(File.generated(config, "reference/commands.md", content=commands_page()))
     for path in filter(lies_outside, pages_of(config.nav)):
-        files.append(File.generated(config, path, content=(ROOT / path).read_text(encoding="utf-8")))
+        text = (ROOT / path).read_text(encoding="utf-8")
+        files.append(File.generated(config, path, content=text))
+        for asset in assets_of(text, path):
+            files.append(File.generated(config, asset, content=(ROOT / asset).read_bytes()))
     for notebook in sorted(Path(config.docs_dir).rglob("*.ipynb")):
         for path, made in notebook_files(notebook, Path(config.docs_dir)):
             files.append(File.generated(config, path, content=made))
     return files
 
 
-def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
+def on_page_markdown(markdown: str, page: Page, files: Files, **_: Any) -> str:
     """Links between files of the repository become links between pages of the site."""
-    return site_links(markdown, page.file.src_uri)
+    return site_links(markdown, page.file.src_uri, files.src_uris)
 
 
 def pages_of(nav: Any) -> Iterator[str]:
@@ -132,27 +137,44 @@ def pages_of(nav: Any) -> Iterator[str]:
 
 
 def lies_outside(path: str) -> bool:
-    """Whether a page of the site is a file of the repository outside docs/."""
-    return (ROOT / path).is_file() and not (ROOT / "docs" / path).is_file()
+    """Whether this path of the site is a file of the repository outside docs/."""
+    return (ROOT / path).is_file() and not path.startswith("docs/") and not (ROOT / "docs" / path).is_file()
 
 
-def site_links(markdown: str, path: str) -> str:
+def assets_of(markdown: str, path: str) -> set[str]:
+    """Paths in the repository of the pictures and workflows that a page outside docs/ links to."""
+    targets = (_in_repository(link["target"], path) for link in LINK.finditer(markdown))
+    return {target for target in targets if Path(target).suffix in ASSETS and lies_outside(target)}
+
+
+def _in_repository(target: str, path: str) -> str:
+    """A link's path in the repository, from the page at `path` of the site."""
+    folder = posixpath.dirname(path if lies_outside(path) else f"docs/{path}")
+    return posixpath.normpath(posixpath.join(folder, target))
+
+
+def site_links(markdown: str, path: str, pages: Collection[str]) -> str:
     """The text of a page of the site with each relative link as the site needs it.
+
+    A link to a file of the repository that the site does not have, such as a script, becomes its text. One that leads
+    nowhere stays, and ends a strict build.
 
     Args:
         markdown: e.g. "[nodes](../comfyui/README.md)".
         path: of the page in the site, e.g. "faq.md"; the example becomes "[nodes](comfyui/README.md)".
+        pages: paths of everything in the site.
     """
-    folder = posixpath.dirname(path)
-    in_repository = folder if lies_outside(path) else posixpath.join("docs", folder)
 
     def replace(link: re.Match[str]) -> str:
-        target = posixpath.normpath(posixpath.join(in_repository, link["target"]))
-        target = target.removeprefix("docs/")
+        file = _in_repository(link["target"], path)
+        target = file.removeprefix("docs/")
         as_page = re.sub(r"\.ipynb$", ".md", target)
         if as_page != path:  # a notebook's own page links to the file, to download it
             target = as_page
-        return posixpath.relpath(target, folder or ".") + (link["anchor"] or "")
+        if target not in pages and (ROOT / file).exists():
+            return link["text"]
+        relative = posixpath.relpath(target, posixpath.dirname(path) or ".")
+        return f"[{link['text']}]({relative}{link['anchor'] or ''})"
 
     return LINK.sub(replace, markdown)
 
