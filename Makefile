@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Two test processes with one thread each beat one process with two threads.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 MPLBACKEND=Agg
 
-.PHONY: demo benchmark-demo app docs test lint format install dev clean
+.PHONY: demo dist benchmark-demo app docs test lint format install dev clean
 
 install: $(VENV)/.installed
 dev: $(VENV)/.installed-dev
@@ -46,7 +46,7 @@ $(VENV)/.installed-app: pyproject.toml
 
 # The web page, on http://127.0.0.1:7860; see docs/app.md for its options.
 app: $(VENV)/.installed-app
-	$(BIN)/python apps/demo.py
+	$(BIN)/fixclip-app
 
 $(VENV)/.installed-docs: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -56,6 +56,16 @@ $(VENV)/.installed-docs: pyproject.toml
 # The documentation site: build/site/index.html. A broken link or reference ends it. While you write: mkdocs serve.
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 HF_HUB_OFFLINE=1 $(BIN)/mkdocs build --strict
+
+# What a release is made of: dist/, looked at, installed in an environment of its own (build/wheel), and drawn with.
+dist: $(VENV)/.installed-dev
+	rm -rf dist build/wheel
+	$(BIN)/python -W error::DeprecationWarning:setuptools -m build
+	$(BIN)/twine check --strict dist/*
+	test $$(stat -c %s dist/*.whl) -lt 45000000
+	$(PYTHON) -m venv build/wheel
+	build/wheel/bin/pip install --quiet dist/*.whl
+	cd build/wheel && bin/fixclip doctor && bin/fixclip demo --steps 5 -o demo.png
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

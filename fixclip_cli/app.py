@@ -23,7 +23,7 @@ EXTRAS = dict.fromkeys(TRAINING_LIBRARIES, "train") | {"openai": "caption", "py3
 
 
 class Command(TyperCommand):
-    """A command that is an app of its own, such as `python apps/demo.py`."""
+    """A command that is an app of its own, such as `fixclip-app`."""
 
     def main(self, args: Any = None, standalone_mode: bool = True, **kwargs: Any) -> Any:  # type: ignore[override]
         return _with_one_line_errors(super().main, args, standalone_mode, **kwargs)

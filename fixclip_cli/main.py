@@ -4,7 +4,7 @@ Heavy libraries are imported by the commands that need them, so that `fixclip --
 """
 
 # Each module adds its commands to the app, in the order of `fixclip --help`.
-from fixclip_cli import generate, demo, evaluate_images, data, caption, weights, train, evaluate  # noqa: F401, I001
+from fixclip_cli import generate, demo, doctor, evaluate_images, data, caption, weights, train, evaluate  # noqa: F401, I001
 from fixclip_cli.app import app
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 import types
 from concurrent.futures import CancelledError
 from contextlib import aclosing
@@ -26,10 +27,10 @@ import torch
 import yaml
 
 pytest.importorskip("gradio", reason="the page needs the extra `app`")
-import demo
 import httpx
 from app_server import make_model, serve
 from command_line import error_of
+from fixclip_app import command as demo
 from fixclip_app.jobs import (
     Limits,
     Picture,
@@ -49,6 +50,8 @@ from gradio_client import Client
 from gradio_client.exceptions import AppError
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from PIL import Image
 from tiny_scenes import write_model
 from typer.testing import CliRunner
@@ -641,12 +644,16 @@ def test_only_this_machine_and_no_public_link_unless_asked():
 
 
 def test_the_folder_alone_is_a_space(model, tmp_path):
-    """A copy of apps/ elsewhere, started as a Space starts it, on the model that the environment names."""
-    space = shutil.copytree(ROOT / "apps", tmp_path / "space", ignore=shutil.ignore_patterns("__pycache__"))
+    """A copy of apps/space/ elsewhere, started as a Space starts it, on the model that the environment names."""
+    space = shutil.copytree(ROOT / "apps" / "space", tmp_path / "space", ignore=shutil.ignore_patterns("__pycache__"))
     front_matter = yaml.safe_load((space / "README.md").read_text().split("---")[1])
     assert (space / front_matter["app_file"]).is_file()
     assert front_matter["sdk"] == "gradio"
-    assert (space / "requirements.txt").read_text().startswith("fixclip[app]")
+    assert (space / "requirements.txt").read_text() == "fixclip[app]\n"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    gradio = Requirement(next(line for line in project["optional-dependencies"]["app"] if line.startswith("gradio")))
+    assert gradio.specifier.contains(front_matter["sdk_version"])
+    assert SpecifierSet(project["requires-python"]).contains(f"{front_matter['python_version']}.0")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -656,7 +663,7 @@ def test_the_folder_alone_is_a_space(model, tmp_path):
         "GRADIO_SERVER_PORT": str(port),
         "GRADIO_TEMP_DIR": str(tmp_path / "cache"),
     }
-    environment.pop("PYTHONPATH", None)
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "apps")])  # where the package is not installed
     with subprocess.Popen([sys.executable, "app.py"], cwd=space, env=environment, stdout=subprocess.DEVNULL) as server:
         try:
             wait_until(lambda: server.poll() is not None or answers(port), seconds=90)

@@ -40,7 +40,7 @@ ROOMS = {
     ),
     "fixclip_cli": (
         ("app", "models", "pictures"),
-        ("train", "caption", "data", "demo", "evaluate", "evaluate_images", "generate", "weights"),
+        ("train", "caption", "data", "demo", "doctor", "evaluate", "evaluate_images", "generate", "weights"),
         ("main",),
         ("__main__",),
     ),

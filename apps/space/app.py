@@ -6,7 +6,7 @@ variables (GRADIO_SERVER_NAME, GRADIO_SERVER_PORT), which a Space sets.
 
 import os
 
-from demo import load
+from fixclip_app.command import load
 from fixclip_app.model import ModelChoice
 from fixclip_app.page import build, launch
 
