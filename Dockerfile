@@ -17,6 +17,7 @@ ENV PIP_NO_CACHE_DIR=1 \
     GRADIO_SERVER_NAME=0.0.0.0 \
     GRADIO_ANALYTICS_ENABLED=False
 
+# hadolint ignore=DL3013
 RUN if [ -n "$TORCH_INDEX" ]; then pip install --index-url "$TORCH_INDEX" torch torchvision; fi
 
 COPY . /opt/fixclip
@@ -25,7 +26,7 @@ RUN SETUPTOOLS_SCM_PRETEND_VERSION_FOR_FIXCLIP="$VERSION" pip install "/opt/fixc
     && mkdir /data \
     && chown fixclip /data
 
-USER fixclip
+USER 1000
 WORKDIR /data
 EXPOSE 7860
 HEALTHCHECK --start-period=2m CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:7860/config')"]

@@ -37,10 +37,10 @@ def main() -> None:
 
 def serve() -> str:
     sys.path.insert(0, str(Path(__file__).parents[1] / "apps"))
-    import demo
+    from fixclip_app.command import load
     from fixclip_app.page import build, launch
 
-    return launch(build(demo.load(None, None)), prevent_thread_lock=True, quiet=True)[1]
+    return launch(build(load(None, None)), prevent_thread_lock=True, quiet=True)[1]
 
 
 def soak(url: str, clients: int, seconds: float, steps: int, size: int) -> dict:

@@ -113,7 +113,7 @@ def optional_parts() -> Iterator[Finding]:
 
 
 def picture() -> Finding:
-    """A scene of three objects, drawn by the embedded model and looked at by the checker; it draws most of them right."""
+    """A scene of three objects, drawn by the embedded model, which draws most of them right, and checked."""
     from fixclip_core import builtin
 
     if not builtin.is_available():
@@ -157,5 +157,7 @@ def _draw() -> Finding:
     right = sum(item.right for item in result.objects)
     text = f"{right} of {len(result.objects)} objects drawn as asked, {seconds:.1f} s on {pipe.device}"
     if not right:
-        return Finding("BAD", "picture", f"{text}: look at versions that are marked BAD, then try --device cpu of generate")
+        return Finding(
+            "BAD", "picture", f"{text}: look at versions that are marked BAD, then try --device cpu of generate"
+        )
     return Finding("ok", "picture", text)
