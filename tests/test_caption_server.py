@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from fixclip_core.data.config import DataConfig
 from fixclip_core.data.pack import PackOptions, pack
 from fixclip_core.data.samples import check_captions
 from fixclip_core.data.sources import open_source
+from fixclip_core.synthesis.drivers.batch import write_batch
 from fixclip_core.synthesis.drivers.server import ServerError, ServerOptions, caption
 from fixclip_core.synthesis.job import Job
 from fixclip_core.synthesis.journal import Journal, Task
@@ -138,6 +140,7 @@ def test_retry_after_is_honoured(images, tmp_path):
     ("fault", "reason", "detail"),
     [
         ("400", "refused_request", "400: the image is too large"),
+        ("429", "rate_limited", "429: slow down"),
         ("500", "server_error", "500: out of memory"),
         ("half", "no_connection", "RemoteProtocolError"),
         ("no_json", "bad_answer", "no JSON: '<html>504"),
@@ -400,6 +403,37 @@ def test_a_full_disk(images, captioned, tmp_path):
         caption(job(images, out), options(server))
         assert sum(server.answered.values()) == answered + COUNT - 1 - before
     assert files(out) == files(captioned)
+
+
+def peak_of(work):
+    """Bytes of Python's memory that a call takes at its height."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("driver", ["server", "batch"])
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path, driver):
+    folder, size = tmp_path / "images", 48
+    folder.mkdir()
+    for number in range(400):
+        pixels = random.Random(number).randbytes(size * size * 3)  # 7 KB as a PNG, 10 KB in a request
+        Image.frombytes("RGB", (size, size), pixels).save(folder / f"{number:03d}.png")
+
+    def run(count):
+        here = job(folder, tmp_path / f"out{count}", stop=count)
+        if driver == "batch":
+            write_batch(here, tmp_path / "batch.jsonl")
+        else:
+            assert caption(here, options(server))["written"] == count
+
+    with CaptionServer().running() as server:
+        run(20)  # what is loaded once
+        few, many = peak_of(lambda: run(40)), peak_of(lambda: run(400))
+    assert many - few < 360 * 3_000  # the server's own log and names of files, but no image, request or answer
 
 
 def test_half_a_line_in_a_journal_counts_as_not_written(images, captioned, tmp_path):

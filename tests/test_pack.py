@@ -61,6 +61,14 @@ def test_workers_and_sources_do_not_change_the_shards(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps, "a finished pack is left alone"
 
 
+def test_files_that_were_decoded_before_are_not_decoded_again(tmp_path):
+    manifest = write_manifest(tmp_path / "in", 3)
+    damaged = tmp_path / "in" / "1.png"
+    damaged.write_bytes(damaged.read_bytes()[:200])
+    assert [sample.reason for sample in run_pack(manifest, tmp_path / "out").skipped] == ["truncated_image"]
+    assert run_pack(manifest, tmp_path / "trusting", decoded_before=True).written == 3
+
+
 def test_every_bad_sample_is_reported_and_the_rest_packed(tmp_path):
     manifest, reasons = write_bad_manifest(tmp_path / "in", good=20)
     report = run_pack(manifest, tmp_path / "out", shard_size=7, workers=2)

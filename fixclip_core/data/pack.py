@@ -49,12 +49,14 @@ class PackOptions:
         resize: pixels that `side` of a larger image is reduced to; None keeps the files as they are.
         side: the side that `resize` speaks of.
         filters: captions to leave out; None keeps all.
+        decoded_before: these very files were decoded already, so those that stay as they are are not decoded again.
     """
 
     shard_size: int = 1000
     resize: int | None = None
     side: Literal["shortest", "longest"] = "shortest"
     filters: CaptionFilters | None = None
+    decoded_before: bool = False
 
     def __post_init__(self) -> None:
         if self.shard_size < 1:
@@ -271,11 +273,12 @@ def _entry(sample: Sample, index: int, options: PackOptions) -> dict[str, Any]:
 
 
 def stored_image(sample: Sample, options: PackOptions) -> tuple[str, bytes]:
-    """(extension, file) to store. Every image is decoded, or training would find the damage."""
+    """(extension, file) to store. Every image is decoded once, or training would find the damage."""
     resize, measure = options.resize, max if options.side == "longest" else min
     kind, size = _header(sample)
     if kind in KEPT_FORMATS and (resize is None or measure(size) <= resize):
-        decode_image(sample, draft_size=1)  # a JPEG's data is read completely, its pixels at an eighth
+        if not options.decoded_before:
+            decode_image(sample, draft_size=1)  # a JPEG's data is read completely, its pixels at an eighth
         assert isinstance(sample.image, bytes)
         return KEPT_FORMATS[kind], sample.image
     image = decode_image(sample, draft_size=2 * resize if resize else None)

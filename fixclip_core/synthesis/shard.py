@@ -176,7 +176,9 @@ class Shard:
         if self.job.as_manifest:
             written, skipped = self._write_rows(file)
         else:
-            written, skipped = write_shard(self.read, self.indices, file, PackOptions(), self.job.state)
+            # An image with a caption was decoded before it was asked about, and `inputs` says that it is the same.
+            options = PackOptions(decoded_before=True)
+            written, skipped = write_shard(self.read, self.indices, file, options, self.job.state)
         verdicts = [self.verdict(task) for task in self._answers]
         record = {
             "shard": self.number,

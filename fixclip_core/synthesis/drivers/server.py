@@ -26,11 +26,13 @@ from fixclip_core.data.samples import BadSampleError
 from fixclip_core.synthesis.accept import MalformedResponseError, read_answer
 from fixclip_core.synthesis.job import Job
 from fixclip_core.synthesis.journal import Task
+from fixclip_core.synthesis.prompts import Prompt
 from fixclip_core.synthesis.shard import Shard
 
 API_KEY = "OPENAI_API_KEY"
 # Of each client: for every request the client looks at all its connections, so many in one cost more than many ones.
-_CONNECTIONS = 16
+_CONNECTIONS = 4
+_JSON = {"headers": {"Content-Type": "application/json"}}
 
 
 @dataclass(frozen=True)
@@ -131,15 +133,18 @@ class Server:
         except (ValueError, KeyError, TypeError):
             raise MalformedResponseError(f"no list of models: {listing[:100]!r}") from None
 
-    async def ask(self, body: dict[str, Any]) -> Any:
+    async def ask(self, body: bytes) -> Any:
         """The response to a chat completion, parsed.
+
+        Args:
+            body: the request as JSON; the client would copy one that is not encoded yet several times.
 
         Raises:
             RequestFailedError: this request failed.
             ServerError: every request would.
         """
         try:
-            text = await next(self._turns).post("/chat/completions", body=body, cast_to=str)
+            text = await next(self._turns).post("/chat/completions", content=body, options=_JSON, cast_to=str)
         except openai.AuthenticationError as error:
             raise self._wrong_key(error) from None
         except openai.NotFoundError as error:
@@ -284,7 +289,7 @@ class Captioning:
             if self.stopping:
                 return
             try:
-                prompt, body = await asyncio.to_thread(self.job.question, task)
+                prompt, body = await asyncio.to_thread(self._question, task)
                 answer = read_answer(await self.server.ask(body), self.job.model)
                 self._failed_in_a_row = 0
                 shard.add(task, prompt, answer)
@@ -300,6 +305,10 @@ class Captioning:
                 self.stop(error)
         if shard.settled(task.index):
             self.progress.one_settled(shard.number)
+
+    def _question(self, task: Task) -> tuple[Prompt, bytes]:
+        prompt, body = self.job.question(task)
+        return prompt, json.dumps(body).encode()
 
     def _failed(self, shard: Shard, task: Task, error: RequestFailedError) -> None:
         shard.leave_out(task.index, error.reason, error.detail)
