@@ -32,7 +32,6 @@ from fixclip_core.synthesis.shard import Shard
 API_KEY = "OPENAI_API_KEY"
 # Of each client: for every request the client looks at all its connections, so many in one cost more than many ones.
 _CONNECTIONS = 4
-_JSON = {"headers": {"Content-Type": "application/json"}}
 
 
 @dataclass(frozen=True)
@@ -144,7 +143,10 @@ class Server:
             ServerError: every request would.
         """
         try:
-            text = await next(self._turns).post("/chat/completions", content=body, options=_JSON, cast_to=str)
+            headers = {"Content-Type": "application/json"}
+            text = await next(self._turns).post(
+                "/chat/completions", content=body, options={"headers": headers}, cast_to=str
+            )
         except openai.AuthenticationError as error:
             raise self._wrong_key(error) from None
         except openai.NotFoundError as error:
