@@ -215,8 +215,8 @@ def test_wrong_stages_and_recipes_are_named(tmp_path):
     vae = str(HERE / "vae.yaml")
     for arguments, code, message in (
         (["gan", vae], 2, "No such command 'gan'"),
-        (["vae", vae, "channels=12"], 1, "command line: channels=12: it should be a valid list"),
-        (["vae", vae, "train.steps=null", f"output.folder={tmp_path}"], 1, "train.steps: missing"),
+        (["vae", vae, "channels=12"], 2, "command line: channels=12: it should be a valid list"),
+        (["vae", vae, "train.steps=null", f"output.folder={tmp_path}"], 2, "train.steps: missing"),
     ):
         result = CliRunner().invoke(pretrain.app, arguments)
         assert result.exit_code == code
@@ -240,7 +240,8 @@ def test_a_stage_has_a_plan_and_a_smoke_test(tmp_path):
 
 
 def test_every_stage_has_a_valid_recipe_and_known_needs():
-    found = {stage.name: stage for stage in [*run.stages(), *(run.retrieval_run(m, 1e-4, 0) for m in run.METHODS)]}
+    single = [run.retrieval_run(m, 1e-4, 0) for m in run.METHODS] + [run.rival_run(m, 1e-4, 0) for m in run.RIVALS]
+    found = {stage.name: stage for stage in [*run.stages(), *single]}
     for stage in found.values():
         assert set(stage.needs) <= found.keys(), stage
         script = next((part for part in stage.command if part.startswith("train_")), None)

@@ -10,6 +10,9 @@ import typer
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
+from fixclip_core.model.config import FINE_TUNE
+from fixclip_core.weights.load import load_fixclip
+
 OUT = Path("outputs/scenes")
 BUILTIN = Path("fixclip_diffusion/builtin/scenes")
 PARTS = {
@@ -39,6 +42,13 @@ def base(
     load_in_full_precision(partial / "text_encoder")
     shutil.rmtree(output, ignore_errors=True)
     partial.rename(output)
+    typer.echo(output)
+
+
+@app.command()
+def stretched(clip: Path = OUT / "clip" / "model", output: Path = OUT / "rivals" / "stretched") -> None:
+    """Write the base CLIP with stretched positions, as every training begins: nothing is trained."""
+    load_fixclip(clip, **FINE_TUNE).save_pretrained(output)
     typer.echo(output)
 
 

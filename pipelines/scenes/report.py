@@ -7,6 +7,7 @@ pipelines/scenes/results/, which is in the repository; without it the page is ma
 import json
 import math
 import statistics
+import sys
 import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -19,6 +20,8 @@ import numpy as np
 import typer
 
 matplotlib.use("Agg")
+sys.path.insert(0, str(Path(__file__).parent))  # for those who import this file; a script has it there
+import rivals
 from matplotlib import pyplot
 
 from fixclip_core import scenes
@@ -104,6 +107,8 @@ def collect() -> None:
             runs[folder.name] = last_evaluation(folder)
     if runs:
         (RESULTS / "ablations.json").write_text(json.dumps(runs, indent=1) + "\n")
+    if found := rivals.collect(OUT / "rivals"):
+        (RESULTS / "rivals.json").write_text(json.dumps(found, indent=1) + "\n")
     parts = {name: OUT / name for name in ("clip", "vae", "robust", "unet", "encoder")}
     training = {name: evaluations(folder) for name, folder in parts.items() if (folder / "metrics.jsonl").exists()}
     if training:
@@ -427,6 +432,19 @@ def tuning_table() -> str:
     return table(["learning rate", *rates], rows) if rows else "Not measured yet."
 
 
+def rivals_table() -> str:
+    found = rivals.read(RESULTS)
+    if not found:
+        return rivals.NOT_YET
+    rivals.plot_curves(found, IMAGES / "results_rivals.png")
+    return table(*rivals.methods_rows(found)) + "\n\n![R@1 over the steps](images/results_rivals.png)"
+
+
+def verdicts_table() -> str:
+    found = rivals.read(RESULTS)
+    return table(*rivals.verdict_rows(found)) if found.get("differences") else rivals.NOT_YET
+
+
 def noise_table() -> str:
     """pipelines/captions/noise.py: what became of the captions, and the recalls after a training on them."""
     file = RESULTS / "caption_noise.json"
@@ -499,6 +517,8 @@ TABLES = {
     "retrieval": retrieval_table,
     "ablations": ablations_table,
     "tuning": tuning_table,
+    "rivals": rivals_table,
+    "rival verdicts": verdicts_table,
     "caption noise": noise_table,
 }
 

@@ -167,6 +167,67 @@ def ablations() -> list[Stage]:
     return [retrieval_run(method, tuned(method), seed) for method, seed in runs]
 
 
+# -- FIX-CLIP's modules and its rivals (issue 21) ------------------------------------------------------------
+
+DEBIASED = ("captions.short_caption=debiased", "captions.pad_short=true")
+RIVALS: dict[str, tuple[str, ...]] = {
+    "finetune": ("method=finetune",),
+    "longclip": ("method=longclip",),
+    "debias": ("method=longclip", *DEBIASED),
+    "fixclip": (),
+    "fixclip_no_prompts": ("model.num_prompts=0",),
+    "fixclip_no_masking": ("model.masking=none",),
+    "fixclip_no_groups": ("model.num_groups=0",),
+    "fixclip_debias": DEBIASED,
+    "fixclip_states": ("train.weight_states=3",),
+}
+UNTRAINED = ("base", "stretched")
+TUNING_SEED = 100  # of the runs that choose the learning rates; it is in no table
+RIVAL_STEPS = 1000
+TWINS = 5000  # scenes of the hard retrieval sets
+
+
+def rival_run(method: str, lr: float, seed: int) -> Stage:
+    name = f"rivals/{method}-lr{lr:g}-seed{seed}"
+    fields = [f"output.folder={OUT / name}", f"seed={seed}", f"optim.lr={lr:g}", f"train.steps={RIVAL_STEPS}"]
+    command = launched("train_encoder.py", f"{HERE}/encoder.yaml", *fields, "eval.every=100", *RIVALS[method])
+    return Stage(name, command, ("clip",), OUT / name / "model" / "config.json")
+
+
+def rival_tuning() -> list[Stage]:
+    """Every method at every learning rate, all alike, on a seed that is not reported."""
+    return [rival_run(method, lr, TUNING_SEED) for method in RIVALS for lr in LEARNING_RATES]
+
+
+def rival_lr(method: str) -> float:
+    return max(LEARNING_RATES, key=lambda lr: score(rival_run(method, lr, TUNING_SEED)))
+
+
+def twins_of(name: str, model: Path, needs: Sequence[str]) -> Stage:
+    """Retrieval among 5,000 scenes, and choices between each and its near twins."""
+    result = OUT / "rivals" / "twins" / f"{name}.json"
+    command = ("-m", "fixclip_cli", "evaluate", str(model), "--data", f"scenes-twins:{TWINS}", "-o", str(result))
+    return Stage(f"twins/{name}", command, tuple(needs), result)
+
+
+def rivals() -> list[Stage]:
+    """Tuning; then, once all of it is there, three seeds of every method and the hard sets for each of them."""
+    stretched = OUT / "rivals" / "stretched"
+    untrained = [
+        twins_of("base", OUT / "clip" / "model", ["clip"]),
+        Stage("rivals/stretched", (f"{HERE}/package.py", "stretched"), ("clip",), stretched / "config.json"),
+        twins_of("stretched", stretched, ["rivals/stretched"]),
+    ]
+    tuned_runs = rival_tuning()
+    if not all((ROOT / stage.result).exists() for stage in tuned_runs):
+        return [*untrained, *tuned_runs]
+    runs = [rival_run(method, rival_lr(method), seed) for method in RIVALS for seed in SEEDS]
+    return [
+        *untrained, *tuned_runs, *runs,
+        *(twins_of(Path(stage.name).name, stage.result.parent, [stage.name]) for stage in runs),
+    ]  # fmt: skip
+
+
 def evaluations() -> list[Stage]:
     needs = {
         "trained": ("encoder_diffusers",),
@@ -193,7 +254,10 @@ GROUPS: dict[str, Callable[[], list[Stage]]] = {
     "evaluations": evaluations,
     "tuning": tuning,
     "ablations": ablations,
+    "rivals": rivals,
 }
+STAGES_HELP = f"Stages or groups ({', '.join(GROUPS)}); default: all but rivals."
+BY_NAME_ONLY = ("rivals",)  # 54 trainings of 1,000 steps: about 16 hours of one core
 
 
 def stages() -> list[Stage]:
@@ -202,14 +266,14 @@ def stages() -> list[Stage]:
 
 
 def select(names: Sequence[str]) -> list[Stage]:
-    """The stages of these names and groups; all of them for none.
+    """The stages of these names and groups; for none all of them but those that run by name only.
 
     Raises:
         SystemExit: there is no such stage or group.
     """
     known = {stage.name: stage for stage in stages()}
     chosen: dict[str, Stage] = {}
-    for name in names or GROUPS:
+    for name in names or [group for group in GROUPS if group not in BY_NAME_ONLY]:
         if name not in known and name not in GROUPS:
             raise SystemExit(f"no stage {name!r}: valid are {', '.join([*GROUPS, *known])}")
         for stage in GROUPS[name]() if name in GROUPS else [known[name]]:
@@ -265,7 +329,8 @@ def run(chosen: Sequence[Stage], jobs: int) -> None:
 
 def main(
     names: Annotated[
-        list[str] | None, typer.Argument(help=f"Stages or groups ({', '.join(GROUPS)}); default: all.")
+        list[str] | None,
+        typer.Argument(help=STAGES_HELP),
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Stages that run at the same time, with a thread each.")] = 2,
     show: Annotated[

@@ -1,0 +1,197 @@
+"""FIX-CLIP's modules against its rivals: what the stages `rivals` of run.py measured, as tables, curves and verdicts.
+
+Every method has three seeds at a learning rate that was chosen on a fourth. Two methods are compared on the same
+pairs of a scene and its near twin; the interval is a bootstrap over pairs and over the seeds of both, 95 %. The
+smallest difference that could be shown was stated before any model was looked at (`evaluation.twins`), and a verdict
+says "no gain" only where the whole interval is smaller than it.
+"""
+
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import pyplot
+
+from fixclip_core.evaluation.twins import smallest_difference
+from fixclip_core.scenes import DIFFERENCE_ZONES
+
+LABELS = {
+    "base": "base, cut at 77",
+    "stretched": "stretched, untrained",
+    "finetune": "plain fine-tuning",
+    "longclip": "Long-CLIP recipe",
+    "debias": "Long-CLIP recipe, DeBias-CLIP's sampling",
+    "fixclip": "FIX-CLIP",
+    "fixclip_no_prompts": "FIX-CLIP without regional prompts",
+    "fixclip_no_masking": "FIX-CLIP without masking",
+    "fixclip_no_groups": "FIX-CLIP without hierarchical alignment",
+    "fixclip_debias": "FIX-CLIP, DeBias-CLIP's sampling",
+    "fixclip_states": "FIX-CLIP, state alignment",
+}
+QUESTIONS = {  # what is asked: the method with, and the one without
+    "regional prompts": ("fixclip", "fixclip_no_prompts"),
+    "masking (dual branch)": ("fixclip", "fixclip_no_masking"),
+    "hierarchical alignment": ("fixclip", "fixclip_no_groups"),
+    "FIX-CLIP against plain fine-tuning": ("fixclip", "finetune"),
+    "FIX-CLIP against the Long-CLIP recipe": ("fixclip", "longclip"),
+    "DeBias sampling, on the Long-CLIP recipe": ("debias", "longclip"),
+    "DeBias sampling, on FIX-CLIP": ("fixclip_debias", "fixclip"),
+    "state alignment, on FIX-CLIP": ("fixclip_states", "fixclip"),
+    "training at all": ("finetune", "stretched"),
+}
+DIRECTIONS = ("image_to_text", "text_to_image")
+NOT_YET = "Not measured yet."
+
+
+# -- collecting ----------------------------------------------------------------------------------------------
+
+
+def collect(folder: Path) -> dict[str, Any]:
+    """What report.py keeps of `outputs/scenes/rivals`: figures of each run and verdicts; {} before there is any."""
+    runs: dict[str, dict[str, Any]] = {}
+    shares: dict[str, list[np.ndarray]] = defaultdict(list)
+    for file in sorted((folder / "twins").glob("*.json")):
+        method, lr, seed = named(file.stem)
+        found = json.loads(file.read_text())
+        own = runs.setdefault(method, {"lr": lr, "seeds": {}})
+        own["seeds"][seed] = {**figures(found), **trained_figures(folder / file.stem)}
+        shares[method].append(np.array([pair[2:] for pair in found["pairs"]], float).mean(1))
+    answered = {
+        question: difference(np.stack(shares[one]), np.stack(shares[other]))
+        for question, (one, other) in QUESTIONS.items()
+        if one in shares and other in shares
+    }
+    return {"runs": runs, "differences": answered} if runs else {}
+
+
+def named(name: str) -> tuple[str, str, int]:
+    """Method, learning rate and seed of a run's name; an untrained model has no rate, and seed 0."""
+    method, _, rest = name.partition("-lr")
+    rate, _, seed = rest.rpartition("-seed")
+    return method, rate, int(seed or 0)
+
+
+def figures(found: Mapping[str, Any]) -> dict[str, Any]:
+    """R@1 among 5,000 scenes, with and without their twins, and right choices by where the difference lies."""
+    choices = {row["zone"]: row for row in found["choices"] if row["change"] == "all"}
+    return {
+        "scenes": [found["without_twins"][f"{direction}_recall_at_1"] for direction in DIRECTIONS],
+        "twins": [found["metrics"][f"{direction}_recall_at_1"] for direction in DIRECTIONS],
+        "choices": {zone: statistics.mean(row[direction] for direction in DIRECTIONS) for zone, row in choices.items()},
+    }
+
+
+def trained_figures(folder: Path) -> dict[str, Any]:
+    """The curve of a training, (step, long R@1, short R@1), means of both directions, and its last short R@1."""
+    file = folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    curve = [
+        [row["step"], *(statistics.mean(row[f"{kind}_{d}_recall_at_1"] for d in DIRECTIONS) for kind in KINDS)]
+        for row in rows
+        if "long_image_to_text_recall_at_1" in row
+    ]
+    return {"curve": curve, "short": curve[-1][2]} if curve else {}
+
+
+KINDS = ("long", "short")
+
+
+# -- comparing -----------------------------------------------------------------------------------------------
+
+
+def difference(one_SP: np.ndarray, other_SP: np.ndarray, draws: int = 1000) -> dict[str, Any]:
+    """Mean difference of two methods' shares of right choices, and its 95 % interval.
+
+    Args:
+        one_SP, other_SP: of each seed and pair, (S, P); the pairs are the same.
+        draws: of the bootstrap; each takes seeds of either method and pairs anew, with replacement.
+    """
+    rng = np.random.default_rng(0)
+    number = one_SP.shape[1]
+    means = []
+    for _ in range(draws):
+        pairs = rng.integers(number, size=number)
+        seeds = [rng.integers(len(shares), size=len(shares)) for shares in (one_SP, other_SP)]
+        means.append(one_SP[seeds[0]].mean(0)[pairs].mean() - other_SP[seeds[1]].mean(0)[pairs].mean())
+    low, high = np.quantile(means, [0.025, 0.975])
+    return {
+        "mean": float(one_SP.mean() - other_SP.mean()),
+        "interval": [float(low), float(high)],
+        "smallest": smallest_difference(number),
+        "pairs": number,
+    }
+
+
+def verdict(found: Mapping[str, Any]) -> str:
+    """gains, loses, no gain (the interval lies within what could be shown), or cannot be told."""
+    low, high = found["interval"]
+    if low > 0:
+        return "gains"
+    if high < 0:
+        return "loses"
+    if max(-low, high) < found["smallest"]:
+        return "no gain"
+    return "cannot be told"
+
+
+# -- tables --------------------------------------------------------------------------------------------------
+
+
+def read(results: Path) -> dict[str, Any]:
+    file = results / "rivals.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def methods_rows(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and a row a method: means over seeds ± their standard deviation, in %."""
+    zones = (*DIFFERENCE_ZONES, "all")
+    header = ["method", "lr", "seeds", "R@1 of 5,000, i2t", "t2i", "with twins, i2t", "t2i"]
+    header += [f"choice, {zone}" for zone in zones] + ["short R@1"]
+    rows = []
+    for method in sorted(found["runs"], key=list(LABELS).index):
+        own = found["runs"][method]
+        seeds = list(own["seeds"].values())
+        columns = [[seed[kind][d] for seed in seeds] for kind in ("scenes", "twins") for d in (0, 1)]
+        columns += [[seed["choices"][zone] for seed in seeds if zone in seed["choices"]] for zone in zones]
+        columns.append([seed["short"] for seed in seeds if "short" in seed])
+        rows.append([LABELS[method], own["lr"] or "–", str(len(seeds)), *map(spread, columns)])
+    return header, rows
+
+
+def spread(values: Sequence[float]) -> str:
+    if not values:
+        return "–"
+    deviation = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * statistics.mean(values):.1f}{deviation}"
+
+
+def verdict_rows(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and a row a question: difference in points of right choices between twins, interval, verdict."""
+    rows = []
+    for question, own in found["differences"].items():
+        low, high = (100 * value for value in own["interval"])
+        smallest = f"{100 * own['smallest']:.1f}"
+        rows.append([question, f"{100 * own['mean']:+.1f}", f"{low:+.1f} to {high:+.1f}", smallest, verdict(own)])
+    return ["question", "points", "95 %", "smallest that could be shown", "verdict"], rows
+
+
+def plot_curves(found: Mapping[str, Any], path: Path) -> None:
+    """Long and short R@1 over the steps, means over seeds: have the curves flattened?"""
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for method, own in found["runs"].items():
+        curves = [np.array(seed["curve"]) for seed in own["seeds"].values() if seed.get("curve")]
+        if not curves:
+            continue
+        length = min(map(len, curves))
+        mean = np.mean([curve[:length] for curve in curves], axis=0)
+        for column, axis in enumerate(axes, 1):
+            axis.plot(mean[:, 0], 100 * mean[:, column], label=LABELS[method])
+    for kind, axis in zip(KINDS, axes, strict=True):
+        axis.set(xlabel="steps", ylabel="R@1, %", title=f"{kind} captions, 1,000 scenes")
+    axes[1].legend(fontsize=7)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
