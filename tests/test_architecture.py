@@ -33,7 +33,7 @@ ROOMS = {
         ("loading", "prompt_encoder", "prompt_reader"),
         ("long_prompts",),
         ("attention_maps", "pipeline", "pipeline_xl"),
-        ("auto",),
+        ("auto", "modular"),
         ("adapter_training",),
         ("evaluation",),
         ("demo",),

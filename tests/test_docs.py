@@ -12,13 +12,16 @@ import shlex
 from pathlib import Path
 
 import pytest
+import tiny
 import tiny_clips
+import tiny_transformers
 from command_line import run
 from PIL import Image
 
 from fixclip_core import builtin, scenes
 from fixclip_core.weights.read import ClipCheckpoint
 from fixclip_core.weights.write import write_open_clip
+from fixclip_diffusion.tiny import stable_diffusion_xl
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -33,6 +36,10 @@ pytestmark = pytest.mark.skipif(not builtin.is_available(), reason="this copy ha
 REPLACED = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": str(builtin.FOLDER / "scenes" / "base"),
     '.to("cuda")': "",
+    # Tiny ones with random weights, made in the working folder.
+    "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
+    "stabilityai/stable-diffusion-3.5-medium": "sd3",
+    "black-forest-labs/FLUX.1-dev": "flux",
 }
 # What each page's capital letters stand for, and what its snippets take as given.
 PLACES = {
@@ -44,6 +51,8 @@ PLACES = {
         "runs/.../adapter": "builtin:scenes/adapter",
         "runs/.../lora": "builtin:scenes/lora",
     },
+    "docs/diffusers.md": {"prompt, prompt_2=": "prompt, num_inference_steps=2, prompt_2="},
+    "docs/sd3_flux.md": {"pipe(prompt)": "pipe(prompt, num_inference_steps=2, height=16, width=16)"},
     "docs/index.md": {"fixclip demo": "fixclip demo --steps 2", '="blurry"': '="blurry", num_inference_steps=2'},
     "docs/tutorials/measure.md": {"--steps 20": "--steps 2"},
     "docs/tutorials/train_encoder.md": {"runs/own_data": "fixclip"},
@@ -112,6 +121,9 @@ def folder(tmp_path_factory):
         rows.append(json.dumps({"image": f"a/{number}.png", **captions}))
     for name in ("captions.jsonl", "held_out.jsonl"):
         (folder / name).write_text("\n".join(rows) + "\n")
+    stable_diffusion_xl(tiny.clip_tokenizer(), tiny.clip_tokenizer(pad_token="!")).save_pretrained(folder / "sdxl")
+    tiny_transformers.stable_diffusion_3(folder / "sd3")
+    tiny_transformers.flux(folder / "flux")
     (folder / "prompt.txt").write_text(json.loads(rows[0])["long"])
     (folder / "prompts.txt").write_text("\n".join(json.loads(row)["long"] for row in rows[:1]) + "\n")
     clip, config, preprocess = tiny_clips.full_vocabulary_clip(layers=4)

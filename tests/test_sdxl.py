@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from accelerate import cpu_offload, cpu_offload_with_hook
 from command_line import run
 from compel import Compel, ReturnedEmbeddingsType
 from diffusers import (
@@ -14,9 +15,16 @@ from diffusers import (
     StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
 )
+from diffusers.modular_pipelines import StableDiffusionXLAutoBlocks
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 from fixclip_diffusion import (
     FixClipStableDiffusionPipeline,
@@ -27,6 +35,7 @@ from fixclip_diffusion import (
 )
 from fixclip_diffusion.auto import load_pipeline, pipeline_class
 from fixclip_diffusion.conditioning import CONDITIONINGS
+from fixclip_diffusion.modular import FixClipStableDiffusionXLTextStep
 from fixclip_diffusion.tiny import unet
 
 SHORT = "A red horse near a boat"
@@ -397,3 +406,124 @@ def test_compel_with_our_components(ours):
         negative_pooled_prompt_embeds=torch.zeros_like(pooled),
     )
     assert images.shape == (1, 16, 16, 3)
+
+
+# -- IP-Adapter, offloading, saving --------------------------------------------------------------------------
+
+
+def load_ip_adapter(pipe, seed=0):
+    """An IP-Adapter of 4 image tokens with random weights, as its file holds them, and a tiny image encoder."""
+    torch.manual_seed(seed)
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8,
+        projection_dim=16,
+    )  # fmt: skip
+    size = {"height": 16, "width": 16}
+    pipe.register_modules(
+        image_encoder=CLIPVisionModelWithProjection(vision),
+        feature_extractor=CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=size),
+    )
+    width = pipe.unet.config.cross_attention_dim
+    names = [name for name in pipe.unet.attn_processors if name.endswith("attn2.processor")]
+    layers = {}
+    for number, name in enumerate(names):
+        own = pipe.unet.get_submodule(name.removesuffix(".processor")).to_k.out_features
+        for part in ("k", "v"):
+            layers[f"{2 * number + 1}.to_{part}_ip.weight"] = torch.randn(own, width)
+    image = {"proj.weight": torch.randn(4 * width, 16), "proj.bias": torch.zeros(4 * width)}
+    image |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
+    pipe.load_ip_adapter({"image_proj": image, "ip_adapter": layers}, subfolder="", weight_name="")
+    return pipe
+
+
+def test_ip_adapter(folder):
+    """Short prompts as in stock, to the bit; long ones take the picture too, each in a batch as if alone."""
+    stock = load_ip_adapter(quiet(StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)))
+    ours = load_ip_adapter(quiet(FixClipStableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)))
+    red, blue = (Image.new("RGB", (16, 16), colour) for colour in ("red", "blue"))
+    expected = picture(stock, SHORT, ip_adapter_image=red)
+    assert np.array_equal(picture(ours, SHORT, ip_adapter_image=red), expected)
+    long = picture(ours, LONG, negative_prompt="bad", ip_adapter_image=red)
+    assert np.isfinite(long).all()
+    assert not np.allclose(long, picture(ours, LONG, negative_prompt="bad", ip_adapter_image=blue), atol=1e-3)
+    both = picture(ours, [LONG, SHORT], negative_prompt=["bad", "bad"], ip_adapter_image=red)
+    np.testing.assert_allclose(both[0], long[0], atol=1e-4)
+
+
+def test_offloading(folder):
+    """accelerate's hooks with the CPU as the device that work moves to: of whole models, and with weights on a meta
+    device between the calls of both text encoders. A real GPU's memory is not shown here."""
+    ours = quiet(FixClipStableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False))
+    for encoder, width in ((ours.text_encoder, 32), (ours.text_encoder_2, 48)):
+        encoder.set_adapter_module(adapter_of(width, 0))
+    expected = [picture(ours, prompt) for prompt in (SHORT, LONG)]
+    hook = None
+    for name in ("unet", "vae"):
+        _, hook = cpu_offload_with_hook(getattr(ours, name), "cpu", prev_module_hook=hook)
+    for name in ("text_encoder", "text_encoder_2"):
+        cpu_offload(getattr(ours, name), "cpu")
+        assert next(getattr(ours, name).parameters()).device.type == "meta"
+    for prompt, wanted in zip((SHORT, LONG), expected, strict=True):
+        assert np.array_equal(picture(ours, prompt), wanted)
+
+
+def test_a_saved_pipeline_is_the_same_one(folder, tmp_path):
+    """With its conditioning and a LoRA; stock classes read the folder, too."""
+    pipe = quiet(FixClipStableDiffusionXLPipeline.from_pretrained(folder, conditioning="chunks", add_watermarker=False))
+    name = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_q"
+    state = {f"{name}.lora_A.weight": torch.randn(2, 32), f"{name}.lora_B.weight": torch.randn(32, 2)}
+    pipe.load_lora_weights(state, adapter_name="mine")
+    expected = picture(pipe, LONG)
+    pipe.save_pretrained(tmp_path / "saved")
+    again = quiet(FixClipStableDiffusionXLPipeline.from_pretrained(tmp_path / "saved", add_watermarker=False))
+    assert (again.conditioning, again.get_active_adapters()) == ("chunks", ["mine"])
+    np.testing.assert_allclose(picture(again, LONG), expected, atol=1e-5)
+    stock = StableDiffusionXLImg2ImgPipeline.from_pretrained(tmp_path / "saved", add_watermarker=False)
+    assert isinstance(stock.text_encoder_2, FixClipTextEncoderWithProjection)
+    assert stock.text_encoder_2.config.hidden_state == "penultimate"
+    assert stock.tokenizer_2.model_max_length == 248
+
+
+# -- modular diffusers ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def modular(shared):
+    blocks = StableDiffusionXLAutoBlocks()
+    blocks.sub_blocks["text_encoder"] = FixClipStableDiffusionXLTextStep()
+    pipe = quiet(blocks.init_pipeline())
+    pipe.update_components(**{name: part for name, part in shared.components.items() if part is not None})
+    return pipe
+
+
+def modular_picture(pipe, **inputs):
+    settings = {"num_inference_steps": 2, "height": 16, "width": 16, "output_type": "np", "output": "images"}
+    return pipe(**{**settings, **inputs, "generator": torch.Generator().manual_seed(1)})
+
+
+@pytest.mark.parametrize("negative", [None, "bad"])
+def test_a_modular_workflow_draws_what_the_pipeline_draws(modular, ours, negative):
+    modular.guider.guidance_scale = 5.0
+    for prompt, options in ((SHORT, {}), (LONG, {}), (LONG, {"conditioning": "chunks", "clip_skip": 1})):
+        expected = picture(ours, prompt, negative_prompt=negative, **options)
+        found = modular_picture(modular, prompt=prompt, negative_prompt=negative, **options)
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_other_modular_workflows_take_the_step(modular, ours):
+    """Image to image and inpainting; the embeds are those of the pipeline."""
+    blank, mask = Image.new("RGB", (16, 16)), Image.new("L", (16, 16), 255)
+    wanted = ours.encode_prompt(LONG, negative_prompt="bad")
+    for inputs in ({"image": blank}, {"image": blank, "mask_image": mask}):
+        arguments = {"prompt": LONG, "negative_prompt": "bad", **inputs, "num_inference_steps": 4, "strength": 0.5}
+        assert np.isfinite(modular_picture(modular, **arguments)).all()
+        state = modular(**arguments, height=16, width=16)
+        names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+        for name, tensor in zip(names, wanted, strict=True):
+            torch.testing.assert_close(state.get(name), tensor)
+
+
+def test_the_modular_step_refuses_stock_components(modular, stock):
+    modular.update_components(text_encoder=stock.text_encoder)
+    with pytest.raises(ValueError, match="text_encoder is a CLIPTextModel and tokenizer a FixClipTokenizer"):
+        modular_picture(modular, prompt=LONG)
