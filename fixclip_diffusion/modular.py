@@ -58,9 +58,9 @@ class FixClipStableDiffusionXLTextStep(StableDiffusionXLTextEncoderStep):
         # A pipeline of text encoders alone: the one place that knows how prompts become embeds.
         pipe: Any = FixClipStableDiffusionXLPipeline(
             **{name: getattr(components, name) for name in OURS},
-            vae=None,  # type: ignore[arg-type]
-            unet=None,  # type: ignore[arg-type]
-            scheduler=None,  # type: ignore[arg-type]
+            vae=None,
+            unet=None,
+            scheduler=None,
             force_zeros_for_empty_prompt=components.config.force_zeros_for_empty_prompt,
             add_watermarker=False,
             conditioning=block_state.conditioning,
