@@ -1,20 +1,27 @@
 """Rivals' ideas as options of the recipe, against plain implementations."""
 
 import random
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_clips import VOCAB_SIZE, tiny_clip, tiny_config
 
 from fixclip_core.data.captions import ShortCaptions, caption_pair
 from fixclip_core.data.config import DataConfig
 from fixclip_core.data.loader import build_loader, pad_before
-from fixclip_core.model.fixclip import FixClipOutput
+from fixclip_core.model.fixclip import FixClip, FixClipOutput
 from fixclip_core.training.encoder.losses.contrastive import contrastive_loss
+from fixclip_core.training.encoder.losses.gradcache import cached_backward
 from fixclip_core.training.encoder.losses.pca import pca_reconstruction, variance_reconstruction
-from fixclip_core.training.encoder.task import ContrastiveTask
+from fixclip_core.training.encoder.recipe import EncoderRecipe
+from fixclip_core.training.encoder.task import ContrastiveTask, split_batch
+
+PREPROCESS = {"size": 32, "mean": [0.5] * 3, "std": [0.5] * 3}
+MODULES = {"num_prompts": 2, "num_groups": 1, "first_group": 1}
 
 # -- DeBias-CLIP -----------------------------------------------------------------------------------------------------
 
@@ -85,6 +92,98 @@ def test_the_loader_pads_short_captions_alone_and_alike_each_time():
     assert torch.equal(padded.short_ids, again.short_ids)
     with pytest.raises(ValueError, match="the tokenizer pads with 5, not 0"):
         loader(lambda texts: tokenizer(texts).clamp(min=5), pad_short=True)
+
+
+# -- several short captions an image (DreamLIP) ----------------------------------------------------------------------
+
+
+def test_further_short_captions_are_sampled_anew_from_the_long_one():
+    one, three = next(loader(tokenizer).epoch(0)), next(loader(tokenizer, num_short=3).epoch(0))
+    assert three.short_ids.shape == (3, 4, 248)
+    assert torch.equal(three.short_ids[0], one.short_ids)
+    assert torch.equal(three.long_ids, one.long_ids)
+    assert len({tuple(row.tolist()) for row in three.short_ids.flatten(0, 1)}) > 8  # of 12, of few sentences each
+    assert torch.equal(three.short_ids, next(loader(tokenizer, num_short=3).epoch(0)).short_ids)
+    words = {int(i) for i in three.long_ids.flatten()} | {int(i) for i in one.short_ids.flatten()}
+    assert {int(i) for i in three.short_ids.flatten()} <= words
+    padded = next(loader(tokenizer, num_short=3, pad_short=True).epoch(0)).short_ids
+    assert padded.shape == three.short_ids.shape
+    assert not torch.equal(padded[2], three.short_ids[2])
+    for before, after in zip(three.short_ids.flatten(0, 1), padded.flatten(0, 1), strict=True):
+        assert before[before > 0].tolist() == after[after > 0].tolist()
+
+
+@dataclass
+class Captioned:
+    """A batch."""
+
+    image: torch.Tensor
+    long_ids: torch.Tensor
+    short_ids: torch.Tensor
+    seeds: torch.Tensor
+    plain_ids: torch.Tensor | None = None
+
+
+def several_short():
+    generator = torch.Generator().manual_seed(4)
+    ids = torch.randint(1, VOCAB_SIZE - 2, (4, 6, 12), generator=generator)  # long, and three short ones, of 6 images
+    ids[..., -1] = VOCAB_SIZE - 1
+    return Captioned(torch.randn(6, 3, 32, 32, generator=generator), ids[0], ids[1:], torch.arange(6))
+
+
+def gradients(model, backward):
+    model.zero_grad()
+    backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("branch", ["short", "long"])
+def test_their_loss_is_the_mean_of_plain_ones(branch):
+    """Values and gradients against three passes with one short caption each; the first of them is aligned."""
+    model = FixClip.from_clip(tiny_clip(), tiny_config(), PREPROCESS, **MODULES, hierarchy_branch=branch)
+    batch, task = several_short(), ContrastiveTask(first_group=1)
+    found = {}
+
+    def whole():
+        losses = task.batch_losses(model, batch)
+        found.update({name: loss.item() for name, loss in losses.items()})
+        losses["loss"].backward()
+
+    def plain():
+        passes = [task.losses(model(replace(batch, short_ids=ids))) for ids in batch.short_ids]
+        short = torch.stack([losses["loss_short"] for losses in passes]).mean()
+        mids = sum(loss for name, loss in passes[0].items() if name.startswith("loss_mid"))
+        total = passes[0]["loss_long"] + short + mids
+        assert found["loss_short"] == pytest.approx(short.item(), abs=1e-5)
+        assert found["loss"] == pytest.approx(total.item(), abs=1e-5)
+        total.backward()
+
+    ours, theirs = gradients(model, whole), gradients(model, plain)
+    assert ours.keys() == theirs.keys()
+    for name, gradient in ours.items():
+        torch.testing.assert_close(gradient, theirs[name], atol=2e-5, rtol=1e-3)
+
+
+def test_gradcache_cuts_them_by_image():
+    model = FixClip.from_clip(tiny_clip(), tiny_config(), PREPROCESS, **MODULES)
+    batch, task = several_short(), ContrastiveTask(first_group=1)
+    parts = split_batch(batch, 4)
+    assert [part.short_ids.shape for part in parts] == [(3, 4, 12), (3, 2, 12)]
+    whole = gradients(model, lambda: task.batch_losses(model, batch)["loss"].backward())
+    cached = gradients(model, lambda: cached_backward(parts, model, task.losses))
+    for name, gradient in whole.items():
+        torch.testing.assert_close(gradient, cached[name], atol=2e-5, rtol=1e-3)
+
+
+def test_several_that_would_all_be_the_same_are_refused():
+    for policy in ("given", "first_sentence"):
+        with pytest.raises(ValueError, match=f"num_short=2: short_caption={policy} gives the same one each time"):
+            DataConfig(source="scenes", short_caption=policy, num_short=2)
+    captions = {"num_short": 2, "short_caption": "debiased"}
+    common = {"model": {"name": "ViT-B-32"}, "data": {"source": "scenes"}, "captions": captions}
+    assert EncoderRecipe.model_validate(common).captions.num_short == 2
+    with pytest.raises(ValueError, match="state alignment reads one short caption"):
+        EncoderRecipe.model_validate({**common, "train": {"weight_states": 1.0}})
 
 
 # -- HiMo-CLIP -------------------------------------------------------------------------------------------------------

@@ -80,6 +80,9 @@ class CaptionsSection(Section):
     drop_short_from_long: bool = Field(
         default=False, description="the long caption lacks these sentences, unless nothing would remain"
     )
+    num_short: int = Field(
+        default=1, ge=1, description="short captions of an image in a step, sampled anew; their losses are averaged"
+    )
     pad_short: bool = Field(default=False, description="padding before the short text, so that late positions learn")
     filter_captions: bool = Field(default=False, description="leave out long captions outside the limits below")
     min_words: int | None = Field(default=CaptionFilters.min_words, ge=1)
@@ -87,6 +90,15 @@ class CaptionsSection(Section):
     max_word_run: int | None = Field(default=CaptionFilters.max_word_run, ge=1)
     min_letter_share: float | None = Field(default=CaptionFilters.min_letter_share, ge=0, le=1)
     min_words_per_clause: float | None = Field(default=CaptionFilters.min_words_per_clause, gt=0)
+
+    @model_validator(mode="after")
+    def _check_number(self) -> "CaptionsSection":
+        if self.num_short > 1 and self.short_caption in ("given", "first_sentence"):
+            raise ValueError(
+                f"num_short={self.num_short}: short_caption={self.short_caption} gives the same one each time; choose "
+                "random_sentence, random_sentences or debiased"
+            )
+        return self
 
     def short_captions(self) -> ShortCaptions:
         return ShortCaptions(self.short_caption, self.max_short_sentences, self.drop_short_from_long)

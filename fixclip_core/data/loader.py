@@ -48,7 +48,7 @@ class Batch:
 
     Attributes:
         image: (B, C, H, W) float, as the transform gives it.
-        long_ids, short_ids: (B, T) int64.
+        long_ids, short_ids: (B, T) int64; with `num_short` K above 1 short_ids are (K, B, T).
         seeds: (B,) int64, one per sample, for the model's masks.
         keys: B names for reports.
         skipped: samples that were to stand here and could not; others were taken in their place.
@@ -165,10 +165,14 @@ class Batches(Dataset):
             return skipped
         pictures, longs, shorts, seeds, keys, plains = map(list, zip(*samples, strict=True))
         images, sizes = stack_pictures(pictures)
+        number = self.config.num_short
+        shorts += [self.further_short(*row, k) for k in range(1, number) for row in zip(longs, seeds, strict=True)]
         ids_BT = self.tokenizer(longs + shorts)
         short_BT = ids_BT[len(longs) :]
         if self.config.pad_short:
-            short_BT = pad_before(short_BT, [random.Random(seed).random() for seed in seeds])
+            short_BT = pad_before(short_BT, [random.Random(seed + k).random() for k in range(number) for seed in seeds])
+        if number > 1:
+            short_BT = short_BT.unflatten(0, (number, len(longs)))
         return Batch(
             image=images,
             long_ids=ids_BT[: len(longs)],
@@ -179,6 +183,10 @@ class Batches(Dataset):
             plain_ids=None if plains == longs else self.tokenizer(plains),
             sizes=sizes,
         )
+
+    def further_short(self, long: str, seed: int, k: int) -> str:
+        """The k-th further short caption of an image, of the sentences of its long one as it is trained on."""
+        return caption_pair(long, None, self.short_captions, random.Random(f"{seed}/{k}"))[1]
 
     def _usable_sample(self, epoch: int, position: int, taken: range, skipped: list[Skipped]) -> LoadedSample | None:
         """The sample at a position, or another in its place: a batch keeps its size whatever happens."""

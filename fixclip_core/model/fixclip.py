@@ -42,7 +42,7 @@ class CaptionedImages(Protocol):
 
     image: Tensor  # (B, C, H, W)
     long_ids: Tensor  # (B, T)
-    short_ids: Tensor  # (B, T), not read where the short branch is off
+    short_ids: Tensor  # (B, T), or (K, B, T) of K captions an image; not read where the short branch is off
     plain_ids: Tensor | None  # (B, T') plain wordings of the long captions, read by state alignment only
     seeds: Tensor  # (B,) int64, one a sample, the only source of randomness
 
@@ -52,7 +52,8 @@ class FixClipOutput:
     """Normalised features of a batch; None where a branch is off.
 
     `text_states` holds the hidden states of every caption's tokens, a matrix (tokens, D) each, all long captions
-    before all short ones; empty unless `FixClip.forward` is asked for them.
+    before all short ones; empty unless `FixClip.forward` is asked for them. `text_short_BE` is (K, B, E) where images
+    have K short captions.
     """
 
     image_long_BE: Tensor | None
@@ -274,11 +275,12 @@ class FixClip(nn.Module):
         if off and state is None:
             feature_BE, tokens = self.text.encode(batch.long_ids, first_layer=collect)
             return feature_BE, None, tokens, ()
-        ids_BT = torch.cat([batch.long_ids, batch.short_ids])
+        short_ids, size = batch.short_ids, len(batch.long_ids)
+        ids_BT = torch.cat([batch.long_ids, short_ids.flatten(0, -2)])
         features, tokens, states = self.text.encode_states(ids_BT, state, first_layer=collect)
-        long_BE, short_BE = features.chunk(2)
-        branch = 0 if self.config.hierarchy_branch == "long" else 1
-        return long_BE, None if off else short_BE, [token.chunk(2)[branch] for token in tokens], states
+        long_BE, short_BE = features[:size], features[size:].unflatten(0, short_ids.shape[:-1])
+        begin = 0 if self.config.hierarchy_branch == "long" else size  # of several short captions the first is aligned
+        return long_BE, None if off else short_BE, [token[begin : begin + size] for token in tokens], states
 
     def _mid_features(self, tokens: list[Tensor], heads: nn.ModuleList) -> Tensor:
         """Normalised middle feature of each aligned group, (G, B, E), from its layers' tokens."""

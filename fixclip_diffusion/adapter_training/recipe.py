@@ -176,6 +176,8 @@ class AdapterRecipe(Section):
     @model_validator(mode="after")
     def _check(self) -> "AdapterRecipe":
         train, objectives = self.train, self.objectives
+        if self.captions.num_short > 1:
+            raise ValueError(f"captions.num_short={self.captions.num_short}: an adapter's training reads one at a time")
         if train.micro_batch_size and train.micro_batch_size > train.batch_size:
             raise ValueError(
                 f"train.micro_batch_size={train.micro_batch_size}: it must be at most "

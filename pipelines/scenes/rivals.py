@@ -30,6 +30,7 @@ LABELS = {
     "fixclip_no_masking": "FIX-CLIP without masking",
     "fixclip_no_groups": "FIX-CLIP without hierarchical alignment",
     "fixclip_debias": "FIX-CLIP, DeBias-CLIP's sampling",
+    "fixclip_debias_three": "the same, three short captions an image",
     "fixclip_states": "FIX-CLIP, state alignment",
 }
 QUESTIONS = {  # what is asked: the method with, and the one without
@@ -40,6 +41,7 @@ QUESTIONS = {  # what is asked: the method with, and the one without
     "FIX-CLIP against the Long-CLIP recipe": ("fixclip", "longclip"),
     "DeBias sampling, on the Long-CLIP recipe": ("debias", "longclip"),
     "DeBias sampling, on FIX-CLIP": ("fixclip_debias", "fixclip"),
+    "three short captions an image": ("fixclip_debias_three", "fixclip_debias"),
     "state alignment, on FIX-CLIP": ("fixclip_states", "fixclip"),
     "training at all": ("finetune", "stretched"),
 }

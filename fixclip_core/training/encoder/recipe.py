@@ -93,6 +93,8 @@ class EncoderRecipe(Section):
         train, model = self.train, self.model
         if self.eval.held_out is not None and self.eval.source is not None:
             raise ValueError(f"eval.held_out={self.eval.held_out}: it is a share of the data; set eval.source=null")
+        if self.captions.num_short > 1 and train.weight_states:
+            raise ValueError(f"captions.num_short={self.captions.num_short}: state alignment reads one short caption")
         aligned = model.num_groups - model.first_group + 1
         if self.method == "fixclip" and model.num_groups and aligned < 1:
             raise ValueError(f"model.first_group={model.first_group}: it must lie between 1 and {model.num_groups}")

@@ -89,7 +89,7 @@ class ContrastiveTask:
         losses = {"long": contrastive_loss(output.image_long_BE, output.text_long_BE, scale, **options)}
         weights = {"long": self.weight_long}
         if output.text_short_BE is not None:
-            losses["short"] = contrastive_loss(self._short_image(output), output.text_short_BE, scale, **options)
+            losses["short"] = short_loss(self._short_image(output), output.text_short_BE, scale, **options)
             weights["short"] = self.weight_short
         if self.weight_himo:
             # HiMo-CLIP (Wu et al., 2025): L = InfoNCE(image, text) + weight * InfoNCE(image, components of the text).
@@ -149,6 +149,23 @@ class ContrastiveTask:
         return losses if own_losses is None else add_losses(losses, own_losses(batch, output))
 
 
+def short_loss(image_BE: Tensor, text_BE: Tensor, scale: Tensor, **options: Any) -> Tensor:
+    """The loss of short captions, the mean over captions where images have several: 1/K sum_k InfoNCE(image, text_k).
+
+    The multi-positive loss of DreamLIP (Zheng et al., ECCV 2024), whose sub-captions are sampled from the sentences of
+    a long one: an image's own captions are no negatives of each other.
+
+    Args:
+        image_BE: features, (B, E).
+        text_BE: (B, E), or (K, B, E).
+        scale: the logit scale.
+        options: of `contrastive_loss`.
+    """
+    if text_BE.ndim == 2:
+        return contrastive_loss(image_BE, text_BE, scale, **options)
+    return torch.stack([contrastive_loss(image_BE, own_BE, scale, **options) for own_BE in text_BE]).mean()
+
+
 def make_alignment(train: TrainSection, clip: FixClip, device: torch.device | str) -> StateAlignment | None:
     """The recipe's state alignment with the model's base, which `clip` must still equal; None where it is off.
 
@@ -200,5 +217,10 @@ def forward_backward(
 def split_batch(batch: Any, size: int) -> list[Any]:
     """Consecutive parts of at most `size` samples: a batch's tensors cut, all else of it left as it is."""
     tensors = {name: value for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+
+    def part(name: str, tensor: Tensor, start: int) -> Tensor:
+        several = name == "short_ids" and tensor.ndim == 3  # (K, B, T)
+        return tensor[:, start : start + size] if several else tensor[start : start + size]
+
     starts = range(0, len(batch.image), size)
-    return [replace(batch, **{name: t[start : start + size] for name, t in tensors.items()}) for start in starts]
+    return [replace(batch, **{name: part(name, t, start) for name, t in tensors.items()}) for start in starts]
