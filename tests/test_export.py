@@ -124,7 +124,12 @@ def test_exported_components_are_taken_by_fixclip_diffusion(trained, exported):
     assert (encoder.context_length, encoder.short_context_length) == (248, 0)
     ids = tokenizer(PROMPTS, padding="max_length", truncation=True, return_tensors="pt").input_ids
     stock = CLIPTextModel.from_pretrained(folder / "text_encoder").eval()
-    torch.testing.assert_close(encoder(ids).last_hidden_state, stock(ids).last_hidden_state, **TOLERANCE)
+    states, wanted = encoder(ids).last_hidden_state, stock(ids).last_hidden_state
+    assert encoder.config.padding == "mask"
+    for row, (own, theirs) in enumerate(zip(states, wanted, strict=True)):
+        length = int((ids[row] == tokenizer.eos_token_id).nonzero()[0]) + 1
+        torch.testing.assert_close(own[:length], theirs[:length], **TOLERANCE)
+        assert not own[length:].any()
 
 
 def test_tokenizers_agree(trained, exported):

@@ -210,10 +210,13 @@ def write_diffusers(checkpoint: ClipCheckpoint, folder: Path, dtype: torch.dtype
 
     The weights have the prefix `text_model.`, which every version of transformers and most other tools read;
     transformers 5 itself would write names that its older versions load nothing from.
+
+    The configuration says `padding="mask"` to `FixClipTextEncoder`: no loss reads the states behind a text's end, and
+    pictures are better without them (docs/results.md).
     """
     tokenizer = make_tokenizer(checkpoint)
     config = _transformers_config(checkpoint, tokenizer).text_config
-    config.architectures, config.dtype = ["CLIPTextModel"], dtype
+    config.architectures, config.dtype, config.padding = ["CLIPTextModel"], dtype, "mask"
     config.save_pretrained(folder / "text_encoder")
     weights = to_transformers_names(checkpoint.state_dict)
     save_file(

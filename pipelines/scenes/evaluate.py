@@ -36,8 +36,10 @@ SYSTEMS = {
     "trained": System("trained", ENCODER),
     "adapter": System("adapter", ENCODER, str(OUT / "adapter/adapter")),
     "lora": System("lora", ENCODER, str(OUT / "adapter/adapter"), str(OUT / "lora/lora")),
-    "windows_adapter": System("windows_adapter", adapter=str(OUT / "adapter_windows/adapter"), conditioning="chunks"),
     "overlap_adapter": System("overlap_adapter", adapter=str(OUT / "adapter_overlap/adapter"), conditioning="overlap"),
+    "overlap_text_adapter": System(
+        "overlap_text_adapter", adapter=str(OUT / "adapter_overlap_text/adapter"), conditioning="overlap"
+    ),
     "stretched_adapter": System(
         "stretched_adapter", adapter=str(OUT / "adapter_stretched/adapter"), conditioning="one_pass"
     ),

@@ -29,6 +29,7 @@ from fixclip_core import scenes
 OUT = Path("outputs/scenes")
 NOISE = Path("outputs/captions/noise/noise.json")
 RESULTS = Path("pipelines/scenes/results")
+ALIGNED = RESULTS / "aligned"  # of the chain as it is now; the others are of version 0.1, whose encoder was not aligned
 PAGE = Path("docs/results.md")
 IMAGES = Path("docs/images")
 SYSTEMS = {
@@ -53,6 +54,7 @@ ALIGNED_SYSTEMS = {
     "adapter": "`one_pass`: FIX-CLIP + adapter",
     "lora": "`one_pass`: FIX-CLIP + adapter + LoRA",
     "overlap_adapter": "`overlap`: base encoder + adapter",
+    "overlap_text_adapter": "`overlap`: base encoder + adapter on the joined states",
 }
 COLOURS = {
     "stock": "#9a9a9a",
@@ -98,9 +100,9 @@ RECALLS = tuple(f"{c}_{d}_recall_at_1" for c in ("long", "short") for d in ("ima
 
 def collect() -> None:
     """Copy what has been measured into the repository; what is not there yet stays as it was."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    ALIGNED.mkdir(parents=True, exist_ok=True)
     for file in sorted((OUT / "evaluation").glob("*.json")):
-        (RESULTS / file.name).write_text(file.read_text())
+        (ALIGNED / file.name).write_text(file.read_text())
     runs = {}
     for folder in sorted((OUT / "ablations").glob("*")):
         if (folder / "model" / "config.json").exists():
@@ -206,7 +208,7 @@ def aligned_table() -> str:
     """The systems of the published weights, whose encoder was trained with state alignment."""
     rows = []
     for system, label in ALIGNED_SYSTEMS.items():
-        judged, short = (load(name, system, RESULTS / "aligned") for name in ("nine", "short"))
+        judged, short = (load(name, system, ALIGNED) for name in ("nine", "short"))
         if judged:
             parts = [[item for item in judged if item.after == after] for after in (False, True)]
             rows.append([label, *(percent(*by_seed(part)) for part in (*parts, short))])
@@ -228,7 +230,7 @@ def differences_table() -> str:
 def by_prompt(system: str, after: bool) -> np.ndarray:
     """(prompts, 2): objects right and objects, over all noises, of one side of token 77."""
     counts: dict[int, list[int]] = {}
-    for item in load("nine", system, RESULTS / "aligned"):
+    for item in load("nine", system, ALIGNED):
         row = counts.setdefault(item.picture[0], [0, 0])
         if item.after == after:
             row[0] += item.right
@@ -290,7 +292,7 @@ def other_sets_table() -> str:
 
 def references_table(name: str = "references") -> str:
     """References followed, by distance and by kind; how good guessing is stands below the systems."""
-    found = {system: load_references(name, system) for system in SYSTEMS}
+    found = {system: load_references(name, system) for system in ALIGNED_SYSTEMS}
     found = {system: rows for system, rows in found.items() if rows}
     if not found:
         return "Not measured yet."
@@ -299,7 +301,7 @@ def references_table(name: str = "references") -> str:
     }
     everything = next(iter(found.values()))
     guesses = {"guess: any value of the world": "chance", "guess: an object of the caption": "named"}
-    lines = [(SYSTEMS[system], rows, "right") for system, rows in found.items()]
+    lines = [(ALIGNED_SYSTEMS[system], rows, "right") for system, rows in found.items()]
     lines += [(label, everything, field) for label, field in guesses.items()]
     rows = []
     for label, references, field in lines:
@@ -312,7 +314,7 @@ def references_table(name: str = "references") -> str:
 
 def load_references(name: str, system: str) -> list[dict[str, Any]]:
     """Every reference of a set with its bucket, and the share of its pictures that are right."""
-    file = RESULTS / f"{name}-{system}.json"
+    file = ALIGNED / f"{name}-{system}.json"
     if not file.exists():
         return []
     found = [item for row in json.loads(file.read_text())["prompts"] for item in row["references"]]

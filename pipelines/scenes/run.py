@@ -52,64 +52,77 @@ def adapter(name: str, needs: Sequence[str], *overrides: str, recipe: str = "ada
     return Stage(name, command, tuple(needs), OUT / name / "adapter" / "adapter.safetensors")
 
 
+def adapters(name: str, needs: Sequence[str], *overrides: str) -> list[Stage]:
+    """An adapter in two stages: a start on text states alone, then with the UNet."""
+    start = f"{name}_start"
+    cache = f"features.folder={OUT}/cache/{name}"
+    return [
+        adapter(start, needs, cache, *overrides, recipe="adapter_start"),
+        adapter(name, [start], cache, f"adapter.start_from={OUT / start}/adapter", *overrides),
+    ]
+
+
+def encoder(name: str, *overrides: str) -> list[Stage]:
+    """FIX-CLIP with state alignment, and its export, whose short prompts are the base's."""
+    folder = OUT / f"{name}_diffusers"
+    recipe = ("train_encoder.py", f"{HERE}/encoder_aligned.yaml", f"output.folder={OUT / name}", *overrides)
+    export = ("-m", "fixclip_cli", "export", str(OUT / name), str(folder), "--format", "diffusers")
+    export += ("--dtype", "float16", "--short-weights", str(OUT / "base"))
+    return [
+        Stage(name, launched(*recipe), ("clip",), OUT / name / "model" / "config.json"),
+        Stage(folder.name, export, (name, "base"), folder / "text_encoder"),
+    ]
+
+
 def chain() -> list[Stage]:
     """Base CLIP, base Stable Diffusion, FIX-CLIP, adapter, LoRA."""
-    encoder = OUT / "encoder_diffusers"
     return [
         pretraining("clip", "clip"),
         pretraining("vae", "vae"),
         pretraining("robust", "robust", ["vae"]),
         pretraining("unet", "unet", ["clip", "robust"], processes=2),
         Stage("base", (f"{HERE}/package.py", "base"), ("unet",), OUT / "base" / "model_index.json"),
-        Stage(
-            "encoder",
-            launched("train_encoder.py", f"{HERE}/encoder.yaml"),
-            ("clip",),
-            OUT / "encoder" / "model" / "config.json",
-        ),
-        Stage(
-            "encoder_diffusers",
-            (
-                "-m",
-                "fixclip_cli",
-                "export",
-                str(OUT / "encoder"),
-                str(encoder),
-                "--format",
-                "diffusers",
-                "--dtype",
-                "float16",
-            ),
-            ("encoder",),
-            encoder / "text_encoder",
-        ),
-        adapter("adapter_start", ["base", "encoder_diffusers"], recipe="adapter_start"),
-        adapter("adapter", ["adapter_start"]),
+        *encoder("encoder"),
+        *adapters("adapter", ["base", "encoder_diffusers"]),
         adapter(
             "lora",
             ["adapter"],
+            f"features.folder={OUT}/cache/adapter",
             f"adapter.start_from={OUT}/adapter/adapter",
             "optim.lr=0",  # the adapter stays as it is, so that one adapter serves with and without the LoRA
             "lora.rank=16",
+            "train.steps=300",
+            # The LoRA acts on short prompts too, where the adapter does not.
+            "objectives.short_share=0.3",
+            "objectives.weight_prediction=2",
         ),
     ]
+
+
+OVERLAP = ("model.encoder=null", "model.conditioning=overlap")
 
 
 def controls() -> list[Stage]:
-    """The same adapter, trained the same way, on what FIX-CLIP training is compared with.
-
-    Windows of the base need no start: theirs are the states that it would teach.
-    """
-    stretched = ("model.encoder=null",)
-    start = f"adapter.start_from={OUT}/adapter_stretched_start/adapter"
+    """The same adapter, trained the same way and as long, on what FIX-CLIP's pass is compared with: overlapping windows
+    of the base, read one at a time or joined, and the base stretched to 248 tokens."""
     return [
-        adapter("adapter_stretched_start", ["base"], *stretched, recipe="adapter_start"),
-        adapter("adapter_stretched", ["adapter_stretched_start"], *stretched, start),
-        *(
-            adapter(name, ["base"], *stretched, f"model.conditioning={mode}", "adapter.start_from=null")
-            for name, mode in (("adapter_windows", "chunks"), ("adapter_overlap", "overlap"))
-        ),
+        *adapters("adapter_overlap", ["base"], *OVERLAP),
+        *adapters("adapter_overlap_text", ["base"], *OVERLAP, "adapter.scope=text"),
+        *adapters("adapter_stretched", ["base"], "model.encoder=null", "model.conditioning=one_pass"),
     ]
+
+
+def seeds() -> list[Stage]:
+    """The rows that decide, with two further training seeds."""
+    found: list[Stage] = []
+    for seed in SEEDS[1:]:
+        name, own = f"encoder_seed{seed}", f"seed={seed}"
+        found += encoder(name, own)
+        fixclip = (own, f"model.encoder={OUT}/{name}_diffusers")
+        found += adapters(f"adapter_seed{seed}", ["base", f"{name}_diffusers"], *fixclip)
+        found += adapters(f"adapter_overlap_text_seed{seed}", ["base"], *OVERLAP, "adapter.scope=text", own)
+        found += adapters(f"adapter_stretched_seed{seed}", ["base"], "model.encoder=null", own)
+    return found
 
 
 METHODS: dict[str, tuple[str, ...]] = {
@@ -234,8 +247,8 @@ def evaluations() -> list[Stage]:
         "trained": ("encoder_diffusers",),
         "adapter": ("adapter",),
         "lora": ("lora",),
-        "windows_adapter": ("adapter_windows",),
         "overlap_adapter": ("adapter_overlap",),
+        "overlap_text_adapter": ("adapter_overlap_text",),
         "stretched_adapter": ("adapter_stretched",),
     }
     systems = ("stock", "windows", "overlap", "stretched", *needs)
@@ -252,6 +265,7 @@ def evaluations() -> list[Stage]:
 GROUPS: dict[str, Callable[[], list[Stage]]] = {
     "chain": chain,
     "controls": controls,
+    "seeds": seeds,
     "evaluations": evaluations,
     "tuning": tuning,
     "ablations": ablations,
