@@ -170,9 +170,14 @@ def comparison(
         for name, item in CONDITIONINGS.items()
         if item.needs_short
     }
-    if has_own or pipe.text_encoder.adapter is not None:
+    if has_own or has_adapter(pipe):
         systems[own_label(pipe)] = pipe
     return systems
+
+
+def has_adapter(pipe: Any) -> bool:
+    """Whether one of a pipeline's text encoders has an adapter."""
+    return any(encoding.encoder.adapter is not None for encoding in pipe.prompt_encoder.encodings)
 
 
 def own_label(pipe: Any) -> str:
@@ -180,7 +185,7 @@ def own_label(pipe: Any) -> str:
     from fixclip_diffusion.lora import LORA_NAME
 
     parts = [pipe.conditioning if pipe.text_encoder.short_context_length else "trained encoder"]
-    parts += ["adapter"] if pipe.text_encoder.adapter is not None else []
+    parts += ["adapter"] if has_adapter(pipe) else []
     parts += ["LoRA"] if any(LORA_NAME in names for names in pipe.get_list_adapters().values()) else []
     return " + ".join(parts)
 

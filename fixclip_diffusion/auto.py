@@ -59,21 +59,22 @@ def load_plain_pipeline(base: str | Path, **kwargs: Any) -> LongPromptPipeline:
 
 
 def pipeline_of(
-    family: Family, components: dict[str, Any], conditioning: str | None = None, zeros_for_empty: bool = False
+    family: Family, components: dict[str, Any], zeros_for_empty: bool = False, **reading: Any
 ) -> LongPromptPipeline:
-    """The pipeline of a family, made of components in memory, without safety checker and watermark.
+    """The pipeline of a family, made of components in memory, without safety checker (unless it is among them) and
+    watermark.
 
     Args:
         family: of the base.
         components: text encoders, tokenizers, UNet, VAE and scheduler.
-        conditioning: see the pipelines.
         zeros_for_empty: for Stable Diffusion XL: `force_zeros_for_empty_prompt`.
+        **reading: conditioning and weights, see the pipelines.
     """
-    if family is STABLE_DIFFUSION:
-        options = _PLAIN_OPTIONS[FixClipStableDiffusionPipeline]
-        return FixClipStableDiffusionPipeline(**components, **options, conditioning=conditioning)
-    options = _PLAIN_OPTIONS[FixClipStableDiffusionXLPipeline] | {"force_zeros_for_empty_prompt": zeros_for_empty}
-    return FixClipStableDiffusionXLPipeline(**components, **options, conditioning=conditioning)
+    chosen: Any = FixClipStableDiffusionPipeline
+    options: dict[str, Any] = {}
+    if family is not STABLE_DIFFUSION:
+        chosen, options = FixClipStableDiffusionXLPipeline, {"force_zeros_for_empty_prompt": zeros_for_empty}
+    return chosen(**{**_PLAIN_OPTIONS[chosen], **components}, **options, **reading)
 
 
 def load_pipeline(base: str | Path, **kwargs: Any) -> LongPromptPipeline:

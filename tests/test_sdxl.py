@@ -16,6 +16,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 from diffusers.modular_pipelines import StableDiffusionXLAutoBlocks
+from fixclip_app.model import DemoModel, ModelChoice
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import (
@@ -33,8 +34,11 @@ from fixclip_diffusion import (
     FixClipTextEncoderWithProjection,
     TextAdapter,
 )
+from fixclip_diffusion.adapter_training.features import write_attention_out
 from fixclip_diffusion.auto import load_pipeline, pipeline_class
 from fixclip_diffusion.conditioning import CONDITIONINGS
+from fixclip_diffusion.evaluation.generate import Drawing, Painter, parse_system
+from fixclip_diffusion.evaluation.prompts import Prompt
 from fixclip_diffusion.modular import FixClipStableDiffusionXLTextStep
 from fixclip_diffusion.tiny import unet
 
@@ -286,6 +290,49 @@ def test_generate_and_tokens_take_the_base_without_another_option(folder, ours, 
     sheet = run("generate", LONG, *options, "--compare", "-o", tmp_path / "b.png")
     assert sheet.exit_code == 0, sheet.output
     assert "132 tokens" in run("tokens", LONG, "--base", folder).output
+
+
+def adapter_folder(path):
+    for part, width in (("text_encoder", 32), ("text_encoder_2", 48)):
+        adapter_of(width, width).save_pretrained(path / part)
+    return path
+
+
+def test_evaluate_images_takes_the_base_without_another_option(folder, tmp_path):
+    """Each system draws what its pipeline draws, the pooled vector and zeros for no negative prompt included."""
+    adapter = adapter_folder(tmp_path / "adapter")
+    adapted = quiet(FixClipStableDiffusionXLPipeline.from_pretrained(folder, adapter=adapter, add_watermarker=False))
+    plain = quiet(FixClipStableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False))
+    painter, drawing = Painter(str(folder)), Drawing(steps=2, size=16, guidance_scale=5.0, batch_size=2)
+    for text, pipe in (("plain:conditioning=overlap", plain), (f"adapted:adapter={adapter}", adapted)):
+        drawn = painter.draw(parse_system(text), [Prompt(LONG), Prompt(SHORT)], drawing)
+        write_attention_out(pipe.unet, torch.device("cpu"))
+        for prompt, (image,) in zip((LONG, SHORT), drawn, strict=True):
+            wanted = picture(pipe, prompt, seed=0, output_type="pil")[0]
+            assert np.array_equal(np.asarray(image), np.asarray(wanted))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(f"{LONG}\n")
+    systems = ["--system", "stock:conditioning=stock", "--system", f"adapted:adapter={adapter}"]
+    options = ["--steps", "1", "--size", "16", *systems, "-o", tmp_path / "out"]
+    result = run("evaluate-images", prompts, "--base", folder, *options)
+    assert result.exit_code == 0, result.output
+
+
+def test_the_page_takes_the_base_without_another_option(folder, ours, tmp_path):
+    """All systems that it compares, with heat maps, and an adapter in both encoders that the others are without."""
+    adapter = adapter_folder(tmp_path / "adapter")
+    model = DemoModel(ModelChoice(base=str(folder), adapter=str(adapter)), "cpu")
+    assert list(model.systems) == ["stock", "chunks", "overlap", "adapter"]
+    assert model.token_report(LONG).num_tokens == ours.token_report(LONG).num_tokens
+    adapted = quiet(FixClipStableDiffusionXLPipeline.from_pretrained(folder, adapter=adapter, add_watermarker=False))
+    settings = {"prompt": LONG, "num_inference_steps": 2, "width": 16, "height": 16, "guidance_scale": 5.0}
+    for name, system in model.systems.items():
+        image, maps = model.draw(system, seed=1, on_step=lambda step: None, heat_maps=name == "adapter", **settings)
+        pipe = adapted if name == "adapter" else ours
+        options = {} if name == "adapter" else {"conditioning": name}
+        wanted = picture(pipe, LONG, output_type="pil", **options)[0]
+        np.testing.assert_allclose(np.asarray(image, dtype=float), np.asarray(wanted, dtype=float), atol=1)
+        assert maps is None or maps.shape[0] >= 14
 
 
 def test_the_class_is_found_by_the_base(folder, sd1, tmp_path):

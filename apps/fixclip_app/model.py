@@ -16,11 +16,12 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from fixclip_cli.generate import default_size
+from fixclip_cli.generate import default_size, has_adapter
 from fixclip_cli.models import ModelOptions, base_options, load_pipeline
 from fixclip_core.scenes import long_caption, sample_scene
-from fixclip_diffusion import FixClipStableDiffusionPipeline, FixClipTextEncoder, TextAdapter, TokenReport, builtin
+from fixclip_diffusion import FixClipTextEncoder, TextAdapter, TokenReport, builtin
 from fixclip_diffusion.attention_maps import record_sentences
+from fixclip_diffusion.auto import LongPromptPipeline, pipeline_of
 from fixclip_diffusion.lora import LORA_NAME
 from fixclip_diffusion.tiny import stable_diffusion, train_tokenizer
 
@@ -88,7 +89,7 @@ class System:
     """One way to read a prompt: `draw` takes the arguments of the pipeline and runs `pipe`; `options` would load it."""
 
     label: str
-    pipe: FixClipStableDiffusionPipeline
+    pipe: LongPromptPipeline
     draw: Callable[..., Any]
     options: ModelOptions
 
@@ -114,17 +115,18 @@ class DemoModel:
         self.systems = systems
         self._reader, self._lock = self._with(tokenizer=copy.deepcopy(self.pipe.tokenizer)), threading.Lock()
 
-    def _with(self, **components: Any) -> FixClipStableDiffusionPipeline:
+    def _with(self, **components: Any) -> LongPromptPipeline:
         """The pipeline with other components."""
         options: dict[str, Any] = {"conditioning": self.choice.conditioning, "weights": self.choice.weights}
         if "text_encoder" in components:
             options["conditioning"] = None
         parts = {**self.pipe.components, **components}
-        pipe = FixClipStableDiffusionPipeline(**parts, requires_safety_checker=False, **options)
+        zeros = bool(self.pipe.config.get("force_zeros_for_empty_prompt", False))
+        pipe = pipeline_of(self.pipe.family, parts, zeros, **options)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    def _reference(self, device: str) -> FixClipStableDiffusionPipeline:
+    def _reference(self, device: str) -> LongPromptPipeline:
         """The pipeline with the base's own encoder. Without LoRAs of the user's it shares all else with `pipe`."""
         plain = base_options(self.choice)
         if self._encoder_name is None:
@@ -133,7 +135,10 @@ class DemoModel:
             pipe = load_pipeline(plain, device)
             pipe.set_progress_bar_config(disable=True)
             return pipe
-        encoder = FixClipTextEncoder.from_pretrained(plain.base, subfolder="text_encoder", dtype=self.pipe.unet.dtype)
+        tower = self.pipe.family.towers[0]
+        encoder = FixClipTextEncoder.from_pretrained(
+            plain.base, subfolder=tower.encoder, dtype=self.pipe.unet.dtype, hidden_state=tower.output
+        )
         return self._with(text_encoder=encoder.to(device))
 
     @property
@@ -163,7 +168,7 @@ class DemoModel:
         encoder, systems = self.pipe.text_encoder, {}
         named, trained = self._encoder_name, not encoder.short_context_length
         name = "Trained encoder" if trained else "Chosen encoder" if named else UNTRAINED[self.pipe.conditioning]
-        parts = ["adapter"] if encoder.adapter is not None else []
+        parts = ["adapter"] if has_adapter(self.pipe) else []
         parts += ["LoRA"] if self.has_lora else []
         if named or trained:
             options = replace(base_options(self.choice), encoder=named, conditioning=self.choice.conditioning)
@@ -172,22 +177,23 @@ class DemoModel:
             systems["adapter"] = System(" + ".join([name, *parts]), self.pipe, self.pipe, self.choice)
         return systems
 
-    def _with_adapter(
-        self, pipe: FixClipStableDiffusionPipeline, adapter: TextAdapter | None, **fixed: Any
-    ) -> Callable[..., Any]:
-        """The pipeline with this adapter or none in its encoder, and the model's LoRA switched off, in each call."""
+    def _with_adapter(self, pipe: LongPromptPipeline, adapter: TextAdapter | None, **fixed: Any) -> Callable[..., Any]:
+        """The pipeline with this adapter or none in its first encoder, none in a second one, and the model's LoRA
+        switched off, in each call."""
         shares_lora = self.has_lora and pipe.unet is self.pipe.unet
 
         def draw(**arguments: Any) -> Any:
-            encoder, unet = pipe.text_encoder, pipe.unet
-            own = encoder.adapter
-            encoder.set_adapter_module(adapter)
+            encoders, unet = [encoding.encoder for encoding in pipe.prompt_encoder.encodings], pipe.unet
+            own = [encoder.adapter for encoder in encoders]
+            for encoder in encoders:
+                encoder.set_adapter_module(adapter if encoder is encoders[0] else None)
             if shares_lora:
                 unet.disable_lora()
             try:
                 return pipe(**fixed, **arguments)
             finally:
-                encoder.set_adapter_module(own)
+                for encoder, before in zip(encoders, own, strict=True):
+                    encoder.set_adapter_module(before)
                 if shares_lora:
                     unet.enable_lora()
 

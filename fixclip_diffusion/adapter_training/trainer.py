@@ -250,7 +250,7 @@ class AdapterTrainer(Trainer):
                 tokenizer.context_length = tokenizer.model_max_length = encoder.context_length
             components |= {encoding.tower.encoder: encoder, encoding.tower.tokenizer: tokenizer}
         components["scheduler"] = copy.deepcopy(frozen.sampler)
-        pipe: Any = pipeline_of(frozen.family, components, conditioning, frozen.zeros_for_empty)
+        pipe: Any = pipeline_of(frozen.family, components, frozen.zeros_for_empty, conditioning=conditioning)
         pipe.set_progress_bar_config(disable=True)
         return [
             pipe(

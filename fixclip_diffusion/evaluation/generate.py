@@ -23,14 +23,15 @@ from fixclip_core.files import write_atomically
 from fixclip_diffusion import builtin
 from fixclip_diffusion.adapter import TextAdapter
 from fixclip_diffusion.adapter_training.features import write_attention_out
+from fixclip_diffusion.auto import LongPromptPipeline, load_plain_pipeline
 from fixclip_diffusion.conditioning import get_conditioning
 from fixclip_diffusion.evaluation.benchmarks import Layout, picture_stem, plain_picture
 from fixclip_diffusion.evaluation.prompts import Prompt
 from fixclip_diffusion.fingerprint import check_made_for, fingerprint
-from fixclip_diffusion.pipeline import FixClipStableDiffusionPipeline
 
 SYSTEM_KEYS = ("encoder", "adapter", "lora", "conditioning", "pipeline", "pictures")
 OLD_KEYS = {"long_prompt": "conditioning"}  # of version 0.1
+EMBEDS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 METADATA = "fixclip"  # key of a PNG's text that holds what it was drawn of
 
 
@@ -140,7 +141,7 @@ class Painter:
     """Loads the base once and puts each system's parts into it.
 
     Args:
-        base: Stable Diffusion 1.x or 2.x, folder or hub name; of a whole model its base.
+        base: Stable Diffusion 1.x, 2.x or XL, folder or hub name; of a whole model its base.
         device, dtype: where and in what precision to draw.
     """
 
@@ -150,7 +151,7 @@ class Painter:
 
     def release(self) -> None:
         """Let go of the base's modules, so that a judge has the GPU to itself."""
-        self.shared: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
+        self.shared: dict[str, Any] = {}
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -195,14 +196,15 @@ class Painter:
         finally:
             pipe.unload_lora_weights()
 
-    def _load_own(self, system: System) -> FixClipStableDiffusionPipeline:
-        pipe = FixClipStableDiffusionPipeline.from_pretrained(
-            self.base, encoder=system.encoder, dtype=torch.float32, **self.shared
-        )
-        if system.adapter is not None:
-            adapter = TextAdapter.from_pretrained(system.adapter)
-            check_made_for(Path(builtin.resolve(system.adapter)), fingerprint(pipe.text_encoder, pipe.tokenizer))
-            pipe.text_encoder.set_adapter_module(adapter)
+    def _load_own(self, system: System) -> LongPromptPipeline:
+        pipe = load_plain_pipeline(self.base, encoder=system.encoder, dtype=torch.float32, **self.shared)
+        adapters = pipe._adapters(system.adapter)
+        for encoding in pipe.prompt_encoder.encodings:
+            source = adapters.get(encoding.tower.encoder)
+            if source is not None:
+                adapter = TextAdapter.from_pretrained(source)
+                check_made_for(Path(builtin.resolve(source)), fingerprint(encoding.encoder, encoding.tokenizer))
+                encoding.encoder.set_adapter_module(adapter)
         try:
             pipe.conditioning = system.conditioning
         except ValueError as error:
@@ -249,14 +251,13 @@ def _first_line(error: Exception) -> str:
 
 
 def _draw_own(
-    pipe: FixClipStableDiffusionPipeline, jobs: Sequence[tuple[str, int]], drawing: Drawing
+    pipe: LongPromptPipeline, jobs: Sequence[tuple[str, int]], drawing: Drawing
 ) -> Iterator[tuple[list[int], list[Image.Image]]]:
     side = drawing.size or pipe.unet.config.sample_size * pipe.vae_scale_factor
     call: Any = pipe
-    for batch, embeds, negative_embeds in _batches(pipe, jobs, drawing):
+    for batch, embeds in _batches(pipe, jobs, drawing):
         images = call(
-            prompt_embeds=embeds,
-            negative_prompt_embeds=negative_embeds,
+            **embeds,
             num_inference_steps=drawing.steps,
             guidance_scale=drawing.guidance_scale,
             width=side,
@@ -286,28 +287,38 @@ def _draw_other(
 
 
 def _batches(
-    pipe: FixClipStableDiffusionPipeline, jobs: Sequence[tuple[str, int]], drawing: Drawing
-) -> Iterator[tuple[list[int], Tensor, Tensor | None]]:
-    """Jobs that are drawn together and their text states; only states of equal length are stacked."""
-    groups: dict[int, list[tuple[int, Tensor, Tensor | None]]] = {}
+    pipe: LongPromptPipeline, jobs: Sequence[tuple[str, int]], drawing: Drawing
+) -> Iterator[tuple[list[int], dict[str, Tensor | None]]]:
+    """Jobs that are drawn together and their embeds, as arguments of the pipeline; only embeds of equal length are
+    stacked."""
+    groups: dict[int, list[tuple[int, tuple[Tensor | None, ...]]]] = {}
     before, states = None, None
+    encode: Any = pipe.encode_prompt
     for job, (text, _) in enumerate(jobs):
         if text != before:  # the seeds of a prompt come one after another
             with torch.no_grad():
-                states = pipe.encode_prompt(text, pipe.device, 1, drawing.guidance_scale > 1, drawing.negative_prompt)
+                states = encode(
+                    text,
+                    device=pipe.device,
+                    num_images_per_prompt=1,
+                    do_classifier_free_guidance=drawing.guidance_scale > 1,
+                    negative_prompt=drawing.negative_prompt or None,  # Stable Diffusion XL has zeros for none
+                )
             before = text
         assert states is not None
         group = groups.setdefault(states[0].shape[1], [])
-        group.append((job, *states))
+        group.append((job, states))
         if len(group) == drawing.batch_size:
             yield _stack(groups.pop(states[0].shape[1]))
     for group in groups.values():
         yield _stack(group)
 
 
-def _stack(group: Sequence[tuple[int, Tensor, Tensor | None]]) -> tuple[list[int], Tensor, Tensor | None]:
-    jobs, embeds, negative_embeds = zip(*group, strict=True)
-    return list(jobs), torch.cat(embeds), None if negative_embeds[0] is None else torch.cat(negative_embeds)
+def _stack(group: Sequence[tuple[int, tuple[Tensor | None, ...]]]) -> tuple[list[int], dict[str, Tensor | None]]:
+    jobs, states = zip(*group, strict=True)
+    columns = [[part for part in column if part is not None] for column in zip(*states, strict=True)]
+    stacked = [torch.cat(column) if column else None for column in columns]
+    return list(jobs), dict(zip(EMBEDS, stacked, strict=False))  # Stable Diffusion 1 and 2 have no pooled vectors
 
 
 # -- pictures on disk ----------------------------------------------------------------------------------------
