@@ -14,6 +14,7 @@ import tiny
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from fixclip_diffusion import (
@@ -347,6 +348,7 @@ assert diffusers.FixClipStableDiffusionPipeline is FixClipStableDiffusionPipelin
 
 @pytest.mark.parametrize("file", sorted((ROOT / "comfyui" / "example_workflows").glob("*.json")), ids=lambda f: f.stem)
 def test_example_workflows_are_connected(nodes, file):
+    assert Image.open(file.with_suffix(".jpg")).width > 1000  # ComfyUI shows it beside the example's name
     workflow = json.loads(file.read_text(encoding="utf-8"))
     found = {node["id"]: node for node in workflow["nodes"]}
     assert {node["type"] for node in found.values()} & set(nodes)
