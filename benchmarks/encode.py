@@ -2,12 +2,14 @@
 
     python benchmarks/encode.py                    # ViT-L/14 (Stable Diffusion 1.x) on this machine
     python benchmarks/encode.py --layers 4 --rounds 5
+    python benchmarks/encode.py --base sdxl        # both text encoders of Stable Diffusion XL; --layers 4 of each
 
 From text to states, tokenizing included, for prompts of 20 to 500 tokens, without guidance:
 
 - stock: diffusers' StableDiffusionPipeline.encode_prompt; reads 77 tokens and drops the rest;
 - compel: chunks of 77 tokens through the same stock encoder;
-- ours: FixClipStableDiffusionPipeline.encode_prompt; one pass up to 248 tokens, then windows.
+- ours: FixClipStableDiffusionPipeline.encode_prompt as it is for a base's own encoder: overlapping windows;
+- one_pass: the same with conditioning="one_pass", as trained encoders read: one pass up to 248 tokens.
 
 The weights are random and the same for all. Times are medians over rounds in which the three take turns, after a
 round that does not count; peak memory is a process's (Linux), so each system and length has one of its own.
@@ -26,17 +28,24 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.utils import logging as diffusers_logging
 from tqdm import tqdm
-from transformers import CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from fixclip_core.weights.write import clip_tokenizer
-from fixclip_diffusion import FixClipStableDiffusionPipeline, FixClipTextEncoder, FixClipTokenizer
+from fixclip_diffusion import (
+    FixClipStableDiffusionPipeline,
+    FixClipStableDiffusionXLPipeline,
+    FixClipTextEncoder,
+    FixClipTokenizer,
+)
+from fixclip_diffusion.adapter_training import random_models
 from fixclip_diffusion.tiny import clip_text_config, unet, vae
 
 LENGTHS = (20, 60, 77, 150, 240, 500)
-SYSTEMS = ("stock", "compel", "ours")
+SYSTEMS = ("stock", "compel", "ours", "one_pass")
+CONDITIONING = {"ours": None, "one_pass": "one_pass"}
 WORDS = ("horse", "house", "boat", "tree", "lamp", "chair", "bird", "cloud", "kite", "table", "drum")
 
 
@@ -49,8 +58,37 @@ def prompt_of(num_tokens: int) -> str:
     return " ".join(words[: num_tokens - 2]).replace(" .", ".")
 
 
-def build(system: str, width: int, layers: int, dtype: torch.dtype) -> Callable[[str], Any]:
+def build_xl(system: str, layers: int, dtype: torch.dtype) -> Callable[[str], Any]:
+    """The function from a prompt to what Stable Diffusion XL's UNet reads of it, of ViT-L/14 and ViT-bigG/14."""
+    torch.manual_seed(0)
+    sizes = [random_models.VIT_L, random_models.VIT_BIG_G]
+    if layers:
+        sizes = [{**size, "num_hidden_layers": layers} for size in sizes]
+    first = CLIPTextModel(CLIPTextConfig(**sizes[0])).to(dtype).eval()
+    second = CLIPTextModelWithProjection(CLIPTextConfig(**sizes[1])).to(dtype).eval()
+    tokenizers = [clip_tokenizer(), clip_tokenizer(pad_token="!")]
+    if system == "compel":
+        from compel import Compel, ReturnedEmbeddingsType
+
+        return Compel(
+            tokenizer=tokenizers,
+            text_encoder=[first, second],
+            returned_embeddings_type=ReturnedEmbeddingsType.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED,
+            requires_pooled=[False, True],
+            truncate_long_prompts=False,
+        )
+    parts = {"text_encoder": first, "text_encoder_2": second, "tokenizer": tokenizers[0], "tokenizer_2": tokenizers[1]}
+    pipe = StableDiffusionXLPipeline(**parts, vae=None, unet=None, scheduler=None, add_watermarker=False)
+    if system != "stock":
+        pipe = FixClipStableDiffusionXLPipeline.from_pipe(pipe, conditioning=CONDITIONING[system])
+    return lambda prompt: pipe.encode_prompt(prompt, device="cpu", do_classifier_free_guidance=False)[0]
+
+
+def build(base: str, system: str, width: int, layers: int, dtype: torch.dtype) -> Callable[[str], Any]:
     """The function from a prompt to its states."""
+    if base == "sdxl":
+        return build_xl(system, layers, dtype)
+    layers = layers or 12
     torch.manual_seed(0)
     config = clip_text_config(
         hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=width // 64
@@ -68,14 +106,17 @@ def build(system: str, width: int, layers: int, dtype: torch.dtype) -> Callable[
     else:
         ours = FixClipTokenizer(vocab=tokenizer.get_vocab(), merges=tokenizer._merges)
         pipe = FixClipStableDiffusionPipeline(
-            text_encoder=FixClipTextEncoder.from_clip(text_encoder), tokenizer=ours, **rest
+            text_encoder=FixClipTextEncoder.from_clip(text_encoder),
+            tokenizer=ours,
+            conditioning=CONDITIONING[system],
+            **rest,
         )
     return lambda prompt: pipe.encode_prompt(prompt, "cpu", 1, False)[0]
 
 
-def measure_times(width: int, layers: int, dtype: torch.dtype, rounds: int) -> dict[str, dict[int, float]]:
+def measure_times(base: str, width: int, layers: int, dtype: torch.dtype, rounds: int) -> dict[str, dict[int, float]]:
     """Median seconds of every system and length; the systems take turns."""
-    encoders = {system: build(system, width, layers, dtype) for system in SYSTEMS}
+    encoders = {system: build(base, system, width, layers, dtype) for system in SYSTEMS}
     times: dict[str, dict[int, list[float]]] = {system: {n: [] for n in LENGTHS} for system in SYSTEMS}
     for index in tqdm(range(rounds + 1), desc="rounds"):
         for length in LENGTHS:
@@ -99,25 +140,28 @@ def reset_peak(peak_first: bool = False) -> float:
     return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith(name))
 
 
-def peak_memory(system: str, length: int, width: int, layers: int, dtype: str) -> float:
+def peak_memory(base: str, system: str, length: int, width: int, layers: int, dtype: str) -> float:
     """MiB that encoding adds to the peak of a process that holds the weights."""
-    arguments = ["--one", f"{system},{length}", "--width", str(width), "--layers", str(layers), "--dtype", dtype]
+    sizes = ["--width", str(width), "--layers", str(layers), "--dtype", dtype, "--base", base]
+    arguments = ["--one", f"{system},{length}", *sizes]
     done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def main(
-    width: Annotated[int, typer.Option(help="Width of the text encoder.")] = 768,
-    layers: Annotated[int, typer.Option(help="Layers of the text encoder.")] = 12,
+    base: Annotated[str, typer.Option(help="sd: one text encoder; sdxl: ViT-L/14 and ViT-bigG/14.")] = "sd",
+    width: Annotated[int, typer.Option(help="Width of the text encoder; not for sdxl.")] = 768,
+    layers: Annotated[int, typer.Option(help="Layers of each text encoder; 0: 12, and 32 of ViT-bigG/14.")] = 0,
     rounds: Annotated[int, typer.Option(help="Timed rounds.")] = 15,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    memory: Annotated[bool, typer.Option(help="Measure memory too, in a process for each system and length.")] = True,
     one: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
     diffusers_logging.set_verbosity_error()
     torch_dtype = getattr(torch, dtype)
     if one:
         system, tokens = one.split(",")
-        encode = build(system, width, layers, torch_dtype)
+        encode = build(base, system, width, layers, torch_dtype)
         # The first prompt brings in libraries and buffers that stay.
         with torch.no_grad():
             encode("a")
@@ -125,24 +169,26 @@ def main(
             encode(prompt_of(int(tokens)))
         print(json.dumps(reset_peak(peak_first=True) - before))
         return
-    times = measure_times(width, layers, torch_dtype, rounds)
-    memory = {
-        system: {length: peak_memory(system, length, width, layers, dtype) for length in LENGTHS} for system in SYSTEMS
-    }
+    times = measure_times(base, width, layers, torch_dtype, rounds)
+    peaks: dict[int, str] = dict.fromkeys(LENGTHS, "not measured")
+    for length in LENGTHS if memory else ():
+        found = [peak_memory(base, system, length, width, layers, dtype) for system in SYSTEMS]
+        peaks[length] = ", ".join(f"{value:.0f}" for value in found)
+    what = "both text encoders of Stable Diffusion XL" if base == "sdxl" else f"text encoder of width {width}"
     print(
-        f"\ntext encoder of width {width}, {layers} layers, {dtype}; torch {torch.__version__}, "
+        f"\n{what}, {layers or 'all'} layers, {dtype}; torch {torch.__version__}, "
         f"{torch.get_num_threads()} threads, {platform.processor() or platform.machine()}\n"
     )
-    print("| tokens | stock ms | compel ms | ours ms | ours / stock | ours / compel | peak MiB stock, compel, ours |")
-    print("|---|---|---|---|---|---|---|")
+    print(f"| tokens | {' | '.join(f'{name} ms' for name in SYSTEMS)} | ours / stock | ours / compel | peak MiB |")
+    print("|---|---|---|---|---|---|---|---|")
     for length in LENGTHS:
-        stock, compel, ours = (times[system][length] for system in SYSTEMS)
+        stock, compel, ours, one_pass = (times[system][length] for system in SYSTEMS)
         note = "" if length <= 77 else " (77 read)"
-        peaks = ", ".join(f"{memory[system][length]:.0f}" for system in SYSTEMS)
         print(
-            f"| {length} | {1e3 * stock:.1f}{note} | {1e3 * compel:.1f} | {1e3 * ours:.1f} | {ours / stock:.2f} | "
-            f"{ours / compel:.2f} | {peaks} |"
+            f"| {length} | {1e3 * stock:.1f}{note} | {1e3 * compel:.1f} | {1e3 * ours:.1f} | {1e3 * one_pass:.1f} | "
+            f"{ours / stock:.2f} | {ours / compel:.2f} | {peaks[length]} |"
         )
+    print(f"\none pass of 150 tokens: {times['one_pass'][150] / times['one_pass'][240]:.2f} of one of 240 tokens")
 
 
 if __name__ == "__main__":

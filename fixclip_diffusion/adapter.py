@@ -217,6 +217,11 @@ def read_adapter_config(source: str | Path, **hub_kwargs: Any) -> dict[str, Any]
             return TextAdapter(**parse_json(file.read_text(encoding="utf-8"))).config
 
 
+def is_adapter(source: str | Path) -> bool:
+    """Whether a folder, or a built-in name of one, holds an adapter."""
+    return (Path(builtin.resolve(source)) / CONFIG_NAME).is_file()
+
+
 def _what(source: str) -> str:
     return f"adapter {source!r}: expected a folder or hub name with {CONFIG_NAME} and {WEIGHTS_NAME}"
 
@@ -231,7 +236,9 @@ def _find_file(source: str, name: str, hub_kwargs: dict[str, Any]) -> Path:
     if path.is_dir() and (path / CONFIG_NAME).is_file():
         return path / name
     if path.exists():
-        raise LoadError(f"{_what(source)}{what_is_in(path)}")
+        towers = [part for part in ("text_encoder", "text_encoder_2") if is_adapter(path / part)]
+        found = f"; {' and '.join(towers)} there: adapters of Stable Diffusion XL's text encoders" if towers else None
+        raise LoadError(f"{_what(source)}{found or what_is_in(path)}")
     check_folder_or_hub_name("adapter", source)
     try:
         return Path(hf_hub_download(source, name, **hub_kwargs))

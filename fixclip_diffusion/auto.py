@@ -5,6 +5,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
+from fixclip_core.weights.kinds import what_is_in
 from fixclip_core.weights.text_encoder import text_encoders_in
 from fixclip_diffusion import builtin
 from fixclip_diffusion.families import STABLE_DIFFUSION, Family
@@ -29,7 +30,10 @@ def pipeline_class(base: str | Path, **hub_kwargs: Any) -> type[LongPromptPipeli
     if Path(base).is_file():
         held = text_encoders_in(base)
         if not held:
-            raise ValueError(f"base {str(base)!r}: there is no text encoder in this file, so it is no whole checkpoint")
+            what = what_is_in(Path(base))
+            raise ValueError(
+                f"base {str(base)!r}: there is no text encoder in this file, so it is no whole checkpoint{what}"
+            )
         return FixClipStableDiffusionXLPipeline if "g" in held else FixClipStableDiffusionPipeline
     try:
         index = DiffusionPipeline.load_config(builtin.resolve(builtin.base_of(base)), **hub_kwargs)

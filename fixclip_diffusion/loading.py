@@ -70,9 +70,11 @@ def load_components(
     check_syntax(kwargs.get("weights"))
     check_spelling(kwargs)
     hub_kwargs = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
-    for adapter in adapters.values():
+    adapter_widths: dict[str, int] = {}
+    for name, adapter in adapters.items():
         if adapter is not None and not isinstance(adapter, TextAdapter):
-            read_adapter_config(adapter, **hub_kwargs)  # a wrong name is told before gigabytes are read
+            # A wrong name, or an adapter of another base, is told before gigabytes are read.
+            adapter_widths[name] = read_adapter_config(adapter, **hub_kwargs)["width"]
     index = load_index(family, base, hub_kwargs)
     towers = [tower for tower in family.towers if index.get(tower.encoder, [None])[0] is not None]
     widths: dict[str, int] = {}
@@ -85,7 +87,13 @@ def load_components(
             plans[tower.encoder] = plan_encoder(base, tower, encoders.get(tower.encoder), kwargs, hub_kwargs)
             widths[tower.encoder] = plans[tower.encoder].pop("width")
     if len(widths) == len(towers):
-        check_width(widths, _unet_width(base, kwargs, hub_kwargs))
+        check_width(widths, _unet_width(base, kwargs, hub_kwargs), family)
+    for name in adapter_widths.keys() & widths.keys():
+        if adapter_widths[name] != widths[name]:
+            raise ValueError(
+                f"adapter {str(adapters[name])!r}: of width {adapter_widths[name]}, and {name} is {widths[name]} wide: "
+                "it was trained for another base"
+            )
     for tower in towers:
         if tower.encoder in plans:
             kwargs[tower.encoder] = _load_encoder(plans[tower.encoder])
@@ -165,7 +173,7 @@ def check_pair(tower: Tower, text_encoder: Any, tokenizer: Any) -> None:
     check_tokenizer(tokenizer, text_encoder.config, f"{tower.encoder} and {tower.tokenizer}")
 
 
-def check_width(widths: dict[str, int], unet_width: Any) -> None:
+def check_width(widths: dict[str, int], unet_width: Any, family: Family) -> None:
     """Refuse text encoders whose hidden states the UNet cannot read.
 
     Raises:
@@ -178,6 +186,12 @@ def check_width(widths: dict[str, int], unet_width: Any) -> None:
         raise ValueError(
             f"the text encoders are {parts} = {sum(widths.values())} wide, but the UNet's cross-attention takes "
             f"{unet_width}: Stable Diffusion XL needs a ViT-L/14 (768) and a ViT-bigG/14 (1280)"
+        )
+    if len(family.towers) > 1:
+        missing = [tower.encoder for tower in family.towers if tower.encoder not in widths]
+        raise ValueError(
+            f"{', '.join(widths)} is {sum(widths.values())} wide, but the UNet's cross-attention takes {unet_width}: "
+            f"there is no {' and no '.join(missing)}, and Stable Diffusion XL needs both text encoders"
         )
     raise ValueError(
         f"the text encoder is {sum(widths.values())} wide, but the UNet's cross-attention takes {unet_width}: "

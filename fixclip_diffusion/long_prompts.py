@@ -1,6 +1,7 @@
 """What every pipeline for long prompts does, whatever its base."""
 
 import logging
+import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -9,7 +10,7 @@ import torch
 from diffusers.pipelines import auto_pipeline
 from torch import Tensor
 
-from fixclip_core.check import check_finite, loading
+from fixclip_core.check import LoadError, check_finite, loading
 from fixclip_core.weights.text_encoder import text_encoders_in
 from fixclip_diffusion import builtin
 from fixclip_diffusion.conditioning import get_conditioning, renamed
@@ -40,6 +41,9 @@ from fixclip_diffusion.tokenizer import FixClipTokenizer
 logger = logging.getLogger(__name__)
 
 
+_READS_HIDDEN_STATES = re.compile(r"attn2\.to_[kv]\.(lora_A|lora\.down)\b|attn2\.processor\.to_[kv]_lora\.down\b")
+
+
 class LongPromptMixin:
     """Goes before a stock diffusers pipeline: reads prompts by a conditioning; `family` says with which text
     encoders."""
@@ -60,7 +64,7 @@ class LongPromptMixin:
             if components.get(tower.encoder) is not None:
                 widths[tower.encoder] = components[tower.encoder].config.hidden_size
         if widths and components.get("unet") is not None:
-            check_width(widths, components["unet"].config.cross_attention_dim)
+            check_width(widths, components["unet"].config.cross_attention_dim, self.family)
 
     def _set_reading(self, conditioning: str | None, weights: str | None, long_prompt: str | None) -> None:
         """Called behind the stock constructor.
@@ -169,11 +173,40 @@ class LongPromptMixin:
 
     @classmethod
     def lora_state_dict(cls, pretrained_model_name_or_path_or_dict: str | Path | dict[str, Any], **kwargs: Any) -> Any:
-        """Stock reading, and a look at the values."""
+        """Stock reading, and a look at the values.
+
+        Raises:
+            LoadError: a value is not finite, or there are layers of a text encoder that this kind of base has not.
+        """
         source = pretrained_model_name_or_path_or_dict
         found = super().lora_state_dict(source, **kwargs)  # type: ignore[misc]
-        check_finite(found[0] if isinstance(found, tuple) else found, _lora_name(source))
+        state = found[0] if isinstance(found, tuple) else found
+        check_finite(state, _lora_name(source))
+        own = {tower.encoder for tower in cls.family.towers}
+        other = {key.partition(".")[0] for key in state if key.startswith("text_encoder")} - own
+        if other:
+            raise LoadError(
+                f"{_lora_name(source)}: it has layers of {', '.join(sorted(other))}, which {cls.family.name} has not: "
+                "it was made for another base"
+            )
         return found
+
+    @classmethod
+    def load_lora_into_unet(cls, state_dict: dict[str, Any], network_alphas: Any, unet: Any, **kwargs: Any) -> None:
+        """Stock loading, of a LoRA for a UNet of this width.
+
+        Raises:
+            ValueError: its layers of the cross-attention read hidden states of another width.
+        """
+        own = unet.config.cross_attention_dim
+        for name, tensor in state_dict.items():
+            width = tensor.shape[-1] if _READS_HIDDEN_STATES.search(name) and tensor.ndim == 2 else own
+            if isinstance(own, int) and width != own:
+                raise ValueError(
+                    f"it was made for another base: its UNet reads hidden states of width {width} ({name}), this one "
+                    f"{own} (Stable Diffusion 1.x 768, 2.x 1024, XL 2048)"
+                )
+        super().load_lora_into_unet(state_dict, network_alphas, unet, **kwargs)  # type: ignore[misc]
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """Stock saving. Loaded LoRAs are not mixed into the weights: each is a file in the folder lora/.

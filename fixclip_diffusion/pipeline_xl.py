@@ -21,7 +21,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from fixclip_diffusion.adapter import TextAdapter
+from fixclip_diffusion.adapter import TextAdapter, is_adapter
 from fixclip_diffusion.families import STABLE_DIFFUSION_XL
 from fixclip_diffusion.loading import load_components
 from fixclip_diffusion.long_prompts import LongPromptMixin, as_texts, link_tasks, negative_texts
@@ -133,8 +133,9 @@ class FixClipStableDiffusionXLPipeline(LongPromptMixin, StableDiffusionXLPipelin
         elif adapter is not None:
             names = [name for name in ("text_encoder", "text_encoder_2") if (Path(adapter) / name).is_dir()]
             if not names:
+                one = " it is one adapter, of Stable Diffusion 1.x or 2.x;" if is_adapter(adapter) else ""
                 raise ValueError(
-                    f"adapter {str(adapter)!r}: expected text_encoder/ or text_encoder_2/ in it, each an adapter"
+                    f"adapter {str(adapter)!r}:{one} expected text_encoder/ or text_encoder_2/ in it, each an adapter"
                 )
             adapters = {name: Path(adapter) / name for name in names}
         return adapters

@@ -642,8 +642,9 @@ def load_clip_text_config(name: str, **kwargs: Any) -> CLIPTextConfig | FixClipT
             return FixClipTextConfig.from_dict(values)
         if kind in ("clip_text_model", "clip"):
             return CLIPTextConfig.from_pretrained(name, **hub_kwargs)
+    other = f"it is of the class {values['_class_name']}; its " if "_class_name" in values else ""
     raise LoadError(
-        f"text encoder {where}: model_type is {kind!r}; valid are {FixClipTextConfig.model_type}, "
+        f"text encoder {where}: {other}model_type is {kind!r}; valid are {FixClipTextConfig.model_type}, "
         "clip_text_model and clip"
     )
 

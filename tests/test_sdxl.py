@@ -1,5 +1,8 @@
 """FixClipStableDiffusionXLPipeline against the stock pipeline, on tiny real models."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import tiny
@@ -14,6 +17,7 @@ from diffusers import (
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
+    UNet2DConditionModel,
 )
 from diffusers.modular_pipelines import StableDiffusionXLAutoBlocks
 from fixclip_app.model import DemoModel, ModelChoice
@@ -260,6 +264,46 @@ def test_bad_bases_and_encoders(folder, sd1, tmp_path):
         FixClipStableDiffusionXLPipeline.from_pretrained(folder, adapter=tmp_path)
     with pytest.raises(ValueError, match="adapter of width 48 on a text encoder of width 32"):
         FixClipStableDiffusionXLPipeline.from_pretrained(folder, adapter=(adapter_of(48, 0), None))
+
+
+def test_parts_of_another_base_are_named_before_anything_large_is_read(folder, sd1, ours, tmp_path, monkeypatch):
+    """Adapters, encoders and bases of another kind; no weights of the base are read before the error."""
+    adapter_of(32, 0).save_pretrained(tmp_path / "one")
+    adapter_folder(tmp_path / "two")
+    adapter_of(40, 0).save_pretrained(tmp_path / "wide" / "text_encoder")
+    without = tmp_path / "without"
+    shutil.copytree(folder, without)
+    index = json.loads((without / "model_index.json").read_text())
+    (without / "model_index.json").write_text(json.dumps(index | {"text_encoder_2": [None, None]}))
+    xl, sd = FixClipStableDiffusionXLPipeline.from_pretrained, FixClipStableDiffusionPipeline.from_pretrained
+    monkeypatch.setattr(UNet2DConditionModel, "from_pretrained", lambda *args, **kwargs: pytest.fail("read"))
+    monkeypatch.setattr(torch.nn.Module, "load_state_dict", lambda *args, **kwargs: pytest.fail("read"))
+    for load, message in (
+        (lambda: xl(folder, adapter=tmp_path / "one"), r"it is one adapter, of Stable Diffusion 1\.x or 2\.x"),
+        (lambda: sd(sd1, adapter=tmp_path / "two"), "there: adapters of Stable Diffusion XL's text encoders"),
+        (lambda: xl(folder, adapter=tmp_path / "wide"), "of width 40, and text_encoder is 32 wide: it was trained for"),
+        (lambda: xl(without), "there is no text_encoder_2, and Stable Diffusion XL needs both text encoders"),
+        (lambda: xl(folder, encoder=folder / "vae"), "it is of the class AutoencoderKL"),
+        (lambda: xl(folder, encoder_2=next((folder / "unet").glob("*.safetensors"))), "in this file, it is a UNet"),
+        (lambda: load_pipeline(next((folder / "vae").glob("*.safetensors"))), "no whole checkpoint; .* is a VAE"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load()
+
+
+def test_loras_of_another_base_are_one_clear_error(folder, sd1):
+    """Of UNet and text encoder; the pipeline stays as it was."""
+    pipe = quiet(FixClipStableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False))
+    before = picture(pipe, SHORT)
+    name = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    of_sd = {f"{name}.lora_A.weight": torch.randn(2, 32), f"{name}.lora_B.weight": torch.randn(32, 2)}
+    with pytest.raises(ValueError, match=r"LoRA in memory: it was made for another base: .* this one 80"):
+        pipe.load_lora_weights(of_sd)
+    assert np.array_equal(picture(pipe, SHORT), before)
+    name = "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj"
+    of_xl = {f"{name}.lora_A.weight": torch.randn(2, 48), f"{name}.lora_B.weight": torch.randn(48, 2)}
+    with pytest.raises(ValueError, match=r"it has layers of text_encoder_2, which Stable Diffusion 1"):
+        FixClipStableDiffusionPipeline.from_pretrained(sd1).load_lora_weights(of_xl)
 
 
 def test_round_trip_of_the_encoder_with_projection(stock, tmp_path):
