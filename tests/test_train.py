@@ -29,7 +29,7 @@ from fixclip_core.evaluation.retrieval import retrieval_metrics
 from fixclip_core.model.config import FixClipConfig
 from fixclip_core.model.fixclip import FixClip
 from fixclip_core.training import trainer
-from fixclip_core.training.checkpoint import damage, list_checkpoints
+from fixclip_core.training.checkpoint import damage, list_checkpoints, save_checkpoint
 from fixclip_core.training.encoder import trainer as train
 from fixclip_core.training.encoder.recipe import EncoderRecipe
 from fixclip_core.training.encoder.trainer import EncoderTrainer
@@ -217,6 +217,19 @@ def test_a_resumed_run_ends_with_the_same_weights(recipe, tmp_path, workers):
     assert (tmp_path / "whole" / "best" / "model.safetensors").read_bytes() == (
         tmp_path / "halves" / "best" / "model.safetensors"
     ).read_bytes()
+
+
+def test_a_resumed_run_knows_how_many_processes_took_its_steps(recipe):
+    """Where shards are remote, the loader needs it to read every sample once (tests/test_sampler.py)."""
+    run = EncoderTrainer(recipe()).prepare()
+    run.start("none")
+    assert run.loader.batches.history == [(0, 1)]
+    run.state.history, run.state.step = [(0, 4)], 2  # as four processes leave it
+    save_checkpoint(run.accelerator, run.folder / trainer.CHECKPOINTS, 2, keep_last=1)
+    reset_accelerator()
+    again = EncoderTrainer(recipe()).prepare()
+    again.start("auto")
+    assert again.loader.batches.history == again.state.history == [(0, 4), (2, 1)]
 
 
 def test_a_damaged_last_checkpoint_costs_only_its_steps(recipe, tmp_path, caplog):
