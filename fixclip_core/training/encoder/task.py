@@ -219,7 +219,8 @@ def split_batch(batch: Any, size: int) -> list[Any]:
     tensors = {name: value for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
 
     def part(name: str, tensor: Tensor, start: int) -> Tensor:
-        several = name == "short_ids" and tensor.ndim == 3  # (K, B, T)
+        # (K, B, T); packed layouts of an adapter's captions have three dimensions too, in the long ones as well.
+        several = name == "short_ids" and tensor.ndim > batch.long_ids.ndim
         return tensor[:, start : start + size] if several else tensor[start : start + size]
 
     starts = range(0, len(batch.image), size)
