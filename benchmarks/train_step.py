@@ -409,7 +409,14 @@ def run(setting: Setting, variants: list[str], rounds: int) -> dict[str, dict[st
     collected: dict[str, list[dict[str, Any]]] = {variant: [] for variant in variants}
     turns = [(index, variant) for index in range(rounds) for variant in variants]
     for index, variant in tqdm(turns, desc=setting.dtype, unit="run"):
-        collected[variant].append(measure_apart(variant, dataclasses.replace(setting, seed=index)))
+        found = measure_apart(variant, dataclasses.replace(setting, seed=index))
+        collected[variant].append(found)
+        rows = rows_of(variant, setting.batch_size)
+        tqdm.write(  # a run that is stopped has shown what it measured
+            f"{variant}: {rows / min(found['seconds']):.3g} samples/s, "
+            f"{statistics.median(found['cpu_seconds']) / rows:.3g} CPU s/sample, {found['peak_mib']:.0f} MiB",
+            file=sys.stderr,
+        )
     return {
         variant: {
             "seconds": min(second for run in runs for second in run["seconds"]),
