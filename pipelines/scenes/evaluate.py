@@ -90,14 +90,19 @@ def images(
     output: Annotated[Path, typer.Option(help="Folder; a set that is there already is not drawn again.")] = OUT
     / "evaluation",
     limit: Annotated[int | None, typer.Option(help="Prompts of each set, for a quick look.")] = None,
+    sets: Annotated[list[str] | None, typer.Option("--set", help=f"Of {', '.join(SETS)}; default: all.")] = None,
     exact: Annotated[bool, typer.Option("--exact", help="Draw in float32; default: bfloat16 autocast.")] = False,
 ) -> None:
     """Draw every set of prompts with one system and judge the pictures, object by object."""
     if system not in SYSTEMS:
         raise SystemExit(f"Error: system {system!r}: valid are {', '.join(SYSTEMS)}")
+    if unknown := [name for name in sets or () if name not in SETS]:
+        raise SystemExit(f"Error: --set {unknown[0]}: valid are {', '.join(SETS)}")
     painter = Painter(BASE)
     tokenizer = FixClipTokenizer.from_pretrained(BASE, subfolder="tokenizer")
     for name, (make, seeds) in SETS.items():
+        if sets and name not in sets:
+            continue
         file = output / f"{name}-{system}.json"
         if file.exists():
             continue

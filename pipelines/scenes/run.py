@@ -67,10 +67,10 @@ def encoder(name: str, *overrides: str) -> list[Stage]:
     folder = OUT / f"{name}_diffusers"
     recipe = ("train_encoder.py", f"{HERE}/encoder_aligned.yaml", f"output.folder={OUT / name}", *overrides)
     export = ("-m", "fixclip_cli", "export", str(OUT / name), str(folder), "--format", "diffusers")
-    export += ("--dtype", "float16", "--short-weights", str(OUT / "base"))
+    options = ("--dtype", "float16", "--short-weights", str(OUT / "base"))
     return [
         Stage(name, launched(*recipe), ("clip",), OUT / name / "model" / "config.json"),
-        Stage(folder.name, export, (name, "base"), folder / "text_encoder"),
+        Stage(folder.name, (*export, *options), (name, "base"), folder / "text_encoder"),
     ]
 
 
