@@ -314,7 +314,7 @@ def test_references_are_judged_at_the_object_that_refers(parts):
 
 
 def test_references_are_reported_by_distance_and_kind(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "ALIGNED", tmp_path)
+    monkeypatch.setattr(report, "RECIPES", tmp_path)
     assert report.references_table() == "Not measured yet."
     one = {"kind": "same", "distance": 39, "chance": 0.125, "named": 0.25, "right": "11"}
     rows = [

@@ -29,7 +29,9 @@ from fixclip_core import scenes
 OUT = Path("outputs/scenes")
 NOISE = Path("outputs/captions/noise/noise.json")
 RESULTS = Path("pipelines/scenes/results")
-ALIGNED = RESULTS / "aligned"  # of the chain as it is now; the others are of version 0.1, whose encoder was not aligned
+ALIGNED = RESULTS / "aligned"  # of the published weights; the files in RESULTS itself are of version 0.1
+RECIPES = RESULTS / "recipes"  # of the recipes as they are now
+UNTRAINED = ("stock", "windows", "overlap", "stretched")  # the base, whose files in ALIGNED count for both
 PAGE = Path("docs/results.md")
 IMAGES = Path("docs/images")
 SYSTEMS = {
@@ -44,7 +46,7 @@ SYSTEMS = {
     "windows_adapter": "control: adapter on windows of the base",
     "stretched_adapter": "control: adapter on stretched only",
 }
-DIFFERENCES = (("lora", "overlap"), ("lora", "overlap_adapter"), ("adapter", "trained"))
+DIFFERENCES = (("lora", "overlap"), ("lora", "overlap_adapter"), ("adapter", "trained"), ("trained", "overlap"))
 ALIGNED_SYSTEMS = {
     "stock": "`stock`: cut at 77 tokens",
     "windows": "`chunks`: base encoder in windows of 77",
@@ -100,9 +102,9 @@ RECALLS = tuple(f"{c}_{d}_recall_at_1" for c in ("long", "short") for d in ("ima
 
 def collect() -> None:
     """Copy what has been measured into the repository; what is not there yet stays as it was."""
-    ALIGNED.mkdir(parents=True, exist_ok=True)
+    RECIPES.mkdir(parents=True, exist_ok=True)
     for file in sorted((OUT / "evaluation").glob("*.json")):
-        (ALIGNED / file.name).write_text(file.read_text())
+        (RECIPES / file.name).write_text(file.read_text())
     runs = {}
     for folder in sorted((OUT / "ablations").glob("*")):
         if (folder / "model" / "config.json").exists():
@@ -204,33 +206,37 @@ def images_table() -> str:
     return table([*header, "shape after"], rows)
 
 
-def aligned_table() -> str:
-    """The systems of the published weights, whose encoder was trained with state alignment."""
+def trained(name: str, system: str, folder: Path) -> list[Judged]:
+    """A set by a system of the published weights, or of the recipes as they are now; both have the same base."""
+    found = load(name, system, folder)
+    return found or (load(name, system, ALIGNED) if system in UNTRAINED else [])
+
+
+def aligned_table(folder: Path = ALIGNED) -> str:
+    """Systems whose encoder was trained with state alignment, beside those of the base."""
     rows = []
     for system, label in ALIGNED_SYSTEMS.items():
-        judged, short = (load(name, system, ALIGNED) for name in ("nine", "short"))
+        judged, short = (trained(name, system, folder) for name in ("nine", "short"))
         if judged:
             parts = [[item for item in judged if item.after == after] for after in (False, True)]
-            rows.append([label, *(percent(*by_seed(part)) for part in (*parts, short))])
+            rows.append([label, *(percent(*by_seed(part)) if part else "-" for part in (*parts, short))])
     return table(["system", "right, before 77", "right, after 77", "short prompts"], rows)
 
 
-def differences_table() -> str:
-    """Paired differences between systems of the published weights, with 95 % intervals by bootstrap over prompts."""
+def differences_table(folder: Path = ALIGNED) -> str:
+    """Paired differences between systems, with 95 % intervals by bootstrap over prompts."""
     rows = []
     for one, other in DIFFERENCES:
-        cells = []
-        for after in (False, True):
-            first, second = by_prompt(one, after), by_prompt(other, after)
-            cells.append(interval(first, second) if len(first) and len(second) else "not measured")
-        rows.append([f"{ALIGNED_SYSTEMS[one]} - {ALIGNED_SYSTEMS[other]}", *cells])
+        pairs = [(by_prompt(one, after, folder), by_prompt(other, after, folder)) for after in (False, True)]
+        if all(len(found) for pair in pairs for found in pair):
+            rows.append([f"{ALIGNED_SYSTEMS[one]} - {ALIGNED_SYSTEMS[other]}", *(interval(*pair) for pair in pairs)])
     return table(["difference, points", "before 77", "after 77"], rows)
 
 
-def by_prompt(system: str, after: bool) -> np.ndarray:
+def by_prompt(system: str, after: bool, folder: Path) -> np.ndarray:
     """(prompts, 2): objects right and objects, over all noises, of one side of token 77."""
     counts: dict[int, list[int]] = {}
-    for item in load("nine", system, ALIGNED):
+    for item in trained("nine", system, folder):
         row = counts.setdefault(item.picture[0], [0, 0])
         if item.after == after:
             row[0] += item.right
@@ -314,7 +320,7 @@ def references_table(name: str = "references") -> str:
 
 def load_references(name: str, system: str) -> list[dict[str, Any]]:
     """Every reference of a set with its bucket, and the share of its pictures that are right."""
-    file = ALIGNED / f"{name}-{system}.json"
+    file = RECIPES / f"{name}-{system}.json"
     if not file.exists():
         return []
     found = [item for row in json.loads(file.read_text())["prompts"] for item in row["references"]]
@@ -508,6 +514,8 @@ def page(text: str, parts: dict[str, str]) -> str:
 
 TABLES = {
     "training": training_table,
+    "recipes": lambda: aligned_table(RECIPES),
+    "recipes differences": lambda: differences_table(RECIPES),
     "aligned": aligned_table,
     "differences": differences_table,
     "images": images_table,
