@@ -597,13 +597,15 @@ def test_evaluation_counts_each_pair_once(recipe):
 def test_memory_estimate_extrapolates_what_a_whole_pass_keeps(recipe):
     run = EncoderTrainer(recipe()).prepare()
     batch = next(batches(run.loader, 0, 1))
-    state, activations = run.memory(probe=4).values()
+    state, activations = run.memory_of(run.batch_size, probe=4).values()
     measured = activation_bytes(lambda: run.task.losses(run.model(batch)), run.module)
     assert activations == pytest.approx(measured, rel=0.25)  # captions differ in length
     assert state == pytest.approx(16 * sum(p.numel() for p in run.module.parameters()), rel=0.01)
     reset_accelerator()
     frugal = EncoderTrainer(recipe("run", "train.gradient_checkpointing=true")).prepare()
-    assert list(frugal.memory(probe=4).values())[1] < 0.9 * activations  # half is the layer being recomputed
+    assert (
+        list(frugal.memory_of(frugal.batch_size, probe=4).values())[1] < 0.9 * activations
+    )  # half is the layer being recomputed
 
 
 def test_activation_bytes_of_a_known_graph():
