@@ -86,7 +86,12 @@ def open_page(browser, url):
 @pytest.fixture
 def unet_calls(model):
     calls = []
-    hook = model.pipe.unet.register_forward_hook(lambda *_: calls.append(1))
+
+    def called(*_):
+        calls.append(1)
+        time.sleep(0.02)  # as no real UNet is so quick that a job ends before a click stops it
+
+    hook = model.pipe.unet.register_forward_hook(called)
     yield calls
     hook.remove()
 

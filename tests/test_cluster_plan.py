@@ -7,7 +7,7 @@ import command_line
 import open_clip
 import pytest
 import torch
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -31,9 +31,16 @@ output: {{folder: "{folder}"}}
 
 @pytest.fixture(autouse=True)
 def fresh_accelerator():
+    """A command has a process of its own, which no training of another test file has set up."""
+    reset_accelerator()
     yield
+    reset_accelerator()
+
+
+def reset_accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState._reset_state()
+    GradientState._reset_state()
 
 
 @pytest.fixture(scope="module")
