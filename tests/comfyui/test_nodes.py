@@ -186,11 +186,19 @@ def test_stable_diffusion_xl_with_a_long_first_encoder(core, encode, xl_clip, xl
     same(states[..., 32:], encode.encode_prompt(xl_clip, text, "overlap")[0][..., 32:])
 
 
-@pytest.mark.parametrize("kind", ["mlp", "attention"])
-@pytest.mark.parametrize("mask_padding", [False, True])
-def test_adapters_act_as_in_the_pipeline(nodes, models_folder, sd1, sd1_clip, kind, mask_padding, tmp_path):
-    trained(width=32, kind=kind, mask_padding=mask_padding, conditioning="chunks").save_pretrained(tmp_path)
-    name = f"{kind}-{mask_padding}.safetensors"
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"kind": kind, "mask_padding": masked} for kind in ("mlp", "attention") for masked in (False, True)),
+        *(
+            {"kind": "attention", "mask_padding": True, "scope": "text", "conditioning": c}
+            for c in ("chunks", "overlap")
+        ),
+    ],
+)
+def test_adapters_act_as_in_the_pipeline(nodes, models_folder, sd1, sd1_clip, options, tmp_path):
+    trained(**{"width": 32, "conditioning": "chunks", **options}).save_pretrained(tmp_path)
+    name = f"{'-'.join(map(str, options.values()))}.safetensors"
     (models_folder / "fixclip" / name).write_bytes((tmp_path / "adapter.safetensors").read_bytes())
     (adapter,) = nodes["FixClipLoadAdapter"](name=name)
     pipe = FixClipStableDiffusionPipeline.from_pretrained(sd1, adapter=tmp_path)
