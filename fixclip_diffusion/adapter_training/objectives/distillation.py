@@ -4,10 +4,9 @@ g is the base's own text encoder, f the one to adapt, A the adapter. Only captio
 and the empty one. Shapes: R draws, L rows of the embeds, D width.
 """
 
-import torch
 from torch import Tensor
 
-from fixclip_diffusion.adapter_training.objectives.step import Step, mean_square, mean_square_of_rows
+from fixclip_diffusion.adapter_training.objectives.step import Step, as_long, mean_square, mean_square_of_rows
 
 
 class Prediction:
@@ -45,13 +44,11 @@ class Windows:
     name = "windows"
 
     def __call__(self, step: Step) -> Tensor:
-        rows = (~step.draws.short & ~step.draws.dropped).nonzero()[:, 0]
-        features, sample, length = step.features, step.draws.sample[rows], step.embeds.shape[1]
-        assert features.windows is not None
-        assert features.windows_known is not None
-        wanted_RLD = as_long(features.windows[sample].float(), length)
-        known_RL = as_long(features.windows_known[sample][..., None], length)[..., 0]
-        return mean_square_of_rows(step.embeds[rows].float() - wanted_RLD, step.length[rows], known_RL).sum()
+        assert step.features.windows_known is not None
+        rows = step.long_draws
+        known_RL1 = step.features.windows_known[step.draws.sample[rows], :, None]
+        known_RL = as_long(known_RL1, step.embeds.shape[1])[..., 0]
+        return mean_square_of_rows(step.window_difference, step.length[rows], known_RL).sum()
 
 
 class Plain:
@@ -64,17 +61,9 @@ class Plain:
     name = "plain"
 
     def __call__(self, step: Step) -> Tensor:
-        rows = (~step.draws.short & ~step.draws.dropped).nonzero()[:, 0]
-        features, sample, length = step.features, step.draws.sample[rows], step.embeds.shape[1]
-        assert features.windows is not None
-        assert features.windows_gap is not None
-        wanted_RLD = as_long(features.windows[sample].float(), length)
-        gap_RL = as_long(features.windows_gap[sample][..., None].float(), length)[..., 0]
-        error_RL = (step.embeds[rows].float() - wanted_RLD).square().mean(-1)
+        assert step.features.windows_gap is not None
+        gap_RL1 = step.features.windows_gap[step.draws.sample[step.long_draws], :, None].float()
+        gap_RL = as_long(gap_RL1, step.embeds.shape[1])[..., 0]
+        error_RL = step.window_difference.square().mean(-1)
         total_R = gap_RL.sum(1)
         return ((gap_RL * error_RL).sum(1) / total_R.masked_fill(total_R == 0, 1)).sum()
-
-
-def as_long(states_RLD: Tensor, length: int) -> Tensor:
-    """The states cut or filled up with zeros to `length` rows."""
-    return torch.nn.functional.pad(states_RLD, (0, 0, 0, length - states_RLD.shape[1]))

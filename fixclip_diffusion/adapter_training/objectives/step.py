@@ -59,6 +59,19 @@ class Step:
         return torch.where(self.draws.dropped[rows, None, None], self.denoiser.empty_teacher.to(states), states)
 
     @cached_property
+    def long_draws(self) -> Tensor:
+        """Numbers of the draws that read a long caption."""
+        return (~self.draws.short & ~self.draws.dropped).nonzero()[:, 0]
+
+    @cached_property
+    def window_difference(self) -> Tensor:
+        """(long draws, L, D) embeds minus the same tokens' hidden states by the base's own encoder, in windows."""
+        assert self.features.windows is not None
+        rows = self.long_draws
+        wanted_RLD = as_long(self.features.windows[self.draws.sample[rows]].float(), self.embeds.shape[1])
+        return self.embeds[rows].float() - wanted_RLD
+
+    @cached_property
     def taught_predictions(self) -> Tensor:
         """(taught draws, C, H, W) what the base predicts of them: without gradient, adapter and LoRA."""
         rows, pooled, time_ids = self.taught, self.features.teacher_pooled, self.time_ids
@@ -79,6 +92,11 @@ class Objective(Protocol):
     name: str
 
     def __call__(self, step: Step) -> Tensor: ...
+
+
+def as_long(states_RLD: Tensor, length: int) -> Tensor:
+    """The states cut or filled up with zeros to `length` rows."""
+    return torch.nn.functional.pad(states_RLD, (0, 0, 0, length - states_RLD.shape[1]))
 
 
 def mean_square(difference: Tensor) -> Tensor:
