@@ -16,7 +16,7 @@ import pytest
 import tiny
 import tiny_adapter
 import torch
-from accelerate.state import AcceleratorState, GradientState
+from accelerator import reset_accelerator
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from PIL import Image
@@ -74,11 +74,6 @@ def fresh_accelerator():
     """Accelerate's settings are shared by a process; each test is a process of its own in that respect."""
     yield
     reset_accelerator()
-
-
-def reset_accelerator():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 def run_until(recipe, step, resume="auto"):

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import tiny_adapter
 import torch
-from accelerate.state import AcceleratorState, GradientState
+from accelerator import reset_accelerator
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 from tiny_adapter import randomize, without_onednn  # noqa: F401
@@ -37,11 +37,6 @@ SIZES = torch.tensor([[1080.0, 1920, 0, 398, 16, 16], [16, 16, 0, 0, 16, 16], [3
 def fresh_accelerator():
     yield
     reset_accelerator()
-
-
-def reset_accelerator():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import command_line
 import open_clip
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerator import reset_accelerator
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -35,12 +35,6 @@ def fresh_accelerator():
     reset_accelerator()
     yield
     reset_accelerator()
-
-
-def reset_accelerator():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    PartialState._reset_state()
-    GradientState._reset_state()
 
 
 @pytest.fixture(scope="module")

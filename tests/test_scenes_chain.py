@@ -6,7 +6,8 @@ from dataclasses import replace
 import open_clip
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState
+from accelerator import reset_accelerator
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -41,8 +42,7 @@ def recipe(name, folder, *overrides, steps=4):
 
 
 def train(name, *arguments, **options):
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerator()
     return pretrain.StageTrainer(recipe(name, *arguments, **options)).train()
 
 
@@ -228,8 +228,7 @@ def test_a_stage_has_a_plan_and_a_smoke_test(tmp_path):
     """The same options as the trainings of the package, on the same trainer."""
     options = [*SMALL["clip"], f"output.folder={tmp_path / 'clip'}"]
     for flag, expected in (("--dry-run", "new scenes at every step"), ("--smoke", "Smoke test passed")):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        reset_accelerator()
         result = CliRunner().invoke(pretrain.app, ["clip", str(HERE / "clip.yaml"), *options, flag])
         assert result.exit_code == 0, result.output
         assert expected in result.output

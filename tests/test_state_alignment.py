@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
+from accelerator import reset_accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -396,15 +396,13 @@ def recipe(tmp_path):
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": PREPROCESS}))
 
     def recipe(name, *overrides):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        reset_accelerator()
         file = tmp_path / f"{name}.yaml"
         file.write_text(RECIPE.format(clip=folder, folder=tmp_path / name))
         return load_recipe(EncoderRecipe, file, overrides)
 
     yield recipe
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerator()
 
 
 def test_a_run_learns_the_states_and_resumes_with_the_same_base(recipe, tmp_path):

@@ -18,7 +18,7 @@ import open_clip
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
+from accelerator import reset_accelerator
 from safetensors.torch import load_file, save_file
 from test_files import full_disk
 
@@ -124,11 +124,6 @@ def fresh_accelerator():
     """Accelerate's settings are shared by a process; each test is a process of its own in that respect."""
     yield
     reset_accelerator()
-
-
-def reset_accelerator():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 def run_until(recipe, step, resume="auto"):
