@@ -162,7 +162,7 @@ def aligned_step(setting: Setting, state: HiddenState) -> Step:
 
     def step() -> None:
         output = model(batch, state=state)
-        states = alignment.losses(batch, output, alignment.num_tokens(batch))
+        states = alignment.losses(batch, output, alignment.counts(batch))
         (losses_of(output)["loss"] + states["loss"]).backward()
 
     return model.parameters(), step

@@ -23,7 +23,7 @@ from fixclip_core.data.loader import Batch
 from fixclip_core.model.config import FINE_TUNE, LONG_CLIP
 from fixclip_core.model.fixclip import FixClip
 from fixclip_core.model.windows import NO_WINDOW, num_overlapping, overlapping_windows, window_and_offset
-from fixclip_core.training.encoder.losses.state_alignment import state_alignment_loss, window_states
+from fixclip_core.training.encoder.losses.state_alignment import plain_wording_loss, state_alignment_loss, window_states
 from fixclip_core.training.encoder.recipe import EncoderRecipe, TrainSection
 from fixclip_core.training.encoder.task import ContrastiveTask, forward_backward, make_alignment
 from fixclip_core.training.encoder.trainer import EncoderTrainer, build_clip
@@ -228,36 +228,87 @@ def test_shared_tokens_are_the_same_tokens_in_the_same_order(ids, other):
     assert shared_tokens(tuple(ids), tuple(ids)) == (tuple(range(len(ids))),) * 2
 
 
+def reworded(batch):
+    """The batch with plain wordings: caption 2 lacks tokens 40 to 42, caption 1 has another token 5."""
+    plain = batch.long_ids.clone()
+    plain[2, 40:110], plain[2, 110:113] = batch.long_ids[2, 43:113], 0
+    plain[1, 5] = START - 1 if batch.long_ids[1, 5] != START - 1 else 1
+    return dataclasses.replace(batch, plain_ids=plain)
+
+
+def shared_places(batch):
+    """For each long caption its tokens and those of its plain wording that are the same, of `reworded`."""
+    lengths = [int(ids.argmax()) for ids in batch.long_ids]
+    pairs = [[(place, place) for place in range(length)] for length in lengths]
+    pairs[1] = [(own, other) for own, other in pairs[1] if own != 5]
+    pairs[2] = [(own, own if own < 40 else own - 3) for own, _ in pairs[2] if not 40 <= own < 43]
+    return pairs
+
+
 @pytest.mark.parametrize("micro_batch_size", [None, 2])
 def test_a_plain_wording_gives_the_targets_of_the_tokens_that_it_shares(micro_batch_size):
-    """Against a loop: the long captions' tokens are those of the plain ones, some left out and some put in."""
+    """Both losses, and their gradients, against loops over the captions and the tokens."""
     clip = base_clip()
     model = made_of(clip)
-    task = ContrastiveTask.from_recipe(
-        train := TrainSection(weight_states=0.7), model.config, make_alignment(train, model, "cpu")
-    )
+    train = TrainSection(weight_states=0.7, weight_plain=0.4)
+    task = ContrastiveTask.from_recipe(train, model.config, make_alignment(train, model, "cpu"))
+    without = ContrastiveTask.from_recipe(TrainSection(), model.config)
     moved(model)
-    batch = captioned_images()
-    plain = batch.long_ids.clone()
-    plain[2, 40:110], plain[2, 110:113] = batch.long_ids[2, 43:113], 0  # tokens 40, 41 and 42 are left out
-    plain[1, 5] = START - 1 if batch.long_ids[1, 5] != START - 1 else 1  # another token
-    batch = dataclasses.replace(batch, plain_ids=plain)
-    losses = forward_backward(Accelerator(cpu=True), model, batch, task, micro_batch_size)
+    batch = reworded(captioned_images())
 
-    states = model(batch, state="last").text_states
-    errors = []
-    for number, (ids, wording) in enumerate(zip(batch.long_ids, plain, strict=True)):
-        length = int(ids.argmax()) + 1
-        targets = plain_targets(clip, wording[: int(wording.argmax()) + 1], "last")
-        for place in range(length - 1):
-            if (number == 2 and 40 <= place < 43) or (number == 1 and place == 5):
-                continue
-            other = place - 3 if number == 2 and place >= 43 else place
-            errors.append((states[number][place] - targets[other]).square().mean())
+    output = model(batch, state="last")
+    errors, weighted = [], []
+    for number, pairs in enumerate(shared_places(batch)):
+        ids, wording = (row[: int(row.argmax()) + 1] for row in (batch.long_ids[number], batch.plain_ids[number]))
+        targets, misread = plain_targets(clip, wording, "last"), plain_targets(clip, ids, "last")
+        own = [(output.text_states[number][own] - targets[other]).square().mean() for own, other in pairs]
+        gaps = [(misread[own] - targets[other]).square().mean() for own, other in pairs]
+        errors += own
+        if number in (1, 2):  # the others' plain wordings are themselves
+            weighted.append(sum(gap * error for gap, error in zip(gaps, own, strict=True)) / sum(gaps))
     for number, ids in enumerate(batch.short_ids):
         targets = plain_targets(clip, ids[: int(ids.argmax()) + 1], "last")
-        errors += [(a - b).square().mean() for a, b in zip(states[len(LONG) + number], targets, strict=True)]
-    torch.testing.assert_close(losses["loss_states"], torch.stack(errors).mean())
+        states = output.text_states[len(LONG) + number]
+        errors += [(a - b).square().mean() for a, b in zip(states, targets, strict=True)]
+    expected = {"states": torch.stack(errors).mean(), "plain": torch.stack(weighted).mean()}
+    total = without.losses(output)["loss"] + 0.7 * expected["states"] + 0.4 * expected["plain"]
+    total.backward()
+    wanted = gradients(model)
+
+    model.zero_grad()
+    losses = forward_backward(Accelerator(cpu=True), model, batch, task, micro_batch_size)
+    for name, value in expected.items():
+        torch.testing.assert_close(losses[f"loss_{name}"], value.detach())
+    torch.testing.assert_close(losses["loss"], total.detach())
+    torch.testing.assert_close(gradients(model), wanted)
+
+
+def test_captions_without_another_plain_wording_add_nothing():
+    model = made_of(base_clip())
+    train = TrainSection(weight_states=0.7, weight_plain=0.4)
+    task = ContrastiveTask.from_recipe(train, model.config, make_alignment(train, model, "cpu"))
+    moved(model)
+    batch = captioned_images()
+    for same in (batch, dataclasses.replace(batch, plain_ids=batch.long_ids)):
+        assert task.batch_losses(model, same)["loss_plain"] == 0
+    alone = ContrastiveTask.from_recipe(train := TrainSection(weight_states=0.7), model.config, task.alignment)
+    torch.testing.assert_close(task.batch_losses(model, batch)["loss"], alone.batch_losses(model, batch)["loss"])
+
+
+def test_a_token_that_no_window_misreads_is_left_to_the_other_loss():
+    states = [torch.tensor([[1.0], [2.0], [3.0]], requires_grad=True)]
+    targets, misread = [torch.tensor([[1.0], [1.0], [1.0]])], [torch.tensor([[1.0], [1.0], [3.0]])]
+    loss = plain_wording_loss(states, targets, misread)
+    torch.testing.assert_close(loss, torch.tensor(4.0))
+    loss.backward()
+    torch.testing.assert_close(states[0].grad, torch.tensor([[0.0], [0.0], [4.0]]))
+    assert plain_wording_loss(states, targets, targets) == 0
+
+
+def test_the_weight_of_misread_tokens_needs_that_of_all_tokens():
+    common = {"model": {"name": "ViT-B-32"}, "data": {"source": "scenes-references"}}
+    with pytest.raises(ValueError, match=r"weight_plain=1\.0: .* set weight_states"):
+        EncoderRecipe.model_validate({**common, "train": {"weight_plain": 1.0}})
 
 
 def test_kept_positions_leave_the_first_77_states_as_they_are(tmp_path):
@@ -321,13 +372,13 @@ def test_states_of_other_captions_are_refused():
 
 def aligned(**fields):
     model = made_of(base_clip(), num_groups=1, first_group=1, **fields)
-    train = TrainSection(weight_states=2.0)
+    train = TrainSection(weight_states=2.0, weight_plain=0.6)
     alignment = make_alignment(train, model, "cpu")
     return moved(model), ContrastiveTask.from_recipe(train, model.config, alignment)
 
 
 def part(batch, start, stop):
-    names = ("image", "long_ids", "short_ids", "seeds", "keys")
+    names = ("image", "long_ids", "short_ids", "seeds", "keys", "plain_ids")
     return Batch(**{name: getattr(batch, name)[start:stop] for name in names})
 
 
@@ -336,7 +387,7 @@ def _two_processes(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     model, task = aligned()
     wrapped = DistributedDataParallel(model)
-    mine = part(captioned_images(), 2 * rank, 2 * rank + 2)
+    mine = part(reworded(captioned_images()), 2 * rank, 2 * rank + 2)
     losses = task.batch_losses(wrapped, mine)
     losses["loss"].backward()
     result = {"gradients": gradients(model), "loss_states": losses["loss_states"].detach()}
@@ -360,7 +411,7 @@ def sharded(model):
 def test_two_processes_sharded_or_not_equal_one_however_uneven_their_captions(tmp_path):
     mp.spawn(_two_processes, args=(str(tmp_path),), nprocs=2)
     model, task = aligned()
-    losses = task.batch_losses(model, captioned_images())
+    losses = task.batch_losses(model, reworded(captioned_images()))
     losses["loss"].backward()
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     torch.testing.assert_close(

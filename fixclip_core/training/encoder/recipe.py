@@ -48,6 +48,11 @@ class TrainSection(RunSection):
     weight_states: float = Field(
         default=0.0, ge=0, description="of the hidden states' distance to the base's windows; 0: off"
     )
+    weight_plain: float = Field(
+        default=0.0,
+        ge=0,
+        description="of that distance at the tokens that windows misread, by captions' plain wordings; 0: off",
+    )
     align_state: HiddenState = Field(
         default="last", description="the hidden states that are aligned; SDXL: penultimate"
     )
@@ -95,6 +100,10 @@ class EncoderRecipe(Section):
             raise ValueError(f"eval.held_out={self.eval.held_out}: it is a share of the data; set eval.source=null")
         if self.captions.num_short > 1 and train.weight_states:
             raise ValueError(f"captions.num_short={self.captions.num_short}: state alignment reads one short caption")
+        if train.weight_plain and not train.weight_states:
+            raise ValueError(
+                f"train.weight_plain={train.weight_plain}: it is a part of state alignment; set weight_states"
+            )
         aligned = model.num_groups - model.first_group + 1
         if self.method == "fixclip" and model.num_groups and aligned < 1:
             raise ValueError(f"model.first_group={model.first_group}: it must lie between 1 and {model.num_groups}")

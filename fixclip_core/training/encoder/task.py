@@ -2,7 +2,7 @@
 
 Loss = weight_long * long + weight_short * short + weight_himo * himo + sum over the aligned groups g of
 weight_mid[g] * mid_g, each a symmetric InfoNCE over the batch of all processes, + weight_states * states
-(`losses.state_alignment`).
++ weight_plain * plain (`losses.state_alignment`).
 
 Shapes: B samples of this process, E embedding, G aligned groups.
 """
@@ -131,11 +131,11 @@ class ContrastiveTask:
         """
         if self.alignment is None:
             return None
-        num_tokens, alignment = self.alignment.num_tokens(batch), self.alignment
+        counts, alignment = self.alignment.counts(batch), self.alignment
 
         def losses(part: Any, output: FixClipOutput) -> dict[str, Tensor]:
             with autocast():
-                return alignment.losses(part, output, num_tokens)
+                return alignment.losses(part, output, counts)
 
         return losses
 
@@ -178,7 +178,7 @@ def make_alignment(train: TrainSection, clip: FixClip, device: torch.device | st
         base = clip.base_text_tower().to(device)
     except ValueError as error:
         raise ValueError(f"train.weight_states={train.weight_states}: {error}") from None
-    return StateAlignment(base, train.align_state, train.weight_states)
+    return StateAlignment(base, train.align_state, train.weight_states, train.weight_plain)
 
 
 def forward_backward(

@@ -191,6 +191,8 @@ class EncoderTrainer(Trainer):
         tokens = (self._first_batch().long_ids != 0).sum(1).float().mean().item()
         alignment = self.task.alignment
         states = f"{alignment.state} states of the base's windows, weight {alignment.weight:g}" if alignment else "off"
+        if alignment and alignment.weight_plain:
+            states += f"; of tokens that they misread, weight {alignment.weight_plain:g}"
         return {
             "method": f"{recipe.method}: {config.num_prompts} prompts ({config.prompt_flow}), short branch "
             f"{config.short_branch}, masking {config.masking}, {config.num_groups} groups",

@@ -16,7 +16,13 @@ tokens later.
 What a sentence says by pointing to one that lies further back ("the ring has the same colour as the heart"), no window
 can read. Where the data give a long caption's plain wording too ("the ring is blue"; `Sample.plain`), the base reads
 that one instead, and the tokens are those that the two wordings share (`captions.shared_tokens`): the state of the
-sentence's full stop, say, must be the same whichever way the sentence is put.
+sentence's full stop, say, must be the same whichever way the sentence is put. Such tokens are few among those that
+L_states averages over, so a second loss is about them alone. With v_t what windows make of the caption as it stands,
+p_t what they make of its plain wording, and d_t = |v_t - p_t|^2 / D, how far windows misread token t,
+
+    L_plain = 1 / C  sum over captions  ( sum_t d_t |h_t - p_t|^2 / D ) / sum_t d_t
+
+over the shared tokens of the C captions whose plain wording is another one.
 
 Shapes: B captions, W windows of a caption, V windows of all captions, T tokens, S tokens of all captions, D width.
 """
@@ -103,46 +109,85 @@ def _before_end(base: TextTower, ids_BT: Tensor) -> list[tuple[int, ...]]:
     return [tuple(row[:end]) for row, end in zip(ids_BT.tolist(), ends, strict=True)]
 
 
+def plain_wording_loss(states: Sequence[Tensor], targets: Sequence[Tensor], misread: Sequence[Tensor]) -> Tensor:
+    """Sum over captions of the mean squared difference of their tokens, weighted by how far windows misread each.
+
+    Args:
+        states: hidden states of the tokens that a caption shares with its plain wording, in one pass, (T, D) each.
+        targets: what the base's windows make of the same tokens in the plain wording; constants.
+        misread: what they make of them in the caption as it stands; constants. A caption of which they misread
+            nothing adds 0.
+    """
+    total = states[0].new_zeros((), dtype=torch.promote_types(states[0].dtype, torch.float32))
+    with torch.autocast(total.device.type, enabled=False):
+        for state_TD, target_TD, misread_TD in zip(states, targets, misread, strict=True):
+            target_TD = target_TD.detach().to(total.dtype)
+            gap_T = (misread_TD.detach().to(total.dtype) - target_TD).square().mean(-1)
+            error_T = (state_TD.to(total.dtype) - target_TD).square().mean(-1)
+            total = total + (gap_T * error_T).sum() / gap_T.sum().clamp(min=torch.finfo(total.dtype).tiny)
+    return total
+
+
+def with_plain_wording(base: TextTower, batch: CaptionedImages) -> list[int]:
+    """Rows of the batch's long captions whose plain wording is another one."""
+    if batch.plain_ids is None:
+        return []
+    pairs = zip(_before_end(base, batch.long_ids), _before_end(base, batch.plain_ids), strict=True)
+    return [row for row, (own, plain) in enumerate(pairs) if own != plain]
+
+
 @dataclass(frozen=True)
 class StateAlignment:
-    """The loss as a training uses it: its weight, and the base that gives the targets.
+    """The losses as a training uses them: their weights, and the base that gives the targets.
 
     Args:
         base: the frozen base, whole on this process's device. It stands outside of the model, so that neither
             checkpoints nor the optimizer nor averaged weights hold it.
         state: which hidden states are aligned, those that the image generator reads.
-        weight: factor of the loss in the total.
+        weight: factor of L_states in the total.
+        weight_plain: factor of L_plain; 0 leaves it out.
     """
 
     base: TextTower
     state: HiddenState = "last"
     weight: float = 1.0
+    weight_plain: float = 0.0
 
-    def num_tokens(self, batch: CaptionedImages) -> Tensor:
-        """Aligned tokens a process, the mean over processes: what the loss of each must divide its sum by.
+    def counts(self, batch: CaptionedImages) -> tuple[Tensor, Tensor]:
+        """Aligned tokens, and captions with another plain wording, a process: what the losses' sums are divided by.
 
-        Gradients are averaged over processes, so the average divides by all tokens of all processes, however
-        unevenly the captions' lengths fell.
+        They are means over processes. Gradients are averaged over processes, so the average divides by all tokens of
+        all processes, however unevenly the captions' lengths fell.
         """
-        pairs = shared_positions(self.base, batch)
-        total = torch.tensor(sum(len(own) for own, _ in pairs), dtype=torch.float64, device=batch.long_ids.device)
+        num_tokens = sum(len(own) for own, _ in shared_positions(self.base, batch))
+        own = [num_tokens, len(with_plain_wording(self.base, batch))]
+        total = torch.tensor(own, dtype=torch.float64, device=batch.long_ids.device)
         if is_distributed():
             dist.all_reduce(total)
             total = total / dist.get_world_size()
-        return total
+        return total[0], total[1]
 
-    def losses(self, batch: CaptionedImages, output: FixClipOutput, num_tokens: Tensor) -> dict[str, Tensor]:
-        """ "loss_states", and "loss" with its weight, of a batch or a part of one.
+    def losses(self, batch: CaptionedImages, output: FixClipOutput, counts: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        """ "loss_states" and, with a weight, "loss_plain" of a batch or a part of one; "loss": both with their weights.
 
         Args:
             batch: the captions.
             output: what `FixClip.forward(batch, state)` made of them.
-            num_tokens: `num_tokens` of the whole batch.
+            counts: `counts` of the whole batch.
         """
+        num_tokens, num_plain = counts
         pairs = shared_positions(self.base, batch)
         long_ids = batch.long_ids if batch.plain_ids is None else batch.plain_ids
-        targets = window_states(self.base, torch.cat([long_ids, batch.short_ids]), self.state)
+        found = window_states(self.base, torch.cat([long_ids, batch.short_ids]), self.state)
         states = [state[own] for state, (own, _) in zip(output.text_states, pairs, strict=True)]
-        wanted = [target[other] for target, (_, other) in zip(targets, pairs, strict=True)]
-        loss = state_alignment_loss(states, wanted, num_tokens)
-        return {"loss": self.weight * loss, "loss_states": loss}
+        targets = [target[other] for target, (_, other) in zip(found, pairs, strict=True)]
+        loss = state_alignment_loss(states, targets, num_tokens)
+        losses = {"loss": self.weight * loss, "loss_states": loss}
+        if not self.weight_plain:
+            return losses
+        plain = loss.new_zeros(())
+        if rows := with_plain_wording(self.base, batch):
+            misread = window_states(self.base, batch.long_ids[rows], self.state)
+            own = [state[pairs[row][0]] for row, state in zip(rows, misread, strict=True)]
+            plain = plain_wording_loss([states[row] for row in rows], [targets[row] for row in rows], own) / num_plain
+        return {**losses, "loss": losses["loss"] + self.weight_plain * plain, "loss_plain": plain}
