@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from caption_server import CaptionServer, asked, completion, describe
+from caption_server import SHORT, CaptionServer, asked, completion, describe
 from PIL import Image
 
 from fixclip_core.data.captions import CaptionFilters
@@ -288,6 +288,20 @@ def test_short_captions_asked_for_or_taken(images, tmp_path):
         assert sample.short
         assert sample.short not in sample.long
         assert sample.extra["short_finish_reason"] == "stop"
+
+
+def test_where_no_answer_is_a_short_caption_the_long_ones_first_sentence_takes_its_place(images, tmp_path):
+    def words(body):
+        return completion("No.") if asked(body)[1] in SHORT else describe(body)
+
+    with CaptionServer(words=words).running() as server:
+        made = caption(job(images, tmp_path / "out", short="ask"), options(server))
+        assert sum(server.seen.values()) == 3 * (COUNT - 1)  # the short one is tried with another prompt, too
+    assert made["short_from_long"] == made["written"] == COUNT - 1
+    for sample in samples(tmp_path / "out"):
+        assert sample.short == sample.long.split(".")[0] + "."
+        assert sample.extra["short_prompt"] == "first_sentence"
+        assert "short_finish_reason" not in sample.extra
 
 
 # -- what is refused

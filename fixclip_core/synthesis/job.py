@@ -181,6 +181,7 @@ class Job:
         answers: Counter[str] = Counter()
         summary: dict[str, Any] = {"samples": len(self.samples), "written": 0, "tokens": 0, "model": self.model}
         sizes: dict[str, int] = {}
+        short_from_long = 0
         for number, path in enumerate(records):
             if not path.exists():
                 counts["no_answer"] += len(self.indices(number))
@@ -190,8 +191,11 @@ class Job:
             answers.update(record["answers"])
             summary["written"] += record["written"]
             summary["tokens"] += record["tokens"]
+            short_from_long += record.get("short_from_long", 0)
             sizes[self.file(number).name] = record["written"]
         summary |= {"counts": dict(counts.most_common()), "answers": dict(answers.most_common())}
+        if self.recipe.short == "ask":
+            summary["short_from_long"] = short_from_long
         if self.as_manifest:
             write_atomically(self.out, self._write_manifest)
         else:

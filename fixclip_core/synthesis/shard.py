@@ -19,6 +19,8 @@ from fixclip_core.synthesis.journal import Journal, Task, journal_row
 from fixclip_core.synthesis.prompts import Prompt, stable_hash
 from fixclip_core.synthesis.recipe import Kind
 
+FROM_LONG = "first_sentence"  # stands where a short caption's prompt does, if no answer was one
+
 
 class Shard:
     """The answers of one shard's samples, and what follows from them.
@@ -144,16 +146,20 @@ class Shard:
         return replace(sample, long=long, short=short, extra={**sample.extra, **origin, **short_origin})
 
     def _short(self, sample: Sample, index: int, long: str) -> tuple[str | None, dict[str, str]]:
-        """The short caption, and where it came from if it was asked for."""
+        """The short caption, and where it came from if it was asked for.
+
+        Where no answer was one, it is the long caption's first sentence: a training that takes short captions from
+        the data would lose the sample.
+        """
         source = self.job.recipe.short
         if source in ("none", "keep"):
             return (sample.short if source == "keep" else None), {}
-        if source != "ask":
-            rng = random.Random(stable_hash("short", self.job.recipe.seed, sample.key))
-            return caption_pair(long, None, ShortCaptions(source), rng)[1], {}  # type: ignore[arg-type]
-        task = self.accepted(index, "short")
+        task = self.accepted(index, "short") if source == "ask" else None
         if task is None:
-            return None, {}
+            policy: Any = "first_sentence" if source == "ask" else source
+            rng = random.Random(stable_hash("short", self.job.recipe.seed, sample.key))
+            short = caption_pair(long, None, ShortCaptions(policy), rng)[1]
+            return short, ({"short_prompt": FROM_LONG} if source == "ask" else {})
         prompt, answer = self._answers[task]
         return self._verdicts[task].caption, {"short_prompt": prompt, "short_finish_reason": answer.finish_reason}
 
@@ -180,10 +186,13 @@ class Shard:
             options = PackOptions(decoded_before=True)
             written, skipped = write_shard(self.read, self.indices, file, options, self.job.state)
         verdicts = [self.verdict(task) for task in self._answers]
+        ask = self.job.recipe.short == "ask"
+        with_long = [index for index in self.indices if self.accepted(index, "long") is not None]
         record = {
             "shard": self.number,
             "samples": len(self.indices),
             "written": written,
+            "short_from_long": sum(ask and self.accepted(index, "short") is None for index in with_long),
             "skipped": [asdict(sample) for sample in skipped],
             "answers": dict(Counter(verdict.reason or "accepted" for verdict in verdicts if verdict is not None)),
             "tokens": sum(answer.tokens for _, answer in self._answers.values()),
