@@ -82,6 +82,10 @@ def export(
             help="Folder, hub or built-in name of the Stable Diffusion whose text encoder reads short prompts."
         ),
     ] = None,
+    by_name: Annotated[
+        bool,
+        typer.Option("--by-name", help="Name that base in config.json, in place of a copy of its text encoder."),
+    ] = False,
 ) -> None:
     """Write an encoder in the formats of transformers, diffusers, open_clip and ComfyUI (all by default)."""
     import torch
@@ -94,30 +98,20 @@ def export(
         raise ValueError(f"{run}: no FixClip there; expected model/ or config.json and model.safetensors{best}")
     if short_weights is not None and "diffusers" not in (formats or ["diffusers"]):
         raise ValueError("--short-weights: only the format diffusers holds the base's weights beside the trained ones")
-    base = None if short_weights is None else base_text_model(short_weights)
+    if by_name and short_weights is None:
+        raise ValueError("--by-name: name the base with --short-weights")
+    base = None
+    if short_weights is not None:
+        from fixclip_diffusion.text_encoder import FixClipTextEncoder, base_text_model
+
+        base = base_text_model(short_weights, "--short-weights")
     prepare_folder(output, empty=True)
     for line in write(load_fixclip(run), output, formats or None, getattr(torch, dtype)):
         typer.echo(line)
     if base is not None:
-        from fixclip_diffusion.text_encoder import FixClipTextEncoder
-
         encoder = FixClipTextEncoder.from_pretrained(output / "text_encoder", dtype=getattr(torch, dtype))
         encoder.set_short_weights(base)
+        if by_name:
+            encoder.name_short_weights(short_weights)
         encoder.save_pretrained(output / "text_encoder")
         typer.echo(f"text_encoder/: prompts of up to 77 tokens are read by the text encoder of {short_weights}")
-
-
-def base_text_model(name: str) -> Any:
-    """The `CLIPTextModel` of a Stable Diffusion: a folder, a hub name or a built-in name.
-
-    Raises:
-        ValueError: there is none.
-    """
-    from transformers import CLIPTextModel
-
-    from fixclip_diffusion import builtin
-
-    try:
-        return CLIPTextModel.from_pretrained(builtin.resolve(builtin.base_of(name)), subfolder="text_encoder")
-    except OSError as error:
-        raise ValueError(f"--short-weights {name}: no text encoder there: {str(error).splitlines()[0]}") from None

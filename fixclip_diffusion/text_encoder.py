@@ -72,6 +72,8 @@ class FixClipTextConfig(CLIPTextConfig):
             the final LayerNorm (Stable Diffusion 1 and 2), "penultimate", which enters the last layer (Stable Diffusion
             XL).
         short_text_model: configuration of the base's own `CLIPTextModel` that reads passes of up to 77 tokens, or None.
+        short_weights: name of the base whose text encoder has that model's weights, where they are not in the encoder's
+            own file. `from_pretrained` loads them from there, and `save_pretrained` then writes them with the others.
         delta_rank: rank of the change of the base's matrices that is left out for texts of up to 77 tokens; 0 without.
     """
 
@@ -83,6 +85,7 @@ class FixClipTextConfig(CLIPTextConfig):
     padding: str = "keep"
     hidden_state: str = "last"
     short_text_model: dict | None = None
+    short_weights: str | None = None
     delta_rank: int = 0
 
 
@@ -227,7 +230,7 @@ class LongTextEncoder(CLIPPreTrainedModel):
             super()._init_weights(module)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Stock saving, whole or not at all.
+        """Stock saving, whole or not at all; without the base's copy where `name_short_weights` named the base.
 
         Raises:
             ValueError: there are LoRA layers, beside which transformers leaves the encoder's own weights out.
@@ -237,6 +240,9 @@ class LongTextEncoder(CLIPPreTrainedModel):
                 "this text encoder has LoRA layers, and transformers would save them without the encoder: save the "
                 "whole pipeline, which keeps both, or delete_adapter() or merge them first"
             )
+        if self.config.short_weights is not None:
+            state = kwargs.pop("state_dict", None) or self.state_dict()
+            kwargs["state_dict"] = {k: t for k, t in state.items() if not k.startswith("short_text_model.")}
         super().save_pretrained(*args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -304,6 +310,7 @@ class LongTextEncoder(CLIPPreTrainedModel):
                 text projection (the second text encoder of Stable Diffusion XL).
         """
         self._refuse_projection("short weights")
+        self.config.short_weights = None
         if source is None:
             self.short_text_model, self.config.short_text_model = None, None
             return
@@ -324,6 +331,19 @@ class LongTextEncoder(CLIPPreTrainedModel):
         self.short_text_model = model.to(device=self.device, dtype=self.dtype).train(self.training)
         self.config.short_text_model = values
         self.config.conditioning = self.config.conditioning or "one_pass"
+
+    def name_short_weights(self, name: str | None) -> None:
+        """Have `save_pretrained` write the name of the base in place of the weights that `set_short_weights` copied.
+
+        Args:
+            name: folder, hub or built-in name of a Stable Diffusion with those weights; None: the copy is written.
+
+        Raises:
+            ValueError: there are no such weights.
+        """
+        if self.short_text_model is None:
+            raise ValueError(f"short weights of {name!r}: this text encoder reads short texts by its own weights")
+        self.config.short_weights = name
 
     def load_delta(self, path: str | Path) -> None:
         """Add what `fixclip export --format delta` wrote: long texts are then read by the trained encoder.
@@ -468,6 +488,9 @@ class LongTextEncoder(CLIPPreTrainedModel):
         ours = isinstance(config, FixClipTextConfig)
         loader: Any = super() if ours else cls.stock_class
         what = f"text encoder {_where(name, kwargs)}"
+        short_weights = config.short_weights if ours else None
+        if short_weights is not None:
+            config.short_text_model = config.short_weights = None
         with loading(what), _quiet_loading():
             _check_layers(config, Path(name) / (kwargs.get("subfolder") or ""), what)
             model, info = loader.from_pretrained(name, *args, config=config, output_loading_info=True, **kwargs)
@@ -488,6 +511,8 @@ class LongTextEncoder(CLIPPreTrainedModel):
                 f"text encoder {_where(name, kwargs)} was made for hidden_state={model.config.hidden_state!r}, and "
                 f"this base reads {hidden_state!r}"
             )
+        if short_weights is not None:
+            model.set_short_weights(base_text_model(short_weights, what))
         if delta is not None:
             model.load_delta(delta)
         return (model, info) if return_info else model
@@ -552,6 +577,26 @@ class FixClipTextEncoderWithProjection(LongTextEncoder, CLIPTextModelWithProject
             self, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs
         )
         return self._finish_penultimate(output)
+
+
+def base_text_model(name: str, what: str) -> CLIPTextModel:
+    """The text encoder of a Stable Diffusion, in float32: a folder, hub or built-in name.
+
+    Args:
+        name: of the base.
+        what: needs it, for the error.
+
+    Raises:
+        LoadError: there is none.
+    """
+    try:
+        folder = builtin.resolve(builtin.base_of(name))
+        return CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise LoadError(
+            f"{what}: the text encoder of {name!r}, which is to read short prompts, could not be loaded: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
 
 
 def _check_layers(config: CLIPTextConfig, folder: Path, what: str) -> None:

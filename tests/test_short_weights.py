@@ -8,11 +8,12 @@ from transformers import CLIPTextModel
 from typer.testing import CliRunner
 
 from fixclip_cli.main import app
+from fixclip_core.check import LoadError
 from fixclip_core.model.fixclip import FixClip
 from fixclip_core.weights.read import ClipCheckpoint
 from fixclip_core.weights.write import export, plain_clip, write_delta, write_diffusers
 from fixclip_diffusion.conditioning import Context, PromptTokens, get_conditioning, short_length
-from fixclip_diffusion.text_encoder import FixClipTextEncoder
+from fixclip_diffusion.text_encoder import FixClipTextEncoder, load_clip_text_config
 
 PREPROCESS = {"size": 32, "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
 SHORT, LONG = (3, 20, 77), (78, 150, 248)
@@ -87,6 +88,36 @@ def test_short_texts_are_the_bases_and_long_ones_the_trained_encoders(models, ba
             for a, b in zip(found[:-1], expected[:-1], strict=True):
                 torch.testing.assert_close(a[row, :length], b[row, :length], atol=1e-4, rtol=1e-4)
         assert not torch.allclose(found[-2][0, :20], states(base, texts(LONG, 248)[:, :77])[-2][0, :20], atol=1e-3)
+
+
+def test_the_base_named_in_place_of_a_copy(models, base, tmp_path):
+    """The file is as small as the trained encoder's; what is loaded from it is complete, and is saved as a whole."""
+    encoder = with_copy(models, base)
+    encoder.name_short_weights(str(models / "base"))
+    encoder.save_pretrained(tmp_path / "named")
+    loaded = FixClipTextEncoder.from_pretrained(tmp_path / "named")
+    loaded.save_pretrained(tmp_path / "whole")
+    for one in (loaded, FixClipTextEncoder.from_pretrained(tmp_path / "whole")):
+        assert short_length(one.config) == 77
+        assert_equal(states(one, texts(SHORT, 77)), states(base, texts(SHORT, 77)))
+        assert_equal(states(one, texts(LONG, 248)), states(encoder, texts(LONG, 248)))
+    named, whole = (tmp_path / name / "model.safetensors" for name in ("named", "whole"))
+    trained = models / "trained" / "text_encoder" / "model.safetensors"
+    assert named.stat().st_size == pytest.approx(trained.stat().st_size, rel=0.02)
+    assert whole.stat().st_size > 1.5 * named.stat().st_size
+    # Configuration alone, as reports read it, says the same before and after.
+    assert short_length(load_clip_text_config(str(tmp_path / "named"))) == 77
+
+
+def test_a_named_base_that_is_not_there(models, base, tmp_path):
+    encoder = with_copy(models, base)
+    encoder.name_short_weights(str(tmp_path / "gone"))
+    encoder.save_pretrained(tmp_path / "named")
+    with pytest.raises(LoadError, match=r"named.*text encoder of '.*gone', which is to read short prompts"):
+        FixClipTextEncoder.from_pretrained(tmp_path / "named")
+    encoder.set_short_weights(None)
+    with pytest.raises(ValueError, match="by its own weights"):
+        encoder.name_short_weights("base")
 
 
 def test_a_short_text_beside_a_long_one_is_the_bases_with_a_delta(models, base):
@@ -172,6 +203,13 @@ def test_export_puts_the_bases_copy_beside_the_trained_weights(models, base, tmp
     done = CliRunner().invoke(app, [str(part) for part in [*command, models / "base"]])
     assert done.exit_code == 0, done.output
     encoder = FixClipTextEncoder.from_pretrained(tmp_path / "out", subfolder="text_encoder")
+    assert_equal(states(encoder, texts(SHORT, 77)), states(base, texts(SHORT, 77)))
+    named = [tmp_path / "named" if part == tmp_path / "out" else part for part in command]
+    done = CliRunner().invoke(app, [str(part) for part in [*named, models / "base", "--by-name"]])
+    assert done.exit_code == 0, done.output
+    small, large = (tmp_path / name / "text_encoder" / "model.safetensors" for name in ("named", "out"))
+    assert small.stat().st_size < 0.7 * large.stat().st_size
+    encoder = FixClipTextEncoder.from_pretrained(tmp_path / "named", subfolder="text_encoder")
     assert_equal(states(encoder, texts(SHORT, 77)), states(base, texts(SHORT, 77)))
     wrong = CliRunner().invoke(app, [str(part) for part in [*command, tmp_path / "nothing"]])
     assert wrong.exit_code == 2
