@@ -137,6 +137,7 @@ def command(kind: Kind) -> Callable[..., None]:
                 from fixclip_core.training.encoder.plan import Cluster, cluster_plan
 
                 cluster = Cluster(gpus, gpu, samples, samples_per_second, utilisation, sample_kb, price)
+                typer.echo("Building the model and measuring memory, which takes up to a minute ...", err=True)
                 echo(format_columns(cluster_plan(chosen, cluster)))
             else:
                 run(imported(kind.trainer), chosen, resume=resume, dry_run=dry_run, smoke=smoke)

@@ -206,7 +206,7 @@ def test_scores_are_cosines_by_sentence_and_zone(sd1, scorer, tokenizer, tmp_pat
     after = [v for s, v in zip(own, row["per_sentence"], strict=True) if s.zone == "after"]
     assert metrics["sentence_after"] == {
         "mean": pytest.approx(sum(after) / len(after)),
-        "standard_error": 0.0,
+        "standard_error": None,
         "count": 1,
     }
     assert metrics["whole"]["count"] == metrics["sentence_before"]["count"] == 2
@@ -275,6 +275,7 @@ def test_references_are_asked_for_by_distance():
     (_, text) = report._references(found, guesses)
     assert text.count("50.0 ± 10.0") == 4
     assert "guess: any value" in text
+    assert report.percent({"mean": 0.5, "standard_error": None}) == "50.0"
 
 
 def test_what_cannot_be_drawn_is_named_first(sd1, parts, tmp_path):

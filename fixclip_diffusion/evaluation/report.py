@@ -38,8 +38,16 @@ COLOURS = ("#4464ad", "#d1662f", "#3d8b5f", "#a2437d", "#7a6a4f", "#2b8ca3", "#9
 
 
 def percent(value: Mapping[str, Any] | None) -> str:
-    """A mean with its standard error in percent, e.g. "63.2 ± 1.4"."""
-    return "–" if value is None else f"{100 * value['mean']:.1f} ± {100 * value['standard_error']:.1f}"
+    """A mean with its standard error in percent, e.g. "63.2 ± 1.4"; a single value has none: "63.2"."""
+    return _with_error(value, 100, 1)
+
+
+def _with_error(value: Mapping[str, Any] | None, factor: float, digits: int) -> str:
+    if value is None:
+        return "–"
+    mean, error = value["mean"], value["standard_error"]
+    shown = f"{factor * mean:.{digits}f}"
+    return shown if error is None else f"{shown} ± {factor * error:.{digits}f}"
 
 
 # -- Markdown ------------------------------------------------------------------------------------------------
@@ -178,7 +186,7 @@ def _cosines_table(cosines: Mapping[str, Any]) -> str:
     rows = []
     for name, values in cosines.items():
         cells = [values.get(metric) for metric in metrics]
-        rows.append([name, *(f"{v['mean']:.4f} ± {v['standard_error']:.4f}" if v else "–" for v in cells)])
+        rows.append([name, *(_with_error(value, 1, 4) for value in cells)])
     return table(["system", *metrics], rows)
 
 
@@ -285,7 +293,7 @@ def bars(systems: Mapping[str, Any], group: str) -> str:
 def _bar(
     x: float, width: int, top: int, height: int, value: Mapping[str, Any], colour: str, system: str, name: str
 ) -> str:
-    mean, error = value["mean"], value["standard_error"]
+    mean, error = value["mean"], value["standard_error"] or 0
     y = top + height * (1 - mean)
     middle = x + width / 2 - 1
     low, high = (top + height * (1 - min(1.0, max(0.0, mean + sign * error))) for sign in (-1, 1))

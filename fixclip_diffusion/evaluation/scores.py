@@ -111,11 +111,11 @@ def _probability(answer: Answer | None) -> float:
 # -- means ---------------------------------------------------------------------------------------------------
 
 
-def summarize(values: Sequence[float]) -> dict[str, float]:
-    """Mean, its standard error (0 for a single value) and how many."""
+def summarize(values: Sequence[float]) -> dict[str, float | None]:
+    """Mean, its standard error (None of a single value, which tells nothing of a spread) and how many."""
     number = len(values)
     mean = sum(values) / number
-    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (number - 1) / number) if number > 1 else 0.0
+    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (number - 1) / number) if number > 1 else None
     return {"mean": mean, "standard_error": spread, "count": number}
 
 
@@ -259,7 +259,7 @@ def twins(asked: Sequence[Asked]) -> dict[str, Any] | None:
 # -- cosines -------------------------------------------------------------------------------------------------
 
 
-def clip_metrics(rows: Sequence[tuple[Sequence[str], Sequence[float]]]) -> dict[str, dict[str, float]]:
+def clip_metrics(rows: Sequence[tuple[Sequence[str], Sequence[float]]]) -> dict[str, dict[str, float | None]]:
     """Means of a CLIP's cosines: "whole" and "sentence_ZONE".
 
     Args:
