@@ -190,11 +190,11 @@ def main(
     ]
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for length in LENGTHS:
-        found = {name: times[name][length] for name in SYSTEMS}
-        cells = [f"{1e3 * seconds:.1f}" for seconds in found.values()]
+        each = {name: times[name][length] for name in SYSTEMS}
+        cells = [f"{1e3 * seconds:.1f}" for seconds in each.values()]
         if length > WINDOW_LENGTH:
             cells[0] += f" ({WINDOW_LENGTH} read)"
-        cells += [f"{found[one] / found[other]:.2f}" for one, other in ratios]
+        cells += [f"{each[one] / each[other]:.2f}" for one, other in ratios]
         print(f"| {length} | {' | '.join(cells)} | {peaks[length]} |")
     print(f"\none pass of 150 tokens: {times['one_pass'][150] / times['one_pass'][240]:.2f} of one of 240 tokens")
 

@@ -51,6 +51,8 @@ class TextAdapter(nn.Module):
         scope: what the `attention` kind sees of a prompt that takes several passes: "window", the hidden states of one
             pass at a time, or "text", those of all passes as they are joined (`conditioning.Layout.join`), `max_tokens`
             at a time. For a prompt in one pass they are the same.
+        short_texts: whether it acts on texts that fit into the base's 77 tokens. False where training has shown it
+            none: such prompts then have the base's own hidden states, to the bit.
 
     Raises:
         ValueError: an unknown kind or scope, a size below 1, heads that do not divide the width, or the scope "text"
@@ -68,6 +70,7 @@ class TextAdapter(nn.Module):
         conditioning: str | None = None,
         mask_padding: bool = False,
         scope: Literal["window", "text"] = "window",
+        short_texts: bool = True,
     ):
         super().__init__()
         if scope not in SCOPES:
@@ -96,6 +99,7 @@ class TextAdapter(nn.Module):
             "conditioning": conditioning,
             "mask_padding": mask_padding,
             "scope": scope,
+            "short_texts": short_texts,
         }
         hidden_width = self.config["hidden_width"]
         if kind == "attention":

@@ -134,15 +134,17 @@ class PromptEncoder:
         clip_skip: int | None,
     ) -> tuple[list[Tensor], Tensor | None]:
         """Rows (L, D) of each prompt and pooled vectors (B, E)."""
-        joint = getattr(encoding.encoder, "joint_adapter", None)
+        encoder = encoding.encoder
+        joint, adapter = getattr(encoder, "joint_adapter", None), getattr(encoder, "adapter", None)
         several = [number for number, layout in enumerate(layouts) if len(layout.ids_NP) > 1]
-        if joint is None or not several:
+        if adapter is None or not several:
             return self._encode_each(encoding, layouts, device, clip_skip)
-        # Such an adapter reads the rows of a prompt of several passes; one pass has it as any encoder has.
-        with encoding.encoder.adapter_left_out():
-            chosen = [layouts[number] for number in several]
+        chosen = [layouts[number] for number in several]
+        # A joint adapter reads the rows of a prompt of several passes; one pass has it as any encoder has.
+        with encoder.reading_windows() if joint is None else encoder.adapter_left_out():
             joined, joined_pooled = self._encode_each(encoding, chosen, device, clip_skip)
-        joined = [adapt_rows(joint, *pair, encoding.context.end_id) for pair in zip(joined, chosen, strict=True)]
+        if joint is not None:
+            joined = [adapt_rows(joint, *pair, encoding.context.end_id) for pair in zip(joined, chosen, strict=True)]
         others = [number for number in range(len(layouts)) if number not in several]
         rows, pooled = self._encode_each(encoding, [layouts[number] for number in others], device, clip_skip)
         order = torch.tensor(several + others).argsort()

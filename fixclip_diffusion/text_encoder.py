@@ -176,6 +176,7 @@ class LongTextEncoder(CLIPPreTrainedModel):
         if config.adapter is not None:
             self.adapter = TextAdapter(**config.adapter)
         self._leave_adapter_out = False
+        self._reads_windows = False  # whether passes of 77 are parts of longer texts
         self._is_short = False  # whether the base's copy read the pass that ran last
         self._text_BT: Tensor | None = None  # True up to each text's end, in the pass that runs or ran last
         self.text_model.final_layer_norm.register_forward_hook(self._finish_last)
@@ -191,14 +192,27 @@ class LongTextEncoder(CLIPPreTrainedModel):
         text_BT = self._text_BT
         if text_BT is not None and text_BT.shape != states_BTD.shape[:2]:
             text_BT = None  # diffusers' clip_skip calls the LayerNorm by itself, for the pass that ran last
-        if self.adapter is not None and not self._leave_adapter_out:
-            states_BTD = self.adapter(states_BTD, text_BT)
         num_tokens, short = states_BTD.shape[1], self.config.short_position_embeddings
+        if self.adapter is not None and not self._leave_adapter_out:
+            states_BTD = self._adapted(self.adapter, states_BTD, text_BT)
         if self.config.padding == "mask" and num_tokens > short and text_BT is not None:
             fits_B1 = text_BT[:, short:].logical_not().all(1, keepdim=True) & (short > 0)
             place_1T = torch.arange(num_tokens, device=states_BTD.device)[None]
             states_BTD = states_BTD * (text_BT | (fits_B1 & (place_1T < short)))[..., None]
         return states_BTD
+
+    def _adapted(self, adapter: TextAdapter, states_BTD: Tensor, text_BT: Tensor | None) -> Tensor:
+        """The states through the adapter, but for texts that fit into the original positions if it leaves those as they
+        are."""
+        num_tokens, short = states_BTD.shape[1], self.config.short_position_embeddings
+        if adapter.config["short_texts"] or not short or self._reads_windows:
+            return adapter(states_BTD, text_BT)
+        if num_tokens <= short:
+            return states_BTD
+        fits_B11 = torch.zeros(len(states_BTD), 1, 1, dtype=torch.bool, device=states_BTD.device)
+        if text_BT is not None:
+            fits_B11 = text_BT[:, short:].logical_not().all(1)[:, None, None]
+        return torch.where(fits_B11, states_BTD, adapter(states_BTD, text_BT))
 
     def _find_texts(self, input_ids: Tensor | None, position_ids: Tensor | None) -> None:
         """Where the texts of the coming pass end, which of them are long, and whether the base's copy reads it."""
@@ -281,6 +295,15 @@ class LongTextEncoder(CLIPPreTrainedModel):
             yield
         finally:
             self._leave_adapter_out = False
+
+    @contextmanager
+    def reading_windows(self) -> Iterator[None]:
+        """Passes of up to 77 tokens are windows of longer texts while the block runs; see `TextAdapter`."""
+        self._reads_windows = True
+        try:
+            yield
+        finally:
+            self._reads_windows = False
 
     def set_adapter_module(self, adapter: TextAdapter | None) -> None:
         """Put `adapter` behind the hidden state that the UNet reads, or take it away with None.

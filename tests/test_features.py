@@ -32,7 +32,7 @@ from fixclip_diffusion.adapter_training.features import (
     tokens_of,
     unpack_layouts,
 )
-from fixclip_diffusion.adapter_training.objectives.step import adapted_embeds
+from fixclip_diffusion.adapter_training.objectives.step import adapted_embeds, short_texts_left_out
 from fixclip_diffusion.adapter_training.recipe import ObjectivesSection
 from fixclip_diffusion.conditioning import CONDITIONINGS, Break, Context, PromptTokens
 from fixclip_diffusion.fingerprint import tokenizer_digest, weights_digest
@@ -77,22 +77,26 @@ def cached(tmp_path, *overrides):
 
 @torch.no_grad()
 @pytest.mark.parametrize("conditioning", [name for name in CONDITIONINGS if name != "stock"])
+@pytest.mark.parametrize("short_texts", [True, False])
 @pytest.mark.parametrize("kind", [None, "mlp", "attention", "text"])
-def test_training_reads_captions_as_the_pipeline_reads_prompts(sd1, models, conditioning, kind):
+def test_training_reads_captions_as_the_pipeline_reads_prompts(sd1, models, conditioning, kind, short_texts):
     """One caption at a time and all together: embeds of prompts, of the empty one, and of the base's own encoder."""
     frozen = dataclasses.replace(models, conditioning=conditioning)
     width, scope = models.encodings[0].encoder.config.hidden_size, "text" if kind == "text" else "window"
     adapter = identity = tiny_adapter.no_adapter
     if kind is not None:
         kind = "attention" if kind == "text" else kind
-        adapter = tiny_adapter.randomize(train.TextAdapter(width, kind, 16, 1, 4, mask_padding=True, scope=scope))
+        sizes = {"hidden_width": 16, "num_layers": 1, "num_heads": 4, "mask_padding": True}
+        adapter = train.TextAdapter(width, kind, scope=scope, short_texts=short_texts, **sizes)
+        adapter = tiny_adapter.randomize(adapter)
     pipe = FixClipStableDiffusionPipeline.from_pretrained(
         sd1, adapter=None if adapter is identity else adapter, conditioning=conditioning
     )
     stock = StableDiffusionPipeline.from_pretrained(sd1, safety_checker=None)
     texts = [SHORT, LONG, "", *(tiny_adapter.caption(i, sentences=n) for i, n in ((1, 16), (2, 21), (3, 40)))]
     ids = pickle.loads(pickle.dumps(frozen.caption_ids))(texts)
-    together, length = adapted_embeds(adapter, encode_captions(frozen, ids), True, scope)
+    acted_on = (lambda captions: captions) if short_texts else short_texts_left_out
+    together, length = adapted_embeds(adapter, acted_on(encode_captions(frozen, ids)), True, scope)
     teacher, _, fits = encode_for_teacher(frozen, ids)
     for row, text in enumerate(texts):
         expected = pipe.encode_prompt(text, "cpu", 1, False)[0][0]
@@ -100,15 +104,20 @@ def test_training_reads_captions_as_the_pipeline_reads_prompts(sd1, models, cond
         torch.testing.assert_close(together[row, : len(expected)], expected, rtol=1e-4, atol=1e-4)
         assert not together[row, len(expected) :].any()
         alone = encode_captions(frozen, frozen.caption_ids([text]))
-        one, _ = adapted_embeds(adapter, alone, False, scope)
+        one, _ = adapted_embeds(adapter, acted_on(alone), False, scope)
         torch.testing.assert_close(one[0], expected, rtol=1e-4, atol=1e-4)
         assert bool(fits[row]) == (len(pipe.tokenizer(text).input_ids) <= 77)
         if fits[row]:
             base = stock.encode_prompt(text, "cpu", 1, False)[0][0]
             torch.testing.assert_close(teacher[row], base, rtol=1e-4, atol=1e-5)
+            if not short_texts:
+                assert torch.equal(expected, base)
     empty, empty_teacher, _ = empty_states(frozen)
     torch.testing.assert_close(
-        adapted_embeds(adapter, empty, True, scope)[0], pipe.encode_prompt("", "cpu", 1, False)[0], rtol=1e-4, atol=1e-4
+        adapted_embeds(adapter, acted_on(empty), True, scope)[0],
+        pipe.encode_prompt("", "cpu", 1, False)[0],
+        rtol=1e-4,
+        atol=1e-4,
     )
     torch.testing.assert_close(empty_teacher, teacher[2:3], rtol=1e-4, atol=1e-5)
 

@@ -18,7 +18,13 @@ from fixclip_diffusion.adapter_training.objectives.denoising import (
 )
 from fixclip_diffusion.adapter_training.objectives.distillation import Plain, Prediction, States, Windows
 from fixclip_diffusion.adapter_training.objectives.draws import CaptionStates, Denoiser, Draws, Features, draw
-from fixclip_diffusion.adapter_training.objectives.step import Objective, Step, adapted_embeds, caption_states
+from fixclip_diffusion.adapter_training.objectives.step import (
+    Objective,
+    Step,
+    adapted_embeds,
+    caption_states,
+    short_texts_left_out,
+)
 from fixclip_diffusion.adapter_training.recipe import ObjectivesSection
 
 __all__ = [
@@ -65,6 +71,8 @@ def adapter_losses(
     draws = draw(features, denoiser, section)
     captions, number_R = caption_states(draws, features, denoiser)
     config = getattr(adapter, "config", {"kind": "attention"})
+    if not config.get("short_texts", True):
+        captions = short_texts_left_out(captions)
     masks = config["kind"] == "mlp" or config.get("mask_padding", False)
     embeds_CLD, length_C = adapted_embeds(adapter, captions, masks, config.get("scope", "window"))
     step = Step(

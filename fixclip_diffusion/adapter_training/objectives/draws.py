@@ -27,7 +27,7 @@ class CaptionStates:
     Attributes:
         states: (B, S, D), passes one behind the other; 0 behind a caption's own.
         text: (B, S), 1 for the text of each pass, 0 for its padding, -1 where no adapter is to act: behind a caption's
-            own passes, and in the empty caption of a base whose UNet reads zeros for it.
+            own passes, in the empty caption of a base whose UNet reads zeros for it, and in `short_texts_left_out`.
         source: (B, L), the position in `states` that each row of the embeds comes from, -1 behind a caption's own rows.
         size: (B,), positions P of each caption's passes.
         pooled: (B, E), the pooled vector of each caption's first pass; None where the UNet reads none.

@@ -1,7 +1,7 @@
 """One step's draws with their embeds; what every objective reads."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fixclip_diffusion.adapter_training.objectives.draws import CaptionStates, Denoiser, Draws, Features
+from fixclip_diffusion.conditioning import CLIP_CONTEXT_LENGTH
 
 
 @dataclass
@@ -125,6 +126,12 @@ def caption_states(draws: Draws, features: Features, denoiser: Denoiser) -> tupl
     return everyone[rows_C], number_R
 
 
+def short_texts_left_out(captions: CaptionStates) -> CaptionStates:
+    """The captions, none of which an adapter is to act on if one pass of up to 77 positions reads it."""
+    fits_C1 = ((captions.text >= 0).sum(1) <= CLIP_CONTEXT_LENGTH)[:, None]
+    return replace(captions, text=captions.text.masked_fill(fits_C1, -1))
+
+
 def adapted_embeds(
     adapter: Callable[..., Tensor], captions: CaptionStates, masks: bool, scope: str = "window"
 ) -> tuple[Tensor, Tensor]:
@@ -159,7 +166,7 @@ def adapted_embeds(
         text_MS = torch.nn.functional.pad(text_MS, (0, missing), value=-1)
         states_NPD, text_NP = (x.unflatten(1, (-1, size)).flatten(0, 1) for x in (states_MSD, text_MS))
         read_N = (text_NP >= 0).any(1)
-        adapted_NPD = torch.zeros_like(states_NPD)
+        adapted_NPD = states_NPD.clone()
         adapted_NPD[read_N] = adapter(states_NPD[read_N], text_NP[read_N] > 0).to(adapted_NPD.dtype)
         adapted_MSD = adapted_NPD.unflatten(0, (len(members), -1)).flatten(1, 2)[:, : captions.states.shape[1]]
         states_CSD = states_CSD.index_copy(0, members, adapted_MSD)
