@@ -184,7 +184,7 @@ def own_label(pipe: Any) -> str:
     """`trained encoder + adapter + LoRA`, as far as a pipeline has them; "overlap + adapter" on a base's encoder."""
     from fixclip_diffusion.lora import LORA_NAME
 
-    parts = [pipe.conditioning if pipe.text_encoder.short_context_length else "trained encoder"]
+    parts = ["trained encoder" if pipe.text_encoder.is_trained else pipe.conditioning]
     parts += ["adapter"] if has_adapter(pipe) else []
     parts += ["LoRA"] if any(LORA_NAME in names for names in pipe.get_list_adapters().values()) else []
     return " + ".join(parts)

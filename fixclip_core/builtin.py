@@ -2,7 +2,8 @@
 
 A whole model is a folder with base/ (Stable Diffusion) and, as far as there are any, clip/ (the CLIP of two towers
 whose text tower the base has), encoder/ (what `fixclip export --format diffusers` writes), adapter/ and lora/ for it,
-and overlap_adapter/ for windows of the base's own encoder. `builtin:scenes` is fixclip_diffusion/builtin/scenes, and
+and overlap_adapter/ for windows of the base's own encoder. Where there is an overlap_adapter/, the base reads with it
+unless another part is named: `complete` is the one place that says so. `builtin:scenes` is fixclip_diffusion/builtin/scenes, and
 `builtin:scenes/base` one of its parts. No hub name has a colon, so these names clash with none, and nothing here asks
 the hub or imports anything large.
 """
@@ -26,7 +27,7 @@ class ModelParts:
     encoder: str | None = None
     adapter: Any = None  # the pipeline takes one in memory, too
     lora: str | None = None
-    overlap_adapter: str | None = None  # not used unless asked for
+    overlap_adapter: str | None = None  # of the base's own encoder; acts unless another part is named
 
 
 def whole_model(name: str | Path) -> ModelParts | None:
@@ -57,16 +58,26 @@ def complete(
 ) -> ModelParts:
     """The parts as named, with those of a whole model where nothing is named.
 
-    What is named wins. Adapter and LoRA of a whole model belong to its encoder: beside another one they are left out.
+    What is named wins. Adapter and LoRA of a whole model belong to its encoder: beside another one they are left out,
+    and to name this adapter is to name that encoder. Where neither is named, the base reads overlapping windows with
+    the whole model's overlap_adapter; without one the whole model's encoder reads, with its adapter and LoRA.
     """
     named = None if encoder is None else str(encoder)
     whole = whole_model(base)
     if whole is None:
         return ModelParts(str(base), encoder=named, adapter=adapter, lora=lora)
-    if named is not None and (whole.encoder is None or resolve(named) != resolve(whole.encoder)):
+    if named is None and (whole.overlap_adapter is None or _is_part(adapter, whole.adapter)):
+        named = whole.encoder
+    if named is None:
+        return ModelParts(whole.base, adapter=whole.overlap_adapter if adapter is None else adapter, lora=lora)
+    if not _is_part(named, whole.encoder):
         return ModelParts(whole.base, encoder=named, adapter=adapter, lora=lora)
     adapter = whole.adapter if adapter is None else adapter
-    return ModelParts(whole.base, encoder=whole.encoder, adapter=adapter, lora=lora or whole.lora)
+    return ModelParts(whole.base, encoder=named, adapter=adapter, lora=lora or whole.lora)
+
+
+def _is_part(named: Any, part: str | None) -> bool:
+    return part is not None and isinstance(named, str | Path) and resolve(named) == resolve(part)
 
 
 def base_of(name: str | Path) -> str:

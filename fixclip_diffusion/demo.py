@@ -99,14 +99,15 @@ def unknown_words(text: str) -> list[str]:
 
 
 def systems_of(parts: builtin.ModelParts) -> list[System]:
-    """Stock diffusers, chunks, the best untrained conditioning, and the model's own encoder with all that belongs to
-    it."""
+    """Stock diffusers, chunks, the best untrained conditioning, and the whole model as it loads by default."""
     systems = [
         System("stock cut at 77", conditioning="stock"),
         System("chunks of 77", conditioning="chunks"),
         System("overlapping windows", conditioning="overlap"),
     ]
-    if parts.encoder is not None:
+    if parts.overlap_adapter is not None:
+        systems.append(System("overlap + adapter", adapter=parts.overlap_adapter, conditioning="overlap"))
+    elif parts.encoder is not None:
         systems.append(System("FIX-CLIP", parts.encoder, parts.adapter, parts.lora))
     return systems
 

@@ -278,6 +278,11 @@ class LongTextEncoder(CLIPPreTrainedModel):
         return short_length(self.config)
 
     @property
+    def is_trained(self) -> bool:
+        """Whether weights of its own read texts of more than 77 tokens, be the base's kept for others or not."""
+        return not self.short_context_length or self.short_text_model is not None or self.config.delta_rank > 0
+
+    @property
     def conditioning(self) -> str:
         """The name of the conditioning for prompts that do not fit into 77 tokens: `default_conditioning`."""
         return default_conditioning(self.config)

@@ -597,12 +597,19 @@ def test_without_embedded_weights_the_page_says_that_it_draws_noise(tmp_path, mo
 
 
 def test_the_embedded_model_opens_with_its_checker(tmp_path, monkeypatch):
-    """The comparison, of five columns at most: stock and windows of the base, with their adapter, and everything."""
+    """Stock and windows of the base, with their adapter; a trained encoder that is named comes behind them."""
     write_model(tmp_path / "scenes")
     monkeypatch.setattr(builtin, "FOLDER", tmp_path)
     with default_choice() as choice:
         model = DemoModel(choice, "cpu")
     assert (model.notice, model.name, model.scenes, model.default_guidance) == ("", "builtin:scenes", True, 2.0)
+    assert [system.label for system in model.systems.values()] == [
+        "Stock, cut at 77 tokens",
+        "Base encoder in windows of 77",
+        "Base encoder in overlapping windows",
+        "Base encoder in overlapping windows + adapter",
+    ]
+    model = DemoModel(ModelChoice("builtin:scenes", "builtin:scenes/encoder"), "cpu")
     assert [system.label for system in model.systems.values()] == [
         "Stock, cut at 77 tokens",
         "Base encoder in windows of 77",
@@ -617,7 +624,7 @@ def test_the_embedded_model_opens_with_its_checker(tmp_path, monkeypatch):
         load(base, conditioning="chunks"),
         load(base, conditioning="overlap"),
         load(base, adapter="builtin:scenes/overlap_adapter", conditioning="overlap"),
-        load("builtin:scenes"),
+        load("builtin:scenes", encoder="builtin:scenes/encoder"),
     ]
     prompt, settings = model.examples()[0], {"num_inference_steps": 2, "guidance_scale": 2.0, "width": 72, "height": 72}
     for _ in range(2):  # what one system switches off is on again for the next one

@@ -29,7 +29,7 @@ from fixclip_diffusion.adapter_training.features import write_attention_out
 from fixclip_diffusion.evaluation.generate import Drawing, System
 
 # What the embedded weights must reach: objects right, of the nine of the demo's second prompt.
-RIGHT_AT_LEAST = {"FIX-CLIP": 7, "overlapping windows": 6}
+RIGHT_AT_LEAST = {"overlap + adapter": 7, "overlapping windows": 6}
 SIZE_AT_MOST = 46e6  # bytes; 8 MB of them are the CLIP of two towers
 ROOT = Path(__file__).parents[1]
 PROMPT = scenes.long_caption(scenes.sample_scene("a test", num_objects=9), 0).text
@@ -57,8 +57,21 @@ def picture(pipe, **kwargs):
 # -- names ---------------------------------------------------------------------------------------------------
 
 
-def test_the_name_loads_the_whole_model(embedded, caplog):
+def test_the_name_loads_the_base_with_the_adapter_on_its_overlapping_windows(embedded, caplog):
     pipe = FixClipStableDiffusionPipeline.from_pretrained("builtin:scenes")
+    assert not caplog.messages
+    assert (pipe.conditioning, pipe.text_encoder.short_context_length) == ("overlap", 77)
+    assert not pipe.get_list_adapters()
+    assert {p.dtype for part in (pipe.unet, pipe.vae, pipe.text_encoder) for p in part.parameters()} == {torch.float32}
+    by_hand = FixClipStableDiffusionPipeline.from_pretrained(embedded / "base", adapter=embedded / "overlap_adapter")
+    for one in (by_hand, FixClipStableDiffusionPipeline.from_pretrained(embedded)):
+        assert np.array_equal(picture(pipe), picture(one))
+    pipe.text_encoder.set_adapter_module(None)
+    assert not np.array_equal(picture(pipe), picture(by_hand))
+
+
+def test_its_encoder_comes_with_its_adapter_and_lora(embedded, tmp_path, caplog):
+    pipe = FixClipStableDiffusionPipeline.from_pretrained("builtin:scenes", encoder="builtin:scenes/encoder")
     assert not caplog.messages
     assert pipe.text_encoder.context_length == 248
     assert pipe.text_encoder.short_context_length == 0
@@ -75,8 +88,11 @@ def test_the_name_loads_the_whole_model(embedded, caplog):
     assert not np.array_equal(picture(pipe), without_lora)
     pipe.disable_lora()
     assert np.array_equal(picture(pipe), without_lora)
-    # A folder of the same layout loads in the same way.
-    assert np.array_equal(picture(FixClipStableDiffusionPipeline.from_pretrained(embedded)), picture(by_hand))
+    # A folder of the same layout loads in the same way, and one without overlap_adapter/ by its own name.
+    load = FixClipStableDiffusionPipeline.from_pretrained
+    assert np.array_equal(picture(load(embedded, encoder=embedded / "encoder")), picture(by_hand))
+    without = shutil.copytree(embedded, tmp_path / "scenes", ignore=shutil.ignore_patterns("overlap_adapter"))
+    assert np.array_equal(picture(load(without)), picture(by_hand))
 
 
 def test_parts_are_read_wherever_a_folder_is(embedded):
@@ -85,7 +101,8 @@ def test_parts_are_read_wherever_a_folder_is(embedded):
     )
     assert not pipe.get_list_adapters()
     pipe.load_lora_weights("builtin:scenes/lora")
-    assert np.array_equal(picture(pipe), picture(FixClipStableDiffusionPipeline.from_pretrained("builtin:scenes")))
+    whole = FixClipStableDiffusionPipeline.from_pretrained("builtin:scenes", adapter="builtin:scenes/adapter")
+    assert np.array_equal(picture(pipe), picture(whole)), "who names the adapter names its encoder"
     encoder = FixClipTextEncoder.from_pretrained("builtin:scenes/encoder", dtype=torch.float32)
     assert all(map(torch.equal, encoder.parameters(), FixClipTextEncoder.from_pretrained(
         "builtin:scenes/encoder", subfolder="text_encoder", dtype=torch.float32).parameters()))  # fmt: skip
@@ -101,8 +118,10 @@ def test_what_is_named_beside_the_whole_model_wins(embedded, tmp_path):
     adapter = TextAdapter(32, hidden_width=8)
     pipe = load("builtin:scenes", adapter=adapter)
     assert pipe.text_encoder.adapter.config["hidden_width"] == 8
+    assert (pipe.text_encoder.short_context_length, pipe.get_list_adapters()) == (77, {})
+    pipe = load("builtin:scenes", encoder="builtin:scenes/encoder", adapter=adapter)
+    assert pipe.text_encoder.adapter.config["hidden_width"] == 8
     assert pipe.get_list_adapters() == {"unet": ["fixclip"]}
-    assert load("builtin:scenes", encoder="builtin:scenes/encoder").text_encoder.adapter is not None
     # Adapter and LoRA belong to the model's own encoder.
     other = FixClipTextEncoder.from_pretrained("builtin:scenes/base")
     other.save_pretrained(tmp_path)
@@ -117,7 +136,7 @@ def test_what_is_named_beside_the_whole_model_wins(embedded, tmp_path):
 def test_a_model_without_lora_loads_without(model, tmp_path):
     copy = shutil.copytree(model, tmp_path / "scenes")
     shutil.rmtree(copy / "lora")
-    pipe = FixClipStableDiffusionPipeline.from_pretrained(copy)
+    pipe = FixClipStableDiffusionPipeline.from_pretrained(copy, encoder=copy / "encoder")
     assert pipe.text_encoder.adapter is not None
     assert not pipe.get_list_adapters()
 
@@ -205,8 +224,16 @@ def test_generate_with_the_whole_model(embedded, tmp_path):
 
 
 def test_evaluation_with_the_whole_model(embedded, tmp_path):
-    options = ["--steps", 1, "--guidance", 3, "-o", tmp_path]
-    result = run("evaluate-images", "scenes:1", "--base", "builtin:scenes", *options)
+    default = tmp_path / "default"
+    options = ["--steps", 1, "--guidance", 3, "-o"]
+    result = run("evaluate-images", "scenes:1", "--base", "builtin:scenes", *options, default)
+    assert result.exit_code == 0, result.output
+    options += [tmp_path]
+    systems = json.loads((default / "report.json").read_text())["settings"]["systems"]
+    assert [system["name"] for system in systems] == ["stock", "chunks", "overlap", "untuned", "adapted"]
+    assert (systems[-1]["encoder"], systems[-1]["adapter"]) == (None, "builtin:scenes/overlap_adapter")
+    named = ["--base", "builtin:scenes", "--encoder", "builtin:scenes/encoder"]
+    result = run("evaluate-images", "scenes:1", *named, *options)
     assert result.exit_code == 0, result.output
     systems = json.loads((tmp_path / "report.json").read_text())["settings"]["systems"]
     assert [system["name"] for system in systems] == [
@@ -229,7 +256,7 @@ def test_evaluation_with_the_whole_model(embedded, tmp_path):
 
 # -- the demo ------------------------------------------------------------------------------------------------
 
-SYSTEMS = ["stock cut at 77", "chunks of 77", "overlapping windows", "FIX-CLIP"]
+SYSTEMS = ["stock cut at 77", "chunks of 77", "overlapping windows", "overlap + adapter"]
 
 
 def test_demo(model, tmp_path):
@@ -303,9 +330,10 @@ def test_demo_draws_what_evaluate_images_draws(model):
     wanted = pipe(
         prompts[0].text, num_inference_steps=2, guidance_scale=3.0, generator=torch.Generator().manual_seed(5)
     ).images[0]
-    assert np.array_equal(np.asarray(shown.rows["FIX-CLIP"][0].picture), np.asarray(wanted))
+    assert np.array_equal(np.asarray(shown.rows["overlap + adapter"][0].picture), np.asarray(wanted))
     assert len({own[0].picture.tobytes() for own in shown.rows.values()}) == len(SYSTEMS) + 1
     assert demo.systems_of(builtin.ModelParts("b"))[-1] == System("overlapping windows", conditioning="overlap")
+    assert demo.systems_of(builtin.ModelParts("b", encoder="e", adapter="a"))[-1] == System("FIX-CLIP", "e", "a")
 
 
 def test_demo_prompts_are_long_and_no_two_are_alike(model):

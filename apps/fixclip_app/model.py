@@ -156,7 +156,7 @@ class DemoModel:
             options = replace(plain, conditioning=key)
             systems[key] = System(label, reference, self._with_adapter(reference, None, conditioning=key), options)
         whole = builtin.whole_model(self.choice.base)
-        if whole is not None and whole.overlap_adapter is not None:
+        if whole is not None and whole.overlap_adapter is not None and self._encoder_name is not None:
             adapter = TextAdapter.from_pretrained(whole.overlap_adapter).to(device, self.pipe.unet.dtype).eval()
             options = replace(plain, adapter=whole.overlap_adapter, conditioning="overlap")
             draw = self._with_adapter(reference, adapter, conditioning="overlap")
@@ -166,7 +166,7 @@ class DemoModel:
     def _own_systems(self) -> dict[str, System]:
         """The encoder of the model's own or of the user's choice, alone and with all that belongs to it."""
         encoder, systems = self.pipe.text_encoder, {}
-        named, trained = self._encoder_name, not encoder.short_context_length
+        named, trained = self._encoder_name, encoder.is_trained
         name = "Trained encoder" if trained else "Chosen encoder" if named else UNTRAINED[self.pipe.conditioning]
         parts = ["adapter"] if has_adapter(self.pipe) else []
         parts += ["LoRA"] if self.has_lora else []
