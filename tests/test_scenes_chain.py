@@ -320,7 +320,7 @@ def test_references_are_reported_by_distance_and_kind(tmp_path, monkeypatch):
         {"references": [one, one | {"distance": 150, "right": "10"}]},
         {"references": [one | {"kind": "default", "distance": 150, "chance": 0.025, "right": "00"}]},
     ]
-    (tmp_path / "references-lora.json").write_text(json.dumps({"prompts": rows}))
+    (tmp_path / "references-adapter.json").write_text(json.dumps({"prompts": rows}))
     header, _, lora, chance, named = (line.strip("| ").split(" | ") for line in report.references_table().splitlines())
     assert header[1:5] == ["under 40 (1)", "40 to 77 (0)", "77 to 150 (0)", "over 150 (2)"]
     assert dict(zip(header[1:], lora[1:], strict=True)) == {
@@ -339,7 +339,7 @@ def test_the_report_counts_what_the_json_says(tmp_path, monkeypatch):
          "colour": ["10", "11"], "background": "10"},
     ]  # fmt: skip
     monkeypatch.setattr(report, "RESULTS", tmp_path)
-    (tmp_path / "nine-lora.json").write_text(json.dumps({"prompts": rows}))
+    (tmp_path / "nine-adapter.json").write_text(json.dumps({"prompts": rows}))
     cells = report.images_table().splitlines()[2].split(" | ")
     # before: seed 0 both right, seed 1 one of two; after: seed 0 none, seed 1 both
     assert cells[1] == "75.0 ± 35.4"

@@ -448,8 +448,9 @@ def make_adapter(
         else:
             adapter = _adapter_to_go_on_from(folder, encoder.config.hidden_size, digests)
         adapter.config["conditioning"] = conditioning
-        # What it is never shown it leaves alone, where short texts have the original positions.
-        adapter.config["short_texts"] = recipe.objectives.reads_short or not encoding.context.short_length
+        if folder is None or recipe.optim.lr:
+            # What it is never shown it leaves alone, where short texts have the original positions.
+            adapter.config["short_texts"] = recipe.objectives.reads_short or not encoding.context.short_length
         adapters[encoding.tower.encoder] = adapter
     return JoinedAdapter(adapters) if len(adapters) > 1 else adapter
 

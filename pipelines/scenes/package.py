@@ -8,10 +8,12 @@ from typing import Annotated
 import torch
 import typer
 from diffusers import StableDiffusionPipeline
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from fixclip_core.model.config import FINE_TUNE
 from fixclip_core.weights.load import load_fixclip
+from fixclip_diffusion.text_encoder import FixClipTextEncoder
 
 OUT = Path("outputs/scenes")
 BUILTIN = Path("fixclip_diffusion/builtin/scenes")
@@ -20,9 +22,9 @@ PARTS = {
     "clip": OUT / "clip" / "model",
     "encoder": OUT / "encoder_diffusers",
     "adapter": OUT / "adapter" / "adapter",
-    "lora": OUT / "lora" / "lora",
-    "overlap_adapter": OUT / "adapter_overlap" / "adapter",
+    "overlap_adapter": OUT / "adapter_overlap_text" / "adapter",
 }
+NAME = "builtin:scenes"
 
 app = typer.Typer(add_completion=False)
 
@@ -61,27 +63,39 @@ def load_in_full_precision(folder: Path) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), "dtype": "float32"}, indent=2) + "\n")
 
 
-def halve(folder: Path) -> None:
-    """Write the folder's float32 weights in half precision; what loads them makes them float32 again."""
-    for file in folder.rglob("*.safetensors"):
-        state = load_file(file)
+def shorten(folder: Path, dtype: torch.dtype) -> None:
+    """Write the folder's float32 weights in 16 bits; what loads them makes them float32 again."""
+    for path in folder.rglob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {"format": "pt"}  # an adapter's configuration among others
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- no mapping
         if any(tensor.dtype == torch.float32 for tensor in state.values()):
-            save_file(
-                {name: t.half() if t.is_floating_point() else t for name, t in state.items()}, file, {"format": "pt"}
-            )
+            state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+            save_file(state, path, metadata)
+
+
+def name_base(folder: Path) -> None:
+    """Have the encoder take the base's weights for short prompts from the base, which is in the package already."""
+    encoder = FixClipTextEncoder.from_pretrained(folder)
+    encoder.name_short_weights(f"{NAME}/base")
+    encoder.save_pretrained(folder)
 
 
 @app.command()
 def install(output: Path = BUILTIN) -> None:
-    """Copy all parts into the package."""
+    """Copy all parts into the package; what is there of others goes."""
+    for other in [folder for folder in output.iterdir() if folder.is_dir() and folder.name not in PARTS]:
+        shutil.rmtree(other)
     for name, source in PARTS.items():
         shutil.rmtree(output / name, ignore_errors=True)
         shutil.copytree(source, output / name, ignore=shutil.ignore_patterns("README.md", ".*"))
         if name == "encoder":
+            name_base(output / name / "text_encoder")
             load_in_full_precision(output / name / "text_encoder")
         if name == "clip":
             load_in_full_precision(output / name)
-        halve(output / name)
+        # bfloat16 has 16 bits as well, of which a wheel can compress more.
+        shorten(output / name, torch.bfloat16 if name.endswith("adapter") else torch.float16)
         size = sum(file.stat().st_size for file in (output / name).rglob("*") if file.is_file())
         typer.echo(f"{output / name}: {size / 1e6:.1f} MB")
 

@@ -29,9 +29,7 @@ from fixclip_core import scenes
 OUT = Path("outputs/scenes")
 NOISE = Path("outputs/captions/noise/noise.json")
 RESULTS = Path("pipelines/scenes/results")
-ALIGNED = RESULTS / "aligned"  # of the published weights; the files in RESULTS itself are of version 0.1
-RECIPES = RESULTS / "recipes"  # of the recipes as they are now
-UNTRAINED = ("stock", "windows", "overlap", "stretched")  # the base, whose files in ALIGNED count for both
+RECIPES = RESULTS / "recipes"  # of the published weights; the files in RESULTS itself are of version 0.1
 PAGE = Path("docs/results.md")
 IMAGES = Path("docs/images")
 SYSTEMS = {
@@ -46,17 +44,24 @@ SYSTEMS = {
     "windows_adapter": "control: adapter on windows of the base",
     "stretched_adapter": "control: adapter on stretched only",
 }
-DIFFERENCES = (("lora", "overlap"), ("lora", "overlap_adapter"), ("adapter", "trained"), ("trained", "overlap"))
-ALIGNED_SYSTEMS = {
+DIFFERENCES = (
+    ("overlap_text_adapter", "overlap"),
+    ("overlap_text_adapter", "overlap_adapter"),
+    ("overlap_text_adapter", "adapter"),
+    ("adapter", "stretched_adapter"),
+    ("adapter", "trained"),
+    ("trained", "overlap"),
+)
+RECIPE_SYSTEMS = {
     "stock": "`stock`: cut at 77 tokens",
     "windows": "`chunks`: base encoder in windows of 77",
     "overlap": "`overlap`: base encoder in overlapping windows, untrained",
     "stretched": "`one_pass`: base encoder stretched to 248 tokens, untrained",
     "trained": "`one_pass`: FIX-CLIP with state alignment, no adapter",
     "adapter": "`one_pass`: FIX-CLIP + adapter",
-    "lora": "`one_pass`: FIX-CLIP + adapter + LoRA",
-    "overlap_adapter": "`overlap`: base encoder + adapter",
-    "overlap_text_adapter": "`overlap`: base encoder + adapter on the joined states",
+    "stretched_adapter": "`one_pass`: base encoder stretched + adapter",
+    "overlap_adapter": "`overlap`: base encoder + adapter on each window",
+    "overlap_text_adapter": "`overlap`: base encoder + adapter on all windows, joined",
 }
 COLOURS = {
     "stock": "#9a9a9a",
@@ -206,37 +211,31 @@ def images_table() -> str:
     return table([*header, "shape after"], rows)
 
 
-def trained(name: str, system: str, folder: Path) -> list[Judged]:
-    """A set by a system of the published weights, or of the recipes as they are now; both have the same base."""
-    found = load(name, system, folder)
-    return found or (load(name, system, ALIGNED) if system in UNTRAINED else [])
-
-
-def aligned_table(folder: Path = ALIGNED) -> str:
-    """Systems whose encoder was trained with state alignment, beside those of the base."""
+def recipes_table() -> str:
+    """All systems of the published weights."""
     rows = []
-    for system, label in ALIGNED_SYSTEMS.items():
-        judged, short = (trained(name, system, folder) for name in ("nine", "short"))
+    for system, label in RECIPE_SYSTEMS.items():
+        judged, short = (load(name, system, RECIPES) for name in ("nine", "short"))
         if judged:
             parts = [[item for item in judged if item.after == after] for after in (False, True)]
             rows.append([label, *(percent(*by_seed(part)) if part else "-" for part in (*parts, short))])
     return table(["system", "right, before 77", "right, after 77", "short prompts"], rows)
 
 
-def differences_table(folder: Path = ALIGNED) -> str:
+def differences_table() -> str:
     """Paired differences between systems, with 95 % intervals by bootstrap over prompts."""
     rows = []
     for one, other in DIFFERENCES:
-        pairs = [(by_prompt(one, after, folder), by_prompt(other, after, folder)) for after in (False, True)]
+        pairs = [(by_prompt(one, after), by_prompt(other, after)) for after in (False, True)]
         if all(len(found) for pair in pairs for found in pair):
-            rows.append([f"{ALIGNED_SYSTEMS[one]} - {ALIGNED_SYSTEMS[other]}", *(interval(*pair) for pair in pairs)])
+            rows.append([f"{RECIPE_SYSTEMS[one]} - {RECIPE_SYSTEMS[other]}", *(interval(*pair) for pair in pairs)])
     return table(["difference, points", "before 77", "after 77"], rows)
 
 
-def by_prompt(system: str, after: bool, folder: Path) -> np.ndarray:
+def by_prompt(system: str, after: bool) -> np.ndarray:
     """(prompts, 2): objects right and objects, over all noises, of one side of token 77."""
     counts: dict[int, list[int]] = {}
-    for item in trained("nine", system, folder):
+    for item in load("nine", system, RECIPES):
         row = counts.setdefault(item.picture[0], [0, 0])
         if item.after == after:
             row[0] += item.right
@@ -298,7 +297,7 @@ def other_sets_table() -> str:
 
 def references_table(name: str = "references") -> str:
     """References followed, by distance and by kind; how good guessing is stands below the systems."""
-    found = {system: load_references(name, system) for system in ALIGNED_SYSTEMS}
+    found = {system: load_references(name, system) for system in RECIPE_SYSTEMS}
     found = {system: rows for system, rows in found.items() if rows}
     if not found:
         return "Not measured yet."
@@ -307,7 +306,7 @@ def references_table(name: str = "references") -> str:
     }
     everything = next(iter(found.values()))
     guesses = {"guess: any value of the world": "chance", "guess: an object of the caption": "named"}
-    lines = [(ALIGNED_SYSTEMS[system], rows, "right") for system, rows in found.items()]
+    lines = [(RECIPE_SYSTEMS[system], rows, "right") for system, rows in found.items()]
     lines += [(label, everything, field) for label, field in guesses.items()]
     rows = []
     for label, references, field in lines:
@@ -514,10 +513,8 @@ def page(text: str, parts: dict[str, str]) -> str:
 
 TABLES = {
     "training": training_table,
-    "recipes": lambda: aligned_table(RECIPES),
-    "recipes differences": lambda: differences_table(RECIPES),
-    "aligned": aligned_table,
-    "differences": differences_table,
+    "recipes": recipes_table,
+    "recipes differences": differences_table,
     "images": images_table,
     "counts": counts_table,
     "lengths": lengths_table,

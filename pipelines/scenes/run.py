@@ -74,8 +74,11 @@ def encoder(name: str, *overrides: str) -> list[Stage]:
     ]
 
 
+OVERLAP = ("model.encoder=null", "model.conditioning=overlap")
+
+
 def chain() -> list[Stage]:
-    """Base CLIP, base Stable Diffusion, FIX-CLIP, adapter, LoRA."""
+    """What the package holds: base CLIP, base Stable Diffusion, an adapter on its windows, FIX-CLIP and its adapter."""
     return [
         pretraining("clip", "clip"),
         pretraining("vae", "vae"),
@@ -83,7 +86,17 @@ def chain() -> list[Stage]:
         pretraining("unet", "unet", ["clip", "robust"], processes=2),
         Stage("base", (f"{HERE}/package.py", "base"), ("unet",), OUT / "base" / "model_index.json"),
         *encoder("encoder"),
+        *adapters("adapter_overlap_text", ["base"], *OVERLAP, "adapter.scope=text"),
         *adapters("adapter", ["base", "encoder_diffusers"]),
+    ]
+
+
+def controls() -> list[Stage]:
+    """The same adapter, trained the same way and as long, on single windows and on the base stretched to 248 tokens;
+    and a LoRA beside the adapter on FIX-CLIP."""
+    return [
+        *adapters("adapter_overlap", ["base"], *OVERLAP),
+        *adapters("adapter_stretched", ["base"], "model.encoder=null", "model.conditioning=one_pass"),
         adapter(
             "lora",
             ["adapter"],
@@ -96,19 +109,6 @@ def chain() -> list[Stage]:
             "objectives.short_share=0.3",
             "objectives.weight_prediction=2",
         ),
-    ]
-
-
-OVERLAP = ("model.encoder=null", "model.conditioning=overlap")
-
-
-def controls() -> list[Stage]:
-    """The same adapter, trained the same way and as long, on what FIX-CLIP's pass is compared with: overlapping windows
-    of the base, read one at a time or joined, and the base stretched to 248 tokens."""
-    return [
-        *adapters("adapter_overlap", ["base"], *OVERLAP),
-        *adapters("adapter_overlap_text", ["base"], *OVERLAP, "adapter.scope=text"),
-        *adapters("adapter_stretched", ["base"], "model.encoder=null", "model.conditioning=one_pass"),
     ]
 
 
