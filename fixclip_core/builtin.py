@@ -3,9 +3,9 @@
 A whole model is a folder with base/ (Stable Diffusion) and, as far as there are any, clip/ (the CLIP of two towers
 whose text tower the base has), encoder/ (what `fixclip export --format diffusers` writes), adapter/ and lora/ for it,
 and overlap_adapter/ for windows of the base's own encoder. Where there is an overlap_adapter/, the base reads with it
-unless another part is named: `complete` is the one place that says so. `builtin:scenes` is fixclip_diffusion/builtin/scenes, and
-`builtin:scenes/base` one of its parts. No hub name has a colon, so these names clash with none, and nothing here asks
-the hub or imports anything large.
+unless another part is named: `complete` is the one place that says so. `builtin:scenes` is the folder
+fixclip_diffusion/builtin/scenes, and `builtin:scenes/base` one of its parts. No hub name has a colon, so these names
+clash with none, and nothing here asks the hub or imports anything large.
 """
 
 from dataclasses import dataclass

@@ -15,12 +15,15 @@ import pytest
 import tiny
 import tiny_clips
 import tiny_transformers
+import torch
 from command_line import run
+from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from fixclip_core import builtin, scenes
 from fixclip_core.weights.read import ClipCheckpoint
 from fixclip_core.weights.write import write_open_clip
+from fixclip_diffusion.adapter_training.trainer import add_lora, save_lora
 from fixclip_diffusion.tiny import stable_diffusion_xl
 
 ROOT = Path(__file__).parents[1]
@@ -49,7 +52,7 @@ PLACES = {
         "BASE": "builtin:scenes/base",
         "OUT": "builtin:scenes/encoder",
         "runs/.../adapter": "builtin:scenes/adapter",
-        "runs/.../lora": "builtin:scenes/lora",
+        "runs/.../lora": "lora",
     },
     "docs/diffusers.md": {"prompt, prompt_2=": "prompt, num_inference_steps=2, prompt_2="},
     "docs/sd3_flux.md": {"pipe(prompt)": "pipe(prompt, num_inference_steps=2, height=16, width=16)"},
@@ -121,6 +124,9 @@ def folder(tmp_path_factory):
         rows.append(json.dumps({"image": f"a/{number}.png", **captions}))
     for name in ("captions.jsonl", "held_out.jsonl"):
         (folder / name).write_text("\n".join(rows) + "\n")
+    unet = UNet2DConditionModel.from_pretrained(builtin.FOLDER / "scenes" / "base", subfolder="unet")
+    state = {name: 0.01 * torch.randn_like(parameter) for name, parameter in add_lora(unet, 2).items()}
+    save_lora(unet, state, folder / "lora")
     stable_diffusion_xl(tiny.clip_tokenizer(), tiny.clip_tokenizer(pad_token="!")).save_pretrained(folder / "sdxl")
     tiny_transformers.stable_diffusion_3(folder / "sd3")
     tiny_transformers.flux(folder / "flux")
