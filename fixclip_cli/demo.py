@@ -25,7 +25,7 @@ def demo(
         f"{DEFAULT_OUTPUT}/demo.png"
     ),
 ) -> None:
-    """Long prompts on the embedded model: from stock to the best, side by side, each object checked. No download, no GPU."""
+    """Long prompts on the embedded model: stock to the best side by side, each object checked. No download, no GPU."""
     text = read_prompt(prompt, prompt_file) if prompt is not None or prompt_file is not None else None
     (file,) = output_files(output, ["demo"])
     from diffusers.utils import logging as diffusers_logging

@@ -254,8 +254,8 @@ def build(pool: DevicePool, limits: Limits | None = None, max_waiting: int = 32)
             [sheet, compare_info, verdicts],
             api_name="compare",
             api_description="One picture per system from the same seed: stock, base encoder in windows, their adapter, "
-            "and a trained encoder with what belongs to it, as far as there are any. Returns the pictures, their settings with the "
-            "checker's verdicts on a scenes model, and the verdicts as HTML.",
+            "and a trained encoder with what belongs to it, as far as there are any. Returns the pictures, their "
+            "settings with the checker's verdicts on a scenes model, and the verdicts as HTML.",
             show_progress_on=compare_status,
             concurrency_id=DEVICE_QUEUE,
             concurrency_limit=len(pool.models),
