@@ -274,11 +274,17 @@ def _adapt_joined(adapter: TextAdapter, states_NPD: Tensor, text_NP: Tensor, lay
 
 
 def _adapted_key(clip: Any, readings: dict[str, Reading], adapter: TextAdapter | None) -> str | None:
-    """The text encoder that the adapter is for, by its width; a single one is checked when its states are there."""
-    if adapter is None or len(readings) == 1:
-        return None if adapter is None else next(iter(readings))
-    first, second = readings
-    return first if adapter.config["width"] == _first_width(clip, first) else second
+    """The text encoder that the adapter is for, by its width; a single one is checked when its states are there.
+
+    None if there is no adapter, or one that leaves short texts as they are, and this is one.
+    """
+    if adapter is None:
+        return None
+    first, *others = readings
+    key = first if not others or adapter.config["width"] == _first_width(clip, first) else others[0]
+    layout, context = readings[key].layout, readings[key].context
+    is_short = len(layout.ids_NP) == 1 and layout.ids_NP.shape[1] <= context.short_length
+    return None if is_short and not adapter.config["short_texts"] else key
 
 
 def _first_width(clip: Any, key: str) -> int:
