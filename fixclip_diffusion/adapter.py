@@ -52,7 +52,8 @@ class TextAdapter(nn.Module):
             pass at a time, or "text", those of all passes as they are joined (`conditioning.Layout.join`), `max_tokens`
             at a time. For a prompt in one pass they are the same.
         short_texts: whether it acts on texts that fit into the base's 77 tokens. False where training has shown it
-            none: such prompts then have the base's own hidden states, to the bit.
+            none but the empty one: such prompts then have the base's own hidden states, to the bit. The empty prompt
+            goes through it where it is the negative of a longer one, as in training.
 
     Raises:
         ValueError: an unknown kind or scope, a size below 1, heads that do not divide the width, or the scope "text"

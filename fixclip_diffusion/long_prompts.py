@@ -13,7 +13,7 @@ from torch import Tensor
 from fixclip_core.check import LoadError, check_finite, loading
 from fixclip_core.weights.text_encoder import text_encoders_in
 from fixclip_diffusion import builtin
-from fixclip_diffusion.conditioning import get_conditioning, renamed
+from fixclip_diffusion.conditioning import CLIP_CONTEXT_LENGTH, get_conditioning, renamed
 from fixclip_diffusion.families import Family, TextEncoding, Tower, check_clip_skip
 from fixclip_diffusion.loading import (
     HUB_KWARGS,
@@ -392,11 +392,14 @@ class LongPromptMixin:
         device: torch.device | str | None,
         clip_skip: int | None,
         lora_scale: float | None,
+        positive_BLD: Tensor | None = None,
     ) -> PromptEmbeds:
+        """Embeds of prompts, or of negative prompts beside those of their prompts."""
         encoder = self.prompt_encoder
         for encoding in encoder.encodings:
             check_clip_skip(clip_skip, encoding.encoder.config.num_hidden_layers)
-        return encoder.encode(prompts, device, clip_skip, lora_scale)
+        beside_long = None if positive_BLD is None else positive_BLD[:, CLIP_CONTEXT_LENGTH:].flatten(1).any(1).tolist()
+        return encoder.encode(prompts, device, clip_skip, lora_scale, beside_long)
 
     def _equally_long(self, *embeds: Tensor | None) -> list[Tensor | None]:
         """All of them filled up with zeros to the longest, which the UNet is told to pass over."""

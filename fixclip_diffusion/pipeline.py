@@ -154,7 +154,7 @@ class FixClipStableDiffusionPipeline(LongPromptMixin, StableDiffusionPipeline):
         if do_classifier_free_guidance and negative_prompt_embeds is None:
             negatives = negative_texts(negative_prompt, len(prompt_embeds))
             # Stock diffusers reads negative prompts without clip_skip.
-            negative_prompt_embeds = self._encode([negatives], device, None, lora_scale).embeds_BLD
+            negative_prompt_embeds = self._encode([negatives], device, None, lora_scale, prompt_embeds).embeds_BLD
         prompt_embeds, negative_prompt_embeds = self._equally_long(prompt_embeds, negative_prompt_embeds)
         return super().encode_prompt(
             None,

@@ -182,7 +182,7 @@ class FixClipStableDiffusionXLPipeline(LongPromptMixin, StableDiffusionXLPipelin
             negatives = negative_texts(negative_prompt or "", len(prompt_embeds))
             seconds = negative_texts(negative_prompt_2 or negative_prompt or "", len(prompt_embeds))
             # Stock diffusers reads negative prompts without clip_skip.
-            encoded = self._encode(self._columns(negatives, seconds), device, None, lora_scale)
+            encoded = self._encode(self._columns(negatives, seconds), device, None, lora_scale, prompt_embeds)
             negative_prompt_embeds = encoded.embeds_BLD
             if negative_pooled_prompt_embeds is None:
                 negative_pooled_prompt_embeds = encoded.pooled_BE

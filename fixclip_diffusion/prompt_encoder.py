@@ -6,6 +6,7 @@ Shapes: B prompts, N passes, P positions of a pass, L rows of the embeds, D widt
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import cast
 
@@ -95,6 +96,7 @@ class PromptEncoder:
         device: torch.device | str | None = None,
         clip_skip: int | None = None,
         lora_scale: float | None = None,
+        beside_long: Sequence[bool] | None = None,
     ) -> PromptEmbeds:
         """Embeds of B prompts.
 
@@ -103,6 +105,8 @@ class PromptEncoder:
             device: where the passes run; by default where each encoder is.
             clip_skip: see `TextEncoding`.
             lora_scale: factor of the text encoders' LoRA layers.
+            beside_long: B values, whether a text is the negative prompt of one that takes more than 77 tokens: see
+                `TextAdapter`, short_texts. By default none is.
 
         Raises:
             ValueError: a prompt that is no text or cannot be parsed, too large a clip_skip, or lists of unequal
@@ -111,13 +115,14 @@ class PromptEncoder:
         lists = list(prompts) if len(prompts) > 1 else [prompts[0]] * len(self.encodings)
         if len({len(texts) for texts in lists}) != 1:
             raise ValueError(f"prompts for the text encoders differ in number: {[len(texts) for texts in lists]}")
+        beside = [False] * len(lists[0]) if beside_long is None else list(beside_long)
         columns: list[list[Layout]] = []
         states: list[list[Tensor]] = []
         pooled_BE: Tensor | None = None
         with lora_scale_of([encoding.encoder for encoding in self.encodings], lora_scale):
             for number, (encoding, texts) in enumerate(zip(self.encodings, lists, strict=True)):
                 layouts = [self.lay_out(text, number) for text in texts]
-                rows, pooled = self._encode(encoding, layouts, device, clip_skip)
+                rows, pooled = self._encode(encoding, layouts, device, clip_skip, beside)
                 columns.append(layouts)
                 states.append(rows)
                 pooled_BE = pooled if pooled is not None else pooled_BE
@@ -132,27 +137,32 @@ class PromptEncoder:
         layouts: Sequence[Layout],
         device: torch.device | str | None,
         clip_skip: int | None,
+        beside_long: Sequence[bool],
     ) -> tuple[list[Tensor], Tensor | None]:
         """Rows (L, D) of each prompt and pooled vectors (B, E)."""
         encoder = encoding.encoder
-        joint, adapter = getattr(encoder, "joint_adapter", None), getattr(encoder, "adapter", None)
-        several = [number for number, layout in enumerate(layouts) if len(layout.ids_NP) > 1]
-        if adapter is None or not several:
+        adapter = getattr(encoder, "adapter", None)
+        if adapter is None:
             return self._encode_each(encoding, layouts, device, clip_skip)
-        chosen = [layouts[number] for number in several]
-        # A joint adapter reads the rows of a prompt of several passes; one pass has it as any encoder has.
-        with encoder.reading_windows() if joint is None else encoder.adapter_left_out():
-            joined, joined_pooled = self._encode_each(encoding, chosen, device, clip_skip)
-        if joint is not None:
-            joined = [adapt_rows(joint, *pair, encoding.context.end_id) for pair in zip(joined, chosen, strict=True)]
-        others = [number for number in range(len(layouts)) if number not in several]
-        rows, pooled = self._encode_each(encoding, [layouts[number] for number in others], device, clip_skip)
-        order = torch.tensor(several + others).argsort()
-        both = joined + rows
-        if joined_pooled is not None:
-            pooled = joined_pooled if pooled is None else torch.cat([joined_pooled, pooled])
-            pooled = pooled[order.to(pooled.device)]
-        return [both[number] for number in order.tolist()], pooled
+        groups: dict[str, list[int]] = {"rows": [], "windows": [], "pass": []}
+        for number, (layout, beside) in enumerate(zip(layouts, beside_long, strict=True)):
+            groups[_acts_on(adapter, layout, beside)].append(number)
+        contexts = {"rows": encoder.adapter_left_out, "windows": encoder.reading_windows, "pass": nullcontext}
+        rows: list[Tensor] = [torch.empty(0)] * len(layouts)
+        pooled: list[Tensor] = [torch.empty(0)] * len(layouts)
+        has_pooled = False
+        for name, members in groups.items():
+            chosen = [layouts[number] for number in members]
+            with contexts[name]():
+                found, found_pooled = self._encode_each(encoding, chosen, device, clip_skip)
+            if name == "rows":
+                end_id = encoding.context.end_id
+                found = [adapt_rows(adapter, *pair, end_id) for pair in zip(found, chosen, strict=True)]
+            for place, number in enumerate(members):
+                rows[number] = found[place]
+                if found_pooled is not None:
+                    pooled[number], has_pooled = found_pooled[place], True
+        return rows, torch.stack(pooled) if has_pooled else None
 
     def _encode_each(
         self,
@@ -182,8 +192,17 @@ class PromptEncoder:
         return rows, None if pooled is None else torch.stack(pooled)
 
 
+def _acts_on(adapter: TextAdapter, layout: Layout, beside_long: bool) -> str:
+    """What of a prompt an adapter reads: the joined "rows" of its embeds, its "windows" one by one, or one "pass", if
+    at all, as the encoder decides (`TextAdapter`, short_texts)."""
+    if len(layout.ids_NP) > 1:
+        return "rows" if adapter.config["scope"] == "text" else "windows"
+    is_guidance = beside_long and not layout.num_read and not adapter.config["short_texts"]
+    return "rows" if is_guidance else "pass"
+
+
 def adapt_rows(adapter: TextAdapter, states_LD: Tensor, layout: Layout, end_id: int) -> Tensor:
-    """The rows (L, D) of a prompt's embeds through an adapter of the scope "text"; prompt weights come before it."""
+    """The rows (L, D) of a prompt's embeds through an adapter; prompt weights come before it."""
     text_L = positions_of_text(layout.ids_NP, end_id).flatten()[layout.source_L].bool().to(states_LD.device)
     return adapter(states_LD[None], text_L[None])[0]
 

@@ -99,7 +99,8 @@ def test_training_reads_captions_as_the_pipeline_reads_prompts(sd1, models, cond
     together, length = adapted_embeds(adapter, acted_on(encode_captions(frozen, ids)), True, scope)
     teacher, _, fits = encode_for_teacher(frozen, ids)
     for row, text in enumerate(texts):
-        expected = pipe.encode_prompt(text, "cpu", 1, False)[0][0]
+        # The empty caption is that of guidance, beside a long one.
+        expected = pipe.encode_prompt(text, "cpu", 1, False)[0][0] if text else negative_of_a_long_one(pipe)
         assert int(length[row]) == len(expected)
         torch.testing.assert_close(together[row, : len(expected)], expected, rtol=1e-4, atol=1e-4)
         assert not together[row, len(expected) :].any()
@@ -111,7 +112,7 @@ def test_training_reads_captions_as_the_pipeline_reads_prompts(sd1, models, cond
             base = stock.encode_prompt(text, "cpu", 1, False)[0][0]
             torch.testing.assert_close(teacher[row], base, rtol=1e-4, atol=1e-5)
             if not short_texts:
-                assert torch.equal(expected, base)
+                assert torch.equal(pipe.encode_prompt(text, "cpu", 1, False)[0][0], base)
     empty, empty_teacher, _ = empty_states(frozen)
     torch.testing.assert_close(
         adapted_embeds(adapter, acted_on(empty), True, scope)[0],
@@ -120,6 +121,32 @@ def test_training_reads_captions_as_the_pipeline_reads_prompts(sd1, models, cond
         atol=1e-4,
     )
     torch.testing.assert_close(empty_teacher, teacher[2:3], rtol=1e-4, atol=1e-5)
+
+
+def negative_of_a_long_one(pipe):
+    """The 77 rows that guidance reads of the empty prompt beside a long one."""
+    embeds = pipe.encode_prompt(LONG, "cpu", 1, True)[1][0]
+    assert not embeds[77:].any()
+    return embeds[:77]
+
+
+def test_the_empty_prompt_is_that_of_stock_beside_short_prompts_and_the_adapters_beside_long_ones(sd1):
+    """Rows of a batch do not depend on one another."""
+    sizes = {"kind": "attention", "hidden_width": 16, "num_heads": 4, "mask_padding": True, "short_texts": False}
+    adapter = tiny_adapter.randomize(train.TextAdapter(32, scope="text", **sizes))
+    pipe = FixClipStableDiffusionPipeline.from_pretrained(sd1, adapter=adapter)
+    stock = StableDiffusionPipeline.from_pretrained(sd1, safety_checker=None)
+    empty = stock.encode_prompt("", "cpu", 1, False)[0][0]
+    embeds, negatives = pipe.encode_prompt([SHORT, LONG], "cpu", 1, True)
+    assert torch.equal(negatives[0, :77], empty)
+    assert torch.equal(pipe.encode_prompt(SHORT, "cpu", 1, True)[1][0], empty)
+    assert torch.allclose(negatives[1, :77], negative_of_a_long_one(pipe), atol=1e-5)
+    assert not torch.allclose(negatives[1, :77], empty, atol=1e-2)
+    # A negative prompt with words is read as any short prompt; embeds that were made before tell as much as prompts.
+    words = pipe.encode_prompt(LONG, "cpu", 1, True, SHORT)[1][0]
+    assert torch.equal(words[:77], stock.encode_prompt(SHORT, "cpu", 1, False)[0][0])
+    again = pipe.encode_prompt(None, "cpu", 1, True, prompt_embeds=embeds[1:])[1]
+    assert torch.allclose(again[0, :77], negatives[1, :77], atol=1e-5)
 
 
 def test_an_encoder_without_original_positions_reads_as_it_was_trained(models):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fixclip_diffusion.adapter_training.objectives.draws import CaptionStates, Denoiser, Draws, Features
-from fixclip_diffusion.conditioning import CLIP_CONTEXT_LENGTH
+from fixclip_diffusion.conditioning import CLIP_CONTEXT_LENGTH, SPECIAL_TOKENS
 
 
 @dataclass
@@ -127,9 +127,11 @@ def caption_states(draws: Draws, features: Features, denoiser: Denoiser) -> tupl
 
 
 def short_texts_left_out(captions: CaptionStates) -> CaptionStates:
-    """The captions, none of which an adapter is to act on if one pass of up to 77 positions reads it."""
-    fits_C1 = ((captions.text >= 0).sum(1) <= CLIP_CONTEXT_LENGTH)[:, None]
-    return replace(captions, text=captions.text.masked_fill(fits_C1, -1))
+    """The captions, of which an adapter is to act on the empty one and on those that one pass of up to 77 positions
+    cannot read."""
+    fits_C = (captions.text >= 0).sum(1) <= CLIP_CONTEXT_LENGTH
+    has_words_C = (captions.text == 1).sum(1) > SPECIAL_TOKENS
+    return replace(captions, text=captions.text.masked_fill((fits_C & has_words_C)[:, None], -1))
 
 
 def adapted_embeds(
