@@ -30,7 +30,7 @@ from fixclip_diffusion.evaluation.generate import Drawing, System
 
 # What the embedded weights must reach: objects right, of the nine of the demo's second prompt.
 RIGHT_AT_LEAST = {"overlap + adapter": 7, "overlapping windows": 6}
-SIZE_AT_MOST = 46e6  # bytes; 8 MB of them are the CLIP of two towers
+SIZE_AT_MOST = 49e6  # bytes; what a wheel compresses them to is held to less in test_release.py
 ROOT = Path(__file__).parents[1]
 PROMPT = scenes.long_caption(scenes.sample_scene("a test", num_objects=9), 0).text
 FAST = {"num_inference_steps": 2}
