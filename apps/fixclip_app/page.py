@@ -14,6 +14,7 @@ import gradio as gr
 from starlette.middleware import Middleware
 
 from fixclip_cli.pictures import save_png
+from fixclip_diffusion.conditioning import get_conditioning
 
 from .jobs import Event, Limits, Picture, Progress, Settings, check_settings, compare, generate, run, settings_from_link
 from .listeners import Listeners, TrackListeners
@@ -153,9 +154,11 @@ def build(pool: DevicePool, limits: Limits | None = None, max_waiting: int = 32)
     def restore(fragment: str) -> list[Any]:
         return list(settings_from_link(fragment or "", defaults, model, limits).values())
 
+    how = get_conditioning(model.pipe.conditioning).summary
     with gr.Blocks(title="FIX-CLIP: long prompts", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown(
-            f"# What a long prompt does\nModel: `{model.name}`. Reads 248 tokens at once; a stock encoder reads 77."
+            f"# What a long prompt does\nModel: `{model.name}`. Long prompts are {how}; a stock encoder stops "
+            "at 77 tokens."
         )
         if model.notice:
             gr.Markdown(model.notice, elem_id="notice")
