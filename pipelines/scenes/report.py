@@ -380,7 +380,7 @@ def retrieval_table() -> str:
     file = RESULTS / "retrieval.json"
     if not file.exists():
         return "Not measured yet."
-    names = {"base": "base, cut at 77", "stretched": "stretched only", "trained": "FIX-CLIP (the embedded one)"}
+    names = {"base": "base, cut at 77", "stretched": "stretched only", "trained": "FIX-CLIP (version 0.1)"}
     kinds = ("long", "short", "long_heldout_templates", "long_heldout_words")
     rows = []
     for name, found in json.loads(file.read_text()).items():
