@@ -42,7 +42,7 @@ def model(tmp_path_factory):
 
 
 def test_a_whole_model_is_saved_and_loaded_with_its_lora(model, tmp_path):
-    pipe = FixClipStableDiffusionPipeline.from_pretrained(model)
+    pipe = FixClipStableDiffusionPipeline.from_pretrained(model, encoder=model / "encoder")
     expected = picture(pipe)
     pipe.save_pretrained(tmp_path / "mini")
     assert np.array_equal(picture(pipe), expected), "saving leaves the pipeline as it was"
@@ -106,14 +106,14 @@ def test_layers_come_back_after_an_error(sd1):
 
 
 def test_an_own_lora_acts_beside_that_of_the_model(model, tmp_path):
-    pipe = FixClipStableDiffusionPipeline.from_pretrained(model)
+    pipe = FixClipStableDiffusionPipeline.from_pretrained(model, encoder=model / "encoder")
     shutil.copytree(model / "lora", tmp_path / "style")
     pipe.set_adapters("fixclip", 0.7)
     pipe.load_lora_weights(tmp_path / "style", adapter_name="style")
     both = picture(pipe)
     assert pipe.get_active_adapters() == ["fixclip", "style"]
     # The same LoRA twice, with 0.7 and with 1.
-    single = FixClipStableDiffusionPipeline.from_pretrained(model)
+    single = FixClipStableDiffusionPipeline.from_pretrained(model, encoder=model / "encoder")
     single.set_adapters("fixclip", 1.7)
     np.testing.assert_allclose(both, picture(single), atol=1)
 
@@ -122,7 +122,7 @@ def test_an_adapter_for_another_encoder_is_told(model, caplog):
     load = FixClipStableDiffusionPipeline.from_pretrained
     with caplog.at_level(logging.WARNING, logger="fixclip_diffusion"):
         load(model)
-        load(model, dtype=torch.float16)
+        load(model, encoder=model / "encoder", dtype=torch.float16)
         assert not caplog.messages
         load(model / "base", adapter=model / "adapter")
     assert caplog.messages == [
