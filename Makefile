@@ -25,7 +25,7 @@ $(VENV)/.installed-train: pyproject.toml
 	$(BIN)/pip install --quiet -e ".[train]"
 	touch $@ $(VENV)/.installed
 
-# Three long prompts on the embedded model, stock to FIX-CLIP side by side, each object checked: outputs/demo.png
+# Three long prompts on the embedded model, stock to the best side by side, each object checked: outputs/demo.png
 demo: $(VENV)/.installed-train
 	$(BIN)/fixclip demo -o outputs/demo.png
 

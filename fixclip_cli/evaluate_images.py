@@ -94,7 +94,9 @@ def evaluate_images(
     if not judge:
         refuse(ctx, "is of a --judge", "judge_model", "judge_tokens")
     import torch
+    from diffusers.utils import logging as diffusers_logging
 
+    diffusers_logging.set_verbosity_error()  # it warns of casts to float32 that leave everything as it is
     from fixclip_core.device import best_device
     from fixclip_diffusion.evaluation import benchmarks, generate, report, run
 

@@ -111,7 +111,8 @@ def export(
     if base is not None:
         encoder = FixClipTextEncoder.from_pretrained(output / "text_encoder", dtype=getattr(torch, dtype))
         encoder.set_short_weights(base)
-        if by_name:
-            encoder.name_short_weights(short_weights)
+        if by_name and short_weights is not None:
+            folder = Path(short_weights)  # found from any other folder, too
+            encoder.name_short_weights(str(folder.resolve()) if folder.is_dir() else short_weights)
         encoder.save_pretrained(output / "text_encoder")
         typer.echo(f"text_encoder/: prompts of up to 77 tokens are read by the text encoder of {short_weights}")

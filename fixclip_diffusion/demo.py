@@ -125,7 +125,7 @@ def draw(model: str | Path, prompts: Sequence[Prompt], drawing: Drawing = DRAWIN
     """
     parts = builtin.whole_model(model)
     if parts is None:
-        raise ValueError(f"model {str(model)!r}: neither {builtin.SCENES} nor a folder with base/, encoder/, adapter/")
+        raise ValueError(f"model {str(model)!r}: neither {builtin.SCENES} nor a folder with base/ in it")
     tokenizer = FixClipTokenizer.from_pretrained(builtin.resolve(parts.base), subfolder="tokenizer")
     painter = Painter(parts.base)
     pictures = {system.name: [own[0] for own in painter.draw(system, prompts, drawing)] for system in systems_of(parts)}

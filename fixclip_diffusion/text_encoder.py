@@ -25,7 +25,7 @@ from transformers import (
 from transformers.models.clip.modeling_clip import CLIPPreTrainedModel, CLIPTextEmbeddings
 from transformers.utils import logging as transformers_logging
 
-from fixclip_core.check import LoadError, check_finite, check_folder_or_hub_name, check_layers, loading
+from fixclip_core.check import LoadError, check_finite, check_folder_or_hub_name, check_layers, hub_reason, loading
 from fixclip_core.model.positional import stretch_positions, stretched_length
 from fixclip_core.weights.files import open_weights
 from fixclip_core.weights.kinds import what_is_in
@@ -353,7 +353,8 @@ class LongTextEncoder(CLIPPreTrainedModel):
                 f"short weights of width {config.hidden_size} and {config.num_hidden_layers} layers on a text encoder "
                 f"of {self.config.hidden_size} and {self.config.num_hidden_layers}"
             )
-        values = {name: value for name, value in config.to_dict().items() if name not in _CLASS_FIELDS}
+        left_out = (*_CLASS_FIELDS, "_name_or_path")
+        values = {name: value for name, value in config.to_dict().items() if name not in left_out}
         model = make_short_model(values, self.get_input_embeddings())
         model.load_state_dict(getattr(source, "text_model", source).state_dict())
         self.short_text_model = model.to(device=self.device, dtype=self.dtype).train(self.training)
@@ -623,7 +624,7 @@ def base_text_model(name: str, what: str) -> CLIPTextModel:
     except (OSError, ValueError) as error:
         raise LoadError(
             f"{what}: the text encoder of {name!r}, which is to read short prompts, could not be loaded: "
-            f"{str(error).splitlines()[0]}"
+            f"{hub_reason(error)}"
         ) from error
 
 

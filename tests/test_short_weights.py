@@ -196,7 +196,7 @@ def test_a_copy_of_another_size_is_refused(models, base, trained):
         encoder.set_short_weights(trained)
 
 
-def test_export_puts_the_bases_copy_beside_the_trained_weights(models, base, tmp_path):
+def test_export_puts_the_bases_copy_beside_the_trained_weights(models, base, tmp_path, monkeypatch):
     model = FixClip.from_clip(tiny_clip(seed=3), tiny_config(), PREPROCESS, num_prompts=0, num_groups=0)
     model.save_pretrained(tmp_path / "run")
     command = ["export", tmp_path / "run", tmp_path / "out", "--format", "diffusers", "--short-weights"]
@@ -205,8 +205,10 @@ def test_export_puts_the_bases_copy_beside_the_trained_weights(models, base, tmp
     encoder = FixClipTextEncoder.from_pretrained(tmp_path / "out", subfolder="text_encoder")
     assert_equal(states(encoder, texts(SHORT, 77)), states(base, texts(SHORT, 77)))
     named = [tmp_path / "named" if part == tmp_path / "out" else part for part in command]
-    done = CliRunner().invoke(app, [str(part) for part in [*named, models / "base", "--by-name"]])
+    monkeypatch.chdir(models)  # a folder's name is that from anywhere
+    done = CliRunner().invoke(app, [str(part) for part in [*named, "base", "--by-name"]])
     assert done.exit_code == 0, done.output
+    monkeypatch.chdir(tmp_path)
     small, large = (tmp_path / name / "text_encoder" / "model.safetensors" for name in ("named", "out"))
     assert small.stat().st_size < 0.7 * large.stat().st_size
     encoder = FixClipTextEncoder.from_pretrained(tmp_path / "named", subfolder="text_encoder")
