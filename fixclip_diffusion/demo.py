@@ -105,10 +105,10 @@ def systems_of(parts: builtin.ModelParts) -> list[System]:
         System("chunks of 77", conditioning="chunks"),
         System("overlapping windows", conditioning="overlap"),
     ]
-    if parts.overlap_adapter is not None:
-        systems.append(System("overlap + adapter", adapter=parts.overlap_adapter, conditioning="overlap"))
-    elif parts.encoder is not None:
+    if parts.encoder is not None:
         systems.append(System("FIX-CLIP", parts.encoder, parts.adapter, parts.lora))
+    elif parts.adapter is not None:
+        systems.append(System("overlap + adapter", adapter=parts.adapter, conditioning="overlap"))
     return systems
 
 
@@ -123,9 +123,9 @@ def draw(model: str | Path, prompts: Sequence[Prompt], drawing: Drawing = DRAWIN
     Raises:
         ValueError: `model` is no whole model or lacks its weights, or a part does not fit.
     """
-    parts = builtin.whole_model(model)
-    if parts is None:
+    if builtin.whole_model(model) is None:
         raise ValueError(f"model {str(model)!r}: neither {builtin.SCENES} nor a folder with base/ in it")
+    parts = builtin.complete(model)
     tokenizer = FixClipTokenizer.from_pretrained(builtin.resolve(parts.base), subfolder="tokenizer")
     painter = Painter(parts.base)
     pictures = {system.name: [own[0] for own in painter.draw(system, prompts, drawing)] for system in systems_of(parts)}

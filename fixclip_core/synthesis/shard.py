@@ -156,7 +156,7 @@ class Shard:
             return (sample.short if source == "keep" else None), {}
         task = self.accepted(index, "short") if source == "ask" else None
         if task is None:
-            policy: Any = "first_sentence" if source == "ask" else source
+            policy: Any = FROM_LONG if source == "ask" else source
             rng = random.Random(stable_hash("short", self.job.recipe.seed, sample.key))
             short = caption_pair(long, None, ShortCaptions(policy), rng)[1]
             return short, ({"short_prompt": FROM_LONG} if source == "ask" else {})
