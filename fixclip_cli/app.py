@@ -182,6 +182,10 @@ BaseOption = Annotated[
     str, typer.Option(help="Stable Diffusion 1, 2 or XL: a folder, a hub name, one file or builtin:scenes.")
 ]
 EncoderOption = Annotated[str | None, typer.Option(help="FIX-CLIP or Long-CLIP text encoder: a folder or hub name.")]
+Encoder2Option = Annotated[
+    str | None,
+    typer.Option("--encoder-2", help="The same for the second text encoder of Stable Diffusion XL (ViT-bigG/14)."),
+]
 AdapterOption = Annotated[str | None, typer.Option(help="Adapter on the text states: a folder or hub name.")]
 LoraOption = Annotated[
     list[str] | None,

@@ -53,6 +53,8 @@ def caption(
 
     if (server is not None) + (write_batch is not None) + bool(read_batch) != 1:
         raise ValueError("give one of --server URL, --write-batch FILE and --read-batch FILE")
+    if server is not None and server.startswith("builtin:") and server != BUILTIN:
+        raise ValueError(f"--server {server}: the only captioner that comes with the package is {BUILTIN}")
     if model is None and server != BUILTIN:
         raise ValueError("give --model, the name that the server knows the multimodal model by")
     overrides = [*(field or []), *([f"short={short}"] if short else [])]
@@ -103,13 +105,14 @@ def _print_report(job: "Job", report: dict) -> None:
     from rich.table import Table
 
     left_out = sum(report["counts"].values())
+    listed = " and every image left out" if left_out else ""
     if left_out:
         table = Table("reason", "images left out")
         for reason, count in report["counts"].items():
             table.add_row(reason, f"{count:,}")
         Console().print(table)
     typer.echo(f"{report['written']:,} of {report['samples']:,} images captioned, in {job.out}")
-    typer.echo(f"{report['tokens']:,} tokens written by {job.model}; {report['report']} lists every image left out")
+    typer.echo(f"{report['tokens']:,} tokens written by {job.model}; {report['report']} has the counts{listed}")
     if not report["written"]:
         with errors_exit_with(1):
             raise ValueError(f"{job.out}: not a single image got a caption; {report['report']} says why")

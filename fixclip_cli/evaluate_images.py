@@ -5,7 +5,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fixclip_cli.app import DEFAULT_OUTPUT, AdapterOption, BaseOption, EncoderOption, app, parse_size, refuse
+from fixclip_cli.app import (
+    DEFAULT_OUTPUT,
+    AdapterOption,
+    BaseOption,
+    Encoder2Option,
+    EncoderOption,
+    app,
+    parse_size,
+    refuse,
+)
 
 if TYPE_CHECKING:
     from fixclip_diffusion.evaluation.generate import System
@@ -16,7 +25,7 @@ PROMPTS_HELP = (
 )
 BENCHMARK_HELP = "NAME FOLDER: dpg, tiif, longbench, lgbench or geneval2; else recognised by what is in the folder."
 SYSTEM_HELP = (
-    "NAME:encoder=...,adapter=...,lora=...,conditioning=... or NAME:pipeline=...,lora=...; repeat. "
+    "NAME:encoder=...,encoder_2=...,adapter=...,lora=...,conditioning=... or NAME:pipeline=...,lora=...; repeat. "
     "Default: all that is given."
 )
 PIPELINE_HELP = "Any diffusers text-to-image pipeline, [NAME=]owner/name or folder, drawn with as it is; repeat."
@@ -37,6 +46,7 @@ def evaluate_images(
     benchmark: Annotated[tuple[str, str] | None, typer.Option(help=BENCHMARK_HELP)] = None,
     base: BaseOption = "stable-diffusion-v1-5/stable-diffusion-v1-5",
     encoder: EncoderOption = None,
+    encoder_2: Encoder2Option = None,
     adapter: AdapterOption = None,
     lora: Annotated[str | None, typer.Option(help="LoRA for the UNet, as load_lora_weights reads it.")] = None,
     system: Annotated[Texts, typer.Option(help=SYSTEM_HELP)] = None,
@@ -90,7 +100,7 @@ def evaluate_images(
         raise ValueError(f"size {size}: pictures to compare are square, give one number")
     for option, given in (("--system", system), ("--pipeline", pipeline), ("--pictures", pictures)):
         if given:
-            refuse(ctx, f"does not act beside {option}, which names its own", "encoder", "adapter", "lora")
+            refuse(ctx, f"does not act beside {option}, which names its own", "encoder", "encoder_2", "adapter", "lora")
     if not judge:
         refuse(ctx, "is of a --judge", "judge_model", "judge_tokens")
     import torch
@@ -103,7 +113,7 @@ def evaluate_images(
     # Prompts, systems and judges first: a wrong one should not cost loading a model.
     name, source = benchmark or (None, str(prompts))
     opened = benchmarks.open_benchmark(source, name, check_scenes)
-    systems = _systems(base, encoder, adapter, lora, system or [], pipeline or [], pictures or [])
+    systems = _systems(base, encoder, encoder_2, adapter, lora, system or [], pipeline or [], pictures or [])
     processes = run.Processes.found()
     device = processes.device or best_device()
     dtype = torch.float16 if device.startswith("cuda") else torch.float32
@@ -136,6 +146,7 @@ def evaluate_images(
 def _systems(
     base: str,
     encoder: str | None,
+    encoder_2: str | None,
     adapter: str | None,
     lora: str | None,
     given: list[str],
@@ -150,7 +161,7 @@ def _systems(
         systems += [generate.parse_source(key, text) for text in values]
     if not systems:
         parts = builtin.complete(base, encoder, adapter, lora)
-        return generate.default_systems(parts.encoder, parts.adapter, parts.lora)
+        return generate.default_systems(parts.base, parts.encoder, parts.adapter, parts.lora, encoder_2)
     return systems
 
 

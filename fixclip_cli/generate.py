@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,6 +14,7 @@ from fixclip_cli.app import (
     BaseOption,
     ConditioningOption,
     EmbeddingOption,
+    Encoder2Option,
     EncoderOption,
     LoraOption,
     SchedulerOption,
@@ -55,6 +57,7 @@ def generate(
     ] = None,
     base: BaseOption = "stable-diffusion-v1-5/stable-diffusion-v1-5",
     encoder: EncoderOption = None,
+    encoder_2: Encoder2Option = None,
     adapter: AdapterOption = None,
     lora: LoraOption = None,
     embedding: EmbeddingOption = None,
@@ -90,7 +93,15 @@ def generate(
     numbers = [""] if prompts is None else [f"{index:05d}-" for index in range(len(texts))]
     files = output_files(output, [f"{number}seed{seed + i}" for number in numbers for i in range(num)])
     options = ModelOptions(
-        base, encoder, adapter, tuple(lora or ()), tuple(embedding or ()), scheduler, weights, conditioning
+        base,
+        encoder,
+        adapter,
+        tuple(lora or ()),
+        tuple(embedding or ()),
+        scheduler,
+        weights,
+        conditioning,
+        encoder_2,
     )
     pipe = load_pipeline(options, device, dtype)
     _check_embeddings_act(pipe, [*texts, negative])
@@ -139,6 +150,7 @@ def describe_model(options: ModelOptions, pipe: Any) -> dict[str, Any]:
     return {
         "base": options.base,
         "encoder": options.encoder,
+        "encoder_2": options.encoder_2,
         "adapter": options.adapter,
         "loras": list(options.loras),
         "embeddings": list(options.embeddings),
@@ -161,7 +173,7 @@ def comparison(
     from fixclip_diffusion.conditioning import CONDITIONINGS
 
     plain = base_options(options)
-    has_own = (plain.base, plain.encoder, plain.adapter) != (options.base, options.encoder, options.adapter)
+    has_own = replace(options, conditioning=None) != plain
     reference = load_pipeline(plain, device, dtype) if has_own else pipe
     if not reference.text_encoder.short_context_length:
         raise ValueError(f"--compare: the encoder of {plain.base!r} was trained for long texts and cannot show others")
@@ -234,6 +246,7 @@ def tokens(
     prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from a text file.")] = None,
     base: BaseOption = "stable-diffusion-v1-5/stable-diffusion-v1-5",
     encoder: EncoderOption = None,
+    encoder_2: Encoder2Option = None,
     adapter: AdapterOption = None,
     conditioning: ConditioningOption = None,
     weights: WeightsOption = None,
@@ -246,7 +259,16 @@ def tokens(
     text = read_prompt(prompt, prompt_file)
     from dataclasses import asdict
 
+    from fixclip_core.check import LoadError
     from fixclip_diffusion.prompt_reader import PromptReader
 
-    report = PromptReader.from_pretrained(base, encoder, adapter, conditioning, weights).report(text)
+    try:
+        reader = PromptReader.from_pretrained(base, encoder, adapter, conditioning, weights, encoder_2)
+    except LoadError as error:
+        if "hub" not in str(error):
+            raise
+        raise LoadError(
+            f"{error}; --base builtin:scenes has the tokenizer of Stable Diffusion 1 and asks no hub"
+        ) from error
+    report = reader.report(text)
     typer.echo(json.dumps(asdict(report), ensure_ascii=False, indent=1) if as_json else report)

@@ -18,6 +18,7 @@ class ModelOptions:
         scheduler: class name of diffusers, with or without "Scheduler" at its end; None: the base's own.
         weights: syntax of prompt weights, "a1111" or "compel"; None takes prompts literally.
         conditioning: how prompts are read that do not fit into 77 tokens; None: as the encoder was trained for.
+        encoder_2: the second text encoder of Stable Diffusion XL, as `encoder`.
     """
 
     base: str
@@ -28,6 +29,7 @@ class ModelOptions:
     scheduler: str | None = None
     weights: str | None = None
     conditioning: str | None = None
+    encoder_2: str | None = None
 
 
 def split_scale(text: str) -> tuple[str, float]:
@@ -72,6 +74,7 @@ def load_pipeline(options: ModelOptions, device: str | None = None, dtype: str |
     pipe = load(
         options.base,
         encoder=options.encoder,
+        encoder_2=options.encoder_2,
         adapter=options.adapter,
         dtype=torch_dtype,
         **{name: value for name, value in reading.items() if value is not None},  # else as the base's folder says
@@ -92,18 +95,21 @@ def _check_names(options: ModelOptions) -> None:
     from fixclip_core import builtin
     from fixclip_core.check import check_folder_or_hub_name
 
-    for what in ("base", "encoder", "adapter"):
+    for what in ("base", "encoder", "encoder_2", "adapter"):
         name = getattr(options, what)
         if name is None or Path(name).is_file() or (what == "base" and builtin.whole_model(name) is not None):
             continue  # what a file is, is told by its loader
         check_folder_or_hub_name(what, builtin.resolve(name))
+    for text in options.loras:
+        builtin.resolve(split_scale(text)[0])
 
 
 def base_options(options: ModelOptions) -> ModelOptions:
     """The same with the base's own encoder and nothing that belongs to another one, for comparison."""
     from fixclip_diffusion import builtin
 
-    return replace(options, base=builtin.base_of(options.base), encoder=None, adapter=None, conditioning=None)
+    base = builtin.base_of(options.base)
+    return replace(options, base=base, encoder=None, encoder_2=None, adapter=None, conditioning=None)
 
 
 def _load_loras(pipe: Any, loras: tuple[str, ...]) -> None:

@@ -97,7 +97,7 @@ def options_of(settings: dict[str, Any]) -> dict[str, Any]:
         "conditioning": None if compared else settings.get("conditioning", settings.get("long_prompt")),
         "compare": compared or None,
     }
-    same = ("steps", "seed", "base", "encoder", "adapter", "weights", "scheduler", "dtype")
+    same = ("steps", "seed", "base", "encoder", "encoder_2", "adapter", "weights", "scheduler", "dtype")
     found |= {name: settings.get(name) for name in same}
     return {name: value for name, value in found.items() if value is not None}
 

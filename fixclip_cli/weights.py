@@ -94,8 +94,10 @@ def export(
     from fixclip_core.weights.write import export as write
 
     if find_fixclip(run) is None:
-        best = f"; the best so far is in {run / 'best'}" if find_fixclip(run / "best") else ""
-        raise ValueError(f"{run}: no FixClip there; expected model/ or config.json and model.safetensors{best}")
+        hint = f"fixclip convert {run} FOLDER makes one of a CLIP in another format"
+        if find_fixclip(run / "best"):
+            hint = f"the best so far is in {run / 'best'}"
+        raise ValueError(f"{run}: no FixClip there; expected model/ or config.json and model.safetensors; {hint}")
     if short_weights is not None and "diffusers" not in (formats or ["diffusers"]):
         raise ValueError("--short-weights: only the format diffusers holds the base's weights beside the trained ones")
     if by_name and short_weights is None:

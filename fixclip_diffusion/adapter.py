@@ -90,6 +90,7 @@ class TextAdapter(nn.Module):
             )
         if kind == "attention" and width % num_heads:
             raise ValueError(f"adapter num_heads={num_heads} does not divide the width {width}")
+        self.folder: str | None = None  # that it was loaded from, where it is said what encoder it was made for
         self.config: dict[str, Any] = {
             "width": width,
             "kind": kind,
@@ -173,7 +174,9 @@ class TextAdapter(nn.Module):
             config_file = _find_file(source, CONFIG_NAME, hub_kwargs)
             weights_file = _find_file(source, WEIGHTS_NAME, hub_kwargs)
             config = parse_json(config_file.read_text(encoding="utf-8"))
-            return cls._load(config, config_file, weights_file, what)
+            adapter = cls._load(config, config_file, weights_file, what)
+            adapter.folder = source
+            return adapter
 
     @classmethod
     def from_file(cls, file: str | Path) -> "TextAdapter":

@@ -319,6 +319,23 @@ def default_conditioning(config: Any) -> str:
     return named or ("overlap" if short_length(config) else "one_pass")
 
 
+def choose_conditioning(name: "str | Conditioning | None", configs: Sequence[Any]) -> Conditioning:
+    """The conditioning of that name; for None that of the first text encoder, or one pass where another one has not the
+    original positions that it needs.
+
+    Args:
+        name: see `get_conditioning`.
+        configs: of a base's text encoders, see `default_conditioning`.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    chosen = get_conditioning(name or default_conditioning(configs[0]))
+    if name is None and chosen.needs_short and not all(short_length(config) for config in configs):
+        return get_conditioning("one_pass")
+    return chosen
+
+
 def short_length(config: Any) -> int:
     """Tokens up to which a text encoder has its original position embeddings: 77, or 0 if it has none.
 

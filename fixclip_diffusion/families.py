@@ -77,9 +77,11 @@ class TextEncoding:
             ValueError: the encoder has not that many layers.
         """
         check_clip_skip(clip_skip, self.encoder.config.num_hidden_layers)
-        if self.tower.output == "last" and clip_skip is None:
-            return self.encoder(ids_NP, attention_mask=mask_NP).last_hidden_state, None
-        output = self.encoder(ids_NP, attention_mask=mask_NP, output_hidden_states=True)
+        is_plain = self.tower.output == "last" and clip_skip is None
+        with self.encoder.laid_out():
+            output = self.encoder(ids_NP, attention_mask=mask_NP, output_hidden_states=not is_plain)
+        if is_plain:
+            return output.last_hidden_state, None
         if self.tower.output == "last":
             hidden_NPD = output.hidden_states[-((clip_skip or 0) + 1)]
             return self.encoder.text_model.final_layer_norm(hidden_NPD), None

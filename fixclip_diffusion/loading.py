@@ -108,17 +108,16 @@ def load_components(
             if encoder is None:
                 raise ValueError(f"adapter= needs a text encoder, but {tower.encoder}=None was passed")
             if not isinstance(adapter, TextAdapter):
-                source, adapter = adapter, TextAdapter.from_pretrained(adapter, **hub_kwargs)
-                _warn_of_another_encoder(source, tower, encoder, kwargs[tower.tokenizer], plans.get(tower.encoder))
+                adapter = TextAdapter.from_pretrained(adapter, **hub_kwargs)
+            if adapter.folder is not None:
+                _warn_of_another_encoder(adapter.folder, encoder, kwargs[tower.tokenizer], plans.get(tower.encoder))
             encoder.set_adapter_module(adapter)
     return kwargs
 
 
-def _warn_of_another_encoder(
-    adapter: str | Path, tower: Tower, encoder: Any, tokenizer: Any, plan: dict[str, Any] | None
-) -> None:
+def _warn_of_another_encoder(adapter: str, encoder: Any, tokenizer: Any, plan: dict[str, Any] | None) -> None:
     """Log it if the adapter was made for another text encoder than this one, which was loaded by `plan`, or given."""
-    folder = Path(builtin.resolve(adapter))
+    folder = Path(adapter)
     if not (folder / MADE_FOR).is_file():
         return
     if encoder.dtype != torch.float32 and plan is not None:  # digests are those of float32

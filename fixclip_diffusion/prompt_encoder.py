@@ -20,8 +20,7 @@ from fixclip_diffusion.conditioning import (
     Context,
     Layout,
     PromptTokens,
-    default_conditioning,
-    get_conditioning,
+    choose_conditioning,
 )
 from fixclip_diffusion.families import TextEncoding, lora_scale_of
 from fixclip_diffusion.prompt_tokens import tokenize_prompt
@@ -69,10 +68,7 @@ class PromptEncoder:
         weights: str | None = None,
     ):
         self.encodings = tuple(encodings)
-        self.conditioning = get_conditioning(conditioning or default_conditioning(encodings[0].encoder.config))
-        lacks_positions = not all(encoding.context.short_length for encoding in self.encodings)
-        if conditioning is None and self.conditioning.needs_short and lacks_positions:
-            self.conditioning = get_conditioning("one_pass")
+        self.conditioning = choose_conditioning(conditioning, [item.encoder.config for item in self.encodings])
         self.weights = check_syntax(weights)
         for encoding in self.encodings:
             self.conditioning.check(encoding.context)

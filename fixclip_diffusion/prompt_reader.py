@@ -10,7 +10,7 @@ from fixclip_core.check import LoadError, check_folder_or_hub_name, hub_reason
 from fixclip_core.files import parse_json
 from fixclip_diffusion import builtin
 from fixclip_diffusion.adapter import read_adapter_config
-from fixclip_diffusion.conditioning import Conditioning, Context, default_conditioning, get_conditioning, renamed
+from fixclip_diffusion.conditioning import Conditioning, Context, choose_conditioning, renamed
 from fixclip_diffusion.prompt_tokens import context_of_config
 from fixclip_diffusion.prompt_weights import check_syntax
 from fixclip_diffusion.text_encoder import FixClipTextConfig, encoder_subfolder, load_clip_text_config, long_config
@@ -42,6 +42,7 @@ class PromptReader:
         adapter: str | None = None,
         conditioning: str | None = None,
         weights: str | None = None,
+        encoder_2: str | None = None,
     ) -> "PromptReader":
         """The reader of the pipeline that `from_pretrained` of the pipelines makes of the same arguments.
 
@@ -54,16 +55,22 @@ class PromptReader:
         base = builtin.resolve(parts.base)
         index = _read_json(base, "model_index.json", needed=False)
         config = _read_config(base, parts.encoder)
+        configs = [config]
+        if "text_encoder_2" in index:
+            configs.append(_read_config(base, encoder_2, "text_encoder_2"))
+        elif encoder_2 is not None:
+            raise ValueError(f"encoder_2={encoder_2!r}: base {base!r} has one text encoder")
         if parts.adapter is not None:
-            config.adapter = read_adapter_config(parts.adapter)
+            config.adapter = _read_adapter_config(parts.adapter, len(configs))
         # Names the file that is missing, and asks once; the tokenizer alone would try a dozen before it gives up.
         _read_json(base, "tokenizer/tokenizer_config.json")
         length = config.max_position_embeddings
         tokenizer = FixClipTokenizer.from_pretrained(base, subfolder="tokenizer", context_length=length)
         saved = renamed(index.get("conditioning"), index.get("long_prompt"))
-        how = get_conditioning(conditioning or saved or default_conditioning(config))
+        how = choose_conditioning(conditioning or saved, configs)
         context = context_of_config(config, tokenizer)
-        how.check(context)
+        for each in configs:
+            how.check(context_of_config(each, tokenizer))
         return cls(tokenizer, context, how, check_syntax(weights or index.get("weights")))
 
     def report(self, prompt: str) -> TokenReport:
@@ -71,15 +78,23 @@ class PromptReader:
         return token_report(self.tokenizer, prompt, self.conditioning, self.context, self.weights)
 
 
-def _read_config(base: str, encoder: str | None) -> FixClipTextConfig:
+def _read_adapter_config(adapter: str, num_encoders: int) -> dict[str, Any] | None:
+    """That of the first text encoder; None where only the second one of Stable Diffusion XL has an adapter."""
+    if num_encoders == 1:
+        return read_adapter_config(adapter)
+    first = Path(adapter) / "text_encoder"
+    return read_adapter_config(first) if first.is_dir() else None
+
+
+def _read_config(base: str, encoder: str | None, component: str = "text_encoder") -> FixClipTextConfig:
     if encoder is not None:
         name = builtin.resolve(encoder)
-        subfolder = encoder_subfolder(name)
+        subfolder = encoder_subfolder(name, component)
         config = load_clip_text_config(name, **({} if subfolder is None else {"subfolder": subfolder}))
-    elif Path(base).is_dir() and not (Path(base) / "text_encoder").is_dir():
+    elif Path(base).is_dir() and not (Path(base) / component).is_dir():
         return long_config(FixClipTextConfig())
     else:
-        config = load_clip_text_config(base, subfolder="text_encoder")
+        config = load_clip_text_config(base, subfolder=component)
     return config if isinstance(config, FixClipTextConfig) else long_config(config)
 
 

@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens, D width.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +34,7 @@ from fixclip_core.weights.names import Which, find_text_towers, text_tower_names
 from fixclip_core.weights.text_encoder import read_text_encoder
 from fixclip_diffusion import builtin
 from fixclip_diffusion.adapter import TextAdapter
-from fixclip_diffusion.conditioning import CLIP_CONTEXT_LENGTH, default_conditioning, short_length
+from fixclip_diffusion.conditioning import CLIP_CONTEXT_LENGTH, default_conditioning, get_conditioning, short_length
 from fixclip_diffusion.short_weights import (
     POSITIONS,
     LongRows,
@@ -51,6 +52,8 @@ __all__ = [
     "PreTrainedModel",
     "PreTrainedTokenizerFast",
 ]
+
+logger = logging.getLogger(__name__)
 
 CLIP_EOS_TOKEN_ID = 49407
 _CLASS_FIELDS = ("model_type", "architectures", "transformers_version", "dtype")  # of a configuration's own class
@@ -177,6 +180,8 @@ class LongTextEncoder(CLIPPreTrainedModel):
             self.adapter = TextAdapter(**config.adapter)
         self._leave_adapter_out = False
         self._reads_windows = False  # whether passes of 77 are parts of longer texts
+        self._is_laid_out = False  # whether passes come from a conditioning
+        self._has_warned = False
         self._is_short = False  # whether the base's copy read the pass that ran last
         self._text_BT: Tensor | None = None  # True up to each text's end, in the pass that runs or ran last
         self.text_model.final_layer_norm.register_forward_hook(self._finish_last)
@@ -222,12 +227,30 @@ class LongTextEncoder(CLIPPreTrainedModel):
         length_B1 = text_lengths(input_ids, self.config.eos_token_id)[:, None]
         self._text_BT = torch.arange(input_ids.shape[1], device=input_ids.device)[None] < length_B1
         short = self.short_context_length
+        if input_ids.shape[1] > short and not (self._is_laid_out or torch.compiler.is_compiling()):
+            self._warn_of_one_pass(length_B1)
         fits = input_ids.shape[1] <= short and position_ids is None
         self._is_short = fits and self.short_text_model is not None
         if self.config.delta_rank and not fits:
             # In a longer pass a text that fits has the base's positions, too, where the padding is masked.
             as_base_B1 = (length_B1 <= short) & (self.config.padding == "mask") & (position_ids is None)
             self._long_rows.mask = as_base_B1.logical_not()[..., None]
+
+    def _warn_of_one_pass(self, length_B1: Tensor) -> None:
+        """Say once that this encoder should read texts of so many tokens in windows, and is given them at once."""
+        if self._has_warned or not get_conditioning(self.conditioning).needs_short:
+            return
+        num_tokens = int(length_B1.max())
+        if num_tokens <= self.short_context_length:
+            return
+        self._has_warned = True
+        logger.warning(
+            "this text encoder is given %d tokens at once, as stock pipelines do, and was made to read them by "
+            "conditioning=%r: the prompt is followed worse. Encode it with a pipeline of fixclip_diffusion and pass "
+            'prompt_embeds= on; docs/diffusers.md, "In other pipelines", shows how.',
+            num_tokens,
+            self.conditioning,
+        )
 
     def _finish_penultimate(self, output: Any) -> Any:
         if self.config.hidden_state == "penultimate" and output.hidden_states is not None:
@@ -309,6 +332,15 @@ class LongTextEncoder(CLIPPreTrainedModel):
             yield
         finally:
             self._reads_windows = False
+
+    @contextmanager
+    def laid_out(self) -> Iterator[None]:
+        """Passes are those of a conditioning while the block runs, so none of them is warned of."""
+        before, self._is_laid_out = self._is_laid_out, True
+        try:
+            yield
+        finally:
+            self._is_laid_out = before
 
     def set_adapter_module(self, adapter: TextAdapter | None) -> None:
         """Put `adapter` behind the hidden state that the UNet reads, or take it away with None.
@@ -620,6 +652,8 @@ def base_text_model(name: str, what: str) -> CLIPTextModel:
     """
     try:
         folder = builtin.resolve(builtin.base_of(name))
+        if Path(folder).is_dir() and not (Path(folder) / "text_encoder").is_dir():
+            raise LoadError(f"it is no Stable Diffusion, as there is no text_encoder/ in it{what_is_in(Path(folder))}")
         return CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise LoadError(
@@ -716,6 +750,11 @@ def load_clip_text_config(name: str, **kwargs: Any) -> CLIPTextConfig | FixClipT
             return FixClipTextConfig.from_dict(values)
         if kind in ("clip_text_model", "clip"):
             return CLIPTextConfig.from_pretrained(name, **hub_kwargs)
+    if {"clip", "preprocess"} <= values.keys():
+        raise LoadError(
+            f"text encoder {where}: it is a FixClip of two towers; fixclip export {name} FOLDER --format diffusers "
+            "makes the text encoder of it"
+        )
     other = f"it is of the class {values['_class_name']}; its " if "_class_name" in values else ""
     raise LoadError(
         f"text encoder {where}: {other}model_type is {kind!r}; valid are {FixClipTextConfig.model_type}, "

@@ -230,7 +230,7 @@ def test_evaluation_with_the_whole_model(embedded, tmp_path):
     assert result.exit_code == 0, result.output
     options += [tmp_path]
     systems = json.loads((default / "report.json").read_text())["settings"]["systems"]
-    assert [system["name"] for system in systems] == ["stock", "chunks", "overlap", "untuned", "adapted"]
+    assert [system["name"] for system in systems] == ["stock", "chunks", "overlap", "one_pass", "overlap+adapter"]
     assert (systems[-1]["encoder"], systems[-1]["adapter"]) == (None, "builtin:scenes/overlap_adapter")
     named = ["--base", "builtin:scenes", "--encoder", "builtin:scenes/encoder"]
     result = run("evaluate-images", "scenes:1", *named, *options)
@@ -240,9 +240,9 @@ def test_evaluation_with_the_whole_model(embedded, tmp_path):
         "stock",
         "chunks",
         "overlap",
-        "untuned",
-        "adapted",
-        "adapted+lora",
+        "one_pass",
+        "one_pass+adapter",
+        "one_pass+adapter+lora",
     ]
     assert systems[-1]["lora"] == "builtin:scenes/lora"
     parts = "encoder=builtin:scenes/encoder,adapter=builtin:scenes/adapter,lora=builtin:scenes/lora"
@@ -250,7 +250,7 @@ def test_evaluation_with_the_whole_model(embedded, tmp_path):
     assert again.exit_code == 0, again.output
     report = json.loads((tmp_path / "report.json").read_text())
     assert list(report["judges"]["checker"]["systems"]) == ["all"]
-    files = [tmp_path / "images" / name / "00000-seed0.png" for name in ("adapted+lora", "all")]
+    files = [tmp_path / "images" / name / "00000-seed0.png" for name in ("one_pass+adapter+lora", "all")]
     assert np.array_equal(*(np.asarray(Image.open(file)) for file in files))
 
 

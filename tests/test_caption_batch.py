@@ -148,6 +148,7 @@ def test_the_command(images, tmp_path):
         (("--server", "http://127.0.0.1:9", "--write-batch", "x"), "give one of --server URL"),
         (("--server", "http://127.0.0.1:9"), "give --model"),
         (("--server", "nonsense", "--model", "m"), "give an address like"),
+        (("--server", "builtin:scene"), "the only captioner that comes with the package is builtin:scenes"),
         (
             ("--server", "http://127.0.0.1:9", "--model", "m", "--set", "filters.max_sme=2"),
             "did you mean filters.max_same",

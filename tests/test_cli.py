@@ -156,7 +156,16 @@ def test_every_option_acts_and_is_recorded(sd1, tmp_path, styles):
         "output": tmp_path / "out",
     }
     prompt = f"a (red:1.4) mycat. {LONG}"
-    elsewhere = {"prompt", "prompt_file", "prompts", "config", "encoder", "adapter", "compare"}  # in other tests
+    elsewhere = {
+        "prompt",
+        "prompt_file",
+        "prompts",
+        "config",
+        "encoder",
+        "encoder_2",
+        "adapter",
+        "compare",
+    }  # in other tests
     assert set(inspect.signature(generate).parameters) == {"ctx", *options, *elsewhere}
     result = run("generate", prompt, *(word for name, value in options.items() for word in (f"--{name}", value)))
     assert result.exit_code == 0, result.output
@@ -346,6 +355,7 @@ def test_tokens_as_json(sd1):
 def test_tokens_of_a_base_without_a_tokenizer(sd1, base):
     result = run("tokens", LONG, "--base", sd1 / base if base == "vae" else base)
     assert base in error_of(result)
+    assert ("--base builtin:scenes has the tokenizer" in error_of(result)) == (base == "someone/nothing")
 
 
 def test_version():

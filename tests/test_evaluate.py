@@ -530,7 +530,10 @@ def test_convert_and_export_commands(models, tmp_path):
             ("convert", models / "open_clip", tmp_path / "new", "--set", "num_groups=5", "--set", "first_group=1"),
             "num_groups=5",
         ),
-        (("export", models / "open_clip", tmp_path / "new"), "no FixClip there"),
+        (
+            ("export", models / "open_clip", tmp_path / "new"),
+            f"fixclip convert {models / 'open_clip'} FOLDER makes one",
+        ),
         (("export", tmp_path / "run", tmp_path / "new"), "the best so far is in"),
         (("export", tmp_path / "fix", tmp_path / "new", "--format", "onnx"), "valid are fixclip"),
     ):

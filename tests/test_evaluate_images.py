@@ -122,11 +122,12 @@ def test_systems_of_the_command_line():
     assert generate.parse_system("a+b:adapter=X/y,long_prompt=windows_77") == System(
         "a+b", adapter="X/y", conditioning="chunks"
     )
-    names = [s.name for s in generate.default_systems("E", "A", "L")]
-    assert names == ["stock", "chunks", "overlap", "untuned", "adapted", "adapted+lora"]
-    assert generate.default_systems(None, None, None)[0] == System("stock", conditioning="stock")
+    assert generate.parse_system("x:encoder_2=G") == System("x", encoder_2="G")
+    systems = generate.default_systems("B", None, None, None)
+    assert [s.name for s in systems] == ["stock", "chunks", "overlap", "one_pass"]
+    assert systems[0] == System("stock", conditioning="stock")
     for text, message in (
-        ("a:adaptor=b", "'adaptor=b' is not KEY=VALUE with one of encoder, adapter, lora, conditioning"),
+        ("a:adaptor=b", "'adaptor=b' is not KEY=VALUE with one of encoder, encoder_2, adapter, lora, conditioning"),
         ("a:pipeline=b,encoder=c", "pipeline and encoder exclude each other"),
         ("a:pictures=b,lora=c", "pictures and lora exclude each other"),
         ("a/b", "a name has letters"),
@@ -140,7 +141,7 @@ def test_systems_of_the_command_line():
 
 
 def test_every_system_draws_what_its_pipeline_draws(sd1, parts, tmp_path):
-    systems = generate.default_systems(None, str(parts / "adapter"), str(parts / "lora"))
+    systems = generate.default_systems(str(sd1), None, str(parts / "adapter"), str(parts / "lora"))
     drawing = Drawing(steps=2, guidance_scale=5.0, size=16, seed=3, num_seeds=2)
     result = run.evaluate_images(str(sd1), benchmark(Prompt(LONG)), systems, drawing, tmp_path)
     stock = StableDiffusionPipeline.from_pretrained(sd1, safety_checker=None)
@@ -152,9 +153,9 @@ def test_every_system_draws_what_its_pipeline_draws(sd1, parts, tmp_path):
     for name, pipe, options in (
         ("stock", stock, {}),
         ("chunks", ours, {"conditioning": "chunks"}),
-        ("untuned", ours, {"conditioning": "one_pass"}),
-        ("adapted", adapted, {}),
-        ("adapted+lora", both, {}),
+        ("one_pass", ours, {"conditioning": "one_pass"}),
+        ("overlap+adapter", adapted, {}),
+        ("overlap+adapter+lora", both, {}),
     ):
         for seed in (3, 4):
             options |= {"num_inference_steps": 2, "guidance_scale": 5.0, "width": 16, "height": 16}
@@ -188,9 +189,9 @@ def test_scores_are_cosines_by_sentence_and_zone(sd1, scorer, tokenizer, tmp_pat
     encoder = load_encoder(scorer)
     prompts = [Prompt(LONG), Prompt(SHORT)]
     drawing = Drawing(steps=1, size=16, num_seeds=2)
-    systems = [System("stock", conditioning="stock"), System("untuned")]
+    systems = [System("stock", conditioning="stock"), System("plain")]
     result = run.evaluate_images(str(sd1), benchmark(*prompts), systems, drawing, tmp_path, scorer=encoder)
-    pictures = generate.Painter(str(sd1)).draw(System("untuned"), prompts, drawing)
+    pictures = generate.Painter(str(sd1)).draw(System("plain"), prompts, drawing)
     images = torch.stack([encoder.preprocess(picture) for picture in pictures[0]])
     with torch.no_grad():
         image = encoder.model.encode_image(images, normalize=True)
@@ -199,10 +200,10 @@ def test_scores_are_cosines_by_sentence_and_zone(sd1, scorer, tokenizer, tmp_pat
             return (image @ encoder.model.encode_text(encoder.tokenizer([text]), normalize=True)[0]).mean().item()
 
         own = sentences(LONG, tokenizer)
-        row = result["prompts"][0]["systems"]["untuned"]
+        row = result["prompts"][0]["systems"]["plain"]
         assert row["whole"] == pytest.approx(score(LONG), abs=1e-5)
         assert row["per_sentence"] == pytest.approx([score(s.text) for s in own], abs=1e-5)
-    metrics = result["cosines"]["untuned"]
+    metrics = result["cosines"]["plain"]
     after = [v for s, v in zip(own, row["per_sentence"], strict=True) if s.zone == "after"]
     assert metrics["sentence_after"] == {
         "mean": pytest.approx(sum(after) / len(after)),
@@ -314,9 +315,9 @@ def test_command(sd1, parts, scorer, tmp_path):
     assert "Judged by checker" in found.text
     result = json.loads((tmp_path / "out" / "report.json").read_text())
     own = result["judges"]["checker"]["systems"]
-    assert list(own) == ["stock", "chunks", "overlap", "untuned", "adapted"]
-    assert {"before", "after"} <= own["adapted"]["zone"].keys()
-    assert {"whole", "sentence_after"} <= result["cosines"]["adapted"].keys()
+    assert list(own) == ["stock", "chunks", "overlap", "one_pass", "overlap+adapter"]
+    assert {"before", "after"} <= own["overlap+adapter"]["zone"].keys()
+    assert {"whole", "sentence_after"} <= result["cosines"]["overlap+adapter"].keys()
     assert result["settings"]["drawing"] == {
         "steps": 1, "guidance_scale": 3.0, "size": 32, "seed": 0, "num_seeds": 1, "negative_prompt": "",
         "batch_size": 1,

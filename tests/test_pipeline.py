@@ -1,6 +1,7 @@
 """FixClipStableDiffusionPipeline against the stock pipeline, on tiny real models."""
 
 import json
+import logging
 import shutil
 from contextlib import contextmanager
 
@@ -436,3 +437,26 @@ def test_both_encoder_arguments(sd1):
     encoder = FixClipTextEncoder.from_pretrained(sd1, subfolder="text_encoder")
     refuse("either encoder= or text_encoder=", sd1, encoder=encoder, text_encoder=encoder)
     refuse("adapter= needs a text encoder", sd1, text_encoder=None, tokenizer=None, adapter=TextAdapter(32))
+
+
+def test_a_stock_pipeline_that_reads_long_texts_at_once_is_told(sd1, caplog):
+    ours = FixClipStableDiffusionPipeline.from_pretrained(sd1)
+    other = StableDiffusionPipeline.from_pretrained(sd1, text_encoder=ours.text_encoder, tokenizer=ours.tokenizer)
+    with caplog.at_level(logging.WARNING, logger="fixclip_diffusion"):
+        for conditioning in CONDITIONINGS:  # as the user says
+            with read_by(ours, conditioning) as pipe:
+                states(pipe, LONG)
+        other.encode_prompt(SHORT, "cpu", 1, False)
+        assert not caplog.messages
+        for _ in range(2):
+            other.encode_prompt([SHORT, LONG], "cpu", 1, False)
+    (message,) = caplog.messages
+    assert all(part in message for part in ("tokens at once", "conditioning='overlap'", "prompt_embeds="))
+
+
+def test_an_encoder_that_was_trained_for_one_pass_reads_it_without_a_word(sd1, trained_encoder, caplog):
+    ours = FixClipStableDiffusionPipeline.from_pretrained(sd1, encoder=trained_encoder)
+    other = StableDiffusionPipeline.from_pretrained(sd1, text_encoder=ours.text_encoder, tokenizer=ours.tokenizer)
+    with caplog.at_level(logging.WARNING, logger="fixclip_diffusion"):
+        other.encode_prompt(LONG, "cpu", 1, False)
+    assert not caplog.messages

@@ -122,6 +122,7 @@ def test_the_command_line_knows_the_registrys_names():
         ),
         (["--encoder", "/no/encoder"], "encoder '/no/encoder' is neither a folder nor a hub name", "diffusers"),
         (["--adapter", "builtin:scenes/none"], "'builtin:scenes/none': there is no such built-in model", "diffusers"),
+        (["--lora", "builtin:scenes/none:0.5"], "'builtin:scenes/none': there is no such built-in model", "diffusers"),
     ],
 )
 def test_what_a_name_alone_tells_is_refused_before_libraries_are_imported(arguments, message, without):

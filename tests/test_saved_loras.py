@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from peft import LoraConfig, inject_adapter_in_model
 from tiny_scenes import write_model
 
-from fixclip_diffusion import FixClipStableDiffusionPipeline
+from fixclip_diffusion import FixClipStableDiffusionPipeline, TextAdapter
 from fixclip_diffusion.lora import without_lora_layers
 
 FAST = {"num_inference_steps": 2, "width": 32, "height": 32}
@@ -125,7 +125,8 @@ def test_an_adapter_for_another_encoder_is_told(model, caplog):
         load(model, encoder=model / "encoder", dtype=torch.float16)
         assert not caplog.messages
         load(model / "base", adapter=model / "adapter")
-    assert caplog.messages == [
+        load(model / "base", adapter=TextAdapter.from_pretrained(model / "adapter"))  # in memory, too
+    assert caplog.messages == 2 * [
         f"adapter {model / 'adapter'} was made for another text encoder than {model / 'base'}: "
         "pictures may be worse than without it"
     ]

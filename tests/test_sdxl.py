@@ -25,6 +25,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import (
     CLIPImageProcessor,
+    CLIPTextConfig,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     CLIPVisionConfig,
@@ -334,6 +335,33 @@ def test_generate_and_tokens_take_the_base_without_another_option(folder, ours, 
     sheet = run("generate", LONG, *options, "--compare", "-o", tmp_path / "b.png")
     assert sheet.exit_code == 0, sheet.output
     assert "132 tokens" in run("tokens", LONG, "--base", folder).output
+
+
+def test_the_command_line_takes_a_second_encoder(folder, ours, tmp_path):
+    """One of 248 trained positions: `tokens` says that all is read in one pass; the others draw so."""
+    config = CLIPTextConfig.from_pretrained(folder, subfolder="text_encoder_2", max_position_embeddings=248)
+    CLIPTextModelWithProjection(config).save_pretrained(tmp_path / "second")
+    named = ["--base", folder, "--encoder-2", tmp_path / "second"]
+    assert "conditioning 'one_pass'" in run("tokens", LONG, *named).output
+    assert "conditioning 'overlap'" in run("tokens", LONG, *named[:2]).output
+    drawing = ["--steps", "2", "--size", "16", "--guidance", "5"]
+    result = run("generate", LONG, *named, *drawing, "--seed", "1", "-o", tmp_path / "a.png")
+    assert result.exit_code == 0, result.output
+    pipe = FixClipStableDiffusionXLPipeline.from_pretrained(folder, encoder_2=tmp_path / "second")
+    wanted = np.asarray(picture(quiet(pipe), LONG, output_type="pil")[0])
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), wanted)
+    again = run("generate", "--config", tmp_path / "a.png", "-o", tmp_path / "b.png")
+    assert again.exit_code == 0, again.output
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "b.png")), wanted)
+    (tmp_path / "prompts.txt").write_text(f"{LONG}\n")
+    adapter = ["--adapter", adapter_folder(tmp_path / "adapter")]
+    result = run("evaluate-images", tmp_path / "prompts.txt", *named, *adapter, *drawing, "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    settings = json.loads((tmp_path / "out" / "report.json").read_text())["settings"]
+    assert [system["name"] for system in settings["systems"]] == [
+        "stock", "chunks", "overlap", "one_pass", "one_pass+adapter",
+    ]  # fmt: skip
+    assert settings["systems"][-1]["encoder_2"] == str(tmp_path / "second")
 
 
 def adapter_folder(path):

@@ -213,9 +213,10 @@ def test_export_puts_the_bases_copy_beside_the_trained_weights(models, base, tmp
     assert small.stat().st_size < 0.7 * large.stat().st_size
     encoder = FixClipTextEncoder.from_pretrained(tmp_path / "named", subfolder="text_encoder")
     assert_equal(states(encoder, texts(SHORT, 77)), states(base, texts(SHORT, 77)))
-    wrong = CliRunner().invoke(app, [str(part) for part in [*command, tmp_path / "nothing"]])
-    assert wrong.exit_code == 2
-    assert "nothing" in wrong.output
+    for source, message in ((tmp_path / "nothing", "nothing"), (tmp_path / "run", "no Stable Diffusion")):
+        wrong = CliRunner().invoke(app, [str(part) for part in [*command, source]])
+        assert wrong.exit_code == 2
+        assert message in wrong.output
 
 
 def test_a_tower_that_was_trained_whole_has_no_delta(tmp_path):

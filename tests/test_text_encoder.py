@@ -235,6 +235,9 @@ def test_damaged_and_foreign_folders_are_named(stock, tmp_path):
     (tmp_path / "bert" / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(ValueError, match=r"model_type is 'bert'; valid are fixclip_text_model, clip_text_model"):
         FixClipTextEncoder.from_pretrained(tmp_path / "bert")
+    (tmp_path / "bert" / "config.json").write_text(json.dumps({"clip": {}, "preprocess": {}}))
+    with pytest.raises(ValueError, match=r"a FixClip of two towers; fixclip export \S+bert FOLDER --format diffusers"):
+        FixClipTextEncoder.from_pretrained(tmp_path / "bert")
     stock.save_pretrained(tmp_path / "cut")
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])

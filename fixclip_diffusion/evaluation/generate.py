@@ -28,8 +28,9 @@ from fixclip_diffusion.conditioning import get_conditioning
 from fixclip_diffusion.evaluation.benchmarks import Layout, picture_stem, plain_picture
 from fixclip_diffusion.evaluation.prompts import Prompt
 from fixclip_diffusion.fingerprint import check_made_for, fingerprint
+from fixclip_diffusion.prompt_reader import PromptReader
 
-SYSTEM_KEYS = ("encoder", "adapter", "lora", "conditioning", "pipeline", "pictures")
+SYSTEM_KEYS = ("encoder", "encoder_2", "adapter", "lora", "conditioning", "pipeline", "pictures")
 OLD_KEYS = {"long_prompt": "conditioning"}  # of version 0.1
 EMBEDS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 METADATA = "fixclip"  # key of a PNG's text that holds what it was drawn of
@@ -47,6 +48,7 @@ class System:
         conditioning: how prompts are read, see `FixClipStableDiffusionPipeline`; None: as encoder or adapter say.
         pipeline: any diffusers text-to-image pipeline, folder or hub name, drawn with as it is; it takes a lora alone.
         pictures: folder of pictures made elsewhere, named as the benchmark says; nothing is drawn.
+        encoder_2: the second text encoder of Stable Diffusion XL, as `encoder`.
 
     Raises:
         ValueError: a name that cannot be a folder's, an unknown conditioning, or parts that exclude each other.
@@ -59,6 +61,7 @@ class System:
     conditioning: str | None = None
     pipeline: str | None = None
     pictures: str | None = None
+    encoder_2: str | None = None
 
     def __post_init__(self) -> None:
         given = [key for key in SYSTEM_KEYS if getattr(self, key) is not None]
@@ -75,19 +78,31 @@ class System:
                 raise ValueError(f"system {self.name!r}: {error}") from None
 
 
-def default_systems(encoder: str | None, adapter: str | None, lora: str | None) -> list[System]:
-    """Stock and compel-like windows of the base, then ours as far as its parts are given."""
+def default_systems(
+    base: str, encoder: str | None, adapter: str | None, lora: str | None, encoder_2: str | None = None
+) -> list[System]:
+    """The base read by every conditioning, then ours as far as its parts are given.
+
+    A name says how prompts are read and what is added to the text encoder: `one_pass` (of the named encoder, if there
+    is one), `overlap+adapter`, `one_pass+adapter+lora`.
+
+    Raises:
+        ValueError: a part is unknown or damaged, or they do not go together.
+    """
     systems = [System(name, conditioning=name) for name in ("stock", "chunks", "overlap")]
-    systems.append(System("untuned", encoder, conditioning="one_pass"))
-    if adapter is not None:
-        systems.append(System("adapted", encoder, adapter))
-    if lora is not None:
-        systems.append(System("adapted+lora", encoder, adapter, lora))
+    systems.append(System("one_pass", encoder, conditioning="one_pass", encoder_2=encoder_2))
+    if adapter is not None or lora is not None:
+        how = PromptReader.from_pretrained(base, encoder, adapter, encoder_2=encoder_2).conditioning.name
+        if adapter is not None:
+            how = f"{how}+adapter"
+            systems.append(System(how, encoder, adapter, encoder_2=encoder_2))
+        if lora is not None:
+            systems.append(System(f"{how}+lora", encoder, adapter, lora, encoder_2=encoder_2))
     return systems
 
 
 def parse_system(text: str) -> System:
-    """`NAME` or `NAME:encoder=...,adapter=...,lora=...,conditioning=...` or `NAME:pipeline=...,lora=...`.
+    """`NAME`, or `NAME:KEY=VALUE,...` with `pipeline` and `lora`, or with the other keys of `SYSTEM_KEYS`.
 
     Raises:
         ValueError: an unknown key, or a bad name or mode.
@@ -197,7 +212,8 @@ class Painter:
             pipe.unload_lora_weights()
 
     def _load_own(self, system: System) -> LongPromptPipeline:
-        pipe = load_plain_pipeline(self.base, encoder=system.encoder, dtype=torch.float32, **self.shared)
+        encoders = {"encoder": system.encoder, "encoder_2": system.encoder_2}
+        pipe = load_plain_pipeline(self.base, **encoders, dtype=torch.float32, **self.shared)
         adapters = pipe._adapters(system.adapter)
         for encoding in pipe.prompt_encoder.encodings:
             source = adapters.get(encoding.tower.encoder)

@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -329,7 +330,7 @@ def write_sheet(
                 images.append(as_tensor(own[row][0].load()))
             except OSError:
                 images.append(as_tensor(Image.new("RGB", (64, 64), "lightgrey")))
-            labels.append(f"{name}\n{prompt.text[:24]}")
+            labels.append(f"{name}\n{textwrap.shorten(prompt.text, 28, placeholder=' …')}")
     side = max(192, min(512, images[0].shape[-1]))
     sheet = scenes.sheet(images, labels, columns=len(pictures), side=side)
     write_atomically(path, lambda partial: sheet.save(partial, format="png"))

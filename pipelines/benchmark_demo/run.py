@@ -36,7 +36,7 @@ def main(
         library.disable_progress_bar()
         library.set_verbosity_error()
     parts = builtin.complete(MODEL, None, None, None)
-    systems = generate.default_systems(parts.encoder, parts.adapter, parts.lora)
+    systems = generate.default_systems(parts.base, parts.encoder, parts.adapter, parts.lora)
     drawing = generate.Drawing(steps=steps, guidance_scale=2.0, batch_size=8)
     benchmark = open_benchmark(f"scenes:{prompts}")
     with serving(NoisyJudge(error_rate)) as server:
