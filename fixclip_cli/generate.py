@@ -265,7 +265,7 @@ def tokens(
     try:
         reader = PromptReader.from_pretrained(base, encoder, adapter, conditioning, weights, encoder_2)
     except LoadError as error:
-        if "hub" not in str(error):
+        if error.__cause__ is None:  # it was not the hub's
             raise
         raise LoadError(
             f"{error}; --base builtin:scenes has the tokenizer of Stable Diffusion 1 and asks no hub"

@@ -186,7 +186,8 @@ def test_every_option_acts_and_is_recorded(sd1, tmp_path, styles):
         settings = json.loads(image.text["fixclip"])
         assert settings == {
             "prompt": prompt, "seed": seed, "negative_prompt": "grey", "steps": 3, "guidance_scale": 3.5,
-            "size": [16, 24], "base": str(sd1), "encoder": None, "adapter": None, "loras": [str(options["lora"])],
+            "size": [16, 24], "base": str(sd1), "encoder": None, "encoder_2": None, "adapter": None,
+            "loras": [str(options["lora"])],
             "embeddings": [str(options["embedding"])], "conditioning": "chunks", "weights": "a1111",
             "scheduler": "DDPMScheduler", "dtype": "float32", "systems": ["chunks"],
             "version": settings["version"],
