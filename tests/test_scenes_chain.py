@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import open_clip
 import pytest
@@ -252,6 +253,23 @@ def test_every_stage_has_a_valid_recipe_and_known_needs():
         assert stage.result.is_relative_to(chosen.output.folder)
 
 
+def test_a_system_draws_with_what_its_stage_trained_and_reads_as_it_was_trained():
+    found = {stage.name: stage for stage in run.stages()}
+    systems = [stage.command[2] for stage in found.values() if stage.name.startswith("images-")]
+    assert set(systems) <= set(evaluation.SYSTEMS)
+    assert {f"{name}_seed{seed}" for name in run.DECIDING for seed in run.SEEDS[1:]} <= set(systems)
+    assert set(report.SEEDED) == set(run.DECIDING)
+    for name in systems:
+        system = evaluation.SYSTEMS[name]
+        if system.adapter is None or system.lora is not None:  # beside a LoRA it is that of the system without one
+            continue
+        stage = found[Path(system.adapter).parent.name]
+        assert stage.name in found[f"images-{name}"].needs
+        at = stage.command.index("train_adapter.py") + 1
+        model = load_recipe(AdapterRecipe, run.ROOT / stage.command[at], stage.command[at + 1 :]).model
+        assert (model.encoder, model.conditioning) == (system.encoder, system.conditioning)
+
+
 def test_stages_run_in_order_once_and_resume_after_a_failure(tmp_path, monkeypatch, capsys):
     def stage(name, needs=(), code="open(sys.argv[1], 'a').write('x')"):
         return run.Stage(name, ("-c", f"import sys; {code}", str(tmp_path / name)), needs, tmp_path / name)
@@ -353,6 +371,24 @@ def test_the_report_counts_what_the_json_says(tmp_path, monkeypatch):
     assert "| FIX-CLIP, an eighth of the patches masked | 0.0001 | 3 | 0.600 ± 0.100 |" in report.ablations_table()
     assert "| Long-CLIP recipe | 1e-05 | 1 | 0.250 |" in report.ablations_table()
     assert "| Long-CLIP recipe | 0.250 | - |" in report.tuning_table()
+
+
+def test_the_report_puts_training_seeds_together(tmp_path, monkeypatch):
+    """Two training seeds of one system and one of another: spread over the seeds, differences over those of both."""
+    monkeypatch.setattr(report, "RECIPES", tmp_path)
+    marks = {"overlap_text_adapter": "11", "overlap_text_adapter_seed1": "10", "adapter": "01"}
+    for system, right in marks.items():
+        row = {"tokens": 150, "ends": [40, 120], "zones": "ef", "background": "1"}
+        row |= {"right": [right], "shape": [right], "colour": [right]}
+        distances = (76, 77) if system == "adapter" else (77, 120)
+        row["references"] = [{"kind": "same", "distance": d, "right": right[-1]} for d in distances]
+        for name in ("nine", "short", "references"):
+            (tmp_path / f"{name}-{system}.json").write_text(json.dumps({"prompts": [row]}))
+    _, _, text_adapter, adapter = [line.strip("| ").split(" | ") for line in report.seeds_table().splitlines()]
+    assert text_adapter[1:] == ["2", "100.0 ± 0.0", "50.0 ± 70.7", "50.0 ± 70.7", "75.0 ± 35.4"]
+    assert adapter[1:] == ["1", "0.0", "100.0", "100.0", "50.0"]
+    (difference,) = report.seeds_differences_table().splitlines()[2:]
+    assert difference.strip("| ").split(" | ")[1:] == ["1", "+100.0 (+100.0 to +100.0)", "+0.0 (+0.0 to +0.0)"]
 
 
 def test_the_page_keeps_its_prose():

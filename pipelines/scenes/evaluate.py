@@ -44,6 +44,16 @@ SYSTEMS = {
         "stretched_adapter", adapter=str(OUT / "adapter_stretched/adapter"), conditioning="one_pass"
     ),
 }
+for seed in (1, 2):  # the systems that decide, trained again with other seeds
+    part = f"seed{seed}/adapter"
+    SYSTEMS |= {
+        f"{name}_seed{seed}": System(f"{name}_seed{seed}", encoder, str(OUT / f"{folder}_{part}"), conditioning=how)
+        for name, encoder, folder, how in (
+            ("adapter", str(OUT / f"encoder_seed{seed}_diffusers"), "adapter", None),
+            ("overlap_text_adapter", None, "adapter_overlap_text", "overlap"),
+            ("stretched_adapter", None, "adapter_stretched", "one_pass"),
+        )
+    }
 DRAWING = Drawing(steps=20, guidance_scale=2.0, batch_size=16)
 
 app = typer.Typer(add_completion=False)

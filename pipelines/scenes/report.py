@@ -63,6 +63,8 @@ RECIPE_SYSTEMS = {
     "overlap_adapter": "`overlap`: base encoder + adapter on each window",
     "overlap_text_adapter": "`overlap`: base encoder + adapter on all windows, joined",
 }
+SEEDED = ("overlap_text_adapter", "adapter", "stretched_adapter")  # with further training seeds
+TRAINING_SEEDS = (0, 1, 2)
 COLOURS = {
     "stock": "#9a9a9a",
     "windows": "#c98f3a",
@@ -232,10 +234,63 @@ def differences_table() -> str:
     return table(["difference, points", "before 77", "after 77"], rows)
 
 
-def by_prompt(system: str, after: bool) -> np.ndarray:
-    """(prompts, 2): objects right and objects, over all noises, of one side of token 77."""
+def of_seed(system: str, seed: int) -> str:
+    """The system with the adapter (and the encoder, if it has its own) of another training seed."""
+    return f"{system}_seed{seed}" if seed else system
+
+
+def trained_seeds(system: str) -> list[int]:
+    return [seed for seed in TRAINING_SEEDS if load("nine", of_seed(system, seed), RECIPES)]
+
+
+def seeds_table() -> str:
+    """The rows that decide: mean over the training seeds, and their standard deviation."""
+    rows = []
+    for system in SEEDED:
+        seeds = trained_seeds(system)
+        if not seeds:
+            continue
+        measured: dict[str, list[float]] = {"before": [], "after": [], "references": [], "short": []}
+        for name in (of_seed(system, seed) for seed in seeds):
+            nine = load("nine", name, RECIPES)
+            measured["before"].append(share([item for item in nine if not item.after]))
+            measured["after"].append(share([item for item in nine if item.after]))
+            far = [item["right"] for item in load_references("references", name) if item["distance"] >= 77]
+            measured["references"].append(mean(far))
+            measured["short"].append(share(load("short", name, RECIPES)))
+        cells = [
+            percent(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else math.nan)
+            for values in measured.values()
+        ]
+        rows.append([RECIPE_SYSTEMS[system], str(len(seeds)), *cells])
+    header = [
+        "system",
+        "training seeds",
+        "right, before 77",
+        "right, after 77",
+        "references from 77 tokens on",
+        "short",
+    ]
+    return table(header, rows)
+
+
+def seeds_differences_table() -> str:
+    """Paired differences of the rows that decide, over the training seeds that both have."""
+    rows = []
+    for number, one in enumerate(SEEDED):
+        for other in SEEDED[number + 1 :]:
+            seeds = [seed for seed in trained_seeds(one) if seed in trained_seeds(other)]
+            if seeds:
+                pairs = [[by_prompt(system, after, seeds) for system in (one, other)] for after in (False, True)]
+                cells = [interval(*pair) for pair in pairs]
+                rows.append([f"{RECIPE_SYSTEMS[one]} - {RECIPE_SYSTEMS[other]}", str(len(seeds)), *cells])
+    return table(["difference, points", "training seeds", "before 77", "after 77"], rows)
+
+
+def by_prompt(system: str, after: bool, seeds: Sequence[int] = (0,)) -> np.ndarray:
+    """(prompts, 2): objects right and objects, over all noises and training seeds, of one side of token 77."""
     counts: dict[int, list[int]] = {}
-    for item in load("nine", system, RECIPES):
+    for item in (item for seed in seeds for item in load("nine", of_seed(system, seed), RECIPES)):
         row = counts.setdefault(item.picture[0], [0, 0])
         if item.after == after:
             row[0] += item.right
@@ -515,6 +570,8 @@ TABLES = {
     "training": training_table,
     "recipes": recipes_table,
     "recipes differences": differences_table,
+    "seeds": seeds_table,
+    "seeds differences": seeds_differences_table,
     "images": images_table,
     "counts": counts_table,
     "lengths": lengths_table,

@@ -52,13 +52,15 @@ def adapter(name: str, needs: Sequence[str], *overrides: str, recipe: str = "ada
     return Stage(name, command, tuple(needs), OUT / name / "adapter" / "adapter.safetensors")
 
 
-def adapters(name: str, needs: Sequence[str], *overrides: str) -> list[Stage]:
-    """An adapter in two stages: a start on text states alone, then with the UNet."""
-    start = f"{name}_start"
-    cache = f"features.folder={OUT}/cache/{name}"
+def adapters(name: str, needs: Sequence[str], cache: str, *overrides: str) -> list[Stage]:
+    """An adapter in two stages: a start on text states alone, then with the UNet.
+
+    Adapters on the same encoder, read by the same conditioning, share a cache of features, whatever their seeds.
+    """
+    start, folder = f"{name}_start", f"features.folder={OUT}/cache/{cache}"
     return [
-        adapter(start, needs, cache, *overrides, recipe="adapter_start"),
-        adapter(name, [start], cache, f"adapter.start_from={OUT / start}/adapter", *overrides),
+        adapter(start, needs, folder, *overrides, recipe="adapter_start"),
+        adapter(name, [start], folder, f"adapter.start_from={OUT / start}/adapter", *overrides),
     ]
 
 
@@ -74,7 +76,8 @@ def encoder(name: str, *overrides: str) -> list[Stage]:
     ]
 
 
-OVERLAP = ("model.encoder=null", "model.conditioning=overlap")
+OVERLAP = ("overlap", "model.encoder=null", "model.conditioning=overlap")  # cache and overrides
+STRETCHED = ("stretched", "model.encoder=null", "model.conditioning=one_pass")
 
 
 def chain() -> list[Stage]:
@@ -87,7 +90,7 @@ def chain() -> list[Stage]:
         Stage("base", (f"{HERE}/package.py", "base"), ("unet",), OUT / "base" / "model_index.json"),
         *encoder("encoder"),
         *adapters("adapter_overlap_text", ["base"], *OVERLAP, "adapter.scope=text"),
-        *adapters("adapter", ["base", "encoder_diffusers"]),
+        *adapters("adapter", ["base", "encoder_diffusers"], "encoder"),
     ]
 
 
@@ -96,11 +99,11 @@ def controls() -> list[Stage]:
     and a LoRA beside the adapter on FIX-CLIP."""
     return [
         *adapters("adapter_overlap", ["base"], *OVERLAP),
-        *adapters("adapter_stretched", ["base"], "model.encoder=null", "model.conditioning=one_pass"),
+        *adapters("adapter_stretched", ["base"], *STRETCHED),
         adapter(
             "lora",
             ["adapter"],
-            f"features.folder={OUT}/cache/adapter",
+            f"features.folder={OUT}/cache/encoder",
             f"adapter.start_from={OUT}/adapter/adapter",
             "optim.lr=0",  # the adapter stays as it is, so that one adapter serves with and without the LoRA
             "lora.rank=16",
@@ -112,16 +115,33 @@ def controls() -> list[Stage]:
     ]
 
 
+DECIDING = {  # system of evaluate.py: the stage whose adapter it reads with
+    "adapter": "adapter",
+    "overlap_text_adapter": "adapter_overlap_text",
+    "stretched_adapter": "adapter_stretched",
+}
+
+
+def pictures_of(system: str, needs: str | None, *sets: str) -> Stage:
+    """Pictures of one system of evaluate.py, by default of every set of prompts; named in the order of its `SETS`."""
+    options = [word for name in sets for word in ("--set", name)]
+    command = (f"{HERE}/evaluate.py", "images", system, *options)
+    done = OUT / "evaluation" / f"{sets[-1] if sets else 'references_heldout'}-{system}.json"
+    return Stage(f"images-{system}", command, ("base", *([needs] if needs else [])), done)
+
+
 def seeds() -> list[Stage]:
     """The rows that decide, with two further training seeds."""
     found: list[Stage] = []
     for seed in SEEDS[1:]:
         name, own = f"encoder_seed{seed}", f"seed={seed}"
         found += encoder(name, own)
-        fixclip = (own, f"model.encoder={OUT}/{name}_diffusers")
+        fixclip = (name, own, f"model.encoder={OUT}/{name}_diffusers")
         found += adapters(f"adapter_seed{seed}", ["base", f"{name}_diffusers"], *fixclip)
         found += adapters(f"adapter_overlap_text_seed{seed}", ["base"], *OVERLAP, "adapter.scope=text", own)
-        found += adapters(f"adapter_stretched_seed{seed}", ["base"], "model.encoder=null", own)
+        found += adapters(f"adapter_stretched_seed{seed}", ["base"], *STRETCHED, own)
+        for system, needs in DECIDING.items():
+            found += [pictures_of(f"{system}_seed{seed}", f"{needs}_seed{seed}", "nine", "short", "references")]
     return found
 
 
@@ -244,22 +264,15 @@ def rivals() -> list[Stage]:
 
 def evaluations() -> list[Stage]:
     needs = {
-        "trained": ("encoder_diffusers",),
-        "adapter": ("adapter",),
-        "lora": ("lora",),
-        "overlap_adapter": ("adapter_overlap",),
-        "overlap_text_adapter": ("adapter_overlap_text",),
-        "stretched_adapter": ("adapter_stretched",),
+        **dict.fromkeys(("stock", "windows", "overlap", "stretched")),
+        "trained": "encoder_diffusers",
+        **DECIDING,
+        "lora": "lora",
+        "overlap_adapter": "adapter_overlap",
     }
-    systems = ("stock", "windows", "overlap", "stretched", *needs)
     script, folder = f"{HERE}/evaluate.py", OUT / "evaluation"
-    return [
-        *(
-            Stage(f"images-{s}", (script, "images", s), ("base", *needs.get(s, ())), folder / f"short-{s}.json")
-            for s in systems
-        ),
-        Stage("retrieval", (script, "retrieval"), ("encoder",), folder / "retrieval.json"),
-    ]
+    retrieval = Stage("retrieval", (script, "retrieval"), ("encoder",), folder / "retrieval.json")
+    return [*(pictures_of(system, stage) for system, stage in needs.items()), retrieval]
 
 
 GROUPS: dict[str, Callable[[], list[Stage]]] = {
