@@ -31,7 +31,7 @@ def finish(stage, value):
 def test_reported_seeds_wait_for_rates_that_were_tuned_alike_on_another_seed(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "ROOT", tmp_path)
     tuning = run.rival_tuning()
-    assert len(tuning) == len(run.RIVALS) * len(run.LEARNING_RATES)
+    assert len(tuning) == len(run.TUNED) * len(run.LEARNING_RATES)
     assert run.TUNING_SEED not in run.SEEDS
     names = [stage.name for stage in run.rivals()]
     assert not any(name.endswith("seed0") for name in names)
@@ -39,7 +39,8 @@ def test_reported_seeds_wait_for_rates_that_were_tuned_alike_on_another_seed(tmp
         best = {"fixclip": "3e-05", "longclip": "0.0003"}.get(stage.name.split("/")[1].split("-lr")[0], "0.0001")
         finish(stage, 0.9 if f"-lr{best}-" in stage.name else 0.5)
     names = [stage.name for stage in run.rivals()]
-    for method, rate in (("fixclip", "3e-05"), ("longclip", "0.0003"), ("fixclip_no_groups", "0.0001")):
+    wanted = {"fixclip": "3e-05", "fixclip_no_groups": "3e-05", "longclip": "0.0003", "debias": "0.0003"}
+    for method, rate in (*wanted.items(), ("finetune", "0.0001")):
         reported = [name for name in names if name.startswith(f"rivals/{method}-lr") and "seed100" not in name]
         assert reported == [f"rivals/{method}-lr{rate}-seed{seed}" for seed in run.SEEDS]
         assert f"twins/{method}-lr{rate}-seed2" in names
