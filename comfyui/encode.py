@@ -263,14 +263,13 @@ def _adapt(adapter: TextAdapter, states_NPD: Tensor, layout: Layout, weighted: b
 
 def _adapt_joined(adapter: TextAdapter, states_NPD: Tensor, text_NP: Tensor, layout: Layout) -> Tensor:
     """The windows' states, those that become rows of the embeds adapted as one sequence; a further window by itself."""
-    source_L = layout.source_L.to(states_NPD.device)
-    flat_SD = states_NPD.flatten(0, 1)
-    rows_LD = adapter(flat_SD[source_L][None], text_NP.flatten()[source_L][None])[0]
-    adapted_NPD = flat_SD.index_copy(0, source_L, rows_LD).unflatten(0, states_NPD.shape[:2])
-    further = range(len(layout.ids_NP), len(states_NPD))
-    return torch.cat(
-        [adapted_NPD[: len(layout.ids_NP)], *(adapter(states_NPD[n][None], text_NP[n][None]) for n in further)]
-    )
+    own_NPD, further_NPD = states_NPD[: len(layout.ids_NP)], states_NPD[len(layout.ids_NP) :]
+    text_L = text_NP.flatten()[layout.source_L.to(text_NP.device)]
+    rows_LD = adapter(layout.join(own_NPD)[None], text_L[None])[0]
+    further = [
+        adapter(states[None], text[None]) for states, text in zip(further_NPD, text_NP[len(own_NPD) :], strict=True)
+    ]
+    return torch.cat([layout.put(rows_LD, own_NPD), *further])
 
 
 def _adapted_key(clip: Any, readings: dict[str, Reading], adapter: TextAdapter | None) -> str | None:

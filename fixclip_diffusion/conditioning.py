@@ -122,6 +122,11 @@ class Layout:
         """Hidden states of the passes (N, P, D) to rows of the embeds (L, D)."""
         return states_NPD.flatten(0, 1)[self.source_L.to(states_NPD.device)]
 
+    def put(self, rows_LD: Tensor, states_NPD: Tensor) -> Tensor:
+        """Hidden states of the passes (N, P, D) with these rows of the embeds (L, D) where `join` reads them."""
+        source_L = self.source_L.to(states_NPD.device)
+        return states_NPD.flatten(0, 1).index_copy(0, source_L, rows_LD).unflatten(0, states_NPD.shape[:2])
+
     def pass_tokens(self) -> list[tuple[int, int]]:
         """First token and the one behind the last, of each pass; (0, 0) for a pass without any."""
         found = [row[row >= 0] for row in self.token_NP]
@@ -152,6 +157,12 @@ def _layout(tokens: PromptTokens, passes: Sequence[Pass], context: Context, pad_
         weight_NP[row, 1 : count + 1] = torch.tensor(tokens.weights[item.first : item.stop])
         source += [row * width + position for position in item.read]
     return Layout(ids_NP, token_NP, torch.tensor(source), weight_NP)
+
+
+def empty_layout(context: Context, size: int) -> Layout:
+    """The empty prompt in a pass of `size` positions, each a row of the embeds."""
+    empty = PromptTokens("", (), (), (), ())
+    return _layout(empty, [Pass(0, 0, size, range(size))], context, context.pad_id)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from fixclip_diffusion.conditioning import (
     Layout,
     PromptTokens,
     choose_conditioning,
+    empty_layout,
 )
 from fixclip_diffusion.families import TextEncoding, lora_scale_of
 from fixclip_diffusion.prompt_tokens import tokenize_prompt
@@ -150,10 +151,8 @@ class PromptEncoder:
         for name, members in groups.items():
             chosen = [layouts[number] for number in members]
             with contexts[name]():
-                found, found_pooled = self._encode_each(encoding, chosen, device, clip_skip)
-            if name == "rows":
-                end_id = encoding.context.end_id
-                found = [adapt_rows(adapter, *pair, end_id) for pair in zip(found, chosen, strict=True)]
+                joint = adapter if name == "rows" else None
+                found, found_pooled = self._encode_each(encoding, chosen, device, clip_skip, joint)
             for place, number in enumerate(members):
                 rows[number] = found[place]
                 if found_pooled is not None:
@@ -166,7 +165,9 @@ class PromptEncoder:
         layouts: Sequence[Layout],
         device: torch.device | str | None,
         clip_skip: int | None,
+        adapter: TextAdapter | None = None,
     ) -> tuple[list[Tensor], Tensor | None]:
+        """Rows and pooled vectors as `_encode`; the adapter reads the joined rows, and prompt weights come after it."""
         if not layouts:
             return [], None
         context = encoding.context
@@ -175,15 +176,19 @@ class PromptEncoder:
             to = device or encoding.encoder.device
             return encoding(ids_NP.to(to), None if mask_NP is None else mask_NP.to(to), clip_skip)
 
+        def adapted(layout: Layout, states_NPD: Tensor) -> Tensor:
+            return states_NPD if adapter is None else adapt_rows(adapter, states_NPD, layout, context.end_id)
+
         passes, pooled = encode_passes(encode, layouts, context)
         rows = []
-        for layout, states_NPD in zip(layouts, passes, strict=True):
+        for layout, plain_NPD in zip(layouts, passes, strict=True):
+            states_NPD = adapted(layout, plain_NPD)
             if self.weights is not None and layout.is_weighted:
-                empty_1P = _padded(
-                    torch.tensor([[context.start_id, context.end_id]]), states_NPD.shape[1], context.pad_id
+                empty = empty_layout(context, states_NPD.shape[1])
+                empty_PD = adapted(empty, encode(empty.ids_NP)[0])[0]
+                states_NPD = weigh(
+                    states_NPD, layout, self.weights, lambda *x, own=layout: adapted(own, encode(*x)[0]), empty_PD
                 )
-                empty_PD = encode(empty_1P)[0][0]
-                states_NPD = weigh(states_NPD, layout, self.weights, lambda *x: encode(*x)[0], empty_PD)
             rows.append(layout.join(states_NPD))
         return rows, None if pooled is None else torch.stack(pooled)
 
@@ -197,10 +202,11 @@ def _acts_on(adapter: TextAdapter, layout: Layout, beside_long: bool) -> str:
     return "rows" if is_guidance else "pass"
 
 
-def adapt_rows(adapter: TextAdapter, states_LD: Tensor, layout: Layout, end_id: int) -> Tensor:
-    """The rows (L, D) of a prompt's embeds through an adapter; prompt weights come before it."""
-    text_L = positions_of_text(layout.ids_NP, end_id).flatten()[layout.source_L].bool().to(states_LD.device)
-    return adapter(states_LD[None], text_L[None])[0]
+def adapt_rows(adapter: TextAdapter, states_NPD: Tensor, layout: Layout, end_id: int) -> Tensor:
+    """Hidden states (N, P, D) of a prompt's passes; those that become rows of its embeds went through an adapter of
+    the scope "text", as they are joined."""
+    text_L = positions_of_text(layout.ids_NP, end_id).flatten()[layout.source_L].bool().to(states_NPD.device)
+    return layout.put(adapter(layout.join(states_NPD)[None], text_L[None])[0], states_NPD)
 
 
 def positions_of_text(ids_NP: Tensor, end_id: int) -> Tensor:

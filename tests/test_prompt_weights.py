@@ -4,11 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import tiny
+import tiny_adapter
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fixclip_diffusion import FixClipStableDiffusionPipeline
+from fixclip_diffusion import FixClipStableDiffusionPipeline, TextAdapter
 from fixclip_diffusion.conditioning import CONDITIONINGS, Break
 from fixclip_diffusion.prompt_weights import Fragment, parse_weights, weigh
 
@@ -147,6 +148,30 @@ def test_compels_weights_count_beyond_token_77_too(pipe, conditioning):
     changed = conditioning != "stock"
     assert (not torch.equal(plain, heavy)) == changed
     assert (not torch.equal(plain, light)) == changed
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("conditioning", ["chunks", "overlap"])
+def test_weights_come_after_an_adapter_that_reads_all_windows(pipe, conditioning):
+    """z' = e + w (z - e) of adapted states z and the adapted empty prompt's e, which only weighted tokens change."""
+    width = pipe.text_encoder.config.hidden_size
+    adapter = tiny_adapter.randomize(TextAdapter(width, "attention", num_heads=4, mask_padding=True, scope="text"))
+    plain, heavy = f"{LONG} A green hat.", f"{LONG} A (green)1.5 hat."
+    pipe.text_encoder.set_adapter_module(adapter)
+    try:
+        rows = [weighted(pipe, text, "compel", conditioning)[0] for text in (plain, heavy)]
+    finally:
+        pipe.text_encoder.set_adapter_module(None)
+    layout = pipe._prompt_encoder_of(conditioning, "compel").lay_out(heavy)
+    context = pipe.prompt_encoder.encodings[0].context
+    size = layout.ids_NP.shape[1]
+    empty_1P = torch.tensor([[context.start_id, context.end_id, *[context.pad_id] * (size - 2)]])
+    empty_1PD = adapter(pipe.text_encoder(empty_1P).last_hidden_state, torch.arange(size)[None] < 2)
+    weight_L = layout.weight_NP.flatten()[layout.source_L]
+    empty_LD = empty_1PD[0][layout.source_L % size]
+    expected = torch.where(weight_L[:, None] == 1, rows[0], empty_LD + weight_L[:, None] * (rows[0] - empty_LD))
+    assert (weight_L == 1.5).sum() == 1
+    torch.testing.assert_close(rows[1], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("prompt", ['("a cat", "a dog").blend(0.3, 0.7)', '("a cat", "a dog").and()'])

@@ -281,8 +281,9 @@ def seeds_differences_table() -> str:
         for other in SEEDED[number + 1 :]:
             seeds = [seed for seed in trained_seeds(one) if seed in trained_seeds(other)]
             if seeds:
-                pairs = [[by_prompt(system, after, seeds) for system in (one, other)] for after in (False, True)]
-                cells = [interval(*pair) for pair in pairs]
+                cells = [
+                    interval(by_prompt(one, after, seeds), by_prompt(other, after, seeds)) for after in (False, True)
+                ]
                 rows.append([f"{RECIPE_SYSTEMS[one]} - {RECIPE_SYSTEMS[other]}", str(len(seeds)), *cells])
     return table(["difference, points", "training seeds", "before 77", "after 77"], rows)
 

@@ -235,6 +235,16 @@ def test_weights_stay_with_their_tokens(encode, sd1_clip, adapter):
     same(heavy[0, row], base + weight * (plain[0, row] - base))
 
 
+@pytest.mark.parametrize("scope", ["window", "text"])
+def test_weights_beside_an_adapter_are_those_of_the_pipeline(encode, sd1_clip, sd1, scope):
+    """Above 1 ComfyUI's rule is compel's; the adapter sees states that no weight has touched."""
+    adapter = trained(width=32, kind="attention", scope=scope, mask_padding=True, conditioning="overlap")
+    pipe = FixClipStableDiffusionPipeline.from_pretrained(sd1, adapter=adapter, weights="compel")
+    text = f"{tiny.sentences(12)} {{}} {SHORT}"
+    found = encode.encode_prompt(sd1_clip, text.format("(zebra:1.5)"), adapter=adapter)[0]
+    same(found, ours(pipe, text.format("(zebra)1.5"), "overlap")[0])
+
+
 def test_textual_inversions_are_not_cut(core, encode, sd1):
     model = CLIPTextModel.from_pretrained(sd1, subfolder="text_encoder").eval()
     vectors = torch.randn(5, 32)
