@@ -59,6 +59,11 @@ class Reading:
     layout: Layout
 
     @property
+    def is_short(self) -> bool:
+        """Whether it is read as ComfyUI reads it, in one window of the text encoder's own positions."""
+        return len(self.layout.ids_NP) == 1 and self.layout.ids_NP.shape[1] <= self.context.short_length
+
+    @property
     def num_rows(self) -> int:
         """Rows that the other encoder of Stable Diffusion XL must have too; a pass of 248 is cut behind its text."""
         if self.context.short_length or len(self.layout.ids_NP) > 1:
@@ -83,7 +88,12 @@ class Reading:
 
 
 def encode_prompt(
-    clip: Any, text: str, conditioning: str = AUTO, adapter: TextAdapter | None = None, long_clip: Any = None
+    clip: Any,
+    text: str,
+    conditioning: str = AUTO,
+    adapter: TextAdapter | None = None,
+    long_clip: Any = None,
+    adapter_2: TextAdapter | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """A prompt to the hidden states (1, L, D) that samplers of ComfyUI take, and its first window's pooled vector.
 
@@ -95,6 +105,7 @@ def encode_prompt(
         adapter: on the hidden states of the text encoder of its width.
         long_clip: CLIP object of more than 77 positions that reads what does not fit into 77 tokens; the rest is then
             read by `clip`, without the adapter.
+        adapter_2: on the other one of Stable Diffusion XL's two text encoders, in either order.
 
     Raises:
         ValueError: another kind of CLIP object, a conditioning that it cannot be read by, or an adapter that does not
@@ -104,9 +115,10 @@ def encode_prompt(
         _check_long(long_clip)
         readings = read_prompt(clip, text, "stock")
         if all(len(item.tokens) + SPECIAL_TOKENS <= CLIP_CONTEXT_LENGTH for item in readings.values()):
-            return _encode(clip, readings, None)
+            return _encode(clip, readings, {})
         clip = long_clip
-    return _encode(clip, read_prompt(clip, text, conditioning, adapter), adapter)
+    readings = read_prompt(clip, text, conditioning, adapter or adapter_2)
+    return _encode(clip, readings, _by_encoder(clip, readings, adapter, adapter_2))
 
 
 def report_prompt(clip: Any, text: str, conditioning: str = AUTO, adapter: TextAdapter | None = None) -> TokenReport:
@@ -212,13 +224,14 @@ def _word(pieces: list[str]) -> tuple[str, list[tuple[int, int]]]:
     return until[-1], list(zip(whole[:-1], ends, strict=True))
 
 
-def _encode(clip: Any, readings: dict[str, Reading], adapter: TextAdapter | None) -> tuple[Tensor, Tensor | None]:
+def _encode(clip: Any, readings: dict[str, Reading], adapters: dict[str, TextAdapter]) -> tuple[Tensor, Tensor | None]:
     """All windows in one call; those of Stable Diffusion XL's two encoders are as many rows, as ComfyUI cuts them."""
-    adapted = _adapted_key(clip, readings, adapter)
-    weigh_here = adapted is not None and readings[adapted].layout.is_weighted
-    windows = {key: item.windows(weighted=not (weigh_here and key == adapted)) for key, item in readings.items()}
-    if weigh_here and adapted is not None:
-        windows[adapted].append(readings[adapted].empty_window())
+    # Weights come behind an adapter, with one window more: the empty text's, which they count from.
+    weigh_here = {key: key in adapters and item.layout.is_weighted for key, item in readings.items()}
+    windows = {
+        key: item.windows(weighted=not weigh_here[key]) + [item.empty_window()] * weigh_here[key]
+        for key, item in readings.items()
+    }
     rows = max(len(part) * readings[key].context.length for key, part in windows.items())
     for key, item in readings.items():
         missing = -(-rows // item.context.length) - len(windows[key])
@@ -228,11 +241,10 @@ def _encode(clip: Any, readings: dict[str, Reading], adapter: TextAdapter | None
     parts = []
     for (key, item), part_LD in zip(readings.items(), _split(clip, readings, cond[0]), strict=True):
         size, count = item.context.length, len(item.layout.ids_NP)
-        # One window more, where there is one: the empty text's, which weights count from.
         states_NPD = part_LD[: len(part_LD) // size * size].unflatten(0, (-1, size))
-        states_NPD = states_NPD[: count + weigh_here, : item.layout.ids_NP.shape[1]]
-        if adapter is not None and key == adapted:
-            states_NPD = _adapt(adapter, states_NPD, item.layout, weigh_here)
+        states_NPD = states_NPD[: count + weigh_here[key], : item.layout.ids_NP.shape[1]]
+        if key in adapters:
+            states_NPD = _adapt(adapters[key], states_NPD, item.layout, weigh_here[key])
         rows_LD = item.layout.join(states_NPD[:count])[:length]
         parts.append(rows_LD if length is None else _filled(rows_LD, length))
     return torch.cat(parts, dim=-1)[None], pooled
@@ -272,18 +284,27 @@ def _adapt_joined(adapter: TextAdapter, states_NPD: Tensor, text_NP: Tensor, lay
     return torch.cat([layout.put(rows_LD, own_NPD), *further])
 
 
-def _adapted_key(clip: Any, readings: dict[str, Reading], adapter: TextAdapter | None) -> str | None:
-    """The text encoder that the adapter is for, by its width; a single one is checked when its states are there.
+def _by_encoder(clip: Any, readings: dict[str, Reading], *adapters: TextAdapter | None) -> dict[str, TextAdapter]:
+    """{key: adapter} by the text encoders' widths; a single encoder's is checked when its states are there.
 
-    None if there is no adapter, or one that leaves short texts as they are, and this is one.
+    An adapter that leaves short texts as they are is left out where the prompt is one.
+
+    Raises:
+        ValueError: two adapters are for the same text encoder.
     """
-    if adapter is None:
-        return None
     first, *others = readings
-    key = first if not others or adapter.config["width"] == _first_width(clip, first) else others[0]
-    layout, context = readings[key].layout, readings[key].context
-    is_short = len(layout.ids_NP) == 1 and layout.ids_NP.shape[1] <= context.short_length
-    return None if is_short and not adapter.config["short_texts"] else key
+    found: dict[str, TextAdapter] = {}
+    for adapter in adapters:
+        if adapter is None:
+            continue
+        width = adapter.config["width"]
+        key = first if not others or width == _first_width(clip, first) else others[0]
+        if key in found:
+            raise ValueError(f"both adapters are for the text encoder {key!r} (width {width}): connect one of them")
+        found[key] = adapter
+    return {
+        key: adapter for key, adapter in found.items() if adapter.config["short_texts"] or not readings[key].is_short
+    }
 
 
 def _first_width(clip: Any, key: str) -> int:

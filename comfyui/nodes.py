@@ -26,15 +26,22 @@ class EncodeLongPrompt(io.ComfyNode):
                 io.Combo.Input("conditioning", options=CHOICES, default=AUTO),
                 Adapter.Input("adapter", optional=True),
                 io.Clip.Input("long_clip", optional=True, tooltip="Reads what does not fit into 77 tokens of `clip`."),
+                Adapter.Input("adapter_2", optional=True, tooltip="XL: on the other one of its two text encoders."),
             ],
             outputs=[io.Conditioning.Output()],
         )
 
     @classmethod
     def execute(
-        cls, clip: Any, text: str, conditioning: str, adapter: Any = None, long_clip: Any = None
+        cls,
+        clip: Any,
+        text: str,
+        conditioning: str,
+        adapter: Any = None,
+        long_clip: Any = None,
+        adapter_2: Any = None,
     ) -> io.NodeOutput:
-        states, pooled = encode_prompt(clip, text, conditioning, adapter, long_clip)
+        states, pooled = encode_prompt(clip, text, conditioning, adapter, long_clip, adapter_2)
         return io.NodeOutput([[states, {"pooled_output": pooled}]])
 
 

@@ -218,6 +218,21 @@ def test_an_adapter_of_stable_diffusion_xl_goes_to_the_encoder_of_its_width(enco
     same(encode.encode_prompt(xl_clip, LONG, "overlap", adapter)[0], ours(pipe, LONG, "overlap")[0])
 
 
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_pair_of_adapters_of_stable_diffusion_xl_in_either_order(encode, xl, xl_clip, text):
+    options = {"kind": "attention", "scope": "text", "mask_padding": True, "conditioning": "overlap"}
+    pair = tuple(trained(width=width, short_texts=width == 48, **options) for width in (32, 48))
+    pipe = FixClipStableDiffusionXLPipeline.from_pretrained(xl, adapter=pair, add_watermarker=False)
+    expected = ours(pipe, text, "overlap")
+    for one, other in (pair, pair[::-1]):
+        for found, wanted in zip(
+            encode.encode_prompt(xl_clip, text, adapter=one, adapter_2=other), expected, strict=True
+        ):
+            same(found, wanted)
+    with pytest.raises(ValueError, match=r"both adapters are for the text encoder 'l' \(width 32\)"):
+        encode.encode_prompt(xl_clip, text, adapter=pair[0], adapter_2=pair[0])
+
+
 @pytest.mark.parametrize("adapter", [None, "mlp"])
 def test_weights_stay_with_their_tokens(encode, sd1_clip, adapter):
     adapter = trained(width=32) if adapter else None
