@@ -337,17 +337,24 @@ def test_generate_and_tokens_take_the_base_without_another_option(folder, ours, 
     assert "132 tokens" in run("tokens", LONG, "--base", folder).output
 
 
-def test_the_command_line_takes_a_second_encoder(folder, ours, tmp_path):
-    """One of 248 trained positions: `tokens` says that all is read in one pass; the others draw so."""
+@pytest.fixture(scope="module")
+def second_encoder(folder, tmp_path_factory):
+    """One of 248 trained positions in place of bigG's."""
+    path = tmp_path_factory.mktemp("second")
     config = CLIPTextConfig.from_pretrained(folder, subfolder="text_encoder_2", max_position_embeddings=248)
-    CLIPTextModelWithProjection(config).save_pretrained(tmp_path / "second")
-    named = ["--base", folder, "--encoder-2", tmp_path / "second"]
+    CLIPTextModelWithProjection(config).save_pretrained(path)
+    return path
+
+
+def test_the_command_line_takes_a_second_encoder(folder, ours, second_encoder, tmp_path):
+    """`tokens` says that all is read in one pass; the others draw so."""
+    named = ["--base", folder, "--encoder-2", second_encoder]
     assert "conditioning 'one_pass'" in run("tokens", LONG, *named).output
     assert "conditioning 'overlap'" in run("tokens", LONG, *named[:2]).output
     drawing = ["--steps", "2", "--size", "16", "--guidance", "5"]
     result = run("generate", LONG, *named, *drawing, "--seed", "1", "-o", tmp_path / "a.png")
     assert result.exit_code == 0, result.output
-    pipe = FixClipStableDiffusionXLPipeline.from_pretrained(folder, encoder_2=tmp_path / "second")
+    pipe = FixClipStableDiffusionXLPipeline.from_pretrained(folder, encoder_2=second_encoder)
     wanted = np.asarray(picture(quiet(pipe), LONG, output_type="pil")[0])
     assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), wanted)
     again = run("generate", "--config", tmp_path / "a.png", "-o", tmp_path / "b.png")
@@ -361,7 +368,7 @@ def test_the_command_line_takes_a_second_encoder(folder, ours, tmp_path):
     assert [system["name"] for system in settings["systems"]] == [
         "stock", "chunks", "overlap", "one_pass", "one_pass+adapter",
     ]  # fmt: skip
-    assert settings["systems"][-1]["encoder_2"] == str(tmp_path / "second")
+    assert settings["systems"][-1]["encoder_2"] == str(second_encoder)
 
 
 def adapter_folder(path):
@@ -405,6 +412,19 @@ def test_the_page_takes_the_base_without_another_option(folder, ours, tmp_path):
         wanted = picture(pipe, LONG, output_type="pil", **options)[0]
         np.testing.assert_allclose(np.asarray(image, dtype=float), np.asarray(wanted, dtype=float), atol=1)
         assert maps is None or maps.shape[0] >= 14
+
+
+def test_the_page_takes_a_second_encoder(folder, ours, second_encoder):
+    """What needs no training is read by the base's own encoders; the chosen one is a column of its own."""
+    model = DemoModel(ModelChoice(base=str(folder), encoder_2=str(second_encoder)), "cpu")
+    assert list(model.systems) == ["stock", "chunks", "overlap", "encoder"]
+    assert model.systems["encoder"].options.encoder_2 == str(second_encoder)
+    chosen = FixClipStableDiffusionXLPipeline.from_pretrained(folder, encoder_2=second_encoder, add_watermarker=False)
+    settings = {"prompt": LONG, "num_inference_steps": 2, "width": 16, "height": 16, "guidance_scale": 5.0}
+    for name, pipe in (("overlap", ours), ("encoder", quiet(chosen))):
+        image, _ = model.draw(model.systems[name], seed=1, on_step=lambda step: None, heat_maps=False, **settings)
+        wanted = picture(pipe, LONG, output_type="pil")[0]
+        np.testing.assert_allclose(np.asarray(image, dtype=float), np.asarray(wanted, dtype=float), atol=1)
 
 
 def test_the_class_is_found_by_the_base(folder, sd1, tmp_path):

@@ -7,9 +7,12 @@ import typer
 from diffusers.utils import logging as diffusers_logging
 
 from fixclip_cli.app import (
+    AdapterOption,
     Command,
     ConditioningOption,
     EmbeddingOption,
+    Encoder2Option,
+    EncoderOption,
     LoraOption,
     SchedulerOption,
     WeightsOption,
@@ -38,9 +41,12 @@ def load(choice: ModelChoice | None, devices: list[str] | None) -> DevicePool:
 @app.command(cls=Command)
 def main(
     ctx: typer.Context,
-    base: Annotated[str | None, typer.Option(help="Stable Diffusion 1.x or 2.x: a folder or a hub name.")] = None,
-    encoder: Annotated[str | None, typer.Option(help="FIX-CLIP text encoder: a folder or hub name.")] = None,
-    adapter: Annotated[str | None, typer.Option(help="Adapter on the text states: a folder or hub name.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Stable Diffusion 1, 2 or XL: a folder, a hub name or a file.")
+    ] = None,
+    encoder: EncoderOption = None,
+    encoder_2: Encoder2Option = None,
+    adapter: AdapterOption = None,
     lora: LoraOption = None,
     embedding: EmbeddingOption = None,
     scheduler: SchedulerOption = None,
@@ -63,7 +69,7 @@ def main(
         refuse(
             ctx,
             "needs the --base that it belongs to",
-            *("encoder", "adapter", "lora", "embedding", "scheduler", "weights", "conditioning", "scenes"),
+            *("encoder", "encoder_2", "adapter", "lora", "embedding", "scheduler", "weights", "conditioning", "scenes"),
         )
         choice = None
     else:
@@ -76,6 +82,7 @@ def main(
             scheduler,
             weights,
             conditioning,
+            encoder_2,
             scenes=scenes,
         )
     page = build(load(choice, device), Limits(side=max_side), max_waiting)

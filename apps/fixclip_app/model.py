@@ -105,7 +105,8 @@ class DemoModel:
         self.pipe = load_pipeline(choice, device)
         self.pipe.set_progress_bar_config(disable=True)
         self.choice = choice
-        self.name = choice.name or " + ".join(part for part in (choice.base, choice.encoder, choice.adapter) if part)
+        parts = (choice.base, choice.encoder, choice.encoder_2, choice.adapter)
+        self.name = choice.name or " + ".join(part for part in parts if part)
         self.notice = choice.notice
         self.scenes = choice.scenes if choice.scenes is not None else draws_scenes(choice.base)
         self.has_lora = any(LORA_NAME in names for names in self.pipe.get_list_adapters().values())
@@ -127,11 +128,11 @@ class DemoModel:
         return pipe
 
     def _reference(self, device: str) -> LongPromptPipeline:
-        """The pipeline with the base's own encoder. Without LoRAs of the user's it shares all else with `pipe`."""
+        """The pipeline with the base's own encoders. Without LoRAs of the user's it shares all else with `pipe`."""
         plain = base_options(self.choice)
-        if self._encoder_name is None:
+        if self._encoder_name is None and self.choice.encoder_2 is None:
             return self.pipe
-        if self.choice.loras or self.choice.embeddings:
+        if self.choice.loras or self.choice.embeddings or self.choice.encoder_2:
             pipe = load_pipeline(plain, device)
             pipe.set_progress_bar_config(disable=True)
             return pipe
@@ -166,12 +167,14 @@ class DemoModel:
     def _own_systems(self) -> dict[str, System]:
         """The encoder of the model's own or of the user's choice, alone and with all that belongs to it."""
         encoder, systems = self.pipe.text_encoder, {}
-        named, trained = self._encoder_name, encoder.is_trained
-        name = "Trained encoder" if trained else "Chosen encoder" if named else UNTRAINED[self.pipe.conditioning]
+        named, second, trained = self._encoder_name, self.choice.encoder_2, encoder.is_trained
+        chosen = named is not None or second is not None
+        name = "Trained encoder" if trained else "Chosen encoder" if chosen else UNTRAINED[self.pipe.conditioning]
         parts = ["adapter"] if has_adapter(self.pipe) else []
         parts += ["LoRA"] if self.has_lora else []
-        if named or trained:
-            options = replace(base_options(self.choice), encoder=named, conditioning=self.choice.conditioning)
+        if chosen or trained:
+            plain, how = base_options(self.choice), self.choice.conditioning
+            options = replace(plain, encoder=named, encoder_2=second, conditioning=how)
             systems["encoder"] = System(name, self.pipe, self._with_adapter(self.pipe, None), options)
         if parts:
             systems["adapter"] = System(" + ".join([name, *parts]), self.pipe, self.pipe, self.choice)
