@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from fixclip_diffusion.adapter import TextAdapter
-from fixclip_diffusion.text_encoder import FixClipTextConfig, FixClipTextEncoder, FixClipTextEncoderWithProjection
+from fixclip_diffusion.text_config import FixClipTextConfig
+from fixclip_diffusion.text_encoder import FixClipTextEncoder, FixClipTextEncoderWithProjection
 from fixclip_diffusion.token_report import TokenReport, token_report
 from fixclip_diffusion.tokenizer import FixClipTokenizer
 

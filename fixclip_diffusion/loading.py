@@ -21,14 +21,8 @@ from fixclip_diffusion.conditioning import get_conditioning, renamed
 from fixclip_diffusion.families import Family, Tower
 from fixclip_diffusion.fingerprint import MADE_FOR, warn_of_another_encoder
 from fixclip_diffusion.prompt_weights import check_syntax
-from fixclip_diffusion.text_encoder import (
-    FixClipTextConfig,
-    FixClipTextEncoder,
-    FixClipTextEncoderWithProjection,
-    LongTextEncoder,
-    encoder_subfolder,
-    load_clip_text_config,
-)
+from fixclip_diffusion.text_config import FixClipTextConfig, encoder_subfolder, load_clip_text_config
+from fixclip_diffusion.text_encoder import FixClipTextEncoder, FixClipTextEncoderWithProjection, LongTextEncoder
 from fixclip_diffusion.tokenizer import FixClipTokenizer
 
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "proxies")

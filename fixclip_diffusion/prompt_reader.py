@@ -13,7 +13,7 @@ from fixclip_diffusion.adapter import read_adapter_config
 from fixclip_diffusion.conditioning import Conditioning, Context, choose_conditioning, renamed
 from fixclip_diffusion.prompt_tokens import context_of_config
 from fixclip_diffusion.prompt_weights import check_syntax
-from fixclip_diffusion.text_encoder import FixClipTextConfig, encoder_subfolder, load_clip_text_config, long_config
+from fixclip_diffusion.text_config import FixClipTextConfig, encoder_subfolder, load_clip_text_config, long_config
 from fixclip_diffusion.token_report import TokenReport, token_report
 from fixclip_diffusion.tokenizer import FixClipTokenizer
 

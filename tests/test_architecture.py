@@ -27,7 +27,7 @@ ROOMS = {
     ),
     "fixclip_diffusion": (
         ("builtin", "conditioning", "lora", "preview", "short_weights", "state_mask", "tiny"),
-        ("adapter", "prompt_weights", "tokenizer"),
+        ("adapter", "prompt_weights", "text_config", "tokenizer"),
         ("prompt_tokens", "text_encoder"),
         ("families", "fingerprint", "token_report"),
         ("loading", "prompt_encoder", "prompt_reader"),

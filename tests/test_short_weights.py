@@ -13,7 +13,8 @@ from fixclip_core.model.fixclip import FixClip
 from fixclip_core.weights.read import ClipCheckpoint
 from fixclip_core.weights.write import export, plain_clip, write_delta, write_diffusers
 from fixclip_diffusion.conditioning import Context, PromptTokens, get_conditioning, short_length
-from fixclip_diffusion.text_encoder import FixClipTextEncoder, load_clip_text_config
+from fixclip_diffusion.text_config import load_clip_text_config
+from fixclip_diffusion.text_encoder import FixClipTextEncoder
 
 PREPROCESS = {"size": 32, "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
 SHORT, LONG = (3, 20, 77), (78, 150, 248)
