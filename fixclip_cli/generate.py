@@ -30,6 +30,7 @@ from fixclip_cli.models import (
     base_options,
     embedding_tokens,
     load_pipeline,
+    offer_builtin,
 )
 from fixclip_cli.pictures import label_row, options_of, output_files, read_settings, save_png
 
@@ -259,16 +260,9 @@ def tokens(
     text = read_prompt(prompt, prompt_file)
     from dataclasses import asdict
 
-    from fixclip_core.check import LoadError
     from fixclip_diffusion.prompt_reader import PromptReader
 
-    try:
+    with offer_builtin():
         reader = PromptReader.from_pretrained(base, encoder, adapter, conditioning, weights, encoder_2)
-    except LoadError as error:
-        if error.__cause__ is None:  # it was not the hub's
-            raise
-        raise LoadError(
-            f"{error}; --base builtin:scenes has the tokenizer of Stable Diffusion 1 and asks no hub"
-        ) from error
     report = reader.report(text)
     typer.echo(json.dumps(asdict(report), ensure_ascii=False, indent=1) if as_json else report)

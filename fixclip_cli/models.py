@@ -1,5 +1,7 @@
 """Pipelines as command line and page load them: base, encoder, adapter, LoRAs, textual inversions, scheduler."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,22 @@ def check_device(device: str) -> None:
         raise ValueError(f"device {device!r} cannot be used: {error}") from error
 
 
+@contextmanager
+def offer_builtin() -> Iterator[None]:
+    """What the hub did not give ends in an error that names a model which needs no hub."""
+    from fixclip_core import builtin
+    from fixclip_core.check import LoadError
+
+    try:
+        yield
+    except (LoadError, ValueError) as error:
+        message = str(error)
+        is_offline = "the hub cannot be reached" in message or "HF_HUB_OFFLINE" in message
+        if not is_offline or not builtin.is_available():
+            raise
+        raise LoadError(f"{message}; --base {builtin.SCENES} needs no hub") from error
+
+
 def load_pipeline(options: ModelOptions, device: str | None = None, dtype: str | None = None) -> Any:
     """The pipeline with all that the options name, on the fastest device there is unless one is named.
 
@@ -71,14 +89,15 @@ def load_pipeline(options: ModelOptions, device: str | None = None, dtype: str |
     check_device(device)
     torch_dtype = getattr(torch, dtype or ("float16" if device.startswith("cuda") else "float32"))
     reading = {"conditioning": options.conditioning, "weights": options.weights}
-    pipe = load(
-        options.base,
-        encoder=options.encoder,
-        encoder_2=options.encoder_2,
-        adapter=options.adapter,
-        dtype=torch_dtype,
-        **{name: value for name, value in reading.items() if value is not None},  # else as the base's folder says
-    )
+    with offer_builtin():
+        pipe = load(
+            options.base,
+            encoder=options.encoder,
+            encoder_2=options.encoder_2,
+            adapter=options.adapter,
+            dtype=torch_dtype,
+            **{name: value for name, value in reading.items() if value is not None},  # else as the base's folder says
+        )
     _load_loras(pipe, options.loras)
     _load_embeddings(pipe, options.embeddings)
     if options.scheduler is not None:

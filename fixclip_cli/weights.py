@@ -94,7 +94,7 @@ def export(
     from fixclip_core.weights.write import export as write
 
     if find_fixclip(run) is None:
-        hint = f"fixclip convert {run} FOLDER makes one of a CLIP in another format"
+        hint = "fixclip convert makes one of a CLIP in another format"
         if find_fixclip(run / "best"):
             hint = f"the best so far is in {run / 'best'}"
         raise ValueError(f"{run}: no FixClip there; expected model/ or config.json and model.safetensors; {hint}")

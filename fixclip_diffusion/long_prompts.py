@@ -101,6 +101,16 @@ class LongPromptMixin:
         self.register_to_config(conditioning=self._conditioning)
 
     @property
+    def weights(self) -> str | None:
+        """Syntax of prompt weights, "a1111" or "compel"; None takes prompts literally. May be set."""
+        return self._weights
+
+    @weights.setter
+    def weights(self, syntax: str | None) -> None:
+        self._weights = check_syntax(syntax)
+        self.register_to_config(weights=syntax)
+
+    @property
     def prompt_encoder(self) -> PromptEncoder:
         """What turns prompts into embeds, made of the components as they are now."""
         return self._prompt_encoder_of(self._conditioning, self._weights)

@@ -59,7 +59,9 @@ class PromptReader:
         if "text_encoder_2" in index:
             configs.append(_read_config(base, encoder_2, "text_encoder_2"))
         elif encoder_2 is not None:
-            raise ValueError(f"encoder_2={encoder_2!r}: base {base!r} has one text encoder")
+            raise ValueError(
+                f"encoder_2={encoder_2!r}: base {parts.base!r} has one text encoder; Stable Diffusion XL has two"
+            )
         if parts.adapter is not None:
             config.adapter = _read_adapter_config(parts.adapter, len(configs))
         # Names the file that is missing, and asks once; the tokenizer alone would try a dozen before it gives up.

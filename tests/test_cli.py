@@ -356,7 +356,9 @@ def test_tokens_as_json(sd1):
 def test_tokens_of_a_base_without_a_tokenizer(sd1, base):
     result = run("tokens", LONG, "--base", sd1 / base if base == "vae" else base)
     assert base in error_of(result)
-    assert ("--base builtin:scenes has the tokenizer" in error_of(result)) == (base == "someone/nothing")
+    assert ("--base builtin:scenes needs no hub" in error_of(result)) == (base == "someone/nothing")
+    result = run("generate", LONG, "--base", sd1 / base if base == "vae" else base)
+    assert ("--base builtin:scenes needs no hub" in error_of(result)) == (base == "someone/nothing")
 
 
 def test_version():

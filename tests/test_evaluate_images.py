@@ -215,6 +215,12 @@ def test_scores_are_cosines_by_sentence_and_zone(sd1, scorer, tokenizer, tmp_pat
     table = report.markdown(result)
     assert "sentence_after" in table
     assert f"{metrics['whole']['mean']:.4f}" in table
+    drawn, made = table.split("## How it was made")[1].strip().split("\n\n")
+    assert drawn == f"Drawing: base {sd1}; 1 steps, guidance 7.5, seeds from 0."
+    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in made.splitlines()]
+    assert header == ["system", "conditioning"]
+    assert rows == [["stock", "stock"], ["plain", "–"]]
+    assert "<td>plain</td>" in (tmp_path / "report.html").read_text()
 
 
 def test_a_background_alone_makes_no_scene(tmp_path):

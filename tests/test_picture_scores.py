@@ -309,6 +309,21 @@ def test_two_runs_differ_largest_first(tmp_path):
         "  - 1.00 → 0.00 A boat?",
     ]
     assert "Every prompt scores the same" in compare_runs(a, a)
+    assert "The runs differ" not in text
+
+
+def test_what_two_runs_did_otherwise_is_said_first(tmp_path):
+    a, b = write_run(tmp_path / "a", "11 10 00"), write_run(tmp_path / "b", "00 11 00")
+    for folder, encoder, more in ((a, None, "overlap+adapter"), (b, "E", "one_pass+adapter")):
+        report = json.loads((folder / "report.json").read_text())
+        report["settings"] |= {"base": "B", "systems": [{"name": "a", "encoder": encoder}, {"name": more}]}
+        (folder / "report.json").write_text(json.dumps(report))
+    _, settings, *_ = compare_runs(a, b).split("\n\n## ")[0].split("\n\n", 1)
+    assert settings.split("\n\n")[1].splitlines() == [
+        "- encoder of a: None and E",
+        "- only in the first, and not compared: overlap+adapter",
+        "- only in the second, and not compared: one_pass+adapter",
+    ]
 
 
 def test_runs_that_cannot_be_compared(tmp_path):

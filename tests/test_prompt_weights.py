@@ -103,6 +103,21 @@ def test_text_without_weights_is_left_alone_to_the_bit(pipe):
         assert torch.equal(weighted(pipe, LONG, syntax), weighted(pipe, LONG, None))
 
 
+def test_a_pipelines_syntax_may_be_set(pipe):
+    wanted = weighted(pipe, "a (red:1.5) cat", "a1111")
+    pipe.weights = "a1111"
+    try:
+        assert pipe.weights == pipe.config.weights == "a1111"
+        with torch.no_grad():
+            assert torch.equal(pipe.encode_prompt("a (red:1.5) cat", "cpu", 1, False)[0], wanted)
+        assert pipe.token_report("a (red:1.5) cat").text == "a red cat"
+        with pytest.raises(ValueError, match="weights='a1': valid are"):
+            pipe.weights = "a1"
+        assert pipe.weights == "a1111"
+    finally:
+        pipe.weights = None
+
+
 def test_no_syntax_takes_brackets_literally(pipe):
     literal = pipe.prompt_encoder.tokens("a (red:1.3) cat")
     assert literal.text == "a (red:1.3) cat"

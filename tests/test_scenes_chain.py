@@ -374,21 +374,25 @@ def test_the_report_counts_what_the_json_says(tmp_path, monkeypatch):
 
 
 def test_the_report_puts_training_seeds_together(tmp_path, monkeypatch):
-    """Two training seeds of one system and one of another: spread over the seeds, differences over those of both."""
+    """Two training seeds of two systems, one of a third: spread over the seeds, differences over those of both."""
     monkeypatch.setattr(report, "RECIPES", tmp_path)
     marks = {"overlap_text_adapter": "11", "overlap_text_adapter_seed1": "10", "adapter": "01"}
+    marks |= {"adapter_seed1": "11", "stretched_adapter": "11"}
     for system, right in marks.items():
         row = {"tokens": 150, "ends": [40, 120], "zones": "ef", "background": "1"}
         row |= {"right": [right], "shape": [right], "colour": [right]}
-        distances = (76, 77) if system == "adapter" else (77, 120)
+        distances = (76, 77) if system.startswith("adapter") else (77, 120)
         row["references"] = [{"kind": "same", "distance": d, "right": right[-1]} for d in distances]
         for name in ("nine", "short", "references"):
             (tmp_path / f"{name}-{system}.json").write_text(json.dumps({"prompts": [row]}))
     _, _, text_adapter, adapter = [line.strip("| ").split(" | ") for line in report.seeds_table().splitlines()]
     assert text_adapter[1:] == ["2", "100.0 ± 0.0", "50.0 ± 70.7", "50.0 ± 70.7", "75.0 ± 35.4"]
-    assert adapter[1:] == ["1", "0.0", "100.0", "100.0", "50.0"]
+    assert adapter[1:] == ["2", "50.0 ± 70.7", "100.0 ± 0.0", "100.0 ± 0.0", "75.0 ± 35.4"]
     (difference,) = report.seeds_differences_table().splitlines()[2:]
-    assert difference.strip("| ").split(" | ")[1:] == ["1", "+100.0 (+100.0 to +100.0)", "+0.0 (+0.0 to +0.0)"]
+    assert difference.strip("| ").split(" | ")[1:] == ["2", "+50.0 (+50.0 to +50.0)", "-50.0 (-50.0 to -50.0)"]
+    (tmp_path / "nine-adapter_seed1.json").unlink()
+    (tmp_path / "nine-overlap_text_adapter_seed1.json").unlink()
+    assert report.seeds_table() == report.seeds_differences_table() == "Not measured yet."
 
 
 def test_the_page_keeps_its_prose():

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fixclip_diffusion.evaluation.generate import SYSTEM_KEYS
 from fixclip_diffusion.evaluation.prompts import ZONES
 from fixclip_diffusion.evaluation.report import ZONE_TITLES, interval, table
 from fixclip_diffusion.evaluation.scores import compare
@@ -27,6 +28,7 @@ def compare_runs(a: Path, b: Path) -> str:
     parts = [f"{a} minus {b}: {len(rows)} prompts in common of {len(first['prompts'])} and {len(second['prompts'])}."]
     systems = _pairs("system", list(_names(first)), list(_names(second)), a, b)
     judges = _pairs("judge", list(first["judges"]), list(second["judges"]), a, b)
+    parts += _settings(first["settings"], second["settings"], systems)
     for system in systems:
         for judge in judges:
             parts += _compare_pair(rows, system, judge)
@@ -50,6 +52,22 @@ def _load(folder: Path) -> dict[str, Any]:
 
 def _names(report: Mapping[str, Any]) -> list[str]:
     return [system["name"] for system in report["settings"]["systems"]]
+
+
+def _settings(first: Mapping[str, Any], second: Mapping[str, Any], systems: list["Pair"]) -> list[str]:
+    """What was drawn or read otherwise in the two runs, and the systems that only one of them has."""
+    lines = []
+    for name in ("base", "drawing"):
+        if first.get(name) != second.get(name):
+            lines.append(f"- {name}: {first.get(name)} and {second.get(name)}")
+    one, other = ({system["name"]: system for system in run["systems"]} for run in (first, second))
+    for a, b in systems:
+        keys = [key for key in SYSTEM_KEYS if one[a].get(key) != other[b].get(key)]
+        lines += [f"- {key} of {a}: {one[a].get(key)} and {other[b].get(key)}" for key in keys]
+    for names, paired, which in ((one, {a for a, _ in systems}, "first"), (other, {b for _, b in systems}, "second")):
+        if left := [name for name in names if name not in paired]:
+            lines.append(f"- only in the {which}, and not compared: {', '.join(left)}")
+    return ["The runs differ in:\n\n" + "\n".join(lines)] if lines else []
 
 
 def _shared(first: Mapping[str, Any], second: Mapping[str, Any], a: Path, b: Path) -> list[tuple[Row, Row]]:

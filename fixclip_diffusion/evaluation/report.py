@@ -14,7 +14,7 @@ from PIL import Image
 from fixclip_core import scenes
 from fixclip_core.files import write_atomically
 from fixclip_diffusion.evaluation.clip_score import ClipScore
-from fixclip_diffusion.evaluation.generate import Picture
+from fixclip_diffusion.evaluation.generate import SYSTEM_KEYS, Picture
 from fixclip_diffusion.evaluation.judges import as_tensor
 from fixclip_diffusion.evaluation.prompts import WHOLE, ZONES, Prompt
 
@@ -75,7 +75,23 @@ def markdown(report: Mapping[str, Any]) -> str:
         parts.append(f"## {cosines_title(report)}\n\n{_cosines_table(report['cosines'])}")
     if not report["judges"] and not report["cosines"]:
         parts.append("nothing was scored: choose a --judge or a --scorer, or prompts of the scenes")
+    parts.append(f"## How it was made\n\nDrawing: {drawing_line(settings)}.")
+    parts.append(table(*system_rows(settings)))
     return "\n\n".join(parts)
+
+
+def system_rows(settings: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and a row for each system: what it is made of; parts that none has are left out."""
+    keys = [key for key in SYSTEM_KEYS if any(system.get(key) for system in settings["systems"])]
+    rows = [[system["name"], *(system.get(key) or "–" for key in keys)] for system in settings["systems"]]
+    return ["system", *keys], rows
+
+
+def drawing_line(settings: Mapping[str, Any]) -> str:
+    """Such as "base X; 30 steps, guidance 7.5, seeds from 0"."""
+    drawing = settings["drawing"]
+    base = f"base {settings['base']}; " if settings.get("base") else ""
+    return f"{base}{drawing['steps']} steps, guidance {drawing['guidance_scale']:g}, seeds from {drawing['seed']}"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -206,7 +222,7 @@ def write_report(report: Mapping[str, Any], folder: Path) -> None:
     environment.globals |= {
         "percent": percent, "interval": interval, "bars": bars, "zone_titles": ZONE_TITLES,
         "group_titles": GROUP_TITLES, "colours": COLOURS, "present": _plotted, "pairs": pairs, "right_of": _right_of,
-        "cosines_title": cosines_title,
+        "cosines_title": cosines_title, "drawing_line": drawing_line, "system_rows": system_rows,
     }  # fmt: skip
     shown = _shown(report, folder)
     zones = [zone for zone in (*ZONES, WHOLE) if any(zone in _zones(found) for found in report["judges"].values())]

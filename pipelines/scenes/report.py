@@ -248,7 +248,7 @@ def seeds_table() -> str:
     rows = []
     for system in SEEDED:
         seeds = trained_seeds(system)
-        if not seeds:
+        if len(seeds) < 2:
             continue
         measured: dict[str, list[float]] = {"before": [], "after": [], "references": [], "short": []}
         for name in (of_seed(system, seed) for seed in seeds):
@@ -263,15 +263,8 @@ def seeds_table() -> str:
             for values in measured.values()
         ]
         rows.append([RECIPE_SYSTEMS[system], str(len(seeds)), *cells])
-    header = [
-        "system",
-        "training seeds",
-        "right, before 77",
-        "right, after 77",
-        "references from 77 tokens on",
-        "short",
-    ]
-    return table(header, rows)
+    header = ["system", "training seeds", "right, before 77", "right, after 77", "references from 77 tokens on"]
+    return table([*header, "short"], rows) if rows else "Not measured yet."
 
 
 def seeds_differences_table() -> str:
@@ -280,12 +273,13 @@ def seeds_differences_table() -> str:
     for number, one in enumerate(SEEDED):
         for other in SEEDED[number + 1 :]:
             seeds = [seed for seed in trained_seeds(one) if seed in trained_seeds(other)]
-            if seeds:
+            if len(seeds) > 1:
                 cells = [
                     interval(by_prompt(one, after, seeds), by_prompt(other, after, seeds)) for after in (False, True)
                 ]
                 rows.append([f"{RECIPE_SYSTEMS[one]} - {RECIPE_SYSTEMS[other]}", str(len(seeds)), *cells])
-    return table(["difference, points", "training seeds", "before 77", "after 77"], rows)
+    header = ["difference, points", "training seeds", "before 77", "after 77"]
+    return table(header, rows) if rows else "Not measured yet."
 
 
 def by_prompt(system: str, after: bool, seeds: Sequence[int] = (0,)) -> np.ndarray:
