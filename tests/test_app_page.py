@@ -65,7 +65,7 @@ def open_page(browser, url):
 
     def open_(fragment="", **options):
         context = browser.new_context(**{"viewport": {"width": 1200, "height": 900}, **options})
-        context.set_default_timeout(10_000)
+        context.set_default_timeout(30_000)
         contexts.append(context)
         page = context.new_page()
         page.on("pageerror", lambda error: problems.append(f"script: {error}"))
@@ -201,7 +201,7 @@ def test_generate_and_download(open_page, tmp_path):
 def test_the_picture_is_seen_forming_and_the_bar_moves(open_page):
     page = open_page()
     type_prompt(page, LONG)
-    quick(page, steps=100, size=64)
+    quick(page, steps=300, size=64)
     set_number(page, "Number of images", 4)
     page.get_by_role("button", name="Generate", exact=True).click()
     expect(page.locator("#generate-status .progress-bar")).to_be_visible()
