@@ -128,7 +128,8 @@ def report_prompt(clip: Any, text: str, conditioning: str = AUTO, adapter: TextA
         ValueError: as `encode_prompt`.
     """
     reading = next(iter(read_prompt(clip, text, conditioning, adapter).values()))
-    return report_of(reading.tokens, reading.layout, reading.conditioning, reading.context)
+    config = None if adapter is None else adapter.config
+    return report_of(reading.tokens, reading.layout, reading.conditioning, reading.context, config)
 
 
 def read_prompt(clip: Any, text: str, conditioning: str, adapter: TextAdapter | None = None) -> dict[str, Reading]:

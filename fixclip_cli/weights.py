@@ -79,7 +79,7 @@ def export(
     short_weights: Annotated[
         str | None,
         typer.Option(
-            help="Folder, hub or built-in name of the Stable Diffusion whose text encoder reads short prompts."
+            help="The Stable Diffusion whose text encoder reads short prompts: folder, hub or built-in name, or a file."
         ),
     ] = None,
     by_name: Annotated[
@@ -114,7 +114,7 @@ def export(
         encoder = FixClipTextEncoder.from_pretrained(output / "text_encoder", dtype=getattr(torch, dtype))
         encoder.set_short_weights(base)
         if by_name and short_weights is not None:
-            folder = Path(short_weights)  # found from any other folder, too
-            encoder.name_short_weights(str(folder.resolve()) if folder.is_dir() else short_weights)
+            path = Path(short_weights)  # found from any other folder, too
+            encoder.name_short_weights(str(path.resolve()) if path.exists() else short_weights)
         encoder.save_pretrained(output / "text_encoder")
         typer.echo(f"text_encoder/: prompts of up to 77 tokens are read by the text encoder of {short_weights}")

@@ -84,8 +84,9 @@ class PromptEncoder:
 
     def report(self, prompt: str, number: int = 0) -> TokenReport:
         """What becomes of the prompt in text encoder `number`."""
-        tokens, context = self.tokens(prompt, number), self.encodings[number].context
-        return report_of(tokens, self.conditioning.lay_out(tokens, context), self.conditioning, context)
+        tokens, encoding = self.tokens(prompt, number), self.encodings[number]
+        layout, adapter = self.conditioning.lay_out(tokens, encoding.context), encoding.encoder.config.adapter
+        return report_of(tokens, layout, self.conditioning, encoding.context, adapter)
 
     def encode(
         self,

@@ -27,12 +27,14 @@ class PromptReader:
         context: of that encoder and its tokenizer.
         conditioning: what `pipe.conditioning` of these parts would be.
         weights: syntax of prompt weights, or None.
+        adapter: configuration of the first text encoder's adapter, or None.
     """
 
     tokenizer: FixClipTokenizer
     context: Context
     conditioning: Conditioning
     weights: str | None
+    adapter: dict[str, Any] | None = None
 
     @classmethod
     def from_pretrained(
@@ -73,11 +75,11 @@ class PromptReader:
         context = context_of_config(config, tokenizer)
         for each in configs:
             how.check(context_of_config(each, tokenizer))
-        return cls(tokenizer, context, how, check_syntax(weights or index.get("weights")))
+        return cls(tokenizer, context, how, check_syntax(weights or index.get("weights")), config.adapter)
 
     def report(self, prompt: str) -> TokenReport:
         """What becomes of the prompt."""
-        return token_report(self.tokenizer, prompt, self.conditioning, self.context, self.weights)
+        return token_report(self.tokenizer, prompt, self.conditioning, self.context, self.weights, self.adapter)
 
 
 def _read_adapter_config(adapter: str, num_encoders: int) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from fixclip_core.model.positional import stretch_positions
 from fixclip_core.weights.files import open_weights
 from fixclip_core.weights.kinds import what_is_in
 from fixclip_core.weights.names import Which, find_text_towers, text_tower_names
-from fixclip_core.weights.text_encoder import read_text_encoder
+from fixclip_core.weights.text_encoder import read_text_encoder, text_encoders_in
 from fixclip_diffusion import builtin
 from fixclip_diffusion.adapter import TextAdapter
 from fixclip_diffusion.conditioning import CLIP_CONTEXT_LENGTH, default_conditioning, get_conditioning, short_length
@@ -467,17 +467,7 @@ class LongTextEncoder(CLIPPreTrainedModel):
         Raises:
             ValueError: the file holds no such text encoder; the message says what it is.
         """
-        weights = read_text_encoder(file, which)
-        config = CLIPTextConfig(**weights.config)
-        needs = cls.stock_class is CLIPTextModelWithProjection
-        if needs and not weights.has_projection:
-            raise ValueError(f"text encoder {str(file)!r} has no text projection, and {cls.__name__} needs one")
-        source = cls.stock_class(config)
-        state = {name: t for name, t in weights.state_dict.items() if needs or name != "text_projection.weight"}
-        if not needs:
-            state = {name.removeprefix("text_model."): tensor for name, tensor in state.items()}
-        source.load_state_dict(state, strict=False)  # position_ids are in some files and not in others
-        return cls.from_clip(source.to(dtype).eval(), **options)
+        return cls.from_clip(_stock_from_file(cls.stock_class, file, which).to(dtype), **options)
 
     @classmethod
     def from_pretrained(
@@ -604,8 +594,23 @@ class FixClipTextEncoderWithProjection(LongTextEncoder, CLIPTextModelWithProject
         return self._finish_penultimate(output)
 
 
+def _stock_from_file(stock_class: Any, file: str | Path, which: Which | None) -> Any:
+    """transformers' own text encoder from a single file; see `from_file`."""
+    weights = read_text_encoder(file, which)
+    needs = stock_class is CLIPTextModelWithProjection
+    if needs and not weights.has_projection:
+        raise ValueError(f"text encoder {str(file)!r} has no text projection, which is needed here")
+    model = stock_class(CLIPTextConfig(**weights.config))
+    state = {name: t for name, t in weights.state_dict.items() if needs or name != "text_projection.weight"}
+    if not needs:
+        state = {name.removeprefix("text_model."): tensor for name, tensor in state.items()}
+    model.load_state_dict(state, strict=False)  # position_ids are in some files and not in others
+    return model.eval()
+
+
 def base_text_model(name: str, what: str) -> CLIPTextModel:
-    """The text encoder of a Stable Diffusion, in float32: a folder, hub or built-in name.
+    """The first text encoder of a Stable Diffusion, in float32: a folder, hub or built-in name, a checkpoint in a
+    single file, or a text encoder alone in one.
 
     Args:
         name: of the base.
@@ -615,6 +620,9 @@ def base_text_model(name: str, what: str) -> CLIPTextModel:
         LoadError: there is none.
     """
     try:
+        if Path(name).is_file():
+            first: Which | None = "l" if len(text_encoders_in(name)) > 1 else None
+            return cast(CLIPTextModel, _stock_from_file(CLIPTextModel, name, first))
         folder = builtin.resolve(builtin.base_of(name))
         if Path(folder).is_dir() and not (Path(folder) / "text_encoder").is_dir():
             raise LoadError(f"it is no Stable Diffusion, as there is no text_encoder/ in it{what_is_in(Path(folder))}")

@@ -1,6 +1,8 @@
 """What becomes of a prompt: its length in tokens, where a stock encoder stops, and the passes that read it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from fixclip_diffusion.conditioning import (
     CLIP_CONTEXT_LENGTH,
@@ -13,6 +15,11 @@ from fixclip_diffusion.conditioning import (
 )
 from fixclip_diffusion.prompt_tokens import tokenize_prompt
 from fixclip_diffusion.tokenizer import FixClipTokenizer
+
+ADAPTED = {
+    "text": "the adapter reads all of it together",
+    "window": "the adapter reads each window by itself",
+}
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,8 @@ class TokenReport:
         cut: the same for this conditioning.
         passes: the passes of the encoder, which overlap with `overlap`.
         num_states: L, rows of the prompt's embeds.
+        adapter: what an adapter sees at a time, the hidden states of the whole "text" or of one "window"; None: the
+            encoder has none, or it leaves this prompt as it is.
     """
 
     text: str
@@ -48,6 +57,7 @@ class TokenReport:
     cut: int | None
     passes: tuple[ReadPass, ...]
     num_states: int
+    adapter: str | None = None
 
     def __str__(self) -> str:
         return self.describe()
@@ -55,8 +65,9 @@ class TokenReport:
     def describe(self) -> str:
         """The report in words."""
         lines = [f"{self.num_tokens} tokens"]
+        adapted = [] if self.adapter is None else [f"  {ADAPTED[self.adapter]}"]
         if self.stock_cut is None:
-            return lines[0]
+            return "\n".join(lines + adapted)
         lines.append(f"  a {CLIP_CONTEXT_LENGTH}-token encoder stops before: {_quote(self.text[self.stock_cut :])}")
         how = get_conditioning(self.conditioning)
         if self.cut is not None:
@@ -69,7 +80,7 @@ class TokenReport:
                 f"    {number}. {item.num_tokens} tokens, from {_quote(item.text)}"
                 for number, item in enumerate(self.passes, 1)
             ]
-        return "\n".join(lines)
+        return "\n".join(lines + adapted)
 
 
 def _quote(text: str, length: int = 48) -> str:
@@ -83,6 +94,7 @@ def token_report(
     conditioning: str | Conditioning = "overlap",
     context: Context | None = None,
     weights: str | None = None,
+    adapter: Mapping[str, Any] | None = None,
 ) -> TokenReport:
     """Count and place the tokens of a prompt.
 
@@ -92,6 +104,7 @@ def token_report(
         conditioning: how the prompt is read.
         context: of the encoder; by default an untrained one of the tokenizer's length, with its original positions.
         weights: syntax of prompt weights, see `prompt_weights.parse_weights`.
+        adapter: configuration of the encoder's adapter, if it has one.
 
     Raises:
         ValueError: the prompt is not text, the weights cannot be parsed, or the encoder cannot be read that way.
@@ -101,11 +114,17 @@ def token_report(
         special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
         context = Context(tokenizer.context_length, CLIP_CONTEXT_LENGTH, *special)
     how = get_conditioning(conditioning)
-    return report_of(tokens, how.lay_out(tokens, context), how, context)
+    return report_of(tokens, how.lay_out(tokens, context), how, context, adapter)
 
 
-def report_of(tokens: PromptTokens, layout: Layout, conditioning: Conditioning, context: Context) -> TokenReport:
-    """The report of a prompt that is laid out already."""
+def report_of(
+    tokens: PromptTokens,
+    layout: Layout,
+    conditioning: Conditioning,
+    context: Context,
+    adapter: Mapping[str, Any] | None = None,
+) -> TokenReport:
+    """The report of a prompt that is laid out already; see `token_report`."""
     room = CLIP_CONTEXT_LENGTH - SPECIAL_TOKENS
     passes = []
     for first, stop in layout.pass_tokens():
@@ -121,7 +140,18 @@ def report_of(tokens: PromptTokens, layout: Layout, conditioning: Conditioning, 
         cut=_character(tokens, layout.num_read),
         passes=tuple(passes),
         num_states=len(layout),
+        adapter=_adapter_sees(adapter, layout, context),
     )
+
+
+def _adapter_sees(adapter: Mapping[str, Any] | None, layout: Layout, context: Context) -> str | None:
+    """`TokenReport.adapter` for an adapter of this configuration."""
+    if adapter is None:
+        return None
+    if len(layout.ids_NP) > 1:
+        return str(adapter.get("scope", "window"))  # those of version 0.1 have no such fields
+    is_short = layout.num_read + SPECIAL_TOKENS <= context.short_length
+    return None if is_short and not adapter.get("short_texts", True) else "text"
 
 
 def _character(tokens: PromptTokens, number: int) -> int | None:

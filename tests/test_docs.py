@@ -22,7 +22,7 @@ from PIL import Image
 
 from fixclip_core import builtin, scenes
 from fixclip_core.weights.read import ClipCheckpoint
-from fixclip_core.weights.write import write_open_clip
+from fixclip_core.weights.write import write_diffusers, write_open_clip
 from fixclip_diffusion.adapter_training.trainer import add_lora, save_lora
 from fixclip_diffusion.tiny import stable_diffusion_xl
 
@@ -46,7 +46,10 @@ REPLACED = {
 }
 # What each page's capital letters stand for, and what its snippets take as given.
 PLACES = {
-    "README.md": {"runs/vit_l14_stable_diffusion": "fixclip"},
+    "README.md": {
+        "runs/vit_l14_stable_diffusion": "fixclip",
+        "--short-weights stable-diffusion-v1-5/stable-diffusion-v1-5": "--short-weights its_base",
+    },
     "docs/adapter.md": {
         "RECIPE": "builtin:vit_l14_stable_diffusion",
         "BASE": "builtin:scenes/base",
@@ -75,7 +78,7 @@ def blocks(page):
 
 def replaced(code, places):
     """The code with built-in names; a placeholder in capitals is a whole word, any other text stands as it is."""
-    for old, new in {**REPLACED, **places}.items():
+    for old, new in {**places, **REPLACED}.items():
         pattern = rf"\b{old}\b" if old.isupper() else re.escape(old)
         code = re.sub(pattern, lambda _, to=new: to, code)
     return code
@@ -135,6 +138,7 @@ def folder(tmp_path_factory):
     clip, config, preprocess = tiny_clips.full_vocabulary_clip(layers=4)
     checkpoint = ClipCheckpoint("", clip.state_dict(), config, {**preprocess, "resize_mode": "shortest"})
     write_open_clip(checkpoint, folder / "clip")
+    write_diffusers(checkpoint, folder / "its_base")
     result = run("convert", folder / "clip", folder / "fixclip")
     assert result.exit_code == 0, result.output
     return folder

@@ -43,6 +43,37 @@ def models(sd1, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
+    ("adapter", "conditioning", "short", "long"),
+    [
+        (None, "overlap", None, None),
+        ({}, "overlap", "text", "window"),
+        ({}, "one_pass", "text", "text"),
+        ({"short_texts": False}, "overlap", None, "window"),
+        ({"short_texts": False}, "one_pass", None, "text"),
+        ({"scope": "text", "mask_padding": True}, "overlap", "text", "text"),
+        ({"scope": "text", "mask_padding": True, "short_texts": False}, "overlap", None, "text"),
+    ],
+)
+def test_a_report_says_what_an_adapter_sees(sd1, tmp_path, adapter, conditioning, short, long):
+    if adapter is not None:
+        width = clip_text_config().hidden_size
+        torch.manual_seed(0)
+        module = TextAdapter(width, kind="attention", conditioning=conditioning, num_heads=2, **adapter)
+        torch.nn.init.normal_(module.blocks[-1].out_proj.weight)
+        module.save_pretrained(tmp_path / "adapter")
+    options = {"base": str(sd1), "conditioning": conditioning}
+    plain = load_pipeline(**options)
+    options |= {} if adapter is None else {"adapter": str(tmp_path / "adapter")}
+    pipe, reader = load_pipeline(**options), PromptReader.from_pretrained(**options)
+    for text, expected in (("a red boat", short), (LONG, long)):
+        report = pipe.token_report(text)
+        assert report == reader.report(text)
+        assert report.adapter == expected
+        acts = not torch.equal(*(each.prompt_encoder.encode([[text]]).embeds_BLD for each in (pipe, plain)))
+        assert acts == (expected is not None) == ("adapter" in str(report))
+
+
+@pytest.mark.parametrize(
     ("options", "conditioning"),
     [
         ({"base": "SD1"}, "overlap"),

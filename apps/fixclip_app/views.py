@@ -11,6 +11,7 @@ from PIL import Image
 
 from fixclip_core.scenes import Check, annotate_caption, check, read_caption
 from fixclip_diffusion import TokenReport
+from fixclip_diffusion.token_report import ADAPTED
 
 from .jobs import Picture
 
@@ -83,9 +84,11 @@ def token_view(report: TokenReport) -> str:
     read_until = len(text) if report.cut is None else report.cut
     how = "in one pass" if len(report.passes) == 1 else f"in {len(report.passes)} passes"
     count += f"A stock encoder stops after 77 and never reads the last {unread:.0f} % of the text. "
-    count += (
-        f"Conditioning “{escape(report.conditioning)}” reads it {how}." if report.cut is None else "So does this one."
-    )
+    if report.cut is None:
+        adapted = "" if report.adapter is None else f"; {ADAPTED[report.adapter]}"
+        count += f"Conditioning “{escape(report.conditioning)}” reads it {how}{adapted}."
+    else:
+        count += "So does this one."
     beyond: list[str] = []  # behind the stock encoder's 77 tokens
     start = stock_cut
     for number, item in enumerate(report.passes):
