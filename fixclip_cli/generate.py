@@ -94,15 +94,15 @@ def generate(
     numbers = [""] if prompts is None else [f"{index:05d}-" for index in range(len(texts))]
     files = output_files(output, [f"{number}seed{seed + i}" for number in numbers for i in range(num)])
     options = ModelOptions(
-        base,
-        encoder,
-        adapter,
-        tuple(lora or ()),
-        tuple(embedding or ()),
-        scheduler,
-        weights,
-        conditioning,
-        encoder_2,
+        base=base,
+        encoder=encoder,
+        encoder_2=encoder_2,
+        adapter=adapter,
+        loras=tuple(lora or ()),
+        embeddings=tuple(embedding or ()),
+        scheduler=scheduler,
+        weights=weights,
+        conditioning=conditioning,
     )
     pipe = load_pipeline(options, device, dtype)
     _check_embeddings_act(pipe, [*texts, negative])

@@ -61,16 +61,14 @@ def check_device(device: str) -> None:
 def offer_builtin() -> Iterator[None]:
     """What the hub did not give ends in an error that names a model which needs no hub."""
     from fixclip_core import builtin
-    from fixclip_core.check import LoadError
+    from fixclip_core.check import LoadError, is_hub_out_of_reach
 
     try:
         yield
     except (LoadError, ValueError) as error:
-        message = str(error)
-        is_offline = "the hub cannot be reached" in message or "HF_HUB_OFFLINE" in message
-        if not is_offline or not builtin.is_available():
+        if not is_hub_out_of_reach(error) or not builtin.is_available():
             raise
-        raise LoadError(f"{message}; --base {builtin.SCENES} needs no hub") from error
+        raise LoadError(f"{error}; --base {builtin.SCENES} needs no hub") from error
 
 
 def load_pipeline(options: ModelOptions, device: str | None = None, dtype: str | None = None) -> Any:

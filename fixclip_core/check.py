@@ -82,12 +82,20 @@ def hub_reason(error: BaseException) -> str:
         "LocalEntryNotFoundError": "there is no such folder here, and the hub cannot be reached to look there",
         "OfflineModeIsEnabled": "there is no such folder here, and HF_HUB_OFFLINE forbids to look on the hub",
     }
+    return next((reasons[name] for name in _classes_behind(error) if name in reasons), one_line(error))
+
+
+def is_hub_out_of_reach(error: BaseException) -> bool:
+    """Whether there is no connection to the hub, or none is allowed, behind an error."""
+    return not {"LocalEntryNotFoundError", "OfflineModeIsEnabled"}.isdisjoint(_classes_behind(error))
+
+
+def _classes_behind(error: BaseException) -> Iterator[str]:
+    """Names of the classes of an error, and of those that it was raised from."""
     chain: BaseException | None = error
     while chain is not None:
-        if reason := next((reasons[item.__name__] for item in type(chain).__mro__ if item.__name__ in reasons), None):
-            return reason
+        yield from (item.__name__ for item in type(chain).__mro__)
         chain = chain.__cause__ or (None if chain.__suppress_context__ else chain.__context__)
-    return one_line(error)
 
 
 def check_finite(weights: nn.Module | Mapping[str, Tensor], what: str) -> None:

@@ -5,7 +5,7 @@ What does not fit is found out from configurations, before any weights are fetch
 
 import difflib
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
@@ -31,6 +31,21 @@ OWN_ARGUMENTS = ("encoder", "encoder_2", "adapter", "conditioning", "weights")
 
 def encoder_class(tower: Tower) -> type[LongTextEncoder]:
     return FixClipTextEncoderWithProjection if tower.pooled else FixClipTextEncoder
+
+
+def load_own_encoder(base: str, tower: Tower, dtype: torch.dtype = torch.float32) -> LongTextEncoder:
+    """A base's own text encoder, without an adapter: of a folder, a hub or built-in name, or a file.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    load: Any = encoder_class(tower)
+    if Path(base).is_file():
+        encoder = load.from_file(base, file_tower(base, tower), dtype, hidden_state=tower.output)
+    else:
+        encoder = load.from_pretrained(base, subfolder=tower.encoder, dtype=dtype, hidden_state=tower.output)
+    encoder.set_adapter_module(None)
+    return cast(LongTextEncoder, encoder)
 
 
 def load_components(

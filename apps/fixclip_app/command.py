@@ -74,15 +74,15 @@ def main(
         choice = None
     else:
         choice = ModelChoice(
-            base,
-            encoder,
-            adapter,
-            tuple(lora or ()),
-            tuple(embedding or ()),
-            scheduler,
-            weights,
-            conditioning,
-            encoder_2,
+            base=base,
+            encoder=encoder,
+            encoder_2=encoder_2,
+            adapter=adapter,
+            loras=tuple(lora or ()),
+            embeddings=tuple(embedding or ()),
+            scheduler=scheduler,
+            weights=weights,
+            conditioning=conditioning,
             scenes=scenes,
         )
     page = build(load(choice, device), Limits(side=max_side), max_waiting)

@@ -19,9 +19,10 @@ from PIL import Image
 from fixclip_cli.generate import default_size, has_adapter
 from fixclip_cli.models import ModelOptions, base_options, load_pipeline
 from fixclip_core.scenes import long_caption, sample_scene
-from fixclip_diffusion import FixClipTextEncoder, TextAdapter, TokenReport, builtin
+from fixclip_diffusion import TextAdapter, TokenReport, builtin
 from fixclip_diffusion.attention_maps import record_sentences
 from fixclip_diffusion.auto import LongPromptPipeline, pipeline_of
+from fixclip_diffusion.loading import convert_stock, load_own_encoder
 from fixclip_diffusion.lora import LORA_NAME
 from fixclip_diffusion.tiny import stable_diffusion, train_tokenizer
 
@@ -130,17 +131,17 @@ class DemoModel:
     def _reference(self, device: str) -> LongPromptPipeline:
         """The pipeline with the base's own encoders. Without LoRAs of the user's it shares all else with `pipe`."""
         plain = base_options(self.choice)
-        if self._encoder_name is None and self.choice.encoder_2 is None:
+        chosen = {"text_encoder": self._encoder_name, "text_encoder_2": self.choice.encoder_2}
+        towers = [tower for tower in self.pipe.family.towers if chosen[tower.encoder] is not None]
+        if not towers:
             return self.pipe
-        if self.choice.loras or self.choice.embeddings or self.choice.encoder_2:
+        if self.choice.loras or self.choice.embeddings:
             pipe = load_pipeline(plain, device)
             pipe.set_progress_bar_config(disable=True)
             return pipe
-        tower = self.pipe.family.towers[0]
-        encoder = FixClipTextEncoder.from_pretrained(
-            plain.base, subfolder=tower.encoder, dtype=self.pipe.unet.dtype, hidden_state=tower.output
-        )
-        return self._with(text_encoder=encoder.to(device))
+        dtype = self.pipe.unet.dtype
+        own = {tower.encoder: load_own_encoder(plain.base, tower, dtype).to(device) for tower in towers}
+        return self._with(**convert_stock(self.pipe.family, self.pipe.components, own, {}))
 
     @property
     def _encoder_name(self) -> str | None:

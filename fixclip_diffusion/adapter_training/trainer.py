@@ -52,9 +52,9 @@ from fixclip_diffusion.adapter_training.random_models import random_base
 from fixclip_diffusion.adapter_training.recipe import AdapterRecipe, BaseSection, ObjectivesSection
 from fixclip_diffusion.auto import load_plain_pipeline, pipeline_of
 from fixclip_diffusion.conditioning import CLIP_CONTEXT_LENGTH
-from fixclip_diffusion.families import STABLE_DIFFUSION_XL, TextEncoding, Tower
+from fixclip_diffusion.families import STABLE_DIFFUSION_XL, TextEncoding
 from fixclip_diffusion.fingerprint import MADE_FOR, check_made_for, fingerprint
-from fixclip_diffusion.loading import encoder_class, file_tower
+from fixclip_diffusion.loading import load_own_encoder
 from fixclip_diffusion.state_mask import mask_empty_states
 from fixclip_diffusion.tokenizer import FixClipTokenizer
 
@@ -340,7 +340,10 @@ def load_frozen(section: BaseSection) -> FrozenModels:
             )
             encoding.encoder.set_adapter_module(None)
     names = dict(zip(("text_encoder", "text_encoder_2"), (section.encoder, section.encoder_2), strict=True))
-    teachers = [e if names[e.tower.encoder] is None else _own_encoding(base, e) for e in encodings]
+    teachers = [
+        item if names[item.tower.encoder] is None else replace(item, encoder=load_own_encoder(base, item.tower))
+        for item in encodings
+    ]
     check_encodings(encodings, section)
     return FrozenModels(
         vae=pipe.vae,
@@ -353,18 +356,6 @@ def load_frozen(section: BaseSection) -> FrozenModels:
         family=pipe.family,
         zeros_for_empty=bool(pipe.config.get("force_zeros_for_empty_prompt", False)),
     )
-
-
-def _own_encoding(base: str, encoding: TextEncoding) -> TextEncoding:
-    """The base's own text encoder in the place of another, with the same tokenizer."""
-    tower: Tower = encoding.tower
-    load: Any = encoder_class(tower)
-    if Path(base).is_file():
-        teacher = load.from_file(base, file_tower(base, tower), hidden_state=tower.output)
-    else:
-        teacher = load.from_pretrained(base, subfolder=tower.encoder, hidden_state=tower.output)
-    teacher.set_adapter_module(None)
-    return replace(encoding, encoder=teacher)
 
 
 def check_encodings(encodings: tuple[TextEncoding, ...], section: BaseSection) -> None:

@@ -53,13 +53,13 @@ def adapter(name: str, needs: Sequence[str], *overrides: str, recipe: str = "ada
 
 
 def adapters(name: str, needs: Sequence[str], cache: str, *overrides: str) -> list[Stage]:
-    """An adapter in two stages: a start on text states alone, then with the UNet.
+    """An adapter in two stages: a start on the text states of captions that refer, then with the UNet on all kinds.
 
-    Adapters on the same encoder, read by the same conditioning, share a cache of features, whatever their seeds.
+    Adapters on the same encoder, read by the same conditioning, share both caches of features, whatever their seeds.
     """
     start, folder = f"{name}_start", f"features.folder={OUT}/cache/{cache}"
     return [
-        adapter(start, needs, folder, *overrides, recipe="adapter_start"),
+        adapter(start, needs, f"{folder}_references", *overrides, recipe="adapter_start"),
         adapter(name, [start], folder, f"adapter.start_from={OUT / start}/adapter", *overrides),
     ]
 
