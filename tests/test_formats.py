@@ -29,6 +29,8 @@ from fixclip_diffusion import (
     FixClipTextEncoder,
     TextAdapter,
 )
+from fixclip_diffusion.families import STABLE_DIFFUSION
+from fixclip_diffusion.loading import load_own_encoder
 from fixclip_diffusion.tiny import WIDTH, clip_text_config, stable_diffusion_xl, unet
 
 SHORT, LONG = "A red horse near a boat", tiny.sentences(14)
@@ -102,6 +104,20 @@ def test_a_checkpoint_in_one_file(sd1, stock, tmp_path, kind):
     )
     assert other.text_encoder.adapter is adapter
     assert other.conditioning == "chunks"
+
+
+def test_a_bases_own_encoder_comes_alone_from_folder_and_file(sd1, stock, tmp_path):
+    """As a teacher in training and as the page's comparison need it: without the adapter that a folder holds."""
+    path = checkpoint(tmp_path / "model.safetensors", stock.text_encoder)
+    adapted = FixClipStableDiffusionPipeline.from_pretrained(sd1, adapter=TextAdapter(WIDTH), **NO_CHECK)
+    adapted.save_pretrained(tmp_path / "adapted")
+    wanted = FixClipStableDiffusionPipeline.from_pretrained(sd1).text_encoder.state_dict()
+    for base in (sd1, path, tmp_path / "adapted"):
+        encoder = load_own_encoder(str(base), STABLE_DIFFUSION.towers[0])
+        assert encoder.adapter is None
+        found = encoder.state_dict()
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 def test_a_checkpoint_that_was_trained_with_248_positions_is_used_as_trained(sd1, tmp_path):
