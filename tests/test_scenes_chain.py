@@ -331,7 +331,7 @@ def test_references_are_judged_at_the_object_that_refers(parts):
 
 
 def test_references_are_reported_by_distance_and_kind(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "RECIPES", tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
     assert report.references_table() == "Not measured yet."
     one = {"kind": "same", "distance": 39, "chance": 0.125, "named": 0.25, "right": "11"}
     rows = [
@@ -347,6 +347,8 @@ def test_references_are_reported_by_distance_and_kind(tmp_path, monkeypatch):
     }  # fmt: skip
     assert chance[4] == "7.5"
     assert named[1] == "25.0"
+    report.plot_references(tmp_path / "references.png")
+    assert (tmp_path / "references.png").stat().st_size > 5000
 
 
 def test_the_report_counts_what_the_json_says(tmp_path, monkeypatch):
@@ -358,11 +360,11 @@ def test_the_report_counts_what_the_json_says(tmp_path, monkeypatch):
     ]  # fmt: skip
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     (tmp_path / "nine-adapter.json").write_text(json.dumps({"prompts": rows}))
-    cells = report.images_table().splitlines()[2].split(" | ")
+    cells = report.systems_table().splitlines()[2].split(" | ")
     # before: seed 0 both right, seed 1 one of two; after: seed 0 none, seed 1 both
     assert cells[1] == "75.0 ± 35.4"
     assert cells[2] == "50.0 ± 70.7"
-    assert len(report.images_table().splitlines()) == 3
+    assert len(report.systems_table().splitlines()) == 3
     report.plot_zones(tmp_path / "zones.png")
     assert (tmp_path / "zones.png").stat().st_size > 5000
     runs = {f"fixclip-lr0.0001-seed{s}": {"step": 9, **dict.fromkeys(report.RECALLS, 0.5 + s / 10)} for s in range(3)}
@@ -375,7 +377,7 @@ def test_the_report_counts_what_the_json_says(tmp_path, monkeypatch):
 
 def test_the_report_puts_training_seeds_together(tmp_path, monkeypatch):
     """Two training seeds of two systems, one of a third: spread over the seeds, differences over those of both."""
-    monkeypatch.setattr(report, "RECIPES", tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
     marks = {"overlap_text_adapter": "11", "overlap_text_adapter_seed1": "10", "adapter": "01"}
     marks |= {"adapter_seed1": "11", "stretched_adapter": "11"}
     for system, right in marks.items():

@@ -4,6 +4,7 @@
 pipelines/scenes/results/, which is in the repository; without it the page is made of what is there.
 """
 
+import itertools
 import json
 import math
 import statistics
@@ -29,21 +30,8 @@ from fixclip_core import scenes
 OUT = Path("outputs/scenes")
 NOISE = Path("outputs/captions/noise/noise.json")
 RESULTS = Path("pipelines/scenes/results")
-RECIPES = RESULTS / "recipes"  # of the published weights; the files in RESULTS itself are of version 0.1
 PAGE = Path("docs/results.md")
 IMAGES = Path("docs/images")
-SYSTEMS = {
-    "stock": "stock, cut at 77 tokens",
-    "windows": "base encoder in windows of 77 (as compel)",
-    "overlap": "base encoder in overlapping windows of 77",
-    "stretched": "stretched to 248 tokens, untrained",
-    "trained": "FIX-CLIP trained, no adapter",
-    "adapter": "FIX-CLIP + adapter",
-    "lora": "FIX-CLIP + adapter + LoRA",
-    "overlap_adapter": "control: adapter on overlapping windows",
-    "windows_adapter": "control: adapter on windows of the base",
-    "stretched_adapter": "control: adapter on stretched only",
-}
 DIFFERENCES = (
     ("overlap_text_adapter", "overlap"),
     ("overlap_text_adapter", "overlap_adapter"),
@@ -52,7 +40,7 @@ DIFFERENCES = (
     ("adapter", "trained"),
     ("trained", "overlap"),
 )
-RECIPE_SYSTEMS = {
+SYSTEMS = {
     "stock": "`stock`: cut at 77 tokens",
     "windows": "`chunks`: base encoder in windows of 77",
     "overlap": "`overlap`: base encoder in overlapping windows, untrained",
@@ -72,9 +60,8 @@ COLOURS = {
     "stretched": "#8fb8de",
     "trained": "#4f86c6",
     "adapter": "#3f9b6b",
-    "lora": "#1d6b45",
     "overlap_adapter": "#dd9c8a",
-    "windows_adapter": "#e0bd84",
+    "overlap_text_adapter": "#7a2e1d",
     "stretched_adapter": "#b9a3d6",
 }
 METHODS = {
@@ -109,9 +96,8 @@ RECALLS = tuple(f"{c}_{d}_recall_at_1" for c in ("long", "short") for d in ("ima
 
 def collect() -> None:
     """Copy what has been measured into the repository; what is not there yet stays as it was."""
-    RECIPES.mkdir(parents=True, exist_ok=True)
     for file in sorted((OUT / "evaluation").glob("*.json")):
-        (RECIPES / file.name).write_text(file.read_text())
+        (RESULTS / file.name).write_text(file.read_text())
     runs = {}
     for folder in sorted((OUT / "ablations").glob("*")):
         if (folder / "model" / "config.json").exists():
@@ -121,9 +107,11 @@ def collect() -> None:
     if found := rivals.collect(OUT / "rivals"):
         (RESULTS / "rivals.json").write_text(json.dumps(found, indent=1) + "\n")
     parts = {name: OUT / name for name in ("clip", "vae", "robust", "unet", "encoder")}
-    training = {name: evaluations(folder) for name, folder in parts.items() if (folder / "metrics.jsonl").exists()}
-    if training:
-        (RESULTS / "training.json").write_text(json.dumps(training, indent=1) + "\n")
+    found = {name: evaluations(folder) for name, folder in parts.items() if (folder / "metrics.jsonl").exists()}
+    if found:
+        file = RESULTS / "training.json"
+        before = json.loads(file.read_text()) if file.exists() else {}
+        file.write_text(json.dumps(before | found, indent=1) + "\n")
     if NOISE.exists():
         (RESULTS / "caption_noise.json").write_text(NOISE.read_text() + "\n")
 
@@ -161,8 +149,8 @@ class Judged:
         return self.zone != "e"
 
 
-def load(name: str, system: str, folder: Path | None = None) -> list[Judged]:
-    file = (folder or RESULTS) / f"{name}-{system}.json"
+def load(name: str, system: str) -> list[Judged]:
+    file = RESULTS / f"{name}-{system}.json"
     if not file.exists():
         return []
     found = []
@@ -198,30 +186,30 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def images_table() -> str:
+def sides(judged: Sequence[Judged]) -> list[list[Judged]]:
+    """Objects whose sentence ends before token 77, and after it."""
+    return [[item for item in judged if item.after is after] for after in (False, True)]
+
+
+def systems_table() -> str:
+    """Nine objects a prompt, before and after token 77; short prompts."""
     rows = []
     for system, label in SYSTEMS.items():
-        judged = load("nine", system)
-        if not judged:
-            continue
-        before = [item for item in judged if not item.after]
-        after = [item for item in judged if item.after]
-        cells = [percent(*by_seed(part)) for part in (before, after)]
-        cells += [percent(share(part, what)) for part in (before, after) for what in ("colour", "shape")]
-        rows.append([label, *cells])
-    header = ["system", "right, before 77", "right, after 77", "colour before", "shape before", "colour after"]
-    return table([*header, "shape after"], rows)
-
-
-def recipes_table() -> str:
-    """All systems of the published weights."""
-    rows = []
-    for system, label in RECIPE_SYSTEMS.items():
-        judged, short = (load(name, system, RECIPES) for name in ("nine", "short"))
+        judged, short = (load(name, system) for name in ("nine", "short"))
         if judged:
-            parts = [[item for item in judged if item.after == after] for after in (False, True)]
-            rows.append([label, *(percent(*by_seed(part)) if part else "-" for part in (*parts, short))])
+            parts = [*sides(judged), short]
+            rows.append([label, *(percent(*by_seed(part)) if part else "-" for part in parts)])
     return table(["system", "right, before 77", "right, after 77", "short prompts"], rows)
+
+
+def colours_table() -> str:
+    """What is wrong where an object is wrong: its colour or its shape."""
+    rows = []
+    for system, label in SYSTEMS.items():
+        parts = sides(load("nine", system))
+        if any(parts):
+            rows.append([label, *(percent(share(part, what)) for part in parts for what in ("colour", "shape"))])
+    return table(["system", "colour before", "shape before", "colour after", "shape after"], rows)
 
 
 def differences_table() -> str:
@@ -230,7 +218,7 @@ def differences_table() -> str:
     for one, other in DIFFERENCES:
         pairs = [(by_prompt(one, after), by_prompt(other, after)) for after in (False, True)]
         if all(len(found) for pair in pairs for found in pair):
-            rows.append([f"{RECIPE_SYSTEMS[one]} - {RECIPE_SYSTEMS[other]}", *(interval(*pair) for pair in pairs)])
+            rows.append([f"{SYSTEMS[one]} - {SYSTEMS[other]}", *(interval(*pair) for pair in pairs)])
     return table(["difference, points", "before 77", "after 77"], rows)
 
 
@@ -240,7 +228,7 @@ def of_seed(system: str, seed: int) -> str:
 
 
 def trained_seeds(system: str) -> list[int]:
-    return [seed for seed in TRAINING_SEEDS if load("nine", of_seed(system, seed), RECIPES)]
+    return [seed for seed in TRAINING_SEEDS if load("nine", of_seed(system, seed))]
 
 
 def seeds_table() -> str:
@@ -252,17 +240,17 @@ def seeds_table() -> str:
             continue
         measured: dict[str, list[float]] = {"before": [], "after": [], "references": [], "short": []}
         for name in (of_seed(system, seed) for seed in seeds):
-            nine = load("nine", name, RECIPES)
+            nine = load("nine", name)
             measured["before"].append(share([item for item in nine if not item.after]))
             measured["after"].append(share([item for item in nine if item.after]))
             far = [item["right"] for item in load_references("references", name) if item["distance"] >= 77]
             measured["references"].append(mean(far))
-            measured["short"].append(share(load("short", name, RECIPES)))
+            measured["short"].append(share(load("short", name)))
         cells = [
             percent(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else math.nan)
             for values in measured.values()
         ]
-        rows.append([RECIPE_SYSTEMS[system], str(len(seeds)), *cells])
+        rows.append([SYSTEMS[system], str(len(seeds)), *cells])
     header = ["system", "training seeds", "right, before 77", "right, after 77", "references from 77 tokens on"]
     return table([*header, "short"], rows) if rows else "Not measured yet."
 
@@ -277,7 +265,7 @@ def seeds_differences_table() -> str:
                 cells = [
                     interval(by_prompt(one, after, seeds), by_prompt(other, after, seeds)) for after in (False, True)
                 ]
-                rows.append([f"{RECIPE_SYSTEMS[one]} - {RECIPE_SYSTEMS[other]}", str(len(seeds)), *cells])
+                rows.append([f"{SYSTEMS[one]} - {SYSTEMS[other]}", str(len(seeds)), *cells])
     header = ["difference, points", "training seeds", "before 77", "after 77"]
     return table(header, rows) if rows else "Not measured yet."
 
@@ -285,7 +273,7 @@ def seeds_differences_table() -> str:
 def by_prompt(system: str, after: bool, seeds: Sequence[int] = (0,)) -> np.ndarray:
     """(prompts, 2): objects right and objects, over all noises and training seeds, of one side of token 77."""
     counts: dict[int, list[int]] = {}
-    for item in (item for seed in seeds for item in load("nine", of_seed(system, seed), RECIPES)):
+    for item in (item for seed in seeds for item in load("nine", of_seed(system, seed))):
         row = counts.setdefault(item.picture[0], [0, 0])
         if item.after == after:
             row[0] += item.right
@@ -329,25 +317,19 @@ def lengths_table() -> str:
     return table(["tokens of the prompt", *(f"{low or 'up'}-{high}" for low, high in bounds)], rows)
 
 
-def other_sets_table() -> str:
-    names = {"heldout_templates": "new templates", "heldout_words": "new words", "short": "short, 1-3 objects"}
+def held_out_table() -> str:
+    """Nine objects in templates and words that only the base has met."""
     rows = []
     for system, label in SYSTEMS.items():
-        cells = []
-        for name in names:
-            judged = load(name, system)
-            if name == "short":
-                cells.append(percent(*by_seed(judged)) if judged else "-")
-            else:
-                cells += [percent(share([j for j in judged if j.after is after])) for after in (False, True)]
-        if set(cells) != {"-"}:
-            rows.append([label, *cells])
-    return table(["system", "templates, before", "after", "words, before", "after", "short captions"], rows)
+        parts = [part for name in ("heldout_templates", "heldout_words") for part in sides(load(name, system))]
+        if any(parts):
+            rows.append([label, *(percent(share(part)) for part in parts)])
+    return table(["system", "templates, before", "after", "words, before", "after"], rows)
 
 
 def references_table(name: str = "references") -> str:
     """References followed, by distance and by kind; how good guessing is stands below the systems."""
-    found = {system: load_references(name, system) for system in RECIPE_SYSTEMS}
+    found = {system: load_references(name, system) for system in SYSTEMS}
     found = {system: rows for system, rows in found.items() if rows}
     if not found:
         return "Not measured yet."
@@ -356,7 +338,7 @@ def references_table(name: str = "references") -> str:
     }
     everything = next(iter(found.values()))
     guesses = {"guess: any value of the world": "chance", "guess: an object of the caption": "named"}
-    lines = [(RECIPE_SYSTEMS[system], rows, "right") for system, rows in found.items()]
+    lines = [(SYSTEMS[system], rows, "right") for system, rows in found.items()]
     lines += [(label, everything, field) for label, field in guesses.items()]
     rows = []
     for label, references, field in lines:
@@ -369,7 +351,7 @@ def references_table(name: str = "references") -> str:
 
 def load_references(name: str, system: str) -> list[dict[str, Any]]:
     """Every reference of a set with its bucket, and the share of its pictures that are right."""
-    file = RECIPES / f"{name}-{system}.json"
+    file = RESULTS / f"{name}-{system}.json"
     if not file.exists():
         return []
     found = [item for row in json.loads(file.read_text())["prompts"] for item in row["references"]]
@@ -383,6 +365,10 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
+def in_plot(system: str) -> str:
+    return SYSTEMS[system].replace("`", "")
+
+
 def plot_zones(path: Path) -> None:
     shown = [system for system in SYSTEMS if load("nine", system)]
     if not shown:
@@ -393,7 +379,7 @@ def plot_zones(path: Path) -> None:
         places = [index + offset for index in range(len(shown))]
         label = "sentence after token 77" if after else "sentence before token 77"
         axis.bar(places, [100 * m for m, _ in stats], 0.4, yerr=[100 * s for _, s in stats], color=colour, label=label)
-    axis.set_xticks(range(len(shown)), [textwrap.fill(SYSTEMS[s], 16) for s in shown])
+    axis.set_xticks(range(len(shown)), [textwrap.fill(in_plot(s), 16) for s in shown])
     axis.tick_params(axis="x", labelsize=7)
     axis.set(ylabel="objects right, %", ylim=(0, 110), title="Nine objects a prompt: shape, colour and place right")
     axis.legend(loc="upper center", ncols=2)
@@ -406,20 +392,51 @@ def plot_positions(path: Path) -> None:
     width = 15
     figure, axis = pyplot.subplots(figsize=(9, 4.2), layout="constrained")
     drawn = False
-    for system, label in SYSTEMS.items():
+    for system in SYSTEMS:
         bins = defaultdict(list)
         for item in load("nine", system):
             bins[item.end // width].append(item.right)
         points = [(width * (b + 0.5), 100 * sum(v) / len(v)) for b, v in sorted(bins.items()) if len(v) >= 30]
         if points:
             style = "--" if system.endswith("_adapter") else "-"
-            axis.plot(*zip(*points, strict=True), style, marker="o", markersize=3, color=COLOURS[system], label=label)
+            axis.plot(
+                *zip(*points, strict=True),
+                style,
+                marker="o",
+                markersize=3,
+                color=COLOURS[system],
+                label=in_plot(system),
+            )
             drawn = True
     axis.axvline(77, color="black", linewidth=0.8, linestyle=":")
     axis.set(xlabel="token at which an object's sentence ends", ylabel="objects right, %", ylim=(0, 100))
     if drawn:
-        figure.legend(fontsize=7, loc="outside lower center", ncols=3)
+        figure.legend(fontsize=7, loc="outside lower center", ncols=2)
         figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def plot_references(path: Path) -> None:
+    """References followed, over how many tokens lie between: which of them a window of 77 can still see."""
+    found = {system: load_references("references", system) for system in SYSTEMS}
+    found = {system: rows for system, rows in found.items() if rows}
+    if not found:
+        return
+    figure, axis = pyplot.subplots(figsize=(9, 4.4), layout="constrained")
+    everything, width = next(iter(found.values())), 0.8 / len(found)
+    buckets = [[row["bucket"] == bucket for row in everything] for bucket in scenes.DISTANCES]
+    for index, (system, rows) in enumerate(found.items()):
+        heights = [100 * mean([row["right"] for row in itertools.compress(rows, bucket)]) for bucket in buckets]
+        places = [number + (index - (len(found) - 1) / 2) * width for number in range(len(buckets))]
+        axis.bar(places, heights, width, color=COLOURS[system], label=in_plot(system))
+    for number, bucket in enumerate(buckets):
+        guess = 100 * mean([row["named"] for row in itertools.compress(everything, bucket)])
+        label = "_" if number else "guess: an object of the caption"  # one line in the legend
+        axis.hlines(guess, number - 0.45, number + 0.45, "black", linewidth=0.8, linestyle=":", label=label)
+    axis.set_xticks(range(len(buckets)), scenes.DISTANCES)
+    axis.set(xlabel="tokens between a reference and what it refers to", ylabel="followed, %", ylim=(0, 100))
+    figure.legend(fontsize=7, loc="outside lower center", ncols=2)
+    figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
 
@@ -430,7 +447,7 @@ def retrieval_table() -> str:
     file = RESULTS / "retrieval.json"
     if not file.exists():
         return "Not measured yet."
-    names = {"base": "base, cut at 77", "stretched": "stretched only", "trained": "FIX-CLIP (version 0.1)"}
+    names = {"base": "base, cut at 77", "stretched": "stretched only", "trained": "FIX-CLIP"}
     kinds = ("long", "short", "long_heldout_templates", "long_heldout_words")
     rows = []
     for name, found in json.loads(file.read_text()).items():
@@ -563,14 +580,14 @@ def page(text: str, parts: dict[str, str]) -> str:
 
 TABLES = {
     "training": training_table,
-    "recipes": recipes_table,
-    "recipes differences": differences_table,
+    "systems": systems_table,
+    "differences": differences_table,
     "seeds": seeds_table,
     "seeds differences": seeds_differences_table,
-    "images": images_table,
+    "colours": colours_table,
     "counts": counts_table,
     "lengths": lengths_table,
-    "other sets": other_sets_table,
+    "held-out": held_out_table,
     "references": references_table,
     "held-out references": lambda: references_table("references_heldout"),
     "retrieval": retrieval_table,
@@ -591,9 +608,10 @@ def main(
     IMAGES.mkdir(parents=True, exist_ok=True)
     plot_zones(IMAGES / "results_zones.png")
     plot_positions(IMAGES / "results_positions.png")
+    plot_references(IMAGES / "results_references.png")
     parts: dict[str, Any] = {name: make() for name, make in TABLES.items()}
     PAGE.write_text(page(PAGE.read_text(), parts))
-    typer.echo(f"{PAGE}, {IMAGES}/results_zones.png, {IMAGES}/results_positions.png")
+    typer.echo(f"{PAGE}, {IMAGES}/results_*.png")
 
 
 if __name__ == "__main__":
