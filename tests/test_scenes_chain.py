@@ -397,6 +397,28 @@ def test_the_report_puts_training_seeds_together(tmp_path, monkeypatch):
     assert report.seeds_table() == report.seeds_differences_table() == "Not measured yet."
 
 
+def test_the_report_sets_low_rank_changes_beside_the_whole_tower(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "OUT", tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    sizes = {"encoder_diffusers/text_encoder/model": 4_000_000, "delta_rank64/text_delta": 800_000}
+    sizes["delta_rank16/text_delta"] = 200_000
+    for name, size in sizes.items():
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / f"{name}.safetensors").write_bytes(bytes(size))
+    for name, recall in (("encoder", 0.9), ("encoder_rank16", 0.5)):  # that of rank 64 is still being trained
+        (tmp_path / name).mkdir()
+        row = {"step": 9, **dict.fromkeys(report.RECALLS, recall)}
+        (tmp_path / name / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    row = {"tokens": 150, "ends": [40, 120], "zones": "ef", "background": "1"}
+    row |= {"right": ["10", "11"], "shape": ["10", "11"], "colour": ["10", "11"]}
+    for system in ("trained", "trained_rank16"):
+        (tmp_path / f"nine-{system}.json").write_text(json.dumps({"prompts": [row]}))
+    (tmp_path / "deltas.json").write_text(json.dumps(report.collect_deltas()))
+    small, whole = (line.strip("| ").split(" | ") for line in report.deltas_table().splitlines()[2:])
+    assert small == ["a change of rank 16", "0.2 MB", *["0.500"] * 4, "100.0 ± 0.0", "50.0 ± 70.7"]
+    assert whole[:3] == ["the whole tower", "4.0 MB", "0.900"]
+
+
 def test_the_page_keeps_its_prose():
     text = "Before.\n<!-- a -->\nold\n<!-- /a -->\nAfter."
     assert report.page(text, {"a": "new"}) == "Before.\n<!-- a -->\nnew\n<!-- /a -->\nAfter."

@@ -54,6 +54,8 @@ for seed in (1, 2):  # the systems that decide, trained again with other seeds
             ("stretched_adapter", None, "adapter_stretched", "one_pass"),
         )
     }
+for rank in (16, 64):  # FIX-CLIP as a low-rank change of the base's text tower
+    SYSTEMS[f"trained_rank{rank}"] = System(f"trained_rank{rank}", str(OUT / f"encoder_rank{rank}_diffusers"))
 DRAWING = Drawing(steps=20, guidance_scale=2.0, batch_size=16)
 
 app = typer.Typer(add_completion=False)

@@ -98,20 +98,22 @@ def collect() -> None:
     """Copy what has been measured into the repository; what is not there yet stays as it was."""
     for file in sorted((OUT / "evaluation").glob("*.json")):
         (RESULTS / file.name).write_text(file.read_text())
+    if found := collect_deltas():
+        (RESULTS / "deltas.json").write_text(json.dumps(found, indent=1) + "\n")
     runs = {}
     for folder in sorted((OUT / "ablations").glob("*")):
         if (folder / "model" / "config.json").exists():
             runs[folder.name] = last_evaluation(folder)
     if runs:
         (RESULTS / "ablations.json").write_text(json.dumps(runs, indent=1) + "\n")
-    if found := rivals.collect(OUT / "rivals"):
-        (RESULTS / "rivals.json").write_text(json.dumps(found, indent=1) + "\n")
+    if compared := rivals.collect(OUT / "rivals"):
+        (RESULTS / "rivals.json").write_text(json.dumps(compared, indent=1) + "\n")
     parts = {name: OUT / name for name in ("clip", "vae", "robust", "unet", "encoder")}
-    found = {name: evaluations(folder) for name, folder in parts.items() if (folder / "metrics.jsonl").exists()}
-    if found:
+    training = {name: evaluations(folder) for name, folder in parts.items() if (folder / "metrics.jsonl").exists()}
+    if training:
         file = RESULTS / "training.json"
         before = json.loads(file.read_text()) if file.exists() else {}
-        file.write_text(json.dumps(before | found, indent=1) + "\n")
+        file.write_text(json.dumps(before | training, indent=1) + "\n")
     if NOISE.exists():
         (RESULTS / "caption_noise.json").write_text(NOISE.read_text() + "\n")
 
@@ -440,6 +442,40 @@ def plot_references(path: Path) -> None:
     pyplot.close(figure)
 
 
+# -- FIX-CLIP as a low-rank change ---------------------------------------------------------------------------
+
+
+def collect_deltas() -> dict[str, dict[str, float]]:
+    """{rank or "full": recalls at the last step, and bytes of the file in half precision that holds the change}."""
+    files = {"full": (OUT / "encoder", OUT / "encoder_diffusers" / "text_encoder" / "model.safetensors")}
+    for folder in sorted(OUT.glob("delta_rank*")):
+        rank = folder.name.removeprefix("delta_rank")
+        files[rank] = (OUT / f"encoder_rank{rank}", folder / "text_delta.safetensors")
+    return {
+        name: last_evaluation(run) | {"bytes": file.stat().st_size}
+        for name, (run, file) in files.items()
+        if file.exists() and (run / "metrics.jsonl").exists()
+    }
+
+
+def deltas_table() -> str:
+    """The whole tower trained, and changes of a low rank: file, retrieval and pictures without an adapter."""
+    file = RESULTS / "deltas.json"
+    found: dict[str, dict[str, float]] = json.loads(file.read_text()) if file.exists() else {}
+    rows = []
+    for name, values in sorted(found.items(), key=lambda item: (not item[0].isdigit(), item[0])):
+        system = f"trained_rank{name}" if name.isdigit() else "trained"
+        nine = sides(load("nine", system))
+        if any(nine):
+            label = f"a change of rank {name}" if name.isdigit() else "the whole tower"
+            cells = [f"{values['bytes'] / 1e6:.1f} MB", *(f"{values[recall]:.3f}" for recall in RECALLS)]
+            rows.append([label, *cells, *(percent(*by_seed(part)) for part in nine)])
+    if len(rows) < 2:
+        return "Not measured yet."
+    header = ["trained", "file", "long i2t", "long t2i", "short i2t", "short t2i"]
+    return table([*header, "right, before 77", "right, after 77"], rows)
+
+
 # -- retrieval -----------------------------------------------------------------------------------------------
 
 
@@ -584,6 +620,7 @@ TABLES = {
     "differences": differences_table,
     "seeds": seeds_table,
     "seeds differences": seeds_differences_table,
+    "deltas": deltas_table,
     "colours": colours_table,
     "counts": counts_table,
     "lengths": lengths_table,

@@ -145,6 +145,21 @@ def seeds() -> list[Stage]:
     return found
 
 
+RANKS = (16, 64)  # of the change that a text tower learns beside the base's weights
+
+
+def deltas() -> list[Stage]:
+    """FIX-CLIP with state alignment as a low-rank change of the base's text tower, drawn with without an adapter."""
+    found: list[Stage] = []
+    for rank in RANKS:
+        name, file = f"encoder_rank{rank}", OUT / f"delta_rank{rank}" / "text_delta.safetensors"
+        export = ("-m", "fixclip_cli", "export", str(OUT / name), str(file.parent), "--format", "delta")
+        found += encoder(name, f"model.lora_rank={rank}")
+        found += [Stage(file.parent.name, (*export, "--dtype", "float16"), (name,), file)]
+        found += [pictures_of(f"trained_rank{rank}", f"{name}_diffusers", "nine", "references")]
+    return found
+
+
 METHODS: dict[str, tuple[str, ...]] = {
     "fixclip": (),
     "longclip": ("method=longclip",),
@@ -281,6 +296,7 @@ GROUPS: dict[str, Callable[[], list[Stage]]] = {
     "chain": chain,
     "controls": controls,
     "seeds": seeds,
+    "deltas": deltas,
     "evaluations": evaluations,
     "tuning": tuning,
     "ablations": ablations,
