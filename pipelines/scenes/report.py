@@ -24,6 +24,7 @@ matplotlib.use("Agg")
 sys.path.insert(0, str(Path(__file__).parent))  # for those who import this file; a script has it there
 import rivals
 from matplotlib import pyplot
+from safetensors import safe_open
 
 from fixclip_core import scenes
 
@@ -446,16 +447,23 @@ def plot_references(path: Path) -> None:
 
 
 def collect_deltas() -> dict[str, dict[str, float]]:
-    """{rank or "full": recalls at the last step, and bytes of the file in half precision that holds the change}."""
+    """{rank or "full": recalls at the last step, and bytes in half precision of what whoever has the base needs}."""
     files = {"full": (OUT / "encoder", OUT / "encoder_diffusers" / "text_encoder" / "model.safetensors")}
     for folder in sorted(OUT.glob("delta_rank*")):
         rank = folder.name.removeprefix("delta_rank")
         files[rank] = (OUT / f"encoder_rank{rank}", folder / "text_delta.safetensors")
     return {
-        name: last_evaluation(run) | {"bytes": file.stat().st_size}
+        name: last_evaluation(run) | {"bytes": trained_bytes(file)}
         for name, (run, file) in files.items()
         if file.exists() and (run / "metrics.jsonl").exists()
     }
+
+
+def trained_bytes(file: Path) -> int:
+    """Bytes of the tensors in a file, without the base's own for short prompts."""
+    with safe_open(file, "pt") as tensors:
+        names = [name for name in tensors.keys() if not name.startswith("short_text_model.")]  # noqa: SIM118 -- no mapping
+        return sum(tensors.get_tensor(name).nbytes for name in names)
 
 
 def deltas_table() -> str:
