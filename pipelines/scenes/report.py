@@ -583,7 +583,7 @@ def training_table() -> str:
     if not file.exists():
         return "Not measured yet."
     names = {
-        "clip": "base CLIP",
+        "clip": "CLIP",
         "vae": "VAE",
         "robust": "VAE, with noise on its latents",
         "unet": "UNet",
