@@ -52,6 +52,7 @@ SYSTEMS = {
     "overlap_adapter": "`overlap`: base encoder + adapter on each window",
     "overlap_text_adapter": "`overlap`: base encoder + adapter on all windows, joined",
 }
+SIDES = ("before 77", "after 77", "references from 77 tokens on")  # of differences
 SEEDED = ("overlap_text_adapter", "adapter", "stretched_adapter")  # with further training seeds
 TRAINING_SEEDS = (0, 1, 2)
 COLOURS = {
@@ -219,10 +220,17 @@ def differences_table() -> str:
     """Paired differences between systems, with 95 % intervals by bootstrap over prompts."""
     rows = []
     for one, other in DIFFERENCES:
-        pairs = [(by_prompt(one, after), by_prompt(other, after)) for after in (False, True)]
-        if all(len(found) for pair in pairs for found in pair):
-            rows.append([f"{SYSTEMS[one]} - {SYSTEMS[other]}", *(interval(*pair) for pair in pairs)])
-    return table(["difference, points", "before 77", "after 77"], rows)
+        cells = differences(one, other, (0,))
+        if set(cells) != {"-"}:
+            rows.append([f"{SYSTEMS[one]} - {SYSTEMS[other]}", *cells])
+    return table(["difference, points", *SIDES], rows)
+
+
+def differences(one: str, other: str, seeds: Sequence[int]) -> list[str]:
+    """One cell for each of `SIDES`, "-" where one of the two was not measured."""
+    pairs = [(by_prompt(one, after, seeds), by_prompt(other, after, seeds)) for after in (False, True)]
+    pairs.append((far_by_prompt(one, seeds), far_by_prompt(other, seeds)))
+    return [interval(*pair) if all(map(len, pair)) else "-" for pair in pairs]
 
 
 def of_seed(system: str, seed: int) -> str:
@@ -265,12 +273,9 @@ def seeds_differences_table() -> str:
         for other in SEEDED[number + 1 :]:
             seeds = [seed for seed in trained_seeds(one) if seed in trained_seeds(other)]
             if len(seeds) > 1:
-                cells = [
-                    interval(by_prompt(one, after, seeds), by_prompt(other, after, seeds)) for after in (False, True)
-                ]
+                cells = differences(one, other, seeds)
                 rows.append([f"{SYSTEMS[one]} - {SYSTEMS[other]}", str(len(seeds)), *cells])
-    header = ["difference, points", "training seeds", "before 77", "after 77"]
-    return table(header, rows) if rows else "Not measured yet."
+    return table(["difference, points", "training seeds", *SIDES], rows) if rows else "Not measured yet."
 
 
 def by_prompt(system: str, after: bool, seeds: Sequence[int] = (0,)) -> np.ndarray:
@@ -280,6 +285,17 @@ def by_prompt(system: str, after: bool, seeds: Sequence[int] = (0,)) -> np.ndarr
         row = counts.setdefault(item.picture[0], [0, 0])
         if item.after == after:
             row[0] += item.right
+            row[1] += 1
+    return np.array([counts[number] for number in sorted(counts)])
+
+
+def far_by_prompt(system: str, seeds: Sequence[int]) -> np.ndarray:
+    """(prompts, 2): references over 77 tokens and more that are right, and how many there are."""
+    counts: dict[int, list[float]] = {}
+    for item in (item for seed in seeds for item in load_references("references", of_seed(system, seed))):
+        row = counts.setdefault(item["prompt"], [0, 0])
+        if item["distance"] >= 77:
+            row[0] += item["right"]
             row[1] += 1
     return np.array([counts[number] for number in sorted(counts)])
 
@@ -353,14 +369,19 @@ def references_table(name: str = "references") -> str:
 
 
 def load_references(name: str, system: str) -> list[dict[str, Any]]:
-    """Every reference of a set with its bucket, and the share of its pictures that are right."""
+    """Every reference of a set with its prompt and bucket, and the share of its pictures that are right."""
     file = RESULTS / f"{name}-{system}.json"
     if not file.exists():
         return []
-    found = [item for row in json.loads(file.read_text())["prompts"] for item in row["references"]]
     return [
-        item | {"bucket": scenes.distance_bucket(item["distance"]), "right": mean([int(m) for m in item["right"]])}
-        for item in found
+        item
+        | {
+            "prompt": number,
+            "bucket": scenes.distance_bucket(item["distance"]),
+            "right": mean([int(mark) for mark in item["right"]]),
+        }
+        for number, row in enumerate(json.loads(file.read_text())["prompts"])
+        for item in row["references"]
     ]
 
 
