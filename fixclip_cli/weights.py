@@ -117,4 +117,8 @@ def export(
             path = Path(short_weights)  # found from any other folder, too
             encoder.name_short_weights(str(path.resolve()) if path.exists() else short_weights)
         encoder.save_pretrained(output / "text_encoder")
-        typer.echo(f"text_encoder/: prompts of up to 77 tokens are read by the text encoder of {short_weights}")
+        whose = f"the text encoder of {short_weights}" + (", which is needed to load it" if by_name else "")
+        line = f"text_encoder/: prompts of up to 77 tokens are read by {whose}"
+        with (output / "README.md").open("a", encoding="utf-8") as card:
+            card.write(f"\n{line}.\n")
+        typer.echo(line)

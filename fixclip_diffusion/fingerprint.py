@@ -55,7 +55,10 @@ def check_made_for(folder: Path, made_for: dict[str, str]) -> None:
         raise ValueError(f"{folder / MADE_FOR}: cannot be read: {error}") from None
     other = [name for name, digest in made_for.items() if found.get(name) != digest]
     if other:
-        raise ValueError(f"{folder}: it was made with another {' and another '.join(other)} than the one given now")
+        raise ValueError(
+            f"{folder}: it was made with another {' and another '.join(other)} than the one given now; name those that "
+            "it was made with, in training by model.encoder (null: the base's own)"
+        )
 
 
 def warn_of_another_encoder(adapter: Path, encoder: FixClipTextEncoder, tokenizer: FixClipTokenizer, name: str) -> None:

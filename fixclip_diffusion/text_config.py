@@ -111,7 +111,9 @@ def load_clip_text_config(name: str, **kwargs: Any) -> CLIPTextConfig | FixClipT
     check_folder_or_hub_name("text encoder", name)
     folder = Path(name) / (kwargs.get("subfolder") or "")
     if folder.is_dir() and not (folder / "config.json").is_file():
-        raise LoadError(f"text encoder {where}: no readable config.json there{what_is_in(folder)}")
+        is_run = (folder / "model" / "config.json").is_file()
+        hint = f"; fixclip export {name} FOLDER --format diffusers makes it of a run" if is_run else ""
+        raise LoadError(f"text encoder {where}: no readable config.json there{hint or what_is_in(folder)}")
     with loading(f"text encoder {where}: no readable config.json there"):
         values, _ = CLIPTextConfig.get_config_dict(name, **hub_kwargs)
     if not values:

@@ -24,10 +24,9 @@ from transformers import (
 from transformers.models.clip.modeling_clip import CLIPPreTrainedModel, CLIPTextEmbeddings
 from transformers.utils import logging as transformers_logging
 
-from fixclip_core.check import LoadError, check_finite, check_layers, hub_reason, loading
+from fixclip_core.check import LoadError, check_finite, check_folder_or_hub_name, check_layers, hub_reason, loading
 from fixclip_core.model.positional import stretch_positions
 from fixclip_core.weights.files import open_weights
-from fixclip_core.weights.kinds import what_is_in
 from fixclip_core.weights.names import Which, find_text_towers, text_tower_names
 from fixclip_core.weights.text_encoder import read_text_encoder, text_encoders_in
 from fixclip_diffusion import builtin
@@ -46,6 +45,7 @@ from fixclip_diffusion.text_config import (
     CLASS_FIELDS,
     FixClipTextConfig,
     describe_source,
+    encoder_subfolder,
     load_clip_text_config,
     long_config,
 )
@@ -610,7 +610,7 @@ def _stock_from_file(stock_class: Any, file: str | Path, which: Which | None) ->
 
 def base_text_model(name: str, what: str) -> CLIPTextModel:
     """The first text encoder of a Stable Diffusion, in float32: a folder, hub or built-in name, a checkpoint in a
-    single file, or a text encoder alone in one.
+    single file, or a text encoder alone in a folder or a file.
 
     Args:
         name: of the base.
@@ -624,8 +624,10 @@ def base_text_model(name: str, what: str) -> CLIPTextModel:
             first: Which | None = "l" if len(text_encoders_in(name)) > 1 else None
             return cast(CLIPTextModel, _stock_from_file(CLIPTextModel, name, first))
         folder = builtin.resolve(builtin.base_of(name))
-        if Path(folder).is_dir() and not (Path(folder) / "text_encoder").is_dir():
-            raise LoadError(f"it is no Stable Diffusion, as there is no text_encoder/ in it{what_is_in(Path(folder))}")
+        check_folder_or_hub_name("base", folder)
+        if Path(folder).is_dir() and encoder_subfolder(folder) is None:
+            load_clip_text_config(folder)  # is it a text encoder itself?
+            return CLIPTextModel.from_pretrained(folder, dtype=torch.float32)
         return CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise LoadError(

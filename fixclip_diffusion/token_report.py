@@ -17,8 +17,9 @@ from fixclip_diffusion.prompt_tokens import tokenize_prompt
 from fixclip_diffusion.tokenizer import FixClipTokenizer
 
 ADAPTED = {
-    "text": "the adapter reads all of it together",
-    "window": "the adapter reads each window by itself",
+    "text": "an adapter refines the hidden states, all of them together",
+    "window": "an adapter refines the hidden states, one window at a time",
+    "left out": f"the adapter leaves prompts of up to {CLIP_CONTEXT_LENGTH} tokens as they are",
 }
 
 
@@ -45,8 +46,8 @@ class TokenReport:
         cut: the same for this conditioning.
         passes: the passes of the encoder, which overlap with `overlap`.
         num_states: L, rows of the prompt's embeds.
-        adapter: what an adapter sees at a time, the hidden states of the whole "text" or of one "window"; None: the
-            encoder has none, or it leaves this prompt as it is.
+        adapter: what an adapter sees at a time, the hidden states of the whole "text" or of one "window"; "left out":
+            it leaves this prompt as it is; None: the encoder has none.
     """
 
     text: str
@@ -151,7 +152,7 @@ def _adapter_sees(adapter: Mapping[str, Any] | None, layout: Layout, context: Co
     if len(layout.ids_NP) > 1:
         return str(adapter.get("scope", "window"))  # those of version 0.1 have no such fields
     is_short = layout.num_read + SPECIAL_TOKENS <= context.short_length
-    return None if is_short and not adapter.get("short_texts", True) else "text"
+    return "left out" if is_short and not adapter.get("short_texts", True) else "text"
 
 
 def _character(tokens: PromptTokens, number: int) -> int | None:

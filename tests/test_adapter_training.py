@@ -16,6 +16,7 @@ import pytest
 import tiny
 import tiny_adapter
 import torch
+import yaml
 from accelerator import reset_accelerator
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
@@ -410,8 +411,29 @@ def test_an_encoder_of_another_width(recipe, tmp_path):
         AdapterTrainer(recipe("run", f"model.encoder={tmp_path / 'wide'}")).prepare()
 
 
+def test_the_sizes_of_an_adapter_to_go_on_from_are_recorded_and_not_contradicted(recipe, encoder_folder, tmp_path):
+    made = recipe("start", "adapter.kind=attention", "adapter.num_layers=3", "adapter.scope=text")
+    train_again(made)
+    start = f"adapter.start_from={tmp_path / 'start' / 'adapter'}"
+    train_again(recipe("on", start, "adapter.kind=attention"))
+    written = yaml.safe_load((tmp_path / "on" / "recipe.yaml").read_text())["adapter"]
+    assert (written["kind"], written["num_layers"], written["scope"]) == ("attention", 3, "text")
+    reset_accelerator()
+    with pytest.raises(ValueError, match=r"adapter\.num_layers=2: adapter\.start_from=.* has 3; leave"):
+        AdapterTrainer(recipe("other", start, "adapter.num_layers=2")).prepare()
+    with pytest.raises(ValueError, match=r"adapter\.scope=text needs adapter\.kind=attention"):
+        recipe("mlp", "adapter.kind=mlp", "adapter.scope=text")
+
+
 def test_captions_that_end_before_the_77th_token(recipe, tmp_path, caplog):
     tiny_adapter.write_data(tmp_path / "short", sentences=3)
+    with pytest.raises(
+        ValueError, match=r"all of 12 captions fit into 77 tokens, which the adapter leaves as they are"
+    ):
+        AdapterTrainer(
+            recipe("run", f"data.source={tmp_path / 'short' / 'data.jsonl'}", "objectives.short_share=0")
+        ).prepare()
+    reset_accelerator()
     with caplog.at_level(logging.WARNING):
         AdapterTrainer(recipe("run", f"data.source={tmp_path / 'short' / 'data.jsonl'}")).prepare()
     assert "all of 12 captions fit into 77 tokens; nothing can be learnt about the tokens after them" in caplog.text

@@ -48,10 +48,10 @@ def models(sd1, tmp_path_factory):
         (None, "overlap", None, None),
         ({}, "overlap", "text", "window"),
         ({}, "one_pass", "text", "text"),
-        ({"short_texts": False}, "overlap", None, "window"),
-        ({"short_texts": False}, "one_pass", None, "text"),
+        ({"short_texts": False}, "overlap", "left out", "window"),
+        ({"short_texts": False}, "one_pass", "left out", "text"),
         ({"scope": "text", "mask_padding": True}, "overlap", "text", "text"),
-        ({"scope": "text", "mask_padding": True, "short_texts": False}, "overlap", None, "text"),
+        ({"scope": "text", "mask_padding": True, "short_texts": False}, "overlap", "left out", "text"),
     ],
 )
 def test_a_report_says_what_an_adapter_sees(sd1, tmp_path, adapter, conditioning, short, long):
@@ -70,7 +70,8 @@ def test_a_report_says_what_an_adapter_sees(sd1, tmp_path, adapter, conditioning
         assert report == reader.report(text)
         assert report.adapter == expected
         acts = not torch.equal(*(each.prompt_encoder.encode([[text]]).embeds_BLD for each in (pipe, plain)))
-        assert acts == (expected is not None) == ("adapter" in str(report))
+        assert acts == (expected in ("text", "window")) == ("refines" in str(report))
+        assert ("adapter" in str(report)) == (adapter is not None)
 
 
 @pytest.mark.parametrize(

@@ -209,7 +209,7 @@ def test_export_puts_the_bases_copy_beside_the_trained_weights(models, base, tmp
     assert_equal(states(encoder, texts(SHORT, 77)), states(base, texts(SHORT, 77)))
     named = [tmp_path / "named" if part == tmp_path / "out" else part for part in command]
     monkeypatch.chdir(models)  # a folder's name is that from anywhere
-    for source in ("base", "base/text_encoder/model.safetensors"):
+    for source in ("base", "base/text_encoder", "base/text_encoder/model.safetensors"):
         shutil.rmtree(tmp_path / "named", ignore_errors=True)
         done = CliRunner().invoke(app, [str(part) for part in [*named, source, "--by-name"]])
         assert done.exit_code == 0, done.output
@@ -219,7 +219,10 @@ def test_export_puts_the_bases_copy_beside_the_trained_weights(models, base, tmp
             assert small.stat().st_size < 0.7 * large.stat().st_size
             encoder = FixClipTextEncoder.from_pretrained(tmp_path / "named", subfolder="text_encoder")
         assert_equal(states(encoder, texts(SHORT, 77)), states(base, texts(SHORT, 77)))
-    for source, message in ((tmp_path / "nothing", "nothing"), (tmp_path / "run", "no Stable Diffusion")):
+    for source, message in (
+        (tmp_path / "nothing", "neither a folder nor a hub name"),
+        (tmp_path / "run", "two towers"),
+    ):
         wrong = CliRunner().invoke(app, [str(part) for part in [*command, source]])
         assert wrong.exit_code == 2
         assert message in wrong.output

@@ -52,7 +52,18 @@ class AdapterSection(Section):
     scope: Literal["window", "text"] = Field(
         default="window", description="attention reads one window at a time, or the joined states of all: text"
     )
-    start_from: str | None = Field(default=None, description="adapter folder whose weights to go on from")
+    start_from: str | None = Field(
+        default=None, description="adapter folder whose weights to go on from; its sizes are those of this section"
+    )
+
+    @model_validator(mode="after")
+    def _check_scope(self) -> "AdapterSection":
+        if self.scope == "text" and self.start_from is None and not (self.kind == "attention" and self.mask_padding):
+            raise ValueError(
+                f"adapter.scope=text needs adapter.kind=attention and adapter.mask_padding=true, got kind={self.kind}, "
+                f"mask_padding={str(self.mask_padding).lower()}; or set adapter.scope=window"
+            )
+        return self
 
 
 class LoraSection(Section):

@@ -56,7 +56,6 @@ from fixclip_diffusion.families import STABLE_DIFFUSION_XL, TextEncoding
 from fixclip_diffusion.fingerprint import MADE_FOR, check_made_for, fingerprint
 from fixclip_diffusion.loading import load_own_encoder
 from fixclip_diffusion.state_mask import mask_empty_states
-from fixclip_diffusion.tokenizer import FixClipTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +122,7 @@ class AdapterTrainer(Trainer):
         self.made_for = [fingerprint(encoding.encoder, encoding.tokenizer) for encoding in frozen.encodings]
         torch.manual_seed(recipe.seed)  # whatever loading drew from the generators
         adapter = make_adapter(recipe, frozen, self.made_for)
+        self.recipe = recipe = recorded_sizes(recipe, adapter)
         place(frozen, self.accelerator.device, DTYPES[recipe.train.precision])
         lora = add_lora(frozen.unet, recipe.lora.rank)
         if recipe.train.gradient_checkpointing:
@@ -136,7 +136,7 @@ class AdapterTrainer(Trainer):
         self.resolution = self.recipe.data.resolution or _own_resolution(self.frozen)
         loader = make_loader(self.recipe, self.frozen, self.accelerator, self.batch_size, self.resolution)
         if self.accelerator.is_main_process:
-            warn_of_short_captions(loader.batches, self.frozen.tokenizer)
+            check_lengths(loader.batches, self.frozen, self.recipe)
         return loader
 
     def is_new(self, name: str) -> bool:
@@ -446,6 +446,28 @@ def make_adapter(
     return JoinedAdapter(adapters) if len(adapters) > 1 else adapter
 
 
+def recorded_sizes(recipe: AdapterRecipe, adapter: TextAdapter | JoinedAdapter) -> AdapterRecipe:
+    """The recipe with the sizes of the adapter that it goes on from, as `recipe.yaml` is to say what was trained.
+
+    Raises:
+        ValueError: the recipe names other sizes.
+    """
+    section = recipe.adapter
+    if section.start_from is None:
+        return recipe
+    sizes = {name: adapter.config[name] for name in type(section).model_fields if name in adapter.config}
+    if isinstance(adapter, JoinedAdapter):
+        del sizes["hidden_width"]  # follows the width of each text encoder
+    for name in section.model_fields_set & sizes.keys():
+        value = getattr(section, name)
+        if value != sizes[name] and (name, value) != ("hidden_width", 0):
+            raise ValueError(
+                f"adapter.{name}={value}: adapter.start_from={section.start_from!r} has {sizes[name]}; leave "
+                f"adapter.{name} out, or start anew without adapter.start_from"
+            )
+    return recipe.model_copy(update={"adapter": section.model_copy(update=sizes)})
+
+
 def _adapter_to_go_on_from(folder: Path, width: int, made_for: dict[str, str]) -> TextAdapter:
     adapter = TextAdapter.from_pretrained(folder)
     if adapter.config["width"] != width:
@@ -536,8 +558,12 @@ def make_loader(
     return Loader(result, pin_memory=accelerator.device.type == "cuda")
 
 
-def warn_of_short_captions(loaded: Batches, tokenizer: FixClipTokenizer, looked_at: int = 256) -> None:
-    """Warn where no caption among a few hundred is longer than what the base reads anyway."""
+def check_lengths(loaded: Batches, frozen: FrozenModels, recipe: AdapterRecipe, looked_at: int = 256) -> None:
+    """Warn where no caption among a few hundred is longer than what the base reads anyway.
+
+    Raises:
+        ValueError: neither is there, and the adapter leaves short texts as they are: nothing would be trained.
+    """
     total = len(loaded.order)
     positions = range(0, total, max(1, total // looked_at))
     longs = []
@@ -546,13 +572,16 @@ def warn_of_short_captions(loaded: Batches, tokenizer: FixClipTokenizer, looked_
             longs.append(loaded.captions(0, loaded.order.index(0, position))[1])
         except BadSampleError:
             continue  # counted and reported when its turn comes
-    if longs and max(map(len, tokenizer(longs).input_ids)) <= CLIP_CONTEXT_LENGTH:
-        logger.warning(
-            "%s: all of %d captions fit into %d tokens; nothing can be learnt about the tokens after them",
-            loaded.config.source,
-            len(longs),
-            CLIP_CONTEXT_LENGTH,
+    if not longs or max(map(len, frozen.tokenizer(longs).input_ids)) > CLIP_CONTEXT_LENGTH:
+        return
+    found = f"{loaded.config.source}: all of {len(longs)} captions fit into {CLIP_CONTEXT_LENGTH} tokens"
+    keeps_short = not recipe.objectives.reads_short and all(e.context.short_length for e in frozen.encodings)
+    if keeps_short and not recipe.lora.rank:
+        raise ValueError(
+            f"data.source={found}, which the adapter leaves as they are (objectives.short_share=0), so there is "
+            "nothing to train; give longer captions, or set objectives.short_share=0.25"
         )
+    logger.warning("%s; nothing can be learnt about the tokens after them", found)
 
 
 # -- what comes out ------------------------------------------------------------------------------------------
