@@ -52,9 +52,7 @@ class AdapterSection(Section):
     scope: Literal["window", "text"] = Field(
         default="window", description="attention reads one window at a time, or the joined states of all: text"
     )
-    start_from: str | None = Field(
-        default=None, description="adapter folder whose weights to go on from; its sizes are those of this section"
-    )
+    start_from: str | None = Field(default=None, description="adapter folder whose weights and sizes to go on from")
 
     @model_validator(mode="after")
     def _check_scope(self) -> "AdapterSection":
