@@ -17,6 +17,7 @@ round that does not count; peak memory is a process's (Linux), so each system an
 """
 
 import ctypes
+import functools
 import json
 import platform
 import statistics
@@ -60,60 +61,86 @@ def prompt_of(num_tokens: int) -> str:
     return " ".join(words[: num_tokens - 2]).replace(" .", ".")
 
 
-def build_xl(system: str, layers: int, dtype: torch.dtype) -> Callable[[str], Any]:
-    """The function from a prompt to what Stable Diffusion XL's UNet reads of it, of ViT-L/14 and ViT-bigG/14."""
+@functools.cache
+def text_models_xl(layers: int, dtype: torch.dtype) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
+    """ViT-L/14 and ViT-bigG/14 with random weights, which every system of a process shares."""
     torch.manual_seed(0)
     sizes = [random_models.VIT_L, random_models.VIT_BIG_G]
     if layers:
         sizes = [{**size, "num_hidden_layers": layers} for size in sizes]
     first = CLIPTextModel(CLIPTextConfig(**sizes[0])).to(dtype).eval()
-    second = CLIPTextModelWithProjection(CLIPTextConfig(**sizes[1])).to(dtype).eval()
-    tokenizers = [clip_tokenizer(), clip_tokenizer(pad_token="!")]
+    return first, CLIPTextModelWithProjection(CLIPTextConfig(**sizes[1])).to(dtype).eval()
+
+
+@functools.cache
+def pipeline_xl(ours: bool, layers: int, dtype: torch.dtype) -> Any:
+    first, second = text_models_xl(layers, dtype)
+    parts = {"tokenizer": clip_tokenizer(), "tokenizer_2": clip_tokenizer(pad_token="!")}
+    parts |= {"text_encoder": first, "text_encoder_2": second, "vae": None, "unet": None, "scheduler": None}
+    stock = StableDiffusionXLPipeline(**parts, add_watermarker=False)
+    return FixClipStableDiffusionXLPipeline.from_pipe(stock) if ours else stock
+
+
+def build_xl(system: str, layers: int, dtype: torch.dtype) -> Callable[[str], Any]:
+    """The function from a prompt to what Stable Diffusion XL's UNet reads of it, of ViT-L/14 and ViT-bigG/14."""
     if system == "compel":
         from compel import Compel, ReturnedEmbeddingsType
 
         return Compel(
-            tokenizer=tokenizers,
-            text_encoder=[first, second],
+            tokenizer=[clip_tokenizer(), clip_tokenizer(pad_token="!")],
+            text_encoder=list(text_models_xl(layers, dtype)),
             returned_embeddings_type=ReturnedEmbeddingsType.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED,
             requires_pooled=[False, True],
             truncate_long_prompts=False,
         )
-    parts = {"text_encoder": first, "text_encoder_2": second, "tokenizer": tokenizers[0], "tokenizer_2": tokenizers[1]}
-    pipe = StableDiffusionXLPipeline(**parts, vae=None, unet=None, scheduler=None, add_watermarker=False)
-    if system != "stock":
-        pipe = FixClipStableDiffusionXLPipeline.from_pipe(pipe, conditioning=CONDITIONING[system])
-    return lambda prompt: pipe.encode_prompt(prompt, device="cpu", do_classifier_free_guidance=False)[0]
+    pipe = pipeline_xl(system != "stock", layers, dtype)
+
+    def encode(prompt: str) -> Any:
+        if system != "stock":
+            pipe.conditioning = CONDITIONING[system]
+        return pipe.encode_prompt(prompt, device="cpu", do_classifier_free_guidance=False)[0]
+
+    return encode
+
+
+@functools.cache
+def text_model(width: int, layers: int, dtype: torch.dtype) -> CLIPTextModel:
+    """A text encoder with random weights, which every system of a process shares."""
+    torch.manual_seed(0)
+    config = clip_text_config(
+        hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers or 12, num_attention_heads=width // 64
+    )
+    return CLIPTextModel(config).to(dtype).eval()
+
+
+@functools.cache
+def pipeline(ours: bool, width: int, layers: int, dtype: torch.dtype) -> Any:
+    model, tokenizer = text_model(width, layers, dtype), clip_tokenizer()
+    parts = {"vae": vae(), "unet": unet(cross_attention_dim=width), "scheduler": None}
+    parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    if not ours:
+        return StableDiffusionPipeline(text_encoder=model, tokenizer=tokenizer, **parts)
+    own = FixClipTokenizer(vocab=tokenizer.get_vocab(), merges=tokenizer._merges)
+    return FixClipStableDiffusionPipeline(text_encoder=FixClipTextEncoder.from_clip(model), tokenizer=own, **parts)
 
 
 def build(base: str, system: str, width: int, layers: int, dtype: torch.dtype) -> Callable[[str], Any]:
     """The function from a prompt to its states."""
     if base == "sdxl":
         return build_xl(system, layers, dtype)
-    layers = layers or 12
-    torch.manual_seed(0)
-    config = clip_text_config(
-        hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=width // 64
-    )
-    text_encoder = CLIPTextModel(config).to(dtype).eval()
-    tokenizer = clip_tokenizer()
-    rest = {"vae": vae(), "unet": unet(cross_attention_dim=width), "scheduler": None}
-    rest |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     if system == "compel":
         from compel import Compel
 
-        return Compel(tokenizer=tokenizer, text_encoder=text_encoder, truncate_long_prompts=False)
-    if system == "stock":
-        pipe = StableDiffusionPipeline(text_encoder=text_encoder, tokenizer=tokenizer, **rest)
-    else:
-        ours = FixClipTokenizer(vocab=tokenizer.get_vocab(), merges=tokenizer._merges)
-        pipe = FixClipStableDiffusionPipeline(
-            text_encoder=FixClipTextEncoder.from_clip(text_encoder),
-            tokenizer=ours,
-            conditioning=CONDITIONING[system],
-            **rest,
-        )
-    return lambda prompt: pipe.encode_prompt(prompt, "cpu", 1, False)[0]
+        model = text_model(width, layers, dtype)
+        return Compel(tokenizer=clip_tokenizer(), text_encoder=model, truncate_long_prompts=False)
+    pipe = pipeline(system != "stock", width, layers, dtype)
+
+    def encode(prompt: str) -> Any:
+        if system != "stock":
+            pipe.conditioning = CONDITIONING[system]
+        return pipe.encode_prompt(prompt, "cpu", 1, False)[0]
+
+    return encode
 
 
 def measure_times(base: str, width: int, layers: int, dtype: torch.dtype, rounds: int) -> dict[str, dict[int, float]]:
