@@ -16,7 +16,7 @@ import torch
 from tokenizers import decoders
 from torch import Tensor
 
-from fixclip_diffusion.adapter import TextAdapter
+from fixclip_diffusion.adapter import TextAdapter, check_fits
 from fixclip_diffusion.conditioning import (
     CLIP_CONTEXT_LENGTH,
     CONDITIONINGS,
@@ -254,9 +254,7 @@ def _encode(clip: Any, readings: dict[str, Reading], adapters: dict[str, TextAda
 @torch.no_grad()
 def _adapt(adapter: TextAdapter, states_NPD: Tensor, layout: Layout, weighted: bool) -> Tensor:
     """Adapted states of the windows; with weights, those of the adapted states: z -> empty + weight (z - empty)."""
-    width = states_NPD.shape[-1]
-    if adapter.config["width"] != width:
-        raise ValueError(f"adapter of width {adapter.config['width']} on a text encoder of width {width}")
+    check_fits(adapter.config, width=states_NPD.shape[-1])
     length_N = (layout.token_NP >= 0).sum(1) + SPECIAL_TOKENS
     if weighted:
         length_N = torch.cat([length_N, torch.tensor([SPECIAL_TOKENS])])

@@ -117,8 +117,13 @@ def _check_names(options: ModelOptions) -> None:
         if name is None or Path(name).is_file() or (what == "base" and builtin.whole_model(name) is not None):
             continue  # what a file is, is told by its loader
         check_folder_or_hub_name(what, builtin.resolve(name))
-    for text in options.loras:
-        builtin.resolve(split_scale(text)[0])
+    for what, names in (
+        ("--lora", [split_scale(text)[0] for text in options.loras]),
+        ("--embedding", options.embeddings),
+    ):
+        for name in names:
+            if not Path(name).is_file():
+                check_folder_or_hub_name(what, builtin.resolve(name))
 
 
 def base_options(options: ModelOptions) -> ModelOptions:

@@ -212,6 +212,26 @@ class TextAdapter(nn.Module):
         return adapter
 
 
+def check_fits(config: dict[str, Any], width: int, context_length: int = 0, what: str = "adapter") -> None:
+    """Refuse an adapter for other hidden states than those of a text encoder.
+
+    Args:
+        config: of the adapter, see `read_adapter_config`.
+        width: of the text encoder's hidden states.
+        context_length: tokens that it reads at once, if known.
+        what: the adapter, for the error.
+
+    Raises:
+        ValueError: the adapter's width is another one, or it reads fewer tokens.
+    """
+    if config["width"] != width:
+        raise ValueError(
+            f"{what} of width {config['width']} on a text encoder of width {width}: it was trained for another base"
+        )
+    if config["kind"] == "attention" and config["max_tokens"] < context_length:
+        raise ValueError(f"{what} for {config['max_tokens']} tokens on a text encoder of {context_length}")
+
+
 def read_adapter_config(source: str | Path, **hub_kwargs: Any) -> dict[str, Any]:
     """The configuration of an adapter, without its weights; `source` as in `TextAdapter.from_pretrained`.
 

@@ -16,7 +16,7 @@ from fixclip_core.check import check_folder_or_hub_name, check_tokenizer, hub_re
 from fixclip_core.weights.names import Which
 from fixclip_core.weights.text_encoder import read_text_config, text_encoders_in
 from fixclip_diffusion import builtin
-from fixclip_diffusion.adapter import TextAdapter, read_adapter_config
+from fixclip_diffusion.adapter import TextAdapter, check_fits, read_adapter_config
 from fixclip_diffusion.conditioning import get_conditioning, renamed
 from fixclip_diffusion.families import Family, Tower
 from fixclip_diffusion.fingerprint import MADE_FOR, warn_of_another_encoder
@@ -79,11 +79,11 @@ def load_components(
     check_syntax(kwargs.get("weights"))
     check_spelling(kwargs)
     hub_kwargs = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
-    adapter_widths: dict[str, int] = {}
+    adapter_configs: dict[str, dict[str, Any]] = {}
     for name, adapter in adapters.items():
         if adapter is not None and not isinstance(adapter, TextAdapter):
             # A wrong name, or an adapter of another base, is told before gigabytes are read.
-            adapter_widths[name] = read_adapter_config(adapter, **hub_kwargs)["width"]
+            adapter_configs[name] = read_adapter_config(adapter, **hub_kwargs)
     index = load_index(family, base, hub_kwargs)
     towers = [tower for tower in family.towers if index.get(tower.encoder, [None])[0] is not None]
     widths: dict[str, int] = {}
@@ -97,12 +97,8 @@ def load_components(
             widths[tower.encoder] = plans[tower.encoder].pop("width")
     if len(widths) == len(towers):
         check_width(widths, _unet_width(base, kwargs, hub_kwargs), family)
-    for name in adapter_widths.keys() & widths.keys():
-        if adapter_widths[name] != widths[name]:
-            raise ValueError(
-                f"adapter {str(adapters[name])!r}: of width {adapter_widths[name]}, and {name} is {widths[name]} wide: "
-                "it was trained for another base"
-            )
+    for name in adapter_configs.keys() & widths.keys():
+        check_fits(adapter_configs[name], widths[name], what=f"{name}: adapter {str(adapters[name])!r}")
     for tower in towers:
         if tower.encoder in plans:
             kwargs[tower.encoder] = _load_encoder(plans[tower.encoder])

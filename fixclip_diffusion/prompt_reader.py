@@ -9,7 +9,7 @@ from huggingface_hub import hf_hub_download
 from fixclip_core.check import LoadError, check_folder_or_hub_name, hub_reason
 from fixclip_core.files import parse_json
 from fixclip_diffusion import builtin
-from fixclip_diffusion.adapter import read_adapter_config
+from fixclip_diffusion.adapter import check_fits, read_adapter_config
 from fixclip_diffusion.conditioning import Conditioning, Context, choose_conditioning, renamed
 from fixclip_diffusion.prompt_tokens import context_of_config
 from fixclip_diffusion.prompt_weights import check_syntax
@@ -66,6 +66,9 @@ class PromptReader:
             )
         if parts.adapter is not None:
             config.adapter = _read_adapter_config(parts.adapter, len(configs))
+            if config.adapter is not None:
+                what = f"adapter {parts.adapter!r}"
+                check_fits(config.adapter, config.hidden_size, config.max_position_embeddings, what)
         # Names the file that is missing, and asks once; the tokenizer alone would try a dozen before it gives up.
         _read_json(base, "tokenizer/tokenizer_config.json")
         length = config.max_position_embeddings

@@ -30,7 +30,7 @@ from fixclip_core.weights.files import open_weights
 from fixclip_core.weights.names import Which, find_text_towers, text_tower_names
 from fixclip_core.weights.text_encoder import read_text_encoder, text_encoders_in
 from fixclip_diffusion import builtin
-from fixclip_diffusion.adapter import TextAdapter
+from fixclip_diffusion.adapter import TextAdapter, check_fits
 from fixclip_diffusion.conditioning import CLIP_CONTEXT_LENGTH, default_conditioning, get_conditioning, short_length
 from fixclip_diffusion.short_weights import (
     POSITIONS,
@@ -316,13 +316,7 @@ class LongTextEncoder(CLIPPreTrainedModel):
             ValueError: the adapter's width is not the encoder's, or it reads fewer tokens than the encoder.
         """
         if adapter is not None:
-            width = adapter.config["width"]
-            if width != self.config.hidden_size:
-                raise ValueError(f"adapter of width {width} on a text encoder of width {self.config.hidden_size}")
-            if adapter.config["kind"] == "attention" and adapter.config["max_tokens"] < self.context_length:
-                raise ValueError(
-                    f"adapter for {adapter.config['max_tokens']} tokens on a text encoder of {self.context_length}"
-                )
+            check_fits(adapter.config, self.config.hidden_size, self.context_length)
             adapter = adapter.to(device=self.device, dtype=self.dtype).train(self.training)
         self.adapter = adapter
         self.config.adapter = None if adapter is None else dict(adapter.config)

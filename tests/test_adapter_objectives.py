@@ -83,6 +83,9 @@ def identity(states, text):
     return states
 
 
+NO_SHORT = {"short_share": 0.0, "weight_short": 0.0, "weight_prediction": 0.0, "weight_states": 0.0}
+
+
 def section(**changes):
     values = {"weight_long": 1.3, "weight_short": 0.7, "weight_prediction": 0.9, "weight_states": 0.4}
     values |= {"weight_windows": 0.6, "weight_plain": 0.8}
@@ -225,7 +228,7 @@ def test_the_adapter_sees_one_pass_at_a_time(denoiser, mask):
             return UNet2DConditionOutput(noisy)
 
     seeing = dataclasses.replace(denoiser, unet=Reading())
-    only_long = section(short_share=0.0, caption_dropout=0.0, weight_windows=0.0, weight_plain=0.0, noise_draws=1)
+    only_long = section(**NO_SHORT, caption_dropout=0.0, weight_windows=0.0, weight_plain=0.0, noise_draws=1)
     adapter_losses(adapter, features, seeing, only_long)
     for row, wanted in enumerate(expected):
         torch.testing.assert_close(read[0][row, : len(wanted)], wanted, rtol=1e-4, atol=1e-5)
@@ -256,7 +259,7 @@ def test_an_adapter_that_changes_nothing_keeps_the_base(denoiser):
 
 def test_only_losses_that_count_are_computed(denoiser):
     features = make_features()
-    only_long = adapter_losses(identity, features, denoiser, section(short_share=0.0))
+    only_long = adapter_losses(identity, features, denoiser, section(**NO_SHORT))
     assert set(only_long) == {"loss", "loss_long", "loss_windows", "loss_plain"}
     no_teacher = {"weight_states": 0.0, "weight_prediction": 0.0, "weight_windows": 0.0, "weight_plain": 0.0}
     without = adapter_losses(identity, features, denoiser, section(**no_teacher))

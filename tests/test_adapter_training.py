@@ -41,6 +41,7 @@ from fixclip_diffusion.tiny import clip_text_config, unet
 
 ROOT = Path(__file__).parents[1]
 PROMPT = tiny_adapter.caption(5)
+NO_SHORT = ("objectives.weight_short=0", "objectives.weight_states=0")  # of the tiny recipe, for short_share=0
 
 
 @pytest.fixture(scope="session")
@@ -431,7 +432,7 @@ def test_captions_that_end_before_the_77th_token(recipe, tmp_path, caplog):
         ValueError, match=r"all of 12 captions fit into 77 tokens, which the adapter leaves as they are"
     ):
         AdapterTrainer(
-            recipe("run", f"data.source={tmp_path / 'short' / 'data.jsonl'}", "objectives.short_share=0")
+            recipe("run", f"data.source={tmp_path / 'short' / 'data.jsonl'}", "objectives.short_share=0", *NO_SHORT)
         ).prepare()
     reset_accelerator()
     with caplog.at_level(logging.WARNING):
@@ -451,10 +452,18 @@ def test_captions_that_end_before_the_77th_token(recipe, tmp_path, caplog):
         (["data.source=nowhere"], "source 'nowhere' does not exist"),
         (["train.batch_size=13"], "12 samples do not fill one batch of 13"),
         (["model.base=TMP"], "is a folder without model_index.json"),
-        (["objectives.weight_long=0", "objectives.short_share=0"], "every weight that counts is 0"),
+        (["objectives.weight_long=0", "objectives.short_share=0", *NO_SHORT], "every weight that counts is 0"),
         (
-            ["lora.rank=2", "objectives.weight_long=0", "objectives.short_share=0", "objectives.weight_windows=1"],
+            [
+                *("lora.rank=2", "objectives.weight_long=0", "objectives.weight_windows=1"),
+                *("objectives.short_share=0", *NO_SHORT),
+            ],
             r"lora\.rank=2: a LoRA learns from noise predictions",
+        ),
+        (["objectives.short_share=0"], r"objectives\.weight_short=0\.5 with short_share=0: no draw reads a short"),
+        (
+            ["objectives.short_share=0", "objectives.weight_short=0"],
+            r"objectives\.weight_states=0\.1 with short_share=0",
         ),
         (["train.micro_batch_size=9"], "micro_batch_size=9: it must be at most"),
         (["objectives.weight_shrt=1"], r"unknown key; did you mean objectives\.weight_short\?"),

@@ -273,8 +273,14 @@ def test_a_long_negative_prompt_is_reported(sd1, tmp_path):
         (["--config", "/no/such.png"], "/no/such.png: it cannot be read as a picture"),
         (["a", "--config", "BASE/model_index.json"], "it cannot be read as a picture"),
         (["a", "--base", "BASE", "--scheduler", "Eulr"], "--scheduler Eulr: valid are DDIM, DDPM"),
-        (["a", "--base", "BASE", "--lora", "/no/such:0.5"], "--lora /no/such: it cannot be loaded"),
-        (["a", "--base", "BASE", "--embedding", "/no/such"], "--embedding /no/such: it cannot be loaded"),
+        (
+            ["a", "--base", "BASE", "--lora", "/no/such:0.5"],
+            "--lora '/no/such' is neither a folder nor a hub name like owner/model",
+        ),
+        (
+            ["a", "--base", "BASE", "--embedding", "/no/such"],
+            "--embedding '/no/such' is neither a folder nor a hub name like owner/model",
+        ),
         (["a", "--base", "BASE", "--embedding", "STYLES/MyCat.safetensors"], "its token 'MyCat' is in no prompt"),
         (["(a:b)", "--base", "BASE", "--weights", "a1"], "'a1' is not one of 'a1111', 'compel'"),
     ],

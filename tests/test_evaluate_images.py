@@ -296,6 +296,8 @@ def test_what_cannot_be_drawn_is_named_first(sd1, parts, tmp_path):
         ([System("a"), System("b", adapter=str(other))], "made with another text encoder and another tokenizer"),
         ([System("a"), System("b", lora=str(tmp_path))], "LoRA .* cannot be loaded"),
         ([System("a"), System("b", encoder=str(tmp_path))], "no readable config.json"),
+        ([System("a"), System("b", lora="no-such.safetensors")], "system 'b': lora 'no-such.safetensors' is neither a"),
+        ([System("a"), System("b", pipeline="/no/such")], "system 'b': pipeline '/no/such' is neither a fold"),
     ):
         with pytest.raises(ValueError, match=message):
             run.evaluate_images(str(sd1), benchmark(*prompts), systems, drawing, tmp_path / "out")

@@ -189,3 +189,14 @@ def test_errors_about_the_hub_are_in_our_words(sd1, what):
     assert "HF_HUB_OFFLINE" in message or "hub cannot be reached" in message
     for foreign in ("outgoing traffic", "cached_download", "http", "transformers", "local_files_only", "snapshot"):
         assert foreign not in message, message
+
+
+@pytest.mark.parametrize(("width", "tokens"), [(48, 248), (32, 100)])
+def test_an_adapter_that_does_not_fit_is_refused_as_the_pipeline_refuses_it(sd1, tmp_path, width, tokens):
+    TextAdapter(width, kind="attention", num_heads=2, max_tokens=tokens).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=rf"adapter (of width {width}|for {tokens} tokens) on a text encoder"
+    ) as loading:
+        load_pipeline(str(sd1), adapter=TextAdapter.from_pretrained(tmp_path))
+    result = run("tokens", LONG, "--base", sd1, "--adapter", tmp_path)
+    assert str(loading.value).removeprefix("adapter") in error_of(result)

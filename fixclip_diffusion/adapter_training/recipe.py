@@ -93,6 +93,17 @@ class ObjectivesSection(Section):
         default=0.0, ge=0, le=1, description="draws taken from the noisiest 40 % of the timesteps; 0: uniform"
     )
 
+    @model_validator(mode="after")
+    def _check_short(self) -> "ObjectivesSection":
+        for name in ("weight_short", "weight_prediction", "weight_states"):
+            value = getattr(self, name)
+            if not self.reads_short and value not in (0, type(self).model_fields[name].default):
+                raise ValueError(
+                    f"objectives.{name}={value:g} with short_share=0: no draw reads a short caption; set {name}=0, or "
+                    "a share above 0"
+                )
+        return self
+
     @property
     def reads_short(self) -> bool:
         """Whether any draw reads the short caption."""

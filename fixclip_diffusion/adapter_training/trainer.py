@@ -34,7 +34,7 @@ from fixclip_core.training.metrics import MetricsLog
 from fixclip_core.training.optim import check_finite
 from fixclip_core.training.trainer import CHECKPOINTS, Trainer, batches, changed
 from fixclip_diffusion import builtin
-from fixclip_diffusion.adapter import TextAdapter
+from fixclip_diffusion.adapter import TextAdapter, check_fits
 from fixclip_diffusion.adapter_training.features import (
     CachedFeatures,
     CachedLatents,
@@ -470,11 +470,7 @@ def recorded_sizes(recipe: AdapterRecipe, adapter: TextAdapter | JoinedAdapter) 
 
 def _adapter_to_go_on_from(folder: Path, width: int, made_for: dict[str, str]) -> TextAdapter:
     adapter = TextAdapter.from_pretrained(folder)
-    if adapter.config["width"] != width:
-        raise ValueError(
-            f"adapter.start_from={str(folder)!r}: an adapter of width {adapter.config['width']} on a text encoder of "
-            f"width {width}"
-        )
+    check_fits(adapter.config, width, what=f"adapter.start_from={str(folder)!r}: an adapter")
     check_made_for(folder, made_for)
     return adapter
 

@@ -19,6 +19,7 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 from tqdm import tqdm
 
+from fixclip_core.check import check_folder_or_hub_name
 from fixclip_core.files import write_atomically
 from fixclip_diffusion import builtin
 from fixclip_diffusion.adapter import TextAdapter
@@ -76,6 +77,17 @@ class System:
                 object.__setattr__(self, "conditioning", get_conditioning(self.conditioning).name)
             except ValueError as error:
                 raise ValueError(f"system {self.name!r}: {error}") from None
+
+    def check_names(self) -> None:
+        """Refuse a part that is neither here nor could be on the hub, before anything is loaded.
+
+        Raises:
+            ValueError: names the part.
+        """
+        for key in ("encoder", "encoder_2", "adapter", "lora", "pipeline"):
+            name = getattr(self, key)
+            if name is not None and not Path(name).is_file():  # what a file is, is told by its loader
+                check_folder_or_hub_name(f"system {self.name!r}: {key}", builtin.resolve(name))
 
 
 def default_systems(

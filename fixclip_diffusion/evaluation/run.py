@@ -115,6 +115,8 @@ def evaluate_images(
     _check(benchmark, systems, judges, official)
     painter = Painter(base, device, dtype)
     for system in systems:  # what cannot be loaded is found out before hours of drawing
+        system.check_names()
+    for system in systems:
         painter.check(system)
     tokenizer = _tokenizer(base, systems)
     prepare_folder(folder)
