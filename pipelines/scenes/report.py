@@ -325,7 +325,7 @@ def counts_table() -> str:
 
 
 def lengths_table() -> str:
-    """All pictures by the length of their prompt."""
+    """All pictures by the length of their prompt; how many prompts there are stands behind it."""
     bounds = [(0, 77), (78, 110), (111, 140), (141, 160), (161, 248)]
     found = {s: [*load("by_count", s), *load("nine", s)] for s in SYSTEMS}
     rows = [
@@ -333,7 +333,13 @@ def lengths_table() -> str:
         for s, label in SYSTEMS.items()
         if found[s]
     ]
-    return table(["tokens of the prompt", *(f"{low or 'up'}-{high}" for low, high in bounds)], rows)
+    sets = [load(name, "stock") for name in ("by_count", "nine")]
+    tokens = [number for judged in sets for number in {item.picture[0]: item.tokens for item in judged}.values()]
+    header = [
+        f"{f'{low} to' if low else 'up to'} {high} ({sum(low <= number <= high for number in tokens)})"
+        for low, high in bounds
+    ]
+    return table(["tokens of the prompt (how many)", *header], rows)
 
 
 def held_out_table() -> str:
