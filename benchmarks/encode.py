@@ -24,7 +24,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -143,12 +143,14 @@ def build(base: str, system: str, width: int, layers: int, dtype: torch.dtype) -
     return encode
 
 
-def measure_times(base: str, width: int, layers: int, dtype: torch.dtype, rounds: int) -> dict[str, dict[int, float]]:
+def measure_times(
+    base: str, width: int, layers: int, dtype: torch.dtype, rounds: int, lengths: Sequence[int]
+) -> dict[str, dict[int, float]]:
     """Median seconds of every system and length; the systems take turns."""
     encoders = {system: build(base, system, width, layers, dtype) for system in SYSTEMS}
-    times: dict[str, dict[int, list[float]]] = {system: {n: [] for n in LENGTHS} for system in SYSTEMS}
+    times: dict[str, dict[int, list[float]]] = {system: {n: [] for n in lengths} for system in SYSTEMS}
     for index in tqdm(range(rounds + 1), desc="rounds"):
-        for length in LENGTHS:
+        for length in lengths:
             prompt = prompt_of(length)
             for system in SYSTEMS if index % 2 else SYSTEMS[::-1]:
                 start = time.perf_counter()
@@ -184,23 +186,27 @@ def main(
     rounds: Annotated[int, typer.Option(help="Timed rounds.")] = 15,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     memory: Annotated[bool, typer.Option(help="Measure memory too, in a process for each system and length.")] = True,
+    tokens: Annotated[
+        list[int] | None, typer.Option(min=20, help=f"A prompt's length; repeat. Default: {LENGTHS}.")
+    ] = None,
     one: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
     diffusers_logging.set_verbosity_error()
     torch_dtype = getattr(torch, dtype)
     if one:
-        system, tokens = one.split(",")
+        system, count = one.split(",")
         encode = build(base, system, width, layers, torch_dtype)
         # The first prompt brings in libraries and buffers that stay.
         with torch.no_grad():
             encode("a")
             before = reset_peak()
-            encode(prompt_of(int(tokens)))
+            encode(prompt_of(int(count)))
         print(json.dumps(reset_peak(peak_first=True) - before))
         return
-    times = measure_times(base, width, layers, torch_dtype, rounds)
-    peaks: dict[int, str] = dict.fromkeys(LENGTHS, "not measured")
-    for length in LENGTHS if memory else ():
+    lengths = tokens or LENGTHS
+    times = measure_times(base, width, layers, torch_dtype, rounds, lengths)
+    peaks: dict[int, str] = dict.fromkeys(lengths, "not measured")
+    for length in lengths if memory else ():
         found = [peak_memory(base, system, length, width, layers, dtype) for system in SYSTEMS]
         peaks[length] = ", ".join(f"{value:.0f}" for value in found)
     what = "both text encoders of Stable Diffusion XL" if base == "sdxl" else f"text encoder of width {width}"
@@ -216,14 +222,15 @@ def main(
         "peak MiB",
     ]
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
-    for length in LENGTHS:
+    for length in lengths:
         each = {name: times[name][length] for name in SYSTEMS}
         cells = [f"{1e3 * seconds:.1f}" for seconds in each.values()]
         if length > WINDOW_LENGTH:
             cells[0] += f" ({WINDOW_LENGTH} read)"
         cells += [f"{each[one] / each[other]:.2f}" for one, other in ratios]
         print(f"| {length} | {' | '.join(cells)} | {peaks[length]} |")
-    print(f"\none pass of 150 tokens: {times['one_pass'][150] / times['one_pass'][240]:.2f} of one of 240 tokens")
+    if {150, 240} <= set(lengths):
+        print(f"\none pass of 150 tokens: {times['one_pass'][150] / times['one_pass'][240]:.2f} of one of 240 tokens")
 
 
 if __name__ == "__main__":
