@@ -85,6 +85,8 @@ def load_pipeline(options: ModelOptions, device: str | None = None, dtype: str |
 
     device = device or best_device()
     check_device(device)
+    if options.scheduler is not None:
+        check_scheduler(options.scheduler)
     torch_dtype = getattr(torch, dtype or ("float16" if device.startswith("cuda") else "float32"))
     reading = {"conditioning": options.conditioning, "weights": options.weights}
     with offer_builtin():
@@ -156,7 +158,8 @@ def _load_embeddings(pipe: Any, embeddings: tuple[str, ...]) -> None:
         try:
             pipe.load_textual_inversion(source, **({"token": path.stem} if path.is_file() else {}))
         except Exception as error:
-            raise ValueError(f"--embedding {source}: it cannot be loaded: {error}") from error
+            why = f"{error}".splitlines()[0][:200]  # diffusers' message holds the file's tensors
+            raise ValueError(f"--embedding {source}: it cannot be loaded: {why}") from error
         if set(pipe.tokenizer.get_vocab()) == known:
             raise ValueError(f"--embedding {source}: it brought no new token")
 
@@ -165,6 +168,19 @@ def embedding_tokens(pipe: Any) -> list[str]:
     """Names of the textual inversions that are loaded; one of several vectors is NAME, NAME_1, NAME_2, ..."""
     added = [token.content for token in pipe.tokenizer.added_tokens_decoder.values() if not token.special]
     return [name for name in added if name.rpartition("_")[0] not in added]
+
+
+def check_scheduler(name: str) -> None:
+    """Find out before a model is loaded that there is no such scheduler for Stable Diffusion.
+
+    Raises:
+        ValueError: names those that there are.
+    """
+    from diffusers.schedulers import KarrasDiffusionSchedulers
+
+    short = {item.name.removesuffix("Scheduler"): item for item in KarrasDiffusionSchedulers}
+    if name.lower().removesuffix("scheduler") not in {key.lower() for key in short}:
+        raise ValueError(f"--scheduler {name}: valid are {', '.join(sorted(short))}")
 
 
 def make_scheduler(pipe: Any, name: str) -> Any:

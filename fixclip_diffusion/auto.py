@@ -5,7 +5,8 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from fixclip_core.weights.kinds import what_is_in
+from fixclip_core.weights.files import open_weights
+from fixclip_core.weights.kinds import what_it_is
 from fixclip_core.weights.text_encoder import text_encoders_in
 from fixclip_diffusion import builtin
 from fixclip_diffusion.families import STABLE_DIFFUSION, Family
@@ -30,10 +31,8 @@ def pipeline_class(base: str | Path, **hub_kwargs: Any) -> type[LongPromptPipeli
     if Path(base).is_file():
         held = text_encoders_in(base)
         if not held:
-            what = what_is_in(Path(base))
-            raise ValueError(
-                f"base {str(base)!r}: there is no text encoder in this file, so it is no whole checkpoint{what}"
-            )
+            kind = what_it_is(open_weights(base).shapes)
+            raise ValueError(f"base {str(base)!r}: there is no text encoder in this file, it is {kind}")
         return FixClipStableDiffusionXLPipeline if "g" in held else FixClipStableDiffusionPipeline
     try:
         index = DiffusionPipeline.load_config(builtin.resolve(builtin.base_of(base)), **hub_kwargs)

@@ -3,7 +3,9 @@
 What does not fit is found out from configurations, before any weights are fetched.
 """
 
+import copy
 import difflib
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,13 +15,13 @@ from safetensors import safe_open
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from fixclip_core.check import check_folder_or_hub_name, check_tokenizer, hub_reason
-from fixclip_core.weights.names import Which
-from fixclip_core.weights.text_encoder import read_text_config, text_encoders_in
+from fixclip_core.weights.text_encoder import choose_text_encoder, read_text_config
 from fixclip_diffusion import builtin
 from fixclip_diffusion.adapter import TextAdapter, check_fits, read_adapter_config
 from fixclip_diffusion.conditioning import get_conditioning, renamed
 from fixclip_diffusion.families import Family, Tower
 from fixclip_diffusion.fingerprint import MADE_FOR, warn_of_another_encoder
+from fixclip_diffusion.lora import copy_lora_layers, without_lora_layers
 from fixclip_diffusion.prompt_weights import check_syntax
 from fixclip_diffusion.text_config import FixClipTextConfig, encoder_subfolder, load_clip_text_config
 from fixclip_diffusion.text_encoder import FixClipTextEncoder, FixClipTextEncoderWithProjection, LongTextEncoder
@@ -41,7 +43,7 @@ def load_own_encoder(base: str, tower: Tower, dtype: torch.dtype = torch.float32
     """
     load: Any = encoder_class(tower)
     if Path(base).is_file():
-        encoder = load.from_file(base, file_tower(base, tower), dtype, hidden_state=tower.output)
+        encoder = load.from_file(base, choose_text_encoder(base, tower.pooled), dtype, hidden_state=tower.output)
     else:
         encoder = load.from_pretrained(base, subfolder=tower.encoder, dtype=dtype, hidden_state=tower.output)
     encoder.set_adapter_module(None)
@@ -81,9 +83,10 @@ def load_components(
     hub_kwargs = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
     adapter_configs: dict[str, dict[str, Any]] = {}
     for name, adapter in adapters.items():
-        if adapter is not None and not isinstance(adapter, TextAdapter):
+        if adapter is not None:
             # A wrong name, or an adapter of another base, is told before gigabytes are read.
-            adapter_configs[name] = read_adapter_config(adapter, **hub_kwargs)
+            is_loaded = isinstance(adapter, TextAdapter)
+            adapter_configs[name] = adapter.config if is_loaded else read_adapter_config(adapter, **hub_kwargs)
     index = load_index(family, base, hub_kwargs)
     towers = [tower for tower in family.towers if index.get(tower.encoder, [None])[0] is not None]
     widths: dict[str, int] = {}
@@ -98,7 +101,8 @@ def load_components(
     if len(widths) == len(towers):
         check_width(widths, _unet_width(base, kwargs, hub_kwargs), family)
     for name in adapter_configs.keys() & widths.keys():
-        check_fits(adapter_configs[name], widths[name], what=f"{name}: adapter {str(adapters[name])!r}")
+        source = "" if isinstance(adapters[name], TextAdapter) else f" {str(adapters[name])!r}"
+        check_fits(adapter_configs[name], widths[name], what=f"{name}: adapter{source}")
     for tower in towers:
         if tower.encoder in plans:
             kwargs[tower.encoder] = _load_encoder(plans[tower.encoder])
@@ -142,14 +146,18 @@ def _load_encoder(plan: dict[str, Any]) -> Any:
         return plan["load"](plan["name"], **arguments)
 
 
-def check_spelling(kwargs: dict[str, Any]) -> None:
-    """diffusers ignores an unknown argument with a line in the log; ours must not get lost that way.
+def check_spelling(kwargs: Collection[str], own: Sequence[str] = OWN_ARGUMENTS) -> None:
+    """diffusers ignores an unknown argument, at best with a line in the log; ours must not get lost that way.
+
+    Args:
+        kwargs: names that a caller gave beside ours.
+        own: names of ours.
 
     Raises:
         ValueError: an argument is nearly one of ours.
     """
     for name in kwargs:
-        near = difflib.get_close_matches(name, OWN_ARGUMENTS, 1, cutoff=0.8)
+        near = difflib.get_close_matches(name, own, 1, cutoff=0.8)
         if near and near[0] != name and name not in ("text_encoder", "text_encoder_2"):
             raise ValueError(f"unknown argument {name}=: did you mean {near[0]}=?")
 
@@ -204,7 +212,7 @@ def check_width(widths: dict[str, int], unet_width: Any, family: Family) -> None
 
 
 def as_long(text_encoder: Any, tower: Tower) -> LongTextEncoder:
-    """A text encoder in memory as one of ours; a stock one is stretched.
+    """A text encoder in memory as one of ours; a stock one is stretched, and its LoRAs go on acting.
 
     Raises:
         ValueError: it is no CLIP text model.
@@ -212,7 +220,10 @@ def as_long(text_encoder: Any, tower: Tower) -> LongTextEncoder:
     if isinstance(text_encoder, encoder_class(tower)):
         return text_encoder
     if isinstance(text_encoder, (CLIPTextModel, CLIPTextModelWithProjection)):
-        return encoder_class(tower).from_clip(text_encoder, hidden_state=tower.output)
+        with without_lora_layers([text_encoder]):
+            long_encoder = encoder_class(tower).from_clip(text_encoder, hidden_state=tower.output)
+        copy_lora_layers(text_encoder, long_encoder)
+        return cast(LongTextEncoder, long_encoder)
     raise ValueError(f"{tower.encoder} is a {type(text_encoder).__name__}; a CLIP text model is needed")
 
 
@@ -223,6 +234,8 @@ def load_index(family: Family, base: str, hub_kwargs: dict[str, Any]) -> dict[st
         ValueError: there is none, it is of another family, or files are missing or damaged.
     """
     folder = Path(base)
+    if folder.is_file():
+        raise ValueError(f"base {base!r} is a file, and a folder or a hub name is needed; from_single_file loads files")
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise ValueError(f"base {base!r} is a folder without model_index.json: not a diffusers model")
     check_folder_or_hub_name("base", base)
@@ -269,46 +282,51 @@ def plan_encoder(
     base: str, tower: Tower, encoder: str | Path | None, kwargs: dict[str, Any], hub_kwargs: dict[str, Any]
 ) -> dict[str, Any]:
     """Arguments of the encoder's `from_pretrained`, its `name`, and its `width`, from configurations alone."""
-    dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
-    dtype = dtype.get(tower.encoder, dtype.get("default")) if isinstance(dtype, dict) else dtype
-    dtype = dtype or torch.float32
-    if encoder is not None and Path(encoder).is_file():
-        which = file_tower(encoder, tower)
-        width = read_width(encoder, which)
-        options = {"which": which, "dtype": dtype, "hidden_state": tower.output}
-        return {"load": encoder_class(tower).from_file, "name": encoder, "width": width, **options}
+    dtype = dtype_of(kwargs, tower) or torch.float32
     own = {"subfolder": tower.encoder, **hub_kwargs}
-    own_config = load_clip_text_config(base, **own)
-    name, where = base, own
+    config = load_clip_text_config(base, **own)
     if encoder is not None:
-        name = builtin.resolve(encoder)
-        subfolder = encoder_subfolder(name, tower.encoder)
-        where = {key: value for key, value in hub_kwargs.items() if key != "revision"}
-        where |= {} if subfolder is None else {"subfolder": subfolder}
-    config = own_config if encoder is None else load_clip_text_config(name, **where)
-    plan: dict[str, Any] = {"load": encoder_class(tower).from_pretrained, "name": name, "width": config.hidden_size}
-    plan |= {"hidden_state": tower.output, "dtype": dtype, **where}
-    if encoder is None and kwargs.get("variant") is not None:
+        elsewhere = {key: value for key, value in hub_kwargs.items() if key != "revision"}
+        return plan_other_encoder(encoder, tower, config.num_hidden_layers, dtype, elsewhere)
+    plan: dict[str, Any] = {"load": encoder_class(tower).from_pretrained, "name": base, "width": config.hidden_size}
+    plan |= {"hidden_state": tower.output, "dtype": dtype, **own}
+    if kwargs.get("variant") is not None:
         plan["variant"] = kwargs["variant"]
-    layers = own_config.num_hidden_layers
-    if tower.output == "last" and not isinstance(config, FixClipTextConfig) and config.num_hidden_layers > layers:
-        # Stable Diffusion 2 reads ViT-H's penultimate layer: its own encoder lacks the last one.
-        plan["num_hidden_layers"] = layers
     return plan
 
 
-def file_tower(file: str | Path, tower: Tower) -> Which | None:
-    """Which text encoder of a file a tower needs: of several, bigG where a pooled vector is read, else ViT-L."""
-    return ("g" if tower.pooled else "l") if len(text_encoders_in(file)) > 1 else None
-
-
-def read_width(file: str | Path, which: Which | None) -> int:
-    """D of the text encoder in a file, from its header.
+def plan_other_encoder(
+    encoder: str | Path, tower: Tower, num_layers: int, dtype: torch.dtype, hub_kwargs: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """As `plan_encoder`, of an encoder that takes the place of a base's own one of `num_layers` layers.
 
     Raises:
-        ValueError: there is no such text encoder in it.
+        ValueError: there is none.
     """
-    return int(read_text_config(file, which)["hidden_size"])
+    plan: dict[str, Any] = {"hidden_state": tower.output, "dtype": dtype}
+    if Path(encoder).is_file():
+        which = choose_text_encoder(encoder, tower.pooled)
+        values = read_text_config(encoder, which)
+        width, layers, is_ours = values["hidden_size"], values["num_hidden_layers"], False
+        plan |= {"load": encoder_class(tower).from_file, "name": encoder, "which": which}
+    else:
+        name = builtin.resolve(encoder)
+        subfolder = encoder_subfolder(name, tower.encoder)
+        where = {**(hub_kwargs or {}), **({} if subfolder is None else {"subfolder": subfolder})}
+        config = load_clip_text_config(name, **where)
+        width, layers = config.hidden_size, config.num_hidden_layers
+        is_ours = isinstance(config, FixClipTextConfig)
+        plan |= {"load": encoder_class(tower).from_pretrained, "name": name, **where}
+    if tower.output == "last" and not is_ours and layers > num_layers:
+        # Stable Diffusion 2 reads ViT-H's penultimate layer: its own encoder lacks the last one.
+        plan["num_hidden_layers"] = num_layers
+    return {**plan, "width": int(width)}
+
+
+def dtype_of(kwargs: dict[str, Any], tower: Tower) -> torch.dtype | None:
+    """The dtype that `from_pretrained` or `from_single_file` is to load a text encoder in; None: none was given."""
+    dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+    return dtype.get(tower.encoder, dtype.get("default")) if isinstance(dtype, dict) else dtype
 
 
 def convert_stock(
@@ -333,17 +351,12 @@ def convert_stock(
         given = encoders.get(tower.encoder)
         if isinstance(given, torch.nn.Module):
             encoder = given
-        elif given is not None and Path(given).is_file():
-            encoder = encoder_class(tower).from_file(
-                given, file_tower(given, tower), encoder.dtype, hidden_state=tower.output
-            )
         elif given is not None:
-            name = builtin.resolve(given)
-            subfolder = encoder_subfolder(name)
-            where: dict[str, Any] = {} if subfolder is None else {"subfolder": subfolder}
-            encoder = encoder_class(tower).from_pretrained(
-                name, dtype=encoder.dtype, hidden_state=tower.output, **where
-            )
+            plan = plan_other_encoder(given, tower, encoder.config.num_hidden_layers, encoder.dtype)
+            del plan["width"]
+            encoder = _load_encoder(plan)
+        elif adapters.get(tower.encoder) is not None and isinstance(encoder, LongTextEncoder):
+            encoder = copy.deepcopy(encoder)  # the pipeline that it comes from goes on without this adapter
         encoder = components[tower.encoder] = as_long(encoder, tower)
         tokenizer = components[tower.tokenizer]
         if not isinstance(tokenizer, FixClipTokenizer) or tokenizer.context_length != encoder.context_length:

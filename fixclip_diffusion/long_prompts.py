@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Collection, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,17 +12,22 @@ from diffusers.pipelines import auto_pipeline
 from torch import Tensor
 
 from fixclip_core.check import LoadError, check_finite, loading
+from fixclip_core.weights.files import open_weights
+from fixclip_core.weights.kinds import what_it_is
+from fixclip_core.weights.names import Which
 from fixclip_core.weights.text_encoder import text_encoders_in
 from fixclip_diffusion import builtin
 from fixclip_diffusion.conditioning import CLIP_CONTEXT_LENGTH, get_conditioning, renamed
 from fixclip_diffusion.families import Family, TextEncoding, Tower, check_clip_skip
 from fixclip_diffusion.loading import (
     HUB_KWARGS,
+    OWN_ARGUMENTS,
     check_pair,
+    check_spelling,
     check_width,
     convert_stock,
-    encoder_class,
-    file_tower,
+    dtype_of,
+    load_own_encoder,
 )
 from fixclip_diffusion.lora import (
     LORA_NAME,
@@ -127,7 +133,12 @@ class LongPromptMixin:
         long_prompt: str | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The stock call; `conditioning` and `weights` are those of this call."""
+        """The stock call; `conditioning` and `weights` are those of this call.
+
+        Raises:
+            ValueError: an argument is nearly one of these two.
+        """
+        check_spelling(kwargs.keys() - signature(self._stock_class().__call__).parameters.keys(), OWN_ARGUMENTS[-2:])
         conditioning = renamed(conditioning, long_prompt)
         before = self._conditioning, self._weights
         try:
@@ -321,22 +332,54 @@ class LongPromptMixin:
         Raises:
             ValueError: the file is of another kind, or an encoder does not fit.
         """
+        check_spelling(kwargs)
         encoders: dict[str, Any] = {"text_encoder": encoder, "text_encoder_2": encoder_2}
         file = Path(pretrained_model_link_or_path)
-        held = text_encoders_in(file) if file.is_file() else []
+        held = cls._text_encoders_in(str(pretrained_model_link_or_path), kwargs)
         for tower in cls.family.towers if held else ():
             if encoders[tower.encoder] is None and (len(held) == 1 or ("g" if tower.pooled else "l") in held):
                 encoders[tower.encoder] = str(file)
         stock_class = cls._stock_class()
         # What the file holds is read by ours, which takes encoders of any length.
         spared = {
-            tower.encoder: encoder_class(tower).from_file(file, file_tower(file, tower), hidden_state=tower.output)
+            tower.encoder: load_own_encoder(str(file), tower, dtype_of(kwargs, tower) or torch.float32)
             for tower in cls.family.towers
             if encoders[tower.encoder] == str(file)
         }
         encoders |= spared
         stock = stock_class.from_single_file(str(pretrained_model_link_or_path), **spared, **kwargs)
         return cls._of_stock(stock, encoders, adapter, conditioning, weights)
+
+    @classmethod
+    def _text_encoders_in(cls, name: str, components: Collection[str]) -> list[Which | None]:
+        """Text encoders of a checkpoint in a file here; none for one that is yet to be fetched.
+
+        Args:
+            name: file, URL or owner/name/file.
+            components: names of those that are given.
+
+        Raises:
+            ValueError: there is no such file, or it is no checkpoint of this family.
+        """
+        path = Path(name)
+        if not path.is_file():
+            if path.is_dir():
+                raise ValueError(f"checkpoint {name!r} is a folder; from_pretrained loads folders")
+            if "://" not in name and (name.count("/") < 2 or name.startswith((".", "/", "~"))):
+                raise ValueError(f"checkpoint {name!r} is neither a file here nor a URL")
+            return []
+        held = text_encoders_in(path)
+        if not held and any(tower.encoder not in components for tower in cls.family.towers):
+            kind = what_it_is(open_weights(path).shapes)
+            raise ValueError(f"checkpoint {name!r}: there is no text encoder in this file, it is {kind}")
+        is_xl = any(tower.pooled for tower in cls.family.towers)
+        if held and ("g" in held) != is_xl:
+            kind = "of Stable Diffusion XL" if "g" in held else "not of Stable Diffusion XL"
+            raise ValueError(
+                f"checkpoint {name!r} is {kind}, and {cls.__name__} is for {cls.family.name}: "
+                "fixclip_diffusion.auto.load_pipeline takes both"
+            )
+        return held
 
     @classmethod
     def from_pipe(
@@ -351,15 +394,27 @@ class LongPromptMixin:
     ) -> Any:
         """Another pipeline's components, its text encoders made long; nothing is loaded twice.
 
+        Unlike stock `from_pipe`, which casts all components to float32 without dtype=, it leaves them as they are.
+
         Args:
-            pipeline: any pipeline of the same family, stock or of this class.
+            pipeline: any pipeline of the same family, stock or of this class. It goes on as it was: a text encoder that
+                is to have an adapter here is copied.
             encoder, encoder_2, adapter, conditioning, weights: as for `from_single_file`.
             **kwargs: components and options of stock `from_pipe`.
 
         Raises:
             ValueError: components are missing or do not fit.
         """
+        check_spelling(kwargs)
+        dtypes: dict[Any, torch.dtype] = {}
+        if not kwargs.keys() & {"dtype", "torch_dtype"}:
+            modules = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+            dtypes = {module: next(module.parameters()).dtype for module in modules}
+            kwargs["dtype"] = next(iter(dtypes.values())) if len(set(dtypes.values())) == 1 else torch.float32
         stock = cls._stock_class().from_pipe(pipeline, **kwargs)
+        for module, dtype in dtypes.items():
+            if next(module.parameters()).dtype != dtype:  # of several dtypes all became float32, which loses nothing
+                module.to(dtype)
         conditioning = conditioning or getattr(pipeline, "_conditioning", None)
         encoders = {"text_encoder": encoder, "text_encoder_2": encoder_2}
         return cls._of_stock(stock, encoders, adapter, conditioning, weights or getattr(pipeline, "_weights", None))

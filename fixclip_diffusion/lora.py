@@ -5,6 +5,7 @@ and `to_q.weight` becomes `to_q.base_layer.weight`, which nothing that loads the
 saved as if no LoRA had been loaded, with each LoRA as a file of diffusers' format in its folder lora/.
 """
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -43,6 +44,29 @@ def without_lora_layers(models: Sequence[Any]) -> Iterator[None]:
             setattr(parent, name, layer)
         for model in with_peft:
             model._hf_peft_config_loaded = True
+
+
+def copy_lora_layers(source: Any, target: Any) -> None:
+    """Put copies of a model's LoRA layers, with their scales, into another model of the same layers.
+
+    Args:
+        source: a text encoder of transformers, with LoRA layers or without.
+        target: one of ours with the same weights, whose modules may be named `text_model.NAME`.
+    """
+    layers = {name: layer for name, layer in source.named_modules() if isinstance(layer, BaseTunerLayer)}
+    if not layers:
+        return
+    inner = set(dict(target.named_modules()))
+    for name, layer in layers.items():
+        place = name if name in inner else f"text_model.{name}"
+        own = target.get_submodule(place)
+        # The plain layer that it holds is taken as it is, not copied, and then replaced by the target's own.
+        plain = layer.get_base_layer()
+        copied: Any = copy.deepcopy(layer, {id(plain): plain})
+        copied.base_layer = own
+        target.set_submodule(place, copied)
+    target.peft_config = copy.deepcopy(source.peft_config)
+    target._hf_peft_config_loaded = True
 
 
 def lora_models(pipe: Any) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.schedulers import KarrasDiffusionSchedulers
+from huggingface_hub import snapshot_download
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     CLIPImageProcessor,
@@ -21,6 +23,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from fixclip_core.check import check_folder_or_hub_name, hub_reason
 from fixclip_diffusion.adapter import TextAdapter, is_adapter
 from fixclip_diffusion.families import STABLE_DIFFUSION_XL
 from fixclip_diffusion.loading import load_components
@@ -127,18 +130,71 @@ class FixClipStableDiffusionXLPipeline(LongPromptMixin, StableDiffusionXLPipelin
 
     @classmethod
     def _adapters(cls, adapter: Any) -> dict[str, Any]:
-        adapters: dict[str, Any] = {}
-        if isinstance(adapter, tuple):
-            adapters = dict(zip(("text_encoder", "text_encoder_2"), adapter, strict=True))
-        elif adapter is not None:
-            names = [name for name in ("text_encoder", "text_encoder_2") if (Path(adapter) / name).is_dir()]
-            if not names:
-                one = " it is one adapter, of Stable Diffusion 1.x or 2.x;" if is_adapter(adapter) else ""
-                raise ValueError(
-                    f"adapter {str(adapter)!r}:{one} expected text_encoder/ or text_encoder_2/ in it, each an adapter"
-                )
-            adapters = {name: Path(adapter) / name for name in names}
-        return adapters
+        names = ("text_encoder", "text_encoder_2")
+        if adapter is None:
+            return {}
+        if isinstance(adapter, (tuple, list)) and len(adapter) == 2:
+            return dict(zip(names, adapter, strict=True))
+        if not isinstance(adapter, (str, Path)):
+            raise ValueError(
+                f"adapter={type(adapter).__name__}: Stable Diffusion XL takes a folder or a hub name of both adapters, "
+                f"or a pair, for {' and '.join(names)}, of which one may be None"
+            )
+        folder = Path(adapter)
+        if not folder.exists():
+            check_folder_or_hub_name("adapter", str(adapter))
+            try:
+                folder = Path(snapshot_download(str(adapter), allow_patterns=[f"{name}/*" for name in names]))
+            except Exception as error:
+                raise ValueError(f"adapter {str(adapter)!r}: {hub_reason(error)}") from error
+        found = [name for name in names if (folder / name).is_dir()]
+        if not found:
+            one = " it is one adapter, of Stable Diffusion 1.x or 2.x;" if is_adapter(folder) else ""
+            raise ValueError(
+                f"adapter {str(adapter)!r}:{one} expected text_encoder/ or text_encoder_2/ in it, each an adapter"
+            )
+        return {name: folder / name for name in found}
+
+    def load_textual_inversion(
+        self,
+        pretrained_model_name_or_path: Any,
+        token: Any = None,
+        tokenizer: Any = None,
+        text_encoder: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Stock loading; a file of vectors for both text encoders, `clip_l` and `clip_g`, goes into both at once.
+
+        Args:
+            pretrained_model_name_or_path: see the stock method; or a file, or the tensors of one, that holds `clip_l`
+                and `clip_g`, each (vectors, D).
+            token: what the prompt will say; needed for a file of both.
+            tokenizer, text_encoder: of one text encoder; by default the first one's.
+
+        Raises:
+            ValueError: vectors for both text encoders without a token.
+        """
+        source = pretrained_model_name_or_path
+        for vectors, part, words in self._vectors_of_both(
+            source if tokenizer is None and text_encoder is None else None
+        ):
+            if token is None:
+                raise ValueError("vectors of both text encoders have no name of their own: give token=")
+            super().load_textual_inversion({token: vectors}, tokenizer=words, text_encoder=part, **kwargs)
+            source = None
+        if source is not None:
+            super().load_textual_inversion(
+                source, token=token, tokenizer=tokenizer, text_encoder=text_encoder, **kwargs
+            )
+
+    def _vectors_of_both(self, source: Any) -> list[tuple[Tensor, Any, Any]]:
+        """(vectors, text encoder, tokenizer) of each text encoder, if the source holds them."""
+        if isinstance(source, (str, Path)) and Path(source).suffix == ".safetensors" and Path(source).is_file():
+            source = load_file(source)
+        if not isinstance(source, dict) or not {"clip_l", "clip_g"} <= source.keys():
+            return []
+        parts = (("clip_l", self.text_encoder, self.tokenizer), ("clip_g", self.text_encoder_2, self.tokenizer_2))
+        return [(source[name], part, words) for name, part, words in parts if part is not None]
 
     def encode_prompt(
         self,

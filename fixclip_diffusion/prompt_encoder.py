@@ -5,6 +5,7 @@
 Shapes: B prompts, N passes, P positions of a pass, L rows of the embeds, D width, E width of the pooled vector.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from fixclip_diffusion.prompt_tokens import tokenize_prompt
 from fixclip_diffusion.prompt_weights import check_syntax, weigh
 from fixclip_diffusion.text_encoder import text_lengths
 from fixclip_diffusion.token_report import TokenReport, report_of
+
+logger = logging.getLogger(__name__)
 
 PASSES_AT_ONCE = 64  # bounds memory: 64 passes of 77 tokens
 Encode = Callable[[Tensor], tuple[Tensor, Tensor | None]]
@@ -124,6 +127,7 @@ class PromptEncoder:
                 columns.append(layouts)
                 states.append(rows)
                 pooled_BE = pooled if pooled is not None else pooled_BE
+        _warn_of_unequal_tokens(lists, columns)
         embeds = [pad_sequence(rows, batch_first=True) for rows in states]
         longest = max(part.shape[1] for part in embeds)
         embeds_BLD = torch.cat([pad_states(part, longest) for part in embeds], dim=-1)
@@ -192,6 +196,21 @@ class PromptEncoder:
                 )
             rows.append(layout.join(states_NPD))
         return rows, None if pooled is None else torch.stack(pooled)
+
+
+def _warn_of_unequal_tokens(lists: Sequence[Sequence[str]], columns: Sequence[Sequence[Layout]]) -> None:
+    """Say so where two text encoders split the same text into other tokens: rows of the embeds then hold the hidden
+    states of different words."""
+    for texts, layouts in zip(lists[1:], columns[1:], strict=True):
+        for text, first, text_here, here in zip(lists[0], columns[0], texts, layouts, strict=True):
+            if text == text_here and first.num_read != here.num_read:
+                logger.warning(
+                    "%r has %d tokens for the first text encoder and %d for another: was a textual inversion loaded "
+                    "into one of them only? load_textual_inversion takes text_encoder= and tokenizer=",
+                    text[:80],
+                    first.num_read,
+                    here.num_read,
+                )
 
 
 def _acts_on(adapter: TextAdapter, layout: Layout, beside_long: bool) -> str:

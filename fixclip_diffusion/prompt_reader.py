@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
+from transformers import CLIPTextConfig
 
 from fixclip_core.check import LoadError, check_folder_or_hub_name, hub_reason
 from fixclip_core.files import parse_json
+from fixclip_core.weights.text_encoder import choose_text_encoder, read_text_config, text_encoders_in
+from fixclip_core.weights.write import clip_tokenizer
 from fixclip_diffusion import builtin
 from fixclip_diffusion.adapter import check_fits, read_adapter_config
 from fixclip_diffusion.conditioning import Conditioning, Context, choose_conditioning, renamed
@@ -48,17 +51,19 @@ class PromptReader:
     ) -> "PromptReader":
         """The reader of the pipeline that `from_pretrained` of the pipelines makes of the same arguments.
 
-        A base of which there is only tokenizer/ is taken for an untrained one of 77 positions.
+        A base of which there is only tokenizer/ is taken for an untrained one of 77 positions. A checkpoint in one file
+        has CLIP's own vocabulary.
 
         Raises:
             ValueError: a part is unknown or damaged, or the encoder cannot be read by that conditioning.
         """
         parts = builtin.complete(base, encoder, adapter)
         base = builtin.resolve(parts.base)
-        index = _read_json(base, "model_index.json", needed=False)
+        is_file = Path(base).is_file()
+        index = {} if is_file else _read_json(base, "model_index.json", needed=False)
         config = _read_config(base, parts.encoder)
         configs = [config]
-        if "text_encoder_2" in index:
+        if "text_encoder_2" in index or (is_file and "g" in text_encoders_in(base)):
             configs.append(_read_config(base, encoder_2, "text_encoder_2"))
         elif encoder_2 is not None:
             raise ValueError(
@@ -69,10 +74,8 @@ class PromptReader:
             if config.adapter is not None:
                 what = f"adapter {parts.adapter!r}"
                 check_fits(config.adapter, config.hidden_size, config.max_position_embeddings, what)
-        # Names the file that is missing, and asks once; the tokenizer alone would try a dozen before it gives up.
-        _read_json(base, "tokenizer/tokenizer_config.json")
         length = config.max_position_embeddings
-        tokenizer = FixClipTokenizer.from_pretrained(base, subfolder="tokenizer", context_length=length)
+        tokenizer = _read_tokenizer(base, length)
         saved = renamed(index.get("conditioning"), index.get("long_prompt"))
         how = choose_conditioning(conditioning or saved, configs)
         context = context_of_config(config, tokenizer)
@@ -93,7 +96,21 @@ def _read_adapter_config(adapter: str, num_encoders: int) -> dict[str, Any] | No
     return read_adapter_config(first) if first.is_dir() else None
 
 
+def _read_tokenizer(base: str, context_length: int) -> FixClipTokenizer:
+    """The first text encoder's tokenizer."""
+    if Path(base).is_file():
+        is_2 = text_encoders_in(base) == ["h"]  # Stable Diffusion 2 has a pad token of its own
+        return FixClipTokenizer.from_stock(clip_tokenizer(pad_token="!") if is_2 else clip_tokenizer(), context_length)
+    # Names the file that is missing, and asks once; the tokenizer alone would try a dozen before it gives up.
+    _read_json(base, "tokenizer/tokenizer_config.json")
+    return FixClipTokenizer.from_pretrained(base, subfolder="tokenizer", context_length=context_length)
+
+
 def _read_config(base: str, encoder: str | None, component: str = "text_encoder") -> FixClipTextConfig:
+    file = Path(base if encoder is None else encoder)
+    if file.is_file():
+        which = choose_text_encoder(file, pooled=component == "text_encoder_2")
+        return long_config(CLIPTextConfig(**read_text_config(file, which)))
     if encoder is not None:
         name = builtin.resolve(encoder)
         subfolder = encoder_subfolder(name, component)

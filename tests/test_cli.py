@@ -272,6 +272,10 @@ def test_a_long_negative_prompt_is_reported(sd1, tmp_path):
         (["a", "--negative", "caf\udce9"], "is not UTF-8; look at the terminal's encoding"),
         (["--config", "/no/such.png"], "/no/such.png: it cannot be read as a picture"),
         (["a", "--config", "BASE/model_index.json"], "it cannot be read as a picture"),
+        (
+            ["a", "--base", "no/such", "--scheduler", "Eulr"],
+            "--scheduler Eulr: valid are DDIM, DDPM",
+        ),  # before the base
         (["a", "--base", "BASE", "--scheduler", "Eulr"], "--scheduler Eulr: valid are DDIM, DDPM"),
         (
             ["a", "--base", "BASE", "--lora", "/no/such:0.5"],

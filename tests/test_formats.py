@@ -18,6 +18,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
@@ -31,6 +32,7 @@ from fixclip_diffusion import (
 )
 from fixclip_diffusion.families import STABLE_DIFFUSION
 from fixclip_diffusion.loading import load_own_encoder
+from fixclip_diffusion.prompt_reader import PromptReader
 from fixclip_diffusion.tiny import WIDTH, clip_text_config, stable_diffusion_xl, unet
 
 SHORT, LONG = "A red horse near a boat", tiny.sentences(14)
@@ -170,6 +172,128 @@ def test_pipelines_of_one_another(sd1, stock):
     assert isinstance(back.text_encoder, FixClipTextEncoder)
     assert picture(back, LONG, image=Image.new("RGB", (16, 16)), num_inference_steps=4).shape == (1, 16, 16, 3)
     assert isinstance(FixClipStableDiffusionPipeline.from_pipe(back).text_encoder, FixClipTextEncoder)
+
+
+def test_what_another_pipeline_has_stays_as_it_is(sd1, stock):
+    """An adapter acts in the new pipeline alone, and no dtype changes unless one is named."""
+    ours = FixClipStableDiffusionPipeline.from_pretrained(sd1)
+    adapter = TextAdapter(WIDTH)
+    torch.nn.init.normal_(adapter.blocks[-1].fc2.weight)
+    adapted = FixClipStableDiffusionPipeline.from_pipe(ours, adapter=adapter)
+    assert ours.text_encoder.adapter is None
+    assert adapted.unet is ours.unet
+    assert not np.array_equal(drawn(adapted, LONG), drawn(ours, LONG))
+    assert np.array_equal(drawn(ours, LONG), drawn(FixClipStableDiffusionPipeline.from_pipe(stock), LONG))
+    ours.text_encoder.half()
+    mixed = FixClipStableDiffusionPipeline.from_pipe(ours)
+    assert (mixed.text_encoder.dtype, mixed.unet.dtype) == (torch.float16, torch.float32)
+    ours.to(torch.float16)
+    assert FixClipStableDiffusionPipeline.from_pipe(ours).unet.dtype == ours.vae.dtype == torch.float16
+    assert FixClipStableDiffusionPipeline.from_pipe(ours, dtype=torch.float32).unet.dtype == torch.float32
+
+
+def with_lora(pipe):
+    """LoRAs on the text encoders, one loaded after the other, both of them acting."""
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        for name in ("text_encoder", "text_encoder_2"):
+            if getattr(pipe, name, None) is not None:
+                getattr(pipe, name).add_adapter(config, adapter_name=f"style{seed}")
+    pipe.set_adapters(["style0", "style1"], [0.7, 1.5])
+    return pipe
+
+
+def test_loras_of_another_pipelines_text_encoders_go_on_acting(sd1, xl):
+    for source, kind, ours in (
+        (sd1, StableDiffusionPipeline, FixClipStableDiffusionPipeline),
+        (xl, StableDiffusionXLPipeline, FixClipStableDiffusionXLPipeline),
+    ):
+        options = NO_CHECK if source is sd1 else {"add_watermarker": False}
+        one = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+        plain = kind.from_pretrained(source, **options)
+        before = plain.encode_prompt(SHORT, **one)[0]
+        loaded = with_lora(plain)
+        expected = plain.encode_prompt(SHORT, **one)[0]
+        pipe = ours.from_pipe(loaded)
+        found = pipe.encode_prompt(SHORT, **one)[0]
+        assert not torch.allclose(before, expected, atol=1e-3)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+        assert pipe.get_list_adapters() == loaded.get_list_adapters()
+        pipe.unload_lora_weights()
+        found = pipe.encode_prompt(SHORT, **one)[0]
+        torch.testing.assert_close(found, before, rtol=0, atol=1e-6)
+        assert loaded.get_active_adapters() == ["style0", "style1"], "the other pipeline keeps its own"
+
+
+def test_an_encoder_of_more_layers_is_cut_to_the_bases_own(sd1, stock, tmp_path):
+    """Stable Diffusion 2 reads the penultimate layer of ViT-H: its own encoder lacks the last one."""
+    torch.manual_seed(6)
+    own = stock.text_encoder.config.num_hidden_layers
+    deep = CLIPTextModel(clip_text_config(bos_token_id=49406, eos_token_id=49407, num_hidden_layers=own + 1)).eval()
+    deep.save_pretrained(tmp_path / "folder")
+    save_file(text_state(deep, ""), tmp_path / "deep.safetensors", described(deep))
+    expected = FixClipStableDiffusionPipeline.from_pretrained(sd1, encoder=tmp_path / "folder")
+    assert expected.text_encoder.config.num_hidden_layers == own
+    for given in (tmp_path / "folder", tmp_path / "deep.safetensors"):
+        for pipe in (
+            FixClipStableDiffusionPipeline.from_pretrained(sd1, encoder=given),
+            FixClipStableDiffusionPipeline.from_pipe(stock, encoder=given),
+        ):
+            assert torch.equal(
+                pipe.encode_prompt(LONG, "cpu", 1, False)[0], expected.encode_prompt(LONG, "cpu", 1, False)[0]
+            )
+
+
+def test_what_cannot_be_a_checkpoint_is_named_before_anything_is_read(sd1, stock, xl, tmp_path):
+    path = checkpoint(tmp_path / "model.safetensors", stock.text_encoder)
+    big = tmp_path / "xl.safetensors"
+    pipe = StableDiffusionXLPipeline.from_pretrained(xl, add_watermarker=False)
+    state = text_state(pipe.text_encoder, "conditioner.embedders.0.transformer.")
+    save_file(state | text_state(pipe.text_encoder_2, "conditioner.embedders.1.model."), big)
+    vae = next((sd1 / "vae").glob("*.safetensors"))
+    one, two = FixClipStableDiffusionPipeline, FixClipStableDiffusionXLPipeline
+    for load, message in (
+        (lambda: one.from_single_file(big), "is of Stable Diffusion XL, and FixClipStableDiffusionPipeline is for"),
+        (lambda: two.from_single_file(path), "is not of Stable Diffusion XL, and FixClipStableDiffusionXLPipeline is"),
+        (lambda: one.from_single_file(vae), "there is no text encoder in this file, it is .*VAE"),
+        (lambda: one.from_single_file("no-such.safetensors"), "'no-such.safetensors' is neither a file here nor a URL"),
+        (lambda: one.from_single_file(sd1), "is a folder; from_pretrained loads folders"),
+        (lambda: one.from_pretrained(path), "is a file, and a folder or a hub name is needed; from_single_file loads"),
+        (lambda: one.from_single_file(path, condtioning="chunks"), "unknown argument condtioning=: did you mean cond"),
+        (lambda: one.from_pipe(stock, encodr=path), "unknown argument encodr=: did you mean encoder="),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load()
+    pipe = one.from_pipe(stock)
+    for name in ("conditoning", "weigths"):
+        with pytest.raises(ValueError, match=f"unknown argument {name}=: did you mean"):
+            picture(pipe, LONG, height=16, width=16, **{name: "chunks"})
+
+
+def test_dtype_of_a_checkpoint_in_one_file(sd1, stock, tmp_path):
+    path = checkpoint(tmp_path / "model.safetensors", stock.text_encoder)
+    for options, expected in (({}, torch.float32), ({"torch_dtype": torch.float16}, torch.float16)):
+        pipe = FixClipStableDiffusionPipeline.from_single_file(path, **parts_of(sd1), **options)
+        assert pipe.text_encoder.dtype == expected
+
+
+def test_reports_of_files(sd1, stock, xl, tmp_path):
+    """No weights are loaded, and the answer is the pipeline's."""
+    path = checkpoint(tmp_path / "model.safetensors", stock.text_encoder)
+    alone = tmp_path / "encoder.safetensors"
+    save_file(text_state(stock.text_encoder, ""), alone, described(stock.text_encoder))
+    expected = FixClipStableDiffusionPipeline.from_pipe(stock).token_report(LONG)
+    assert PromptReader.from_pretrained(str(path)).report(LONG) == expected
+    assert PromptReader.from_pretrained(str(sd1), encoder=str(alone)).report(LONG) == expected
+    pipe = StableDiffusionXLPipeline.from_pretrained(xl, add_watermarker=False)
+    big = tmp_path / "xl.safetensors"
+    state = text_state(pipe.text_encoder, "conditioner.embedders.0.transformer.")
+    save_file(state | text_state(pipe.text_encoder_2, "conditioner.embedders.1.model."), big)
+    expected = FixClipStableDiffusionXLPipeline.from_pipe(pipe).token_report(LONG)
+    assert PromptReader.from_pretrained(str(big)).report(LONG) == expected
+    with pytest.raises(ValueError, match=r"no CLIP text encoder in this file, it is .*VAE"):
+        PromptReader.from_pretrained(str(sd1), encoder=str(next((sd1 / "vae").glob("*.safetensors"))))
 
 
 def test_auto_pipelines(sd1, tmp_path):

@@ -32,6 +32,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from fixclip_cli import models
 from fixclip_diffusion import (
     FixClipStableDiffusionPipeline,
     FixClipStableDiffusionXLPipeline,
@@ -289,7 +290,7 @@ def test_parts_of_another_base_are_named_before_anything_large_is_read(folder, s
         (lambda: xl(without), "there is no text_encoder_2, and Stable Diffusion XL needs both text encoders"),
         (lambda: xl(folder, encoder=folder / "vae"), "it is of the class AutoencoderKL"),
         (lambda: xl(folder, encoder_2=next((folder / "unet").glob("*.safetensors"))), "in this file, it is a UNet"),
-        (lambda: load_pipeline(next((folder / "vae").glob("*.safetensors"))), "no whole checkpoint; .* is a VAE"),
+        (lambda: load_pipeline(next((folder / "vae").glob("*.safetensors"))), "in this file, it is a VAE"),
     ):
         with pytest.raises(ValueError, match=message):
             load()
@@ -434,7 +435,7 @@ def test_the_class_is_found_by_the_base(folder, sd1, tmp_path):
     assert pipeline_class(folder) is FixClipStableDiffusionXLPipeline
     assert pipeline_class(sd1) is FixClipStableDiffusionPipeline
     assert pipeline_class("builtin:scenes") is FixClipStableDiffusionPipeline
-    with pytest.raises(ValueError, match="no text encoder in this file, so it is no whole checkpoint"):
+    with pytest.raises(ValueError, match="there is no text encoder in this file, it is"):
         pipeline_class(next((sd1 / "vae").glob("*.safetensors")))
     with pytest.raises(ValueError, match=r"encoder_2='x': base .* has one text encoder"):
         load_pipeline(sd1, encoder_2="x")
@@ -494,6 +495,51 @@ def test_textual_inversion_in_both_encoders(folder):
         ids = pipe.prompt_encoder.lay_out(f"{LONG} a badhand", number).ids_NP
         assert sorted(set(ids[ids >= 49408].tolist())) == [49408, 49409, 49410]
     assert picture(pipe, f"{LONG} a badhand").shape == (1, 16, 16, 3)
+
+
+def test_a_textual_inversion_of_both_encoders_in_one_file(folder, tmp_path, caplog):
+    """`clip_l` and `clip_g`, the usual format, by the pipeline and the command line."""
+    vectors = {"clip_l": torch.randn(2, 32), "clip_g": torch.randn(2, 48)}
+    save_file(vectors, tmp_path / "myStyle.safetensors")
+    pipe = quiet(FixClipStableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False))
+    with pytest.raises(ValueError, match="give token="):
+        pipe.load_textual_inversion(tmp_path / "myStyle.safetensors")
+    pipe.load_textual_inversion(tmp_path / "myStyle.safetensors", token="myStyle")
+    for encoder, name in ((pipe.text_encoder, "clip_l"), (pipe.text_encoder_2, "clip_g")):
+        assert torch.equal(encoder.get_input_embeddings().weight[-2:], vectors[name])
+    picture(pipe, "a mystyle horse")
+    assert "tokens for the first text encoder" not in caplog.text
+    other = models.load_pipeline(models.ModelOptions(str(folder), embeddings=(str(tmp_path / "myStyle.safetensors"),)))
+    assert np.array_equal(picture(quiet(other), "a mystyle horse"), picture(pipe, "a mystyle horse"))
+    pipe.load_textual_inversion({"soleStyle": torch.randn(8, 32)})
+    picture(pipe, "a solestyle horse")
+    assert "'a solestyle horse' has 10 tokens for the first text encoder and " in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        (
+            TextAdapter(32),
+            "adapter=TextAdapter: Stable Diffusion XL takes a folder or a hub name of both adapters, or a",
+        ),
+        ((None, None, None), "adapter=tuple: Stable Diffusion XL takes a folder"),
+        ({"text_encoder": None}, "adapter=dict: Stable Diffusion XL takes a folder"),
+        ("/no/such/adapter", "adapter '/no/such/adapter' is neither a folder nor a hub name"),
+        ((TextAdapter(40), None), "text_encoder: adapter of width 40 on a text encoder of width 32"),
+        ([None, TextAdapter(32)], "text_encoder_2: adapter of width 32 on a text encoder of width 48"),
+    ],
+)
+def test_what_is_no_adapter_of_both_encoders_is_named(folder, adapter, message):
+    with pytest.raises(ValueError, match=message):
+        FixClipStableDiffusionXLPipeline.from_pretrained(folder, adapter=adapter)
+
+
+def test_both_encoders_of_another_folder_go_into_a_pipeline_in_memory(ours, folder):
+    stock = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
+    pipe = quiet(FixClipStableDiffusionXLPipeline.from_pipe(stock, encoder=folder, encoder_2=folder))
+    for one, other in zip(pipe.encode_prompt(LONG), ours.encode_prompt(LONG), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
 def lora_targets(text_model):

@@ -86,6 +86,15 @@ def text_encoders_in(file: str | Path) -> list[Which | None]:
     return [tower.which for tower in find_text_towers(open_weights(file).shapes)]
 
 
+def choose_text_encoder(file: str | Path, pooled: bool) -> Which | None:
+    """Of a file with several text encoders bigG where a pooled vector is read, else ViT-L; None where it holds one.
+
+    Raises:
+        LoadError: see `text_encoders_in`.
+    """
+    return ("g" if pooled else "l") if len(text_encoders_in(file)) > 1 else None
+
+
 def holds_text_encoders_alone(file: str | Path) -> bool:
     """Whether a file holds CLIP text encoders and no image tower: no whole CLIP.
 
