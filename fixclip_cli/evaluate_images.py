@@ -108,6 +108,7 @@ def evaluate_images(
 
     diffusers_logging.set_verbosity_error()  # it warns of casts to float32 that leave everything as it is
     from fixclip_core.device import best_device
+    from fixclip_core.scenes.world import MIN_SIDE
     from fixclip_diffusion.evaluation import benchmarks, generate, report, run
 
     # Prompts, systems and judges first: a wrong one should not cost loading a model.
@@ -119,6 +120,8 @@ def evaluate_images(
     dtype = torch.float16 if device.startswith("cuda") else torch.float32
     if judge is None and all(prompt.scene is not None for prompt in opened.prompts):
         judge = ["checker"]
+    if "checker" in (judge or ()) and width_height and width_height[0] < MIN_SIDE:
+        raise ValueError(f"--size {size}: the checker of scenes reads pictures of {MIN_SIDE} pixels and more")
     judge_dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     judges = _judges(judge or [], judge_model or [], judge_tokens, device, judge_dtype)
     if not judges and scorer is None:

@@ -91,11 +91,16 @@ def export(
     import torch
 
     from fixclip_core.weights.load import find_fixclip, load_fixclip
+    from fixclip_core.weights.write import all_or_nothing
     from fixclip_core.weights.write import export as write
 
     if find_fixclip(run) is None:
         hint = "fixclip convert makes one of a CLIP in another format"
-        if find_fixclip(run / "best"):
+        if str(run).startswith("builtin:"):
+            hint = "a built-in name has none; fixclip convert builtin:scenes/clip FOLDER makes one"
+        elif not run.exists():
+            hint = "there is no such folder"
+        elif find_fixclip(run / "best"):
             hint = f"the best so far is in {run / 'best'}"
         raise ValueError(f"{run}: no FixClip there; expected model/ or config.json and model.safetensors; {hint}")
     if short_weights is not None and "diffusers" not in (formats or ["diffusers"]):
@@ -108,17 +113,18 @@ def export(
 
         base = base_text_model(short_weights, "--short-weights")
     prepare_folder(output, empty=True)
-    for line in write(load_fixclip(run), output, formats or None, getattr(torch, dtype)):
-        typer.echo(line)
-    if base is not None:
-        encoder = FixClipTextEncoder.from_pretrained(output / "text_encoder", dtype=getattr(torch, dtype))
-        encoder.set_short_weights(base)
-        if by_name and short_weights is not None:
-            path = Path(short_weights)  # found from any other folder, too
-            encoder.name_short_weights(str(path.resolve()) if path.exists() else short_weights)
-        encoder.save_pretrained(output / "text_encoder")
-        whose = f"the text encoder of {short_weights}" + (", which is needed to load it" if by_name else "")
-        line = f"text_encoder/: prompts of up to 77 tokens are read by {whose}"
-        with (output / "README.md").open("a", encoding="utf-8") as card:
-            card.write(f"\n{line}.\n")
+    with all_or_nothing(output) as partial:
+        lines = write(load_fixclip(run), partial, formats or None, getattr(torch, dtype))
+        if base is not None:
+            encoder = FixClipTextEncoder.from_pretrained(partial / "text_encoder", dtype=getattr(torch, dtype))
+            encoder.set_short_weights(base)
+            if by_name and short_weights is not None:
+                path = Path(short_weights)  # found from any other folder, too
+                encoder.name_short_weights(str(path.resolve()) if path.exists() else short_weights)
+            encoder.save_pretrained(partial / "text_encoder")
+            whose = f"the text encoder of {short_weights}" + (", which is needed to load it" if by_name else "")
+            lines.append(f"text_encoder/: prompts of up to 77 tokens are read by {whose}")
+            with (partial / "README.md").open("a", encoding="utf-8") as card:
+                card.write(f"\n{lines[-1]}.\n")
+    for line in lines:
         typer.echo(line)

@@ -3,7 +3,7 @@
 import logging
 import re
 from collections.abc import Collection, Sequence
-from inspect import signature
+from inspect import Signature, signature
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -50,6 +50,10 @@ logger = logging.getLogger(__name__)
 _READS_HIDDEN_STATES = re.compile(r"attn2\.to_[kv]\.(lora_A|lora\.down)\b|attn2\.processor\.to_[kv]_lora\.down\b")
 
 
+# torch's message for tensors that do not fit: name, shape in the file, shape in the model
+_SIZE_MISMATCH = re.compile(r"size mismatch for (\S+): .*?torch\.Size\((.*?)\).*?torch\.Size\((.*?)\)", re.DOTALL)
+
+
 class LongPromptMixin:
     """Goes before a stock diffusers pipeline: reads prompts by a conditioning; `family` says with which text
     encoders."""
@@ -57,6 +61,27 @@ class LongPromptMixin:
     family: ClassVar[Family]
     _conditioning: str | None = None
     _weights: str | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Give `__call__` the stock arguments beside ours, for help() and for callers that look an argument up."""
+        super().__init_subclass__(**kwargs)
+        if cls.__call__ is not LongPromptMixin.__call__:
+            return
+
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return LongPromptMixin.__call__(self, *args, **kwargs)
+
+        own, stock = (signature(kind.__call__).parameters for kind in (LongPromptMixin, cls._stock_class()))
+        named = [item for item in own.values() if item.kind == item.KEYWORD_ONLY]
+        last = [item for item in stock.values() if item.kind == item.VAR_KEYWORD]
+        first = [item for item in stock.values() if item.kind != item.VAR_KEYWORD]
+        call.__name__, call.__qualname__, call.__doc__ = (
+            "__call__",
+            f"{cls.__qualname__}.__call__",
+            cls.__call__.__doc__,
+        )
+        vars(call)["__signature__"] = Signature([*first, *named, *last])
+        cls.__call__ = call  # type: ignore[method-assign]
 
     def _check_text(self, **components: Any) -> None:
         """Called before the stock constructor.
@@ -82,6 +107,9 @@ class LongPromptMixin:
         self._conditioning = None if name is None else get_conditioning(name).name
         self._weights = check_syntax(weights)
         self.register_to_config(conditioning=self._conditioning, weights=weights, long_prompt=None)
+        if getattr(self, "unet", None) is not None:
+            # For other pipelines that share it, too.
+            mask_empty_states(self.unet)  # type: ignore[attr-defined]
         if all(getattr(self, part) is not None for tower in self.towers for part in (tower.encoder, tower.tokenizer)):
             self.prompt_encoder  # noqa: B018 -- refuses an encoder that this conditioning cannot use
 
@@ -187,7 +215,14 @@ class LongPromptMixin:
         before = [name for name in pipe.get_active_adapters() if name == LORA_NAME]
         scales = [scale_of(pipe, name) for name in before]
         with loading(_lora_name(source)):
-            super().load_lora_weights(source, *args, **kwargs)  # type: ignore[misc]
+            try:
+                super().load_lora_weights(source, *args, **kwargs)  # type: ignore[misc]
+            except RuntimeError as error:
+                shapes = _SIZE_MISMATCH.search(str(error))
+                if shapes is None:
+                    raise
+                layer, own, here = shapes.groups()
+                raise ValueError(f"it was made for another base: {layer} has the shape {own}, here {here}") from error
         new = [name for name in pipe.get_active_adapters() if name != LORA_NAME]
         if before and new:
             pipe.set_adapters([*before, *new], [*scales, *(scale_of(pipe, name) for name in new)])
@@ -415,9 +450,11 @@ class LongPromptMixin:
         for module, dtype in dtypes.items():
             if next(module.parameters()).dtype != dtype:  # of several dtypes all became float32, which loses nothing
                 module.to(dtype)
-        conditioning = conditioning or getattr(pipeline, "_conditioning", None)
+        # Of one of ours; a stock pipeline that was made of one of ours keeps what it does not know with an underscore.
+        known = {name.removeprefix("_"): value for name, value in pipeline.config.items()}
+        conditioning, weights = conditioning or known.get("conditioning"), weights or known.get("weights")
         encoders = {"text_encoder": encoder, "text_encoder_2": encoder_2}
-        return cls._of_stock(stock, encoders, adapter, conditioning, weights or getattr(pipeline, "_weights", None))
+        return cls._of_stock(stock, encoders, adapter, conditioning, weights)
 
     @classmethod
     def _stock_class(cls) -> Any:

@@ -1,5 +1,6 @@
 """Pictures of several systems against their prompts, on tiny real models."""
 
+import inspect
 import json
 import re
 import types
@@ -21,7 +22,12 @@ from typer.testing import CliRunner
 from fixclip_cli.main import app
 from fixclip_core import scenes
 from fixclip_core.evaluation.encoders import load_encoder
-from fixclip_diffusion import FixClipStableDiffusionPipeline, FixClipTokenizer, TextAdapter
+from fixclip_diffusion import (
+    FixClipStableDiffusionPipeline,
+    FixClipStableDiffusionXLPipeline,
+    FixClipTokenizer,
+    TextAdapter,
+)
 from fixclip_diffusion.adapter_training import trainer as train
 from fixclip_diffusion.evaluation import generate, judges, report, run, scores
 from fixclip_diffusion.evaluation.benchmarks import Benchmark
@@ -332,7 +338,27 @@ def test_command(sd1, parts, scorer, tmp_path):
     }  # fmt: skip
 
 
+def test_a_saved_pipeline_of_ours_is_drawn_with_as_it_is(sd1, tmp_path):
+    ours = FixClipStableDiffusionPipeline.from_pretrained(sd1, conditioning="chunks")
+    ours.save_pretrained(tmp_path / "saved")
+    one, other = System("one", pipeline=str(tmp_path / "saved")), System("other", conditioning="chunks")
+    painter = generate.Painter(str(sd1))
+    pictures = [painter.draw(system, [Prompt(LONG)], Drawing(steps=1, size=16))[0][0] for system in (one, other)]
+    painter.check(one)
+    np.testing.assert_allclose(*(np.asarray(picture, dtype=float) for picture in pictures), atol=1)  # of 255
+
+    class Personal(FixClipStableDiffusionPipeline):
+        pass
+
+    for kind in (FixClipStableDiffusionPipeline, FixClipStableDiffusionXLPipeline, Personal):
+        known = inspect.signature(kind.__call__).parameters
+        assert {"prompt", "num_inference_steps", "height", "conditioning", "weights"} <= known.keys()
+
+
 def test_command_names_what_is_wrong(sd1, tmp_path):
+    small = invoke("scenes:1", "--base", sd1, "--size", "16", "-o", tmp_path / "small").text
+    assert "--size 16: the checker of scenes reads pictures of 24 pixels and more" in small
+    assert not (tmp_path / "small").exists()
     assert "not a readable text file" in invoke(tmp_path / "none.txt", "--base", sd1).text
     assert invoke(tmp_path / "none.txt", "--base", sd1).code == 2
     assert "give one number" in invoke("scenes:1", "--size", "16x24").text

@@ -1,6 +1,7 @@
 """Checkpoints in one file, encoders in one file, and pipelines made of other pipelines."""
 
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -171,7 +172,22 @@ def test_pipelines_of_one_another(sd1, stock):
     back = StableDiffusionImg2ImgPipeline.from_pipe(ours)
     assert isinstance(back.text_encoder, FixClipTextEncoder)
     assert picture(back, LONG, image=Image.new("RGB", (16, 16)), num_inference_steps=4).shape == (1, 16, 16, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        there_and_back = FixClipStableDiffusionPipeline.from_pipe(StableDiffusionImg2ImgPipeline.from_pipe(again))
+    assert there_and_back.conditioning == "chunks"
     assert isinstance(FixClipStableDiffusionPipeline.from_pipe(back).text_encoder, FixClipTextEncoder)
+
+
+def test_a_lora_of_another_width_is_refused_in_one_line(stock):
+    pipe = FixClipStableDiffusionPipeline.from_pipe(stock)
+    layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    weights = {f"{layer}.lora_A.weight": torch.zeros(2, 7), f"{layer}.lora_B.weight": torch.zeros(7, 2)}
+    with pytest.raises(
+        ValueError, match=r"it was made for another base: \S*attn1\.to_q\S* has the shape \[\d, 7\], here"
+    ) as error:
+        pipe.load_lora_weights(weights)
+    assert len(str(error.value)) < 300
 
 
 def test_what_another_pipeline_has_stays_as_it_is(sd1, stock):

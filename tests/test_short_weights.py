@@ -17,6 +17,7 @@ from fixclip_core.weights.write import export, plain_clip, write_delta, write_di
 from fixclip_diffusion.conditioning import Context, PromptTokens, get_conditioning, short_length
 from fixclip_diffusion.text_config import load_clip_text_config
 from fixclip_diffusion.text_encoder import FixClipTextEncoder
+from fixclip_diffusion.tiny import clip_text_config
 
 PREPROCESS = {"size": 32, "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
 SHORT, LONG = (3, 20, 77), (78, 150, 248)
@@ -226,6 +227,12 @@ def test_export_puts_the_bases_copy_beside_the_trained_weights(models, base, tmp
         wrong = CliRunner().invoke(app, [str(part) for part in [*command, source]])
         assert wrong.exit_code == 2
         assert message in wrong.output
+    CLIPTextModel(clip_text_config(hidden_size=64)).save_pretrained(tmp_path / "wide")
+    failed = [tmp_path / "failed" if part == tmp_path / "out" else part for part in command]
+    wrong = CliRunner().invoke(app, [str(part) for part in [*failed, tmp_path / "wide"]])
+    assert (wrong.exit_code, wrong.stdout) == (2, "")
+    assert "short weights of width 64" in wrong.stderr
+    assert not list((tmp_path / "failed").iterdir()), "all of it or nothing"
 
 
 def test_a_tower_that_was_trained_whole_has_no_delta(tmp_path):

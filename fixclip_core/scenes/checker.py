@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fixclip_core.scenes.rendering import sprite_bank
-from fixclip_core.scenes.world import PLACES, WORLD, Scene, SceneObject, World
+from fixclip_core.scenes.world import MIN_SIDE, PLACES, WORLD, Scene, SceneObject, World
 
 _CHECK_BATCH = 128  # images whose candidates the checker holds in memory at once: about 100 MB
 
@@ -102,8 +102,8 @@ def check(image_CHW: Tensor, scene: Scene, world: World = WORLD) -> Check:
 def _as_native(image_BCHW: Tensor, number: int, world: World) -> Tensor:
     """Images as float32 from 0 to 1 at the world's size."""
     shape = tuple(image_BCHW.shape)
-    if len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3] or shape[2] < 24:
-        raise ValueError(f"images of shape {shape}: they must be (batch, 3, side, side), side at least 24")
+    if len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3] or shape[2] < MIN_SIDE:
+        raise ValueError(f"images of shape {shape}: they must be (batch, 3, side, side), side at least {MIN_SIDE}")
     if shape[0] != number:
         raise ValueError(f"{shape[0]} images for {number} scenes")
     if image_BCHW.dtype == torch.uint8:

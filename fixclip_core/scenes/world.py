@@ -27,6 +27,9 @@ PLACES = (
 GRID = 3
 
 
+MIN_SIDE = 24  # pixels of a picture
+
+
 @dataclass(frozen=True)
 class Shape:
     """A silhouette. `inside(x, y)` says, for coordinates of any shape, which points belong to it.
@@ -157,8 +160,8 @@ class World:
         reach = max(size.side for size in self.sizes) + 2 * self.jitter * self.jitter_step
         if self.jitter < 0 or reach > 1:
             raise ValueError(f"jitter={self.jitter}: the largest object would span {reach:.2f} of its place")
-        if self.image_size < 24:
-            raise ValueError(f"image_size={self.image_size}: it must be at least 24 pixels")
+        if self.image_size < MIN_SIDE:
+            raise ValueError(f"image_size={self.image_size}: it must be at least {MIN_SIDE} pixels")
 
 
 WORLD = World()

@@ -114,7 +114,7 @@ def export(
         ),
         "delta": lambda out: write_delta(model, out / DELTA_FILE, dtype),
     }
-    with _all_or_nothing(folder) as partial:
+    with all_or_nothing(folder) as partial:
         lines = [writers[name](partial) for name in FORMATS if name in formats]
         lines += _limits(model, single_file)
         card = _card(model, lines)
@@ -130,7 +130,7 @@ def _check_free(folder: Path) -> None:
 
 
 @contextmanager
-def _all_or_nothing(folder: Path) -> Iterator[Path]:
+def all_or_nothing(folder: Path) -> Iterator[Path]:
     """A folder beside `folder` that takes its place in the end, or goes away if anything fails."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -296,7 +296,7 @@ def write_text_encoders(file: str | Path, folder: str | Path, **config: Any) -> 
     folder = Path(folder)
     _check_free(folder)
     encoders = [read_text_encoder(file, which, **config) for which in text_encoders_in(file) or [None]]
-    with _all_or_nothing(folder) as partial:
+    with all_or_nothing(folder) as partial:
         return [
             _write_text_encoder(weights, partial, f"_{number}" if number > 1 else "")
             for number, weights in enumerate(encoders, 1)

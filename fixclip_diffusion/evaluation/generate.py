@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image, PngImagePlugin
@@ -164,6 +165,18 @@ class Drawing:
         return range(self.seed, self.seed + self.num_seeds)
 
 
+def _check_draws(system: System, pipeline_class: type | None) -> None:
+    """Refuse a pipeline that takes no prompt; of a class that is not known here nothing is said.
+
+    Raises:
+        ValueError: it takes none.
+    """
+    if pipeline_class is None:
+        return
+    if "prompt" not in inspect.signature(pipeline_class.__call__).parameters:
+        raise ValueError(f"system {system.name!r}: {pipeline_class.__name__} draws nothing from a prompt")
+
+
 class Painter:
     """Loads the base once and puts each system's parts into it.
 
@@ -193,11 +206,12 @@ class Painter:
                 raise ValueError(f"system {system.name!r}: no pictures in {system.pictures!r}")
         elif system.pipeline is not None:
             try:
-                DiffusionPipeline.load_config(system.pipeline)  # loading FLUX twice would take minutes
+                index = DiffusionPipeline.load_config(system.pipeline)  # loading FLUX twice would take minutes
             except Exception as error:
                 raise ValueError(
                     f"system {system.name!r}: {system.pipeline!r} is no diffusers pipeline: {_first_line(error)}"
                 ) from error
+            _check_draws(system, getattr(diffusers, str(index.get("_class_name")), None))
         else:
             with self.pipeline(system):
                 pass
@@ -250,8 +264,7 @@ class Painter:
             raise ValueError(
                 f"system {system.name!r}: {system.pipeline!r} cannot be loaded: {_first_line(error)}"
             ) from error
-        if "prompt" not in inspect.signature(pipe.__call__).parameters:
-            raise ValueError(f"system {system.name!r}: {type(pipe).__name__} draws nothing from a prompt")
+        _check_draws(system, type(pipe))
         if getattr(pipe, "safety_checker", None) is not None:
             pipe.safety_checker = None  # it blackens pictures, and a black picture follows no prompt
         return pipe.to(self.device)
