@@ -544,10 +544,32 @@ def test_both_encoders_of_another_folder_go_into_a_pipeline_in_memory(ours, fold
 
 def lora_targets(text_model):
     layers = range(len(text_model.encoder.layers))
-    return [f"text_model.encoder.layers.{layer}.self_attn.q_proj" for layer in layers]
+    parts = ("q_proj", "out_proj")
+    return [f"text_model.encoder.layers.{layer}.self_attn.{part}" for layer in layers for part in parts]
 
 
-def test_lora_in_unet_and_both_encoders(folder, tmp_path):
+def lora_file_state(state, layout):
+    """The tensors of a PEFT file under the names of the layout; kohya's are the original ones of the UNet's blocks."""
+    if layout == "peft":
+        return state
+    renamed = {}
+    for name, tensor in state.items():
+        part, _, path = name.partition(".")
+        down = path.endswith("lora_A.weight")
+        layer = path.rpartition(".lora_")[0]
+        if layout == "diffusers":
+            kind = "lora" if part == "unet" else "lora_linear_layer"
+            renamed[f"{part}.{layer}.{kind}.{'down' if down else 'up'}.weight"] = tensor
+            continue
+        layer = layer.replace("mid_block.attentions.0", "middle_block.1").replace(".", "_")
+        place = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}[part]
+        renamed[f"{place}_{layer}.lora_{'down' if down else 'up'}.weight"] = tensor
+        renamed[f"{place}_{layer}.alpha"] = torch.tensor(2.0)
+    return renamed
+
+
+@pytest.mark.parametrize("layout", ["peft", "diffusers", "kohya"])
+def test_lora_in_unet_and_both_encoders(folder, tmp_path, layout):
     pipe = quiet(FixClipStableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False))
     plain = picture(pipe, LONG)
     names = [
@@ -560,7 +582,7 @@ def test_lora_in_unet_and_both_encoders(folder, tmp_path):
     for name, width in names:
         state[f"{name}.lora_A.weight"] = torch.randn(2, width, generator=generator)
         state[f"{name}.lora_B.weight"] = torch.randn(width, 2, generator=generator)
-    save_file(state, tmp_path / "lora.safetensors")
+    save_file(lora_file_state(state, layout), tmp_path / "lora.safetensors")
     again = quiet(FixClipStableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False))
     again.load_lora_weights(tmp_path, weight_name="lora.safetensors")
     with torch.no_grad():  # the same by hand: W + B A
