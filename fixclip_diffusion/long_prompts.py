@@ -107,9 +107,6 @@ class LongPromptMixin:
         self._conditioning = None if name is None else get_conditioning(name).name
         self._weights = check_syntax(weights)
         self.register_to_config(conditioning=self._conditioning, weights=weights, long_prompt=None)
-        if getattr(self, "unet", None) is not None:
-            # For other pipelines that share it, too.
-            mask_empty_states(self.unet)  # type: ignore[attr-defined]
         if all(getattr(self, part) is not None for tower in self.towers for part in (tower.encoder, tower.tokenizer)):
             self.prompt_encoder  # noqa: B018 -- refuses an encoder that this conditioning cannot use
 

@@ -199,4 +199,4 @@ def test_an_adapter_that_does_not_fit_is_refused_as_the_pipeline_refuses_it(sd1,
     ) as loading:
         load_pipeline(str(sd1), adapter=TextAdapter.from_pretrained(tmp_path))
     result = run("tokens", LONG, "--base", sd1, "--adapter", tmp_path)
-    assert str(loading.value).removeprefix("adapter") in error_of(result)
+    assert str(loading.value).partition("adapter ")[2] in error_of(result)
