@@ -1,6 +1,6 @@
 """Pipelines as command line and page load them: base, encoder, adapter, LoRAs, textual inversions, scheduler."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -178,9 +178,21 @@ def check_scheduler(name: str) -> None:
     """
     from diffusers.schedulers import KarrasDiffusionSchedulers
 
-    short = {item.name.removesuffix("Scheduler"): item for item in KarrasDiffusionSchedulers}
-    if name.lower().removesuffix("scheduler") not in {key.lower() for key in short}:
-        raise ValueError(f"--scheduler {name}: valid are {', '.join(sorted(short))}")
+    _find_scheduler(name, [item.name for item in KarrasDiffusionSchedulers])
+
+
+def _find_scheduler(name: str, classes: Iterable[str]) -> str:
+    """The class of that name, in any case, with or without "Scheduler".
+
+    Raises:
+        ValueError: there is none.
+    """
+    keys = {key.lower().removesuffix("scheduler"): key for key in classes}
+    key = keys.get(name.lower().removesuffix("scheduler"))
+    if key is None:
+        valid = ", ".join(sorted(item.removesuffix("Scheduler") for item in keys.values()))
+        raise ValueError(f"--scheduler {name}: valid are {valid}")
+    return key
 
 
 def make_scheduler(pipe: Any, name: str) -> Any:
@@ -190,11 +202,7 @@ def make_scheduler(pipe: Any, name: str) -> Any:
         ValueError: there is none of that name that fits, or it needs a library that is not installed.
     """
     classes = {item.__name__: item for item in pipe.scheduler.compatibles}
-    keys = {key.lower().removesuffix("scheduler"): key for key in classes}
-    key = keys.get(name.lower().removesuffix("scheduler"))
-    if key is None:
-        valid = ", ".join(sorted(item.removesuffix("Scheduler") for item in classes))
-        raise ValueError(f"--scheduler {name}: valid are {valid}")
+    key = _find_scheduler(name, classes)
     try:
         return classes[key].from_config(pipe.scheduler.config)
     except ImportError as error:

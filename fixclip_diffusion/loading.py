@@ -28,7 +28,8 @@ from fixclip_diffusion.text_encoder import FixClipTextEncoder, FixClipTextEncode
 from fixclip_diffusion.tokenizer import FixClipTokenizer
 
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "proxies")
-OWN_ARGUMENTS = ("encoder", "encoder_2", "adapter", "conditioning", "weights")
+READING_ARGUMENTS = ("conditioning", "weights")  # of a call, too
+OWN_ARGUMENTS = ("encoder", "encoder_2", "adapter", *READING_ARGUMENTS)
 
 
 def encoder_class(tower: Tower) -> type[LongTextEncoder]:

@@ -21,7 +21,7 @@ from fixclip_diffusion.conditioning import CLIP_CONTEXT_LENGTH, get_conditioning
 from fixclip_diffusion.families import Family, TextEncoding, Tower, check_clip_skip
 from fixclip_diffusion.loading import (
     HUB_KWARGS,
-    OWN_ARGUMENTS,
+    READING_ARGUMENTS,
     check_pair,
     check_spelling,
     check_width,
@@ -163,7 +163,7 @@ class LongPromptMixin:
         Raises:
             ValueError: an argument is nearly one of these two.
         """
-        check_spelling(kwargs.keys() - signature(self._stock_class().__call__).parameters.keys(), OWN_ARGUMENTS[-2:])
+        check_spelling(kwargs.keys() - signature(self._stock_class().__call__).parameters.keys(), READING_ARGUMENTS)
         conditioning = renamed(conditioning, long_prompt)
         before = self._conditioning, self._weights
         try:
