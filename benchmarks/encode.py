@@ -12,8 +12,9 @@ From text to states, tokenizing included, for prompts of 20 to 500 tokens, witho
 - ours: the same as it is for a base's own encoder: overlapping windows, about twice as many tokens in passes;
 - one_pass: the same with conditioning="one_pass", as trained encoders read: one pass up to 248 tokens.
 
-The weights are random and the same for all. Times are medians over rounds in which the three take turns, after a
-round that does not count; peak memory is a process's (Linux), so each system and length has one of its own.
+The weights are random and the same for all. Times are medians over rounds in which the systems take turns, after a
+round that does not count, and a ratio of two is the median of their ratios in each round; peak memory is a process's
+(Linux), so each system and length has one of its own.
 """
 
 import ctypes
@@ -145,8 +146,8 @@ def build(base: str, system: str, width: int, layers: int, dtype: torch.dtype) -
 
 def measure_times(
     base: str, width: int, layers: int, dtype: torch.dtype, rounds: int, lengths: Sequence[int]
-) -> dict[str, dict[int, float]]:
-    """Median seconds of every system and length; the systems take turns."""
+) -> dict[str, dict[int, list[float]]]:
+    """Seconds of every system, length and round; the systems take turns."""
     encoders = {system: build(base, system, width, layers, dtype) for system in SYSTEMS}
     times: dict[str, dict[int, list[float]]] = {system: {n: [] for n in lengths} for system in SYSTEMS}
     for index in tqdm(range(rounds + 1), desc="rounds"):
@@ -158,7 +159,12 @@ def measure_times(
                     encoders[system](prompt)
                 if index:
                     times[system][length].append(time.perf_counter() - start)
-    return {system: {n: statistics.median(values) for n, values in by.items()} for system, by in times.items()}
+    return times
+
+
+def ratio(seconds: Sequence[float], others: Sequence[float]) -> float:
+    """Median of the ratios within each round, which a machine that slows down from round to round leaves alone."""
+    return statistics.median(one / other for one, other in zip(seconds, others, strict=True))
 
 
 def reset_peak(peak_first: bool = False) -> float:
@@ -224,13 +230,14 @@ def main(
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for length in lengths:
         each = {name: times[name][length] for name in SYSTEMS}
-        cells = [f"{1e3 * seconds:.1f}" for seconds in each.values()]
+        cells = [f"{1e3 * statistics.median(seconds):.1f}" for seconds in each.values()]
         if length > WINDOW_LENGTH:
             cells[0] += f" ({WINDOW_LENGTH} read)"
-        cells += [f"{each[one] / each[other]:.2f}" for one, other in ratios]
+        cells += [f"{ratio(each[one], each[other]):.3f}" for one, other in ratios]
         print(f"| {length} | {' | '.join(cells)} | {peaks[length]} |")
     if {150, 240} <= set(lengths):
-        print(f"\none pass of 150 tokens: {times['one_pass'][150] / times['one_pass'][240]:.2f} of one of 240 tokens")
+        share = ratio(times["one_pass"][150], times["one_pass"][240])
+        print(f"\none pass of 150 tokens: {share:.3f} of one of 240 tokens")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """`fixclip convert` and `fixclip export`: weights from and to other formats."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -8,6 +9,8 @@ import typer
 
 from fixclip_cli.app import ModelNameOption, app
 from fixclip_core.files import prepare_folder
+
+TEXT_FIELDS = ("hidden_act", "num_attention_heads")  # what weights alone may not tell of a CLIPTextConfig
 
 
 @app.command(short_help="Make a FixClip folder of any CLIP.")
@@ -19,7 +22,11 @@ def convert(
     model_name: ModelNameOption = None,
     field: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="A field of FixClipConfig, e.g. num_prompts=0."),
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help=f"A field of FixClipConfig, e.g. num_prompts=0; of text encoders alone {' or '.join(TEXT_FIELDS)}.",
+        ),
     ] = None,
 ) -> None:
     """Make a FixClip folder of any CLIP; one of 77 tokens is stretched to 248.
@@ -30,36 +37,47 @@ def convert(
     from fixclip_core.weights.text_encoder import holds_text_encoders_alone
     from fixclip_core.weights.write import write_text_encoders
 
-    fields = parse_fields(field or [])
-    prepare_folder(output, empty=True)
     if Path(source).is_file() and holds_text_encoders_alone(source):
-        if fields:
-            raise ValueError(f"--set {min(fields)}: {source} holds no image tower, so it makes no FixClip")
+        values = parse_fields(field or [], TEXT_FIELDS, f"; {source} holds no image tower, so it makes no FixClip")
+        if model_name and "hidden_act" in values:
+            raise ValueError("--model-name and --set hidden_act= both name the activation: leave one out")
         activation = {"hidden_act": activation_of(model_name)} if model_name else {}
-        for line in write_text_encoders(source, output, **activation):
+        prepare_folder(output, empty=True)
+        for line in write_text_encoders(source, output, **activation, **values):
             typer.echo(line)
         return
+    fields = parse_fields(field or [], fixclip_fields())
+    prepare_folder(output, empty=True)
     model = load_fixclip(source, model_name=model_name, **fields)
     model.save_pretrained(output)
     typer.echo(f"{output}: {model.config.context_length} tokens, {model.config.num_prompts} regional prompts")
 
 
-def parse_fields(pairs: list[str]) -> dict[str, Any]:
-    """NAME=VALUE strings to fields of FixClipConfig; a value is JSON where it can be, else text.
-
-    Raises:
-        ValueError: no `=`, or an unknown name.
-    """
+def fixclip_fields() -> list[str]:
+    """The fields of FixClipConfig that a CLIP which becomes one can be given."""
     from dataclasses import fields
 
     from fixclip_core.model.config import FixClipConfig
 
-    known = sorted({field.name for field in fields(FixClipConfig)} - {"clip", "preprocess", "context_length"})
+    return sorted({field.name for field in fields(FixClipConfig)} - {"clip", "preprocess", "context_length"})
+
+
+def parse_fields(pairs: list[str], known: Sequence[str], why: str = "") -> dict[str, Any]:
+    """NAME=VALUE strings to values by name; a value is JSON where it can be, else text.
+
+    Args:
+        pairs: as they were typed.
+        known: the names that there are.
+        why: what the error adds to them.
+
+    Raises:
+        ValueError: no `=`, or an unknown name.
+    """
     parsed: dict[str, Any] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or name not in known:
-            raise ValueError(f"--set {pair}: expected NAME=VALUE with a name of {', '.join(known)}")
+            raise ValueError(f"--set {pair}: expected NAME=VALUE with a name of {', '.join(known)}{why}")
         try:
             parsed[name] = json.loads(value)
         except json.JSONDecodeError:

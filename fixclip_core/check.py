@@ -42,6 +42,20 @@ def loading(what: str) -> Iterator[None]:
         raise LoadError(f"{what}: {hub_reason(error)}") from error
 
 
+def refuse_stand_in(file: Path) -> None:
+    """Say what a file is that lies where weights should be: a pointer of Git LFS, or the page that a download got.
+
+    Raises:
+        LoadError: it is one of the two.
+    """
+    with file.open("rb") as opened:
+        start = opened.read(64).lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        raise LoadError(f"{file} is a pointer of Git LFS to the weights: run `git lfs pull` in that folder")
+    if start.startswith((b"<!doctype html", b"<html")):
+        raise LoadError(f"{file} is a web page in place of weights: download it again, logged in if its site asks")
+
+
 def one_line(error: BaseException) -> str:
     """The error's message on one line; with the exception's name where the message alone would say nothing."""
     text = " ".join(str(error).split())

@@ -22,6 +22,7 @@ from fixclip_core.check import (
     hub_reason,
     loading,
     module_shapes,
+    refuse_stand_in,
 )
 from fixclip_core.files import parse_json, write_atomically
 from fixclip_core.weights.kinds import what_is_in
@@ -189,6 +190,7 @@ class TextAdapter(nn.Module):
         """
         what = f"adapter {str(file)!r}: expected an {WEIGHTS_NAME} with its configuration in the metadata"
         with loading(what):
+            refuse_stand_in(Path(file))
             with safe_open(file, framework="pt") as opened:
                 text = (opened.metadata() or {}).get(METADATA_KEY)
             if text is not None:
@@ -202,6 +204,7 @@ class TextAdapter(nn.Module):
     def _load(cls, config: Any, config_file: str | Path, weights_file: str | Path, what: str) -> "TextAdapter":
         if "num_layers" not in config:
             raise LoadError(f"{what}; {config_file} is no configuration of a TextAdapter")
+        refuse_stand_in(Path(weights_file))
         weights = {name: tensor.float() for name, tensor in load_file(weights_file).items()}
         check_layers(config["num_layers"], weights, "blocks", what)
         with torch.device("meta"):  # a wrong size is found before memory is asked for

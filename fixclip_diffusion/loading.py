@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from fixclip_core.check import check_folder_or_hub_name, check_tokenizer, hub_reason
+from fixclip_core.check import check_folder_or_hub_name, check_tokenizer, hub_reason, refuse_stand_in
 from fixclip_core.weights.text_encoder import choose_text_encoder, read_text_config
 from fixclip_diffusion import builtin
 from fixclip_diffusion.adapter import TextAdapter, check_fits, read_adapter_config
@@ -262,6 +262,7 @@ def _check_local_weights(folder: Path, index: dict[str, Any]) -> None:
             if not (folder / name).is_dir():
                 raise ValueError(f"base {str(folder)!r}: model_index.json names {name}, but there is no such folder")
             for file in sorted((folder / name).glob("*.safetensors")):
+                refuse_stand_in(file)
                 try:
                     with safe_open(file, framework="pt"):
                         pass

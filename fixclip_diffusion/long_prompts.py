@@ -11,7 +11,7 @@ import torch
 from diffusers.pipelines import auto_pipeline
 from torch import Tensor
 
-from fixclip_core.check import LoadError, check_finite, loading
+from fixclip_core.check import LoadError, check_finite, loading, refuse_stand_in
 from fixclip_core.weights.files import open_weights
 from fixclip_core.weights.kinds import what_it_is
 from fixclip_core.weights.names import Which
@@ -212,6 +212,8 @@ class LongPromptMixin:
         before = [name for name in pipe.get_active_adapters() if name == LORA_NAME]
         scales = [scale_of(pipe, name) for name in before]
         with loading(_lora_name(source)):
+            if not isinstance(source, dict) and Path(source).is_file():
+                refuse_stand_in(Path(source))
             try:
                 super().load_lora_weights(source, *args, **kwargs)  # type: ignore[misc]
             except RuntimeError as error:

@@ -17,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from fixclip_core.check import refuse_stand_in
+
 DELTA_FILE = "text_delta.safetensors"
 POSITIONS = "text_model.embeddings.position_embedding.weight"
 PROJECTIONS = {"self_attn": ("q_proj", "k_proj", "v_proj", "out_proj"), "mlp": ("fc1", "fc2")}
@@ -110,6 +112,7 @@ def read_delta(path: str | Path) -> tuple[dict[str, Tensor], int, int]:
     path = path / DELTA_FILE if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"delta {str(path)!r}: no such file; `fixclip export --format delta` writes {DELTA_FILE}")
+    refuse_stand_in(path)
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}

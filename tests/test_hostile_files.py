@@ -16,7 +16,9 @@ from fixclip_core.evaluation.encoders import load_encoder
 from fixclip_core.model.fixclip import FixClip
 from fixclip_core.weights.load import build_clip, load_fixclip
 from fixclip_core.weights.read import read_clip
+from fixclip_core.weights.text_encoder import read_text_encoder
 from fixclip_diffusion import FixClipStableDiffusionPipeline, FixClipTextEncoder, TextAdapter
+from fixclip_diffusion.short_weights import read_delta
 from fixclip_diffusion.tiny import clip_text_config, train_tokenizer
 
 MILLION = 10**6
@@ -224,6 +226,37 @@ def test_loras(tmp_path, sd1):
             pipe.load_lora_weights(folder)
         assert str(folder) in str(caught.value)
     pipe.load_lora_weights({f"{name}_A.weight": down, f"{name}_B.weight": up})
+
+
+def test_what_git_or_a_browser_left_in_place_of_weights(tmp_path, sd1):
+    base = tmp_path / "base"
+    shutil.copytree(sd1, base)
+    encoder, adapter, fixclip = tmp_path / "encoder", tmp_path / "adapter", tmp_path / "fixclip"
+    FixClipTextEncoder.from_clip(CLIPTextModel(clip_text_config())).save_pretrained(encoder)
+    TextAdapter(width=32, num_layers=1).save_pretrained(adapter)
+    FixClip.from_clip(tiny_clip(), tiny_config(), {"size": 32}, num_groups=0).save_pretrained(fixclip)
+    pipe = FixClipStableDiffusionPipeline.from_pretrained(sd1)
+    loaders = (
+        (FixClipStableDiffusionPipeline.from_pretrained, base, base / "unet/diffusion_pytorch_model.safetensors"),
+        (FixClipTextEncoder.from_pretrained, encoder, encoder / "model.safetensors"),
+        (TextAdapter.from_pretrained, adapter, adapter / "adapter.safetensors"),
+        (TextAdapter.from_file, adapter / "adapter.safetensors", adapter / "adapter.safetensors"),
+        (load_fixclip, fixclip, fixclip / "model.safetensors"),
+        (read_delta, tmp_path / "text_delta.safetensors", tmp_path / "text_delta.safetensors"),
+        (read_text_encoder, tmp_path / "clip_l.safetensors", tmp_path / "clip_l.safetensors"),
+        (pipe.load_lora_weights, tmp_path / "lora.safetensors", tmp_path / "lora.safetensors"),
+    )
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    for content, message in (
+        (pointer, "is a pointer of Git LFS to the weights: run `git lfs pull` in that folder"),
+        (b"\n<!DOCTYPE html><html><body>Log in</body></html>", "is a web page in place of weights"),
+    ):
+        for load, source, file in loaders:
+            file.write_bytes(content)
+            with pytest.raises(LoadError) as caught:
+                load(source)
+            assert f"{file} {message}" in str(caught.value)
+            assert "\n" not in str(caught.value)
 
 
 def test_a_tokenizer_of_another_model(tmp_path, sd1):

@@ -249,7 +249,10 @@ def test_convert_asks_for_the_activation_and_refuses_other_kinds(tmp_path):
     save_file(open_clip_text(tiny_clip(quick_gelu=False)), path)
     for arguments, message in (
         ((), "do not tell the activation"),
+        (("--set", "num_prompts=0"), "a name of hidden_act, num_attention_heads; "),
         (("--set", "num_prompts=0"), "holds no image tower, so it makes no FixClip"),
+        (("--set", "hidden_act=gelu", "--model-name", "ViT-L-14"), "both name the activation: leave one out"),
+        (("--set", "hidden_act=gelu", "--set", "num_attention_heads=3"), "3 heads do not divide the width"),
         (("--model-name", "ViT-Z"), "'ViT-Z': not one of open_clip's"),
     ):
         assert message in error_of(run("convert", path, tmp_path / "out", *arguments))
@@ -257,6 +260,10 @@ def test_convert_asks_for_the_activation_and_refuses_other_kinds(tmp_path):
     assert run("convert", path, tmp_path / "out", "--model-name", "ViT-L-14").exit_code == 0
     config = json.loads((tmp_path / "out" / "text_encoder" / "config.json").read_text())
     assert (config["hidden_act"], config["architectures"]) == ("gelu", ["CLIPTextModelWithProjection"])
+    chosen = ("--set", "hidden_act=quick_gelu", "--set", "num_attention_heads=1")
+    assert run("convert", path, tmp_path / "chosen", *chosen).exit_code == 0
+    config = json.loads((tmp_path / "chosen" / "text_encoder" / "config.json").read_text())
+    assert (config["hidden_act"], config["num_attention_heads"]) == ("quick_gelu", 1)
     save_file({"decoder.conv_in.weight": torch.zeros(2)}, tmp_path / "vae.safetensors")
     error = error_of(run("convert", tmp_path / "vae.safetensors", tmp_path / "new"))
     assert "no CLIP of two transformers but a VAE" in error

@@ -22,7 +22,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fixclip_core.check import LoadError, check_finite, check_layers, check_vocabulary, loading
+from fixclip_core.check import LoadError, check_finite, check_layers, check_vocabulary, loading, refuse_stand_in
 from fixclip_core.files import write_atomically
 from fixclip_core.model.config import FixClipConfig, HiddenState
 from fixclip_core.model.image_tower import ImageTower, check_image_tower, masked_patches
@@ -144,6 +144,7 @@ class FixClip(nn.Module):
             if (folder / "tokenizer.json").is_file():
                 values["clip"]["text_cfg"]["hf_tokenizer_name"] = str(folder.resolve())
             config = FixClipConfig.from_dict(values)
+            refuse_stand_in(folder / WEIGHTS_NAME)
             weights = load_file(folder / WEIGHTS_NAME)
             for tower, field in (("text", "text_cfg"), ("visual", "vision_cfg")):
                 layers = f"{tower}.transformer.resblocks"

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from fixclip_core.check import LoadError, loading
+from fixclip_core.check import LoadError, loading, refuse_stand_in
 
 # Keys under which checkpoints keep the state dict proper.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net")
@@ -52,12 +52,14 @@ def open_weights(path: str | Path) -> WeightFile:
     """Open a safetensors file, a pickle or a TorchScript archive; the content decides, not the name.
 
     Raises:
-        LoadError: the file is missing or damaged, holds no state dict, or is a pickle that wants to run code.
+        LoadError: the file is missing or damaged, holds no state dict, is a pointer of Git LFS, or is a pickle that
+            wants to run code.
     """
     path = Path(path)
     if not path.is_file():
         raise LoadError(f"{path}: no such file")
     with loading(str(path)):
+        refuse_stand_in(path)
         with path.open("rb") as file:
             start = file.read(16)
         if start[8:9] == b"{":

@@ -227,12 +227,13 @@ def _check_config(values: Mapping[str, Any], what: str) -> None:
     if "num_attention_heads" not in values:
         raise LoadError(
             f"{what}: its width {values['hidden_size']} does not split into heads of {HEAD_WIDTH}; pass "
-            "num_attention_heads="
+            "num_attention_heads=N (fixclip convert: --set num_attention_heads=N)"
         )
     if "hidden_act" not in values:
         raise LoadError(
             f"{what}: weights of width {values['hidden_size']} do not tell the activation; pass "
-            "hidden_act='quick_gelu' for those that descend from OpenAI's, else hidden_act='gelu'"
+            "hidden_act='quick_gelu' for those that descend from OpenAI's, else hidden_act='gelu' "
+            "(fixclip convert: --set hidden_act=gelu)"
         )
     heads, width = values["num_attention_heads"], values["hidden_size"]
     if not isinstance(heads, int) or heads < 1 or width % heads:
