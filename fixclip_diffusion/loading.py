@@ -30,6 +30,7 @@ from fixclip_diffusion.tokenizer import FixClipTokenizer
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "proxies")
 READING_ARGUMENTS = ("conditioning", "weights")  # of a call, too
 OWN_ARGUMENTS = ("encoder", "encoder_2", "adapter", *READING_ARGUMENTS)
+TAKES_BOTH = "fixclip_diffusion.auto.load_pipeline takes Stable Diffusion 1, 2 and XL"
 
 
 def encoder_class(tower: Tower) -> type[LongTextEncoder]:
@@ -250,6 +251,7 @@ def load_index(family: Family, base: str, hub_kwargs: dict[str, Any]) -> dict[st
         raise ValueError(
             f"base {base!r} is a {index.get('_class_name')}, not a {family.name} model"
             + (f": it has no {', '.join(missing)}" if missing else "")
+            + (f"; {TAKES_BOTH}" if {"unet", "text_encoder"} <= index.keys() else "")
         )
     if folder.is_dir():
         _check_local_weights(folder, index)

@@ -22,6 +22,7 @@ from fixclip_diffusion.families import Family, TextEncoding, Tower, check_clip_s
 from fixclip_diffusion.loading import (
     HUB_KWARGS,
     READING_ARGUMENTS,
+    TAKES_BOTH,
     check_pair,
     check_spelling,
     check_width,
@@ -410,8 +411,7 @@ class LongPromptMixin:
         if held and ("g" in held) != is_xl:
             kind = "of Stable Diffusion XL" if "g" in held else "not of Stable Diffusion XL"
             raise ValueError(
-                f"checkpoint {name!r} is {kind}, and {cls.__name__} is for {cls.family.name}: "
-                "fixclip_diffusion.auto.load_pipeline takes both"
+                f"checkpoint {name!r} is {kind}, and {cls.__name__} is for {cls.family.name}: {TAKES_BOTH}"
             )
         return held
 
