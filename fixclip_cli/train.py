@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -128,6 +128,7 @@ def command(kind: Kind) -> Callable[..., None]:
             from fixclip_core.training.recipe import load_recipe, recipe_diff
 
             schema = imported(kind.schema)
+            refuse_another_kind(recipe, kind)
             # The smoke test generates its data, whatever the recipe reads.
             chosen = load_recipe(schema, recipe, overrides or [], {"data.source": "scenes"} if smoke else None)
             if diff:
@@ -144,6 +145,31 @@ def command(kind: Kind) -> Callable[..., None]:
 
     train.__doc__ = kind.help
     return train
+
+
+def refuse_another_kind(recipe: str, kind: Kind) -> None:
+    """Raises:
+    ValueError: it is the name of a built-in recipe of the other kind, and of none of this one.
+    """
+    from fixclip_core.training.recipe import builtin_recipes
+
+    if not recipe.startswith("builtin:") or recipe in builtin_recipes(imported(kind.schema)):
+        return
+    for name, other in KINDS.items():
+        if recipe in builtin_recipes(imported(other.schema)):
+            raise ValueError(f"{recipe} is a recipe of fixclip train {name}")
+
+
+@contextmanager
+def leaving_no_folder(folder: Path) -> Iterator[None]:
+    """Remove the folder again, and those above it, where the block made them and left nothing in them."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    finally:
+        for path in made:
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
 
 
 for _name, _kind in KINDS.items():
@@ -168,7 +194,8 @@ def run(trainer: "type[Trainer]", recipe: "Section", *, resume: str, dry_run: bo
     if dry_run and smoke:
         raise ValueError("--dry-run trains nothing and --smoke trains two steps; give one of the two")
     if dry_run:
-        echo(trainer(recipe).prepare().plan())
+        with leaving_no_folder(Path(cast(Any, recipe).output.folder)):
+            echo(trainer(recipe).prepare().plan())
     elif smoke:
         training.smoke(trainer, recipe)
         echo("Smoke test passed: two steps on generated data, a checkpoint, and the files that come out.")

@@ -10,12 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import torch
 from torch import Tensor, nn
 
 Shapes = Mapping[str, Sequence[int]]
 
 CLIP_END_ID = 49407
+OUT_OF_REACH = "fetch it where it can be (hf download NAME --local-dir FOLDER) and name the folder"
 LEGACY_END_ID = 2  # in configurations of CLIP from before transformers 4.31, whatever the vocabulary
 
 
@@ -87,14 +89,16 @@ def hub_reason(error: BaseException) -> str:
     The hub's client and the libraries around it wrap each other's errors, with paragraphs about their own settings;
     what happened is told by the class of one of them.
     """
+    forbidden = huggingface_hub.constants.HF_HUB_OFFLINE
+    reach = "HF_HUB_OFFLINE forbids to look on the hub" if forbidden else "the hub cannot be reached to look there"
     reasons = {
         "GatedRepoError": "access to it must be asked for on its page of the hub, then: hf auth login",
         "RepositoryNotFoundError": "there is no such folder here and no such public repository on the hub; for a "
         "private one: hf auth login",
         "RevisionNotFoundError": "the repository has no such revision",
         "RemoteEntryNotFoundError": "the repository has no such file",
-        "LocalEntryNotFoundError": "there is no such folder here, and the hub cannot be reached to look there",
-        "OfflineModeIsEnabled": "there is no such folder here, and HF_HUB_OFFLINE forbids to look on the hub",
+        "LocalEntryNotFoundError": f"there is no such folder here, and {reach}; {OUT_OF_REACH}",
+        "OfflineModeIsEnabled": f"there is no such folder here, and {reach}; {OUT_OF_REACH}",
     }
     return next((reasons[name] for name in _classes_behind(error) if name in reasons), one_line(error))
 

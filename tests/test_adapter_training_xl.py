@@ -280,6 +280,9 @@ def test_plan_and_smoke(recipe_file, recipe):
     assert planned.exit_code == 0, planned.output
     assert "memory  about" in planned.output
     assert "frozen models" in planned.output
+    assert "the base's text_encoder and the base's text_encoder_2, long captions" in planned.output
+    assert "mlp adapter of each encoder" in planned.output
+    assert "should be kept in float32" not in planned.output
     smoke(AdapterTrainer, recipe("run"))
 
 
@@ -287,6 +290,8 @@ def test_the_recipe_is_a_built_in_one():
     found = load_recipe(AdapterRecipe, "builtin:stable_diffusion_xl", ["data.source=my.jsonl"])
     assert "xl" in found.model.base
     assert found == load_recipe(AdapterRecipe, "pipelines/sdxl/adapter.yaml", ["data.source=my.jsonl"])
+    own = load_recipe(AdapterRecipe, "builtin:own_data_xl", ["data.source=my.jsonl"])
+    assert (own.model, own.adapter, own.data.start) == (found.model, found.adapter, 0)
 
 
 # -- bad input -----------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_adapter import without_onednn  # noqa: F401
 
+from fixclip_core.data.sources import open_source
 from fixclip_core.training.trainer import make_accelerator
 from fixclip_diffusion import FixClipStableDiffusionPipeline
 from fixclip_diffusion.adapter_training import trainer as train
@@ -63,7 +64,8 @@ def setup(sd1, models, tmp_path):
     def setup(*overrides, **changes):
         recipe = tiny_adapter.read(path, *overrides)
         accelerator = make_accelerator(recipe.train, recipe.output)
-        return train.make_loader(recipe, dataclasses.replace(models, **changes), accelerator, 4, 16)
+        source = open_source(train.data_config(recipe, 4))
+        return train.make_loader(recipe, dataclasses.replace(models, **changes), accelerator, 4, 16, source)
 
     return setup
 

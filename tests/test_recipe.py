@@ -136,7 +136,7 @@ def test_all_errors_are_reported_at_once(write):
 
 
 def test_missing_file_and_binary_file(tmp_path):
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match=r"none.yaml: there is no such recipe; fixclip train --list shows"):
         load(tmp_path / "none.yaml")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="cannot be read"):
@@ -250,5 +250,7 @@ def test_shipped_recipes_are_valid(name):
 def test_recipes_of_the_package_are_named():
     with pytest.raises(ValueError, match=r"builtin:vit: there is no such recipe; there are .*builtin:vit_b16_share"):
         load("builtin:vit")
+    with pytest.raises(ValueError, match=r"did you mean builtin:vit_b16_sharegpt4v\?$"):
+        load("builtin:vit_b16_sharegpt")
     with pytest.raises(ValueError, match=r"command line: model.keep='many': it should be a valid int"):
         load("builtin:vit_b16_sharegpt4v", "model.keep=many", "seed=0")

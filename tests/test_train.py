@@ -650,7 +650,22 @@ def test_dry_run_prints_the_plan_and_trains_nothing(recipe_file, tmp_path):
     assert result.exit_code == 0, result.output
     for expected in ("longclip: 0 prompts", "20 samples, 2 batches an epoch", "8 = 1 process(es) x 8", "GiB"):
         assert expected in result.output
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert "8 of at most" not in result.output
+    assert "tokens a long caption in the first batch" in result.output
+    assert "state alignment  off" in result.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_wrong_with_the_data_is_said_before_models_are_loaded(recipe_file, tmp_path):
+    manifest, new = tmp_path / "captions.jsonl", tmp_path / "new"
+    manifest.write_text('{"image": "a.png", "long": "A cat."}\n' * 20)
+    data = (f"data.source={manifest}", "data.start=20", "data.stop=null", "model.name=no/such/model")
+    error = command_line.error_of(command(recipe_file(), *data, "--dry-run", f"output.folder={new / 'run'}"))
+    assert "start=20: " in error
+    assert "has only 20 samples; start=0 begins with the first (in a recipe: data.start or eval.start)" in error
+    assert not new.exists()
+    missing = command_line.error_of(command("nowhere.yaml"))
+    assert missing == "nowhere.yaml: there is no such recipe; fixclip train --list shows those in the package"
 
 
 def test_smoke_trains_two_steps_and_leaves_nothing(recipe_file, tmp_path):
@@ -688,6 +703,9 @@ def test_one_s_own_data_needs_no_override_but_its_source(tmp_path, clip_folder, 
     listed = command_line.run("train", "--list")
     assert {line.split()[0] for line in listed.stdout.splitlines()} == {"encoder", "adapter"}
     assert "encoder  builtin:own_data" in listed.stdout
+    assert "adapter  builtin:own_data_xl" in listed.stdout
+    other = command_line.error_of(command("builtin:stable_diffusion_xl", "--dry-run"))
+    assert other == "builtin:stable_diffusion_xl is a recipe of fixclip train adapter"
 
 
 def test_wrong_recipes_end_with_one_message(recipe_file):

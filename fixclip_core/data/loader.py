@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fixclip_core.data.captions import caption_pair, clean_caption
 from fixclip_core.data.config import DataConfig
-from fixclip_core.data.order import EpochOrder, History, apart_positions, epoch_history, sample_seeds
+from fixclip_core.data.order import EpochOrder, History, apart_positions, epoch_history, sample_range, sample_seeds
 from fixclip_core.data.samples import (
     FILTER_REASONS,
     BadSampleError,
@@ -324,6 +324,7 @@ def build_loader(
     world_size: int = 1,
     image_size: int | None = None,
     pin_memory: bool = False,
+    source: Source | None = None,
 ) -> Loader:
     """A deterministic, resumable loader of one rank's batches.
 
@@ -335,11 +336,23 @@ def build_loader(
         rank, world_size: this process among those that train together.
         image_size: the model's; lets large JPEGs be decoded at a fraction of their size (`DataConfig.draft`).
         pin_memory: copy batches to page-locked memory, for a GPU.
+        source: what `open_samples` gave for this configuration, so that it is not opened twice.
 
     Raises:
         ValueError: the source cannot be opened, or does not fill one batch.
     """
     draft_size = 2 * image_size if config.draft and image_size else None
-    source = open_source(config)
+    source = source or open_source(config)
     batches = Batches(source, config, transform, tokenizer, rank, world_size, draft_size)
     return Loader(batches, pin_memory)
+
+
+def open_samples(config: DataConfig) -> Source:
+    """Open the source and look whether it has the samples that `start` and `stop` choose: before models are loaded.
+
+    Raises:
+        ValueError: it cannot be opened, or has fewer.
+    """
+    source = open_source(config)
+    sample_range(source.sizes, config)
+    return source

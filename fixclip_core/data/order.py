@@ -19,7 +19,11 @@ def sample_range(sizes: Sequence[int], config: DataConfig) -> range:
     stop = total if config.stop is None else config.stop
     for name, value, most in (("stop", stop, total), ("start", config.start, total - 1)):
         if value > most:
-            raise ValueError(f"{name}={value}: {config.source} has only {total} samples")
+            raise ValueError(
+                f"{name}={value}: {config.source} has only {total} samples; "
+                + ("start=0 begins with the first" if name == "start" else "leave stop out for all of them")
+                + f" (in a recipe: data.{name} or eval.{name})"
+            )
     return range(config.start, stop)
 
 

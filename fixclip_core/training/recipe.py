@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import ErrorDetails
 
+from fixclip_core.check import one_line
 from fixclip_core.device import AnyPrecision
 from fixclip_core.section import Section
 
@@ -50,8 +51,10 @@ def load_recipe(
     try:
         text = path.read_text(encoding="utf-8")
         tree = OmegaConf.create(text)
+    except FileNotFoundError:
+        raise ValueError(f"{name}: there is no such recipe; fixclip train --list shows those in the package") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{name}: the recipe cannot be read: {error}") from None
+        raise ValueError(f"{name}: the recipe cannot be read: {one_line(error)}") from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ValueError(f"{name}:{line}: not valid YAML: {error.problem}") from None
@@ -100,7 +103,9 @@ def find_recipe(schema: type[BaseModel], name: str | Path) -> Path:
         return Path(name)
     found = builtin_recipes(schema)
     if str(name) not in found:
-        raise ValueError(f"{name}: there is no such recipe; there are {', '.join(found)}")
+        close = difflib.get_close_matches(str(name), found, 1)
+        meant = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(f"{name}: there is no such recipe; there are {', '.join(found)}{meant}")
     return found[str(name)]
 
 

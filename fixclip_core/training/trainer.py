@@ -185,6 +185,7 @@ class Trainer:
         recipe, accelerator = self.recipe, self.accelerator
         self._on_main(lambda: prepare_folder(self.folder))
         torch.manual_seed(recipe.seed)
+        self.open_data()
         with accelerator.local_main_process_first():  # the others find its download
             self.module = self.build_model()
         self.loader = self.build_data()
@@ -287,6 +288,9 @@ class Trainer:
     def build_model(self) -> nn.Module:
         """What is trained, on the CPU or the accelerator's device, in float32; the generators are seeded."""
         raise NotImplementedError
+
+    def open_data(self) -> None:
+        """Open the data, before `build_model`: what is wrong with them is said before models are loaded."""
 
     def build_data(self) -> Any:
         """A `data.Loader`, or None where `inputs` and `count_steps` need none."""

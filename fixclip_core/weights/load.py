@@ -75,7 +75,10 @@ def _check_fields(source: str | Path, model: FixClip, config_fields: dict[str, A
         if getattr(model.config, key) != value
     ]
     if others:
-        raise ValueError(f"{source}: this FixClip has {'; '.join(others)}; fields of a FixClip cannot be changed")
+        raise ValueError(
+            f"{source}: this FixClip has {'; '.join(others)}; fields of a FixClip cannot be changed: leave them out or "
+            "make another of the CLIP that it was made of (fixclip convert CLIP FOLDER --set NAME=VALUE)"
+        )
 
 
 def check_pretrained(source: str | Path, pretrained: str | None) -> None:

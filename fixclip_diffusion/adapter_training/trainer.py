@@ -22,9 +22,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fixclip_core.data.config import READ_SCENES, DataConfig
-from fixclip_core.data.loader import Batch, Batches, Loader
+from fixclip_core.data.loader import Batch, Batches, Loader, open_samples
 from fixclip_core.data.samples import BadSampleError
-from fixclip_core.data.sources import open_source
+from fixclip_core.data.sources import Source
 from fixclip_core.files import write_atomically
 from fixclip_core.scenes import sheet
 from fixclip_core.training.checkpoint import list_checkpoints
@@ -132,9 +132,12 @@ class AdapterTrainer(Trainer):
         self.denoiser = make_denoiser(frozen, bool(lora))
         return Trainable(adapter, lora)
 
+    def open_data(self) -> None:
+        self.data = open_samples(data_config(self.recipe, self.batch_size))
+
     def build_data(self) -> Loader:
         self.resolution = self.recipe.data.resolution or _own_resolution(self.frozen)
-        loader = make_loader(self.recipe, self.frozen, self.accelerator, self.batch_size, self.resolution)
+        loader = make_loader(self.recipe, self.frozen, self.accelerator, self.batch_size, self.resolution, self.data)
         if self.accelerator.is_main_process:
             check_lengths(loader.batches, self.frozen, self.recipe)
         return loader
@@ -272,14 +275,19 @@ class AdapterTrainer(Trainer):
         cache = "none" if recipe.features.folder is None else recipe.features.folder
         return {
             "base": f"{recipe.model.base}, {cast(Any, frozen.scheduler.config).prediction_type}",
-            "encoder": f"{' and '.join(filter(None, self.encoder_names)) or 'the base encoder'}, "
+            "encoder": f"{' and '.join(self._encoders())}, "
             + f"long captions {frozen.prompt_encoder.conditioning.summary}",
             "trained": f"{trained / 1e6:.2f}M parameters: {recipe.adapter.kind} adapter"
+            + (" of each encoder" if len(frozen.encodings) > 1 else "")
             + (f", LoRA of rank {recipe.lora.rank}" if recipe.lora.rank else ""),
             "data": f"{len(self.loader.batches.order)} samples, {len(self.loader)} batches an epoch, "
             f"{self.resolution} px",
             "cache": f"{cache}{', with text states' if recipe.features.text and recipe.features.folder else ''}",
         }
+
+    def _encoders(self) -> list[str]:
+        towers = [encoding.tower.encoder for encoding in self.frozen.encodings]
+        return [name or f"the base's {tower}" for name, tower in zip(self.encoder_names, towers, strict=False)]
 
     @property
     def encoder_names(self) -> list[str | None]:
@@ -480,7 +488,7 @@ def place(frozen: FrozenModels, device: torch.device, dtype: torch.dtype) -> Non
     for module in frozen.modules:
         module.requires_grad_(False).eval().to(device)
         if next(module.parameters()).dtype != dtype:
-            module.to(dtype)
+            nn.Module.to(module, dtype)  # diffusers' own `to` advises another way of loading
     write_attention_out(frozen.unet, device)
 
 
@@ -526,18 +534,27 @@ def make_denoiser(frozen: FrozenModels, has_lora: bool) -> Denoiser:
     )
 
 
+def data_config(recipe: AdapterRecipe, batch_size: int) -> DataConfig:
+    fields = recipe.data.model_dump(exclude={"resolution", "random_crop", "flip"}) | recipe.captions.model_dump()
+    return DataConfig(**fields, batch_size=batch_size, seed=recipe.seed)
+
+
 def make_loader(
-    recipe: AdapterRecipe, frozen: FrozenModels, accelerator: Accelerator, batch_size: int, resolution: int
+    recipe: AdapterRecipe,
+    frozen: FrozenModels,
+    accelerator: Accelerator,
+    batch_size: int,
+    resolution: int,
+    source: Source,
 ) -> Loader:
     """Batches of pictures, or of cached features, which are made first where they are missing.
+
+    `source` is what `data_config` names, opened.
 
     Raises:
         ValueError: the data cannot be used, or the cache was made with something else.
     """
-    section = recipe.data
-    fields = section.model_dump(exclude={"resolution", "random_crop", "flip"}) | recipe.captions.model_dump()
-    config = DataConfig(**fields, batch_size=batch_size, seed=recipe.seed)
-    source = open_source(config)
+    section, config = recipe.data, data_config(recipe, batch_size)
     rank, world_size = accelerator.process_index, accelerator.num_processes
     transform = picture_transform(resolution, section.random_crop, section.flip, frozen.reads_sizes)
     draft_size = 2 * resolution if config.draft else None

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fixclip_core.data.config import READ_SCENES, DataConfig, SourceSection
-from fixclip_core.data.loader import Batch, Loader, build_loader
+from fixclip_core.data.loader import Batch, Loader, build_loader, open_samples
 from fixclip_core.data.order import sample_range
-from fixclip_core.data.sources import open_source
+from fixclip_core.data.sources import Source, open_source
 from fixclip_core.evaluation.retrieval import retrieval_metrics
 from fixclip_core.model.config import FINE_TUNE, LONG_CLIP
 from fixclip_core.model.fixclip import MAX_LOG_SCALE, FixClip
@@ -73,14 +73,21 @@ class EncoderTrainer(Trainer):
             clip.logit_scale = nn.Parameter(clip.logit_scale.detach().reshape(1))
         return clip
 
-    def build_data(self) -> Loader:
+    def open_data(self) -> None:
         self.recipe = hold_out(self.recipe)
-        loader = self._loader(data_config(self.recipe, self.batch_size), augment=True)
+        configs = [data_config(self.recipe, self.batch_size)]
         if self.recipe.eval.source is not None:
-            self.eval_loader = self._loader(eval_data_config(self.recipe), augment=False)
+            configs.append(eval_data_config(self.recipe))
+        self.data = [(config, open_samples(config)) for config in configs]
+
+    def build_data(self) -> Loader:
+        loader, *others = [
+            self._loader(config, source, augment=number == 0) for number, (config, source) in enumerate(self.data)
+        ]
+        self.eval_loader = others[0] if others else None
         return loader
 
-    def _loader(self, config: DataConfig, *, augment: bool) -> Loader:
+    def _loader(self, config: DataConfig, source: Source, *, augment: bool) -> Loader:
         clip, accelerator = self.module, self.accelerator
         size = clip.config.preprocess.get("size")
         return build_loader(
@@ -91,6 +98,7 @@ class EncoderTrainer(Trainer):
             world_size=accelerator.num_processes,
             image_size=max(size) if isinstance(size, list | tuple) else size,
             pin_memory=accelerator.device.type == "cuda",
+            source=source,
         )
 
     def is_new(self, name: str) -> bool:
@@ -198,9 +206,9 @@ class EncoderTrainer(Trainer):
             f"{config.short_branch}, masking {config.masking}, {config.num_groups} groups",
             "model": f"{recipe.model.name} ({_which_weights(recipe)}), {config.context_length} tokens",
             "parameters": f"{total / 1e6:.1f}M, of which new {added / 1e6:.2f}M",
-            "alignment": states,
+            "state alignment": states,
             "data": f"{len(loader.batches.order)} samples, {len(loader)} batches an epoch, "
-            f"{tokens:.0f} tokens a long caption in the first",
+            f"{tokens:.0f} of at most {config.context_length} tokens a long caption in the first batch",
         }
 
     def _first_batch(self) -> Batch:
