@@ -4,7 +4,8 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from tiny_clips import VOCAB_SIZE, tiny_clip, tiny_config
 from transformers import CLIPTextModel
 from typer.testing import CliRunner
@@ -15,6 +16,7 @@ from fixclip_core.model.fixclip import FixClip
 from fixclip_core.weights.read import ClipCheckpoint
 from fixclip_core.weights.write import export, plain_clip, write_delta, write_diffusers
 from fixclip_diffusion.conditioning import Context, PromptTokens, get_conditioning, short_length
+from fixclip_diffusion.short_weights import POSITIONS
 from fixclip_diffusion.text_config import load_clip_text_config
 from fixclip_diffusion.text_encoder import FixClipTextEncoder
 from fixclip_diffusion.tiny import clip_text_config
@@ -173,6 +175,26 @@ def test_a_delta_is_small_and_half_precision_is_enough(models, base, trained, tm
     found = states(encoder.float(), texts(LONG, 248))[-2]
     expected = states(trained, texts(LONG, 248))[-2]
     torch.testing.assert_close(found[2], expected[2], atol=0.05, rtol=0.05)
+
+
+def test_peft_reads_a_delta(models, trained):
+    """As a LoRA of a stock text model, whose positions are then those of the file."""
+    delta = load_file(models / "export" / "text_delta.safetensors")
+    model = CLIPTextModel.from_pretrained(models / "base", subfolder="text_encoder")
+    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    peft = get_peft_model(model, LoraConfig(r=2, lora_alpha=2, target_modules=names))
+    inside = "text_model." if any(name.startswith("text_model.") for name in names) else ""
+    positions = delta.pop(POSITIONS)
+    state = {f"base_model.model.{inside}{name.removeprefix('text_model.')}": value for name, value in delta.items()}
+    result = set_peft_model_state_dict(peft, state)
+    assert not result.unexpected_keys
+    assert len(state) == 2 * len(names)
+    module = next(module for name, module in peft.named_modules() if name.endswith("embeddings"))
+    module.position_embedding = torch.nn.Embedding.from_pretrained(positions)
+    module.position_ids = torch.arange(248)[None]
+    model.config.max_position_embeddings = 248
+    for found, expected in zip(states(model, texts(LONG, 248)), states(trained, texts(LONG, 248)), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_what_is_no_delta_of_this_base_is_refused(models, base, trained, tmp_path):
