@@ -37,8 +37,9 @@ class FixClipStableDiffusionXLPipeline(LongPromptMixin, StableDiffusionXLPipelin
 
     Both text encoders read a prompt by the same conditioning, so that row l of the embeds (B, L, 768 + 1280) holds the
     hidden states of the same token. Prompts that fit into 77 tokens give exactly the picture of the stock pipeline,
-    unless an encoder was trained. The pooled vector is that of the first pass: of the whole text where one pass reads
-    it, else of its first 77 tokens, as stock diffusers and compel have it.
+    unless an encoder was trained. The pooled vector is that of the first pass: with `stock` and `overlap` of the first
+    77 tokens, as stock diffusers and compel have it; with `chunks` of the first window, which may end at a sentence
+    before; with `one_pass` of the whole text, or of its first pass where there are more than 248 tokens.
 
     Args:
         text_encoder, text_encoder_2, tokenizer, tokenizer_2: the FixClip components; the refiner has the second ones

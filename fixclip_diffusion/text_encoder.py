@@ -41,6 +41,7 @@ from fixclip_diffusion.short_weights import (
     make_short_model,
     read_delta,
 )
+from fixclip_diffusion.siblings import check_siblings
 from fixclip_diffusion.text_config import (
     CLASS_FIELDS,
     FixClipTextConfig,
@@ -195,6 +196,7 @@ class LongTextEncoder(CLIPPreTrainedModel):
         self._text_BT = torch.arange(input_ids.shape[1], device=input_ids.device)[None] < length_B1
         short = self.short_context_length
         if input_ids.shape[1] > short and not (self._is_laid_out or torch.compiler.is_compiling()):
+            check_siblings(self, input_ids.shape[1])
             self._warn_of_one_pass(length_B1)
         fits = input_ids.shape[1] <= short and position_ids is None
         self._is_short = fits and self.short_text_model is not None

@@ -26,7 +26,7 @@ ROOMS = {
         ("training",),
     ),
     "fixclip_diffusion": (
-        ("builtin", "conditioning", "lora", "preview", "short_weights", "state_mask", "tiny"),
+        ("builtin", "conditioning", "lora", "preview", "short_weights", "siblings", "state_mask", "tiny"),
         ("adapter", "prompt_weights", "text_config", "tokenizer"),
         ("prompt_tokens", "text_encoder"),
         ("families", "fingerprint", "token_report"),

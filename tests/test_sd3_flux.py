@@ -72,6 +72,19 @@ def test_stable_diffusion_3_reads_154_rows_of_both_clips(sd3):
 
 
 @torch.no_grad()
+def test_a_long_clip_beside_a_stock_one_in_stable_diffusion_3(sd3):
+    """It pads for both to the length of the first tokenizer: an error if that is ours, else 77 rows of both."""
+    stock, ours = sd3
+    arguments = {"prompt_2": None, "prompt_3": None, "do_classifier_free_guidance": False, "max_sequence_length": 64}
+    first = {"text_encoder": ours.text_encoder, "tokenizer": ours.tokenizer}
+    with pytest.raises(ValueError, match=r"text_encoder is given 154 tokens, and text_encoder_2 \(CLIP.* reads 77: "):
+        StableDiffusion3Pipeline(**{**stock.components, **first}).encode_prompt(SHORT, **arguments)
+    second = {"text_encoder_2": ours.text_encoder_2, "tokenizer_2": ours.tokenizer_2}
+    found = StableDiffusion3Pipeline(**{**stock.components, **second}).encode_prompt(SHORT, **arguments)[0]
+    torch.testing.assert_close(found, stock.encode_prompt(SHORT, **arguments)[0], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
 def test_flux_reads_the_pooled_vector_of_the_whole_text(flux):
     """Of at most 77 tokens it is stock's; the rows of T5 are not ours."""
     stock, ours = flux

@@ -172,9 +172,22 @@ def test_pooled_vectors_are_those_of_stock_and_compel_for_several_passes_and_of_
     # The end-of-text state of the first window, which here ends at a sentence before token 77.
     first = ours.prompt_encoder.__class__(ours.prompt_encoder.encodings, "chunks").lay_out(LONG, 1).ids_NP[:1]
     torch.testing.assert_close(pooled["chunks"], ours.text_encoder_2(first).text_embeds, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(pooled["chunks"], cut, atol=0.1)
     other = LONG.replace("number 13", "number 12")
     ours.conditioning = "one_pass"
     assert not torch.allclose(ours.encode_prompt(other)[2], pooled["one_pass"]), "the last sentence counts"
+
+
+@torch.no_grad()
+def test_one_pass_of_more_than_248_tokens_has_the_pooled_vector_of_its_first_pass(ours):
+    ours.conditioning = "one_pass"
+    passes_NP = ours.prompt_encoder.lay_out(VERY_LONG, 1).ids_NP
+    assert len(passes_NP) == 2
+    embeds, _, pooled, _ = ours.encode_prompt(VERY_LONG)
+    torch.testing.assert_close(pooled, ours.text_encoder_2(passes_NP[:1]).text_embeds, rtol=1e-4, atol=1e-5)
+    other = ours.encode_prompt(VERY_LONG.replace("number 39", "number 38"))
+    torch.testing.assert_close(other[2], pooled, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(other[0], embeds, atol=1e-3), "what stands in the second pass is in the embeds alone"
 
 
 def test_unequal_second_prompts(ours):
@@ -253,6 +266,44 @@ def test_a_long_encoder_beside_a_stock_one_is_one_clear_error(stock, ours):
     parts = {**stock.components, "text_encoder": ours.text_encoder, "tokenizer": ours.tokenizer}
     with pytest.raises(ValueError, match="text_encoder_2 is a CLIPTextModelWithProjection and tokenizer_2 a CLIPTok"):
         FixClipStableDiffusionXLPipeline(**parts, add_watermarker=False)
+
+
+@pytest.mark.parametrize("kind", [StableDiffusionXLPipeline, StableDiffusionXLImg2ImgPipeline])
+@pytest.mark.parametrize(
+    ("exchanged", "message"),
+    [
+        (
+            ("text_encoder", "tokenizer"),
+            r"text_encoder is given 248 tokens, and text_encoder_2 \(CLIPTextModelWithProjection\) with tokenizer_2 "
+            r"\(CLIPTokenizer\) reads 77: .* Give the pipeline a FixClipTextEncoderWithProjection as text_encoder_2",
+        ),
+        (
+            ("text_encoder_2", "tokenizer_2"),
+            r"text_encoder_2 is given 248 tokens, and text_encoder \(CLIPTextModel\) with tokenizer \(CLIPTokenizer\) "
+            "reads 77: .* Give the pipeline a FixClipTextEncoder as text_encoder and a FixClipTokenizer of 248 tokens",
+        ),
+        (
+            ("text_encoder", "text_encoder_2", "tokenizer"),
+            r"text_encoder_2 \(FixClipTextEncoderWithProjection\) with tokenizer_2 \(CLIPTokenizer\) reads 77",
+        ),
+    ],
+)
+def test_stock_pipelines_with_encoders_of_two_lengths_say_what_to_exchange(stock, ours, kind, exchanged, message):
+    """A short prompt, too: torch's own message would be that sizes of tensors must match."""
+    parts = {**stock.components, **{name: getattr(ours, name) for name in exchanged}}
+    with pytest.raises(ValueError, match=message):
+        kind(**parts, add_watermarker=False).encode_prompt(SHORT)
+
+
+def test_encoders_that_read_equally_many_tokens_stand_beside_each_other(stock, ours):
+    """Ours with the stock tokenizer; and no other pipeline is taken for the one that calls."""
+    pipe = StableDiffusionXLPipeline(
+        **{**stock.components, "text_encoder": ours.text_encoder, "add_watermarker": False}
+    )
+    torch.testing.assert_close(pipe.encode_prompt(LONG)[0], stock.encode_prompt(LONG)[0], rtol=1e-4, atol=1e-5)
+    pipe.register_modules(tokenizer=ours.tokenizer)
+    ids = pipe.tokenizer(LONG, padding="max_length", return_tensors="pt").input_ids
+    assert pipe.text_encoder(ids).last_hidden_state.shape == (1, 248, 32)
 
 
 def test_bad_bases_and_encoders(folder, sd1, tmp_path):
