@@ -18,7 +18,7 @@ from fixclip_core.model.fixclip import FixClip, FixClipOutput
 from fixclip_core.training.encoder.losses.contrastive import contrastive_loss, gather
 from fixclip_core.training.encoder.losses.gradcache import cached_backward
 from fixclip_core.training.encoder.losses.hierarchical import hierarchical_losses
-from fixclip_core.training.encoder.losses.pca import pca_reconstruction
+from fixclip_core.training.encoder.losses.pca import pca_reconstruction, variance_reconstruction
 
 CLIP_CFG = {
     "embed_dim": 16,
@@ -162,6 +162,9 @@ def all_losses(output: FixClipOutput, chunk_size: int | None = None) -> dict[str
         "short": contrastive_loss(output.image_short_BE, output.text_short_BE, scale, **options),
         "mid": hierarchical_losses(output.image_mid_GBE, output.text_mid_GBE, scale, **options).sum(),
         "pca": contrastive_loss(pca_reconstruction(output.image_long_BE, 2), output.text_short_BE, scale),
+        "himo": contrastive_loss(
+            output.image_long_BE, variance_reconstruction(output.text_long_BE, 0.8), scale, **options
+        ),
     }
     return losses | {"loss": sum(losses.values())}
 

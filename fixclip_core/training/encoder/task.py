@@ -92,7 +92,8 @@ class ContrastiveTask:
             losses["short"] = short_loss(self._short_image(output), output.text_short_BE, scale, **options)
             weights["short"] = self.weight_short
         if self.weight_himo:
-            # HiMo-CLIP (Wu et al., 2025): L = InfoNCE(image, text) + weight * InfoNCE(image, components of the text).
+            # HiMo-CLIP (arXiv 2511.06653): L = InfoNCE(image, text) + weight * InfoNCE(image, components of the text).
+            # losses/pca.py lists where this leaves its published code.
             text_BE = variance_reconstruction(output.text_long_BE, self.himo_variance)
             losses["himo"] = contrastive_loss(output.image_long_BE, text_BE, scale, **options)
             weights["himo"] = self.weight_himo

@@ -3,7 +3,20 @@
 Long-CLIP's short captions meet what few components keep of the image features. With the image features I (N, E) of all
 processes, their mean m and the `rank` right singular vectors V (rank, E) of largest singular value of I - m:
 I_short = normalise((I - m) V^T V + m)  (Long-CLIP, section 3.3). HiMo-CLIP's images meet the same of the long captions'
-features, with as many components as hold a share of their variance (Wu et al., 2025).
+features, with as many components as hold a share of their variance (HiMo-CLIP, arXiv 2511.06653): for the long
+captions' features T (N, E) of mean m, T_himo = normalise((T - m) V^T V + m), with the fewest rows of V whose squared
+singular values sum up to 0.9 of all.
+
+Where this leaves HiMo-CLIP's published code (github.com/UnicomAI/HiMo-CLIP, `model/model_himo.py`), and why:
+
+- It does not normalise (T - m) V^T V + m. We do, as Long-CLIP does: both losses then hold cosines, which the one logit
+  scale was trained for, and a caption of which little is kept does not get smaller logits for that.
+- Its gradient goes through V. Ours takes V as constant: the gradient of singular vectors has the factors
+  1 / (s_i^2 - s_j^2), which grow without bound where two variances come close to each other.
+- Its function's default share of the variance is 0.85, and its training script passes 0.9, which is our default.
+- It takes the components of each GPU's own batch, ours are those of the batch of all processes, so that the loss does
+  not depend on how samples are spread over GPUs and micro-batches.
+- It smooths labels by 0.1; here that is `train.label_smoothing`, 0 by default.
 
 Shapes: B samples of this process, N samples of all processes, E embedding, R components.
 """
