@@ -1,5 +1,6 @@
 """pipelines/real/run.py: every step on tiny stand-ins under the real names, from a local hub."""
 
+import inspect
 import json
 import os
 import shutil
@@ -86,6 +87,14 @@ def hub(tmp_path_factory):
 pytestmark = pytest.mark.slow
 
 
+@pytest.fixture
+def real(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "pipelines" / "real"))
+    import run
+
+    return run
+
+
 @pytest.fixture(scope="module")
 def outcome(hub, tmp_path_factory):
     """Two runs into the same folder; before the second a picture and the mark of its step are gone."""
@@ -117,6 +126,8 @@ def test_every_step_runs_and_the_report_has_a_verdict_for_each(outcome):
     assert "| retrieval |   NO |" in first  # a stand-in has not the published recall
     assert "PARTIAL: 4 of 1000 images" in first
     assert "sentence_after" in first
+    scored = json.loads((out / "score.json").read_text())["result"]["behind"]
+    assert set(scored) == set(json.loads((out / "draw.json").read_text())["result"])
     report = (out / "report.md").read_text()
     compared = json.loads((out / "parity.json").read_text())["result"]
     names = {row["what"] for row in compared}
@@ -146,18 +157,29 @@ def test_a_second_run_goes_on_where_it_was(outcome):
     assert len(weights) == len(set(weights)) == 10
 
 
-def test_a_layer_that_differs_is_named(outcome, tmp_path, monkeypatch):
-    out, *_ = outcome
-    monkeypatch.syspath_prepend(str(ROOT / "pipelines" / "real"))
-    import run as real
+def test_twenty_prompts_unless_told_otherwise(real):
+    assert inspect.signature(real.main).parameters["prompts"].default == 20
 
+
+def test_windows_must_beat_stock_behind_token_77(real):
+    figures = {"SD-stock": 0.2, "SD-chunks": 0.21, "SD-overlap": 0.22, "SD-one_pass": 0.1, "SD-long-clip": 0.1}
+    figures |= {"XL-stock": 0.2, "XL-chunks": 0.23, "XL-overlap": 0.21}
+    assert real.below_stock(figures) == []
+    assert real.below_stock({**figures, "XL-stock": 0.21}) == ["XL-overlap"]
+    assert real.below_stock({**figures, "SD-stock": 0.3}) == ["SD-chunks", "SD-overlap"]
+    assert real.below_stock({}) == ["SD-chunks", "SD-overlap", "XL-chunks", "XL-overlap"]  # nothing was measured
+
+
+def test_a_layer_that_differs_is_named(outcome, tmp_path, real):
+    out, *_ = outcome
     for name in ("parity", "retrieval", "draw", "score"):
         shutil.copy(out / f"{name}.json", tmp_path)
     rows = json.loads((tmp_path / "parity.json").read_text())
     rows["result"][1]["difference"] = 0.01 * rows["result"][1]["largest"]
     (tmp_path / "parity.json").write_text(json.dumps(rows))
     verdicts = real.write_report(real.Settings(tmp_path, 2, 1, 7.0, True, "cpu"))
-    assert verdicts == {"parity": False, "retrieval": False, "draw": True}
+    assert verdicts.keys() == {"parity", "retrieval", "draw", "score"}
+    assert (verdicts["parity"], verdicts["retrieval"], verdicts["draw"]) == (False, False, True)
     assert "NO, first in layer 1" in (tmp_path / "report.md").read_text()
     with pytest.raises(ValueError, match=r"download\.json is missing: run the step download first"):
         real.parity(real.Settings(tmp_path, 2, 1, 7.0, True, "cpu"))
