@@ -19,6 +19,7 @@ from fixclip_core.training.encoder.losses.gradcache import cached_backward
 from fixclip_core.training.encoder.losses.pca import pca_reconstruction, variance_reconstruction
 from fixclip_core.training.encoder.recipe import EncoderRecipe
 from fixclip_core.training.encoder.task import ContrastiveTask, split_batch
+from fixclip_diffusion.adapter_training.recipe import AdapterRecipe
 
 PREPROCESS = {"size": 32, "mean": [0.5] * 3, "std": [0.5] * 3}
 MODULES = {"num_prompts": 2, "num_groups": 1, "first_group": 1}
@@ -184,6 +185,16 @@ def test_several_that_would_all_be_the_same_are_refused():
     assert EncoderRecipe.model_validate(common).captions.num_short == 2
     with pytest.raises(ValueError, match="state alignment reads one short caption"):
         EncoderRecipe.model_validate({**common, "train": {"weight_states": 1.0}})
+
+
+def test_padding_within_a_text_is_refused_where_all_before_its_end_is_text():
+    common = {"model": {"name": "ViT-B-32"}, "data": {"source": "scenes"}}
+    padded = {**common, "captions": {"short_caption": "debiased", "pad_short": True}}
+    assert EncoderRecipe.model_validate(padded).captions.pad_short
+    with pytest.raises(ValueError, match=r"captions\.pad_short=true: state alignment would take this padding"):
+        EncoderRecipe.model_validate({**padded, "train": {"weight_states": 1.0}})
+    with pytest.raises(ValueError, match=r"captions\.pad_short=true: an adapter's training would take"):
+        AdapterRecipe.model_validate({**padded, "model": {"base": "builtin:scenes"}})
 
 
 # -- HiMo-CLIP -------------------------------------------------------------------------------------------------------

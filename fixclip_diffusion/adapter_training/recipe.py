@@ -198,6 +198,8 @@ class AdapterRecipe(Section):
         train, objectives = self.train, self.objectives
         if self.captions.num_short > 1:
             raise ValueError(f"captions.num_short={self.captions.num_short}: an adapter's training reads one at a time")
+        if self.captions.pad_short:
+            raise ValueError("captions.pad_short=true: an adapter's training would take that padding for text")
         if train.micro_batch_size and train.micro_batch_size > train.batch_size:
             raise ValueError(
                 f"train.micro_batch_size={train.micro_batch_size}: it must be at most "

@@ -100,6 +100,10 @@ class EncoderRecipe(Section):
             raise ValueError(f"eval.held_out={self.eval.held_out}: it is a share of the data; set eval.source=null")
         if self.captions.num_short > 1 and train.weight_states:
             raise ValueError(f"captions.num_short={self.captions.num_short}: state alignment reads one short caption")
+        if self.captions.pad_short and train.weight_states:
+            raise ValueError(
+                "captions.pad_short=true: state alignment would take this padding for text; set it to false"
+            )
         if train.weight_plain and not train.weight_states:
             raise ValueError(
                 f"train.weight_plain={train.weight_plain}: it is a part of state alignment; set weight_states"
