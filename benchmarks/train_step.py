@@ -10,8 +10,9 @@ peak memory of
 - the full FIX-CLIP step, all modules on, with both kinds of masking;
 - its rivals on open_clip's own towers: plain fine-tuning at 248 padded tokens, and Long-CLIP's step (the image
   once, both captions padded to 248, PCA short branch);
-- both rivals with open_clip's newest length options (June 2026, `--length-bucketing --text-pad-multiple`):
-  batches of captions of similar length, padded to the longest of each, rounded up to a multiple of 8. Those lengths
+- both rivals with open_clip's newest length options, `--length-bucketing --text-pad-multiple` of its main branch since
+  commit 4630c00 (11 June 2026): batches of captions of similar length, padded to the longest of each, rounded up to a
+  multiple of 8. The installed version, 3.3, lacks them: `bucketed_batches` and `encode_trimmed` are our own. Lengths
   differ from batch to batch, so a measured step is one of each of four batches that are made of the same lengths;
 - FIX-CLIP with state alignment, which adds the frozen base's pass over the overlapping windows of every caption;
 - each fast path and the plain computation that it replaces.
@@ -218,7 +219,8 @@ def bucketed_batches(setting: Setting, image_size: int) -> list[SimpleNamespace]
 def encode_trimmed(model: Any, ids_BT: Tensor) -> Tensor:
     """Text features of an open_clip CLIP, (B, E), from no more than the batch's longest text.
 
-    What open_clip's text tower does with texts of variable length; `CLIP.encode_text` of version 3.3 needs all 248.
+    What open_clip's main branch does with texts of variable length, re-implemented on the layers of the installed
+    version, 3.3, whose `CLIP.encode_text` needs all 248.
     """
     longest = int(ids_BT.argmax(dim=-1).max()) + 1
     length = min(-(-longest // PAD_MULTIPLE) * PAD_MULTIPLE, ids_BT.shape[1])

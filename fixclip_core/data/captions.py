@@ -154,7 +154,9 @@ class ShortCaptions:
     Attributes:
         policy: `given` takes the data's; the others take sentences of the long caption.
         max_sentences: `random_sentences` takes 1 to this many, in the order of the text. `debiased` takes any number
-            of all but the first, which sums the others up, in random order (DeBias-CLIP, Lavoie et al., CVPR 2026).
+            of all but the first, which sums the others up, in random order: of sentences s_0..s_n-1 the short caption
+            is s_i1 .. s_ik, k drawn from 1 to n - 1 and the i from 1 to n - 1 without replacement. The long caption
+            keeps all n (DeBias-CLIP, arXiv 2602.22419, CVPR 2026).
         drop_from_long: leave the sentences used as the short caption out of the long one, unless nothing
             would remain.
     """

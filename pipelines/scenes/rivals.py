@@ -31,7 +31,7 @@ LABELS = {
     "fixclip_no_groups": "FIX-CLIP without hierarchical alignment",
     "fixclip_debias": "FIX-CLIP, DeBias-CLIP's sampling",
     "fixclip_debias_three": "the same, three short captions an image",
-    "fixclip_states": "FIX-CLIP, state alignment",
+    "fixclip_states": "FIX-CLIP, state alignment of weight 3",
 }
 QUESTIONS = {  # what is asked: the method with, and the one without
     "regional prompts": ("fixclip", "fixclip_no_prompts"),
@@ -42,7 +42,7 @@ QUESTIONS = {  # what is asked: the method with, and the one without
     "DeBias sampling, on the Long-CLIP recipe": ("debias", "longclip"),
     "DeBias sampling, on FIX-CLIP": ("fixclip_debias", "fixclip"),
     "three short captions an image": ("fixclip_debias_three", "fixclip_debias"),
-    "state alignment, on FIX-CLIP": ("fixclip_states", "fixclip"),
+    "state alignment of weight 3, on FIX-CLIP": ("fixclip_states", "fixclip"),
     "training at all": ("finetune", "stretched"),
 }
 DIRECTIONS = ("image_to_text", "text_to_image")
