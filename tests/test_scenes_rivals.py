@@ -12,7 +12,8 @@ from scenes import report, run
 sys.path.insert(0, str(Path(__file__).parents[1] / "pipelines" / "scenes"))
 import rivals
 
-from fixclip_core.scenes import DIFFERENCE_ZONES
+from fixclip_core.evaluation.twins import smallest_difference, summarize_choices
+from fixclip_core.scenes import CHANGES, DIFFERENCE_ZONES
 
 
 def metrics(value):
@@ -81,24 +82,45 @@ def test_verdicts(interval, wanted):
     assert rivals.verdict({"interval": interval, "smallest": 0.015}) == wanted
 
 
+def test_the_interval_of_short_recalls_by_hand():
+    found = rivals.short_difference([0.6, 0.62, 0.64], [0.5, 0.5, 0.5])["short"]
+    assert found["mean"] == pytest.approx(0.12)
+    # p = 0.56 of 1,000 scenes; seeds of one spread by 0.02, of the other not at all; Student's quantile of 4 degrees.
+    half = 2.776 * math.sqrt(2 * 0.56 * 0.44 / 1000 + 0.02**2 / 3)
+    assert found["interval"] == pytest.approx([0.12 - half, 0.12 + half])
+    assert found["smallest"] == pytest.approx(3.717 * math.sqrt(0.5 / 1000))
+    assert rivals.short_difference([0.6], [0.5, 0.5]) == rivals.short_difference([], []) == {}
+
+
 def twins_json(share, pairs=40):
-    """A report of `fixclip evaluate --data scenes-twins` of which a share of the choices is right."""
+    """A report of `fixclip evaluate --data scenes-twins` of which a share of the choices is right.
+
+    The share is that of 40 changes of a colour in the middle zone; one before it is right, and one behind it wrong,
+    where a swap is half right.
+    """
     recalls = {f"{d}_recall_at_1": share for d in rivals.DIRECTIONS}
-    zones = (*DIFFERENCE_ZONES, "all")
-    choices = [{"change": "all", "zone": zone, **dict.fromkeys(rivals.DIRECTIONS, share)} for zone in zones]
-    choices.append({"change": "colour", "zone": "all", **dict.fromkeys(rivals.DIRECTIONS, 0.0)})
     right = round(share * pairs)
-    rows = [["colour", "all", float(n < right), float(n < right)] for n in range(pairs)]
+    rows = [["colour", "20 to 77", float(n < right), float(n < right)] for n in range(pairs)]
+    rows += [["colour", "before 20", 1.0, 1.0], ["colour", "77 to 248", 0.0, 0.0], ["swap", "77 to 248", 0.5, 0.5]]
+    choices = summarize_choices(rows)
     return json.dumps({"without_twins": recalls, "metrics": recalls, "choices": choices, "pairs": rows})
 
 
-def test_what_was_measured_becomes_tables_and_curves(tmp_path, monkeypatch):
+def test_before_anything_was_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    (tmp_path / "twins").mkdir()
+    assert rivals.collect(tmp_path) == {}
+    assert report.rivals_table() == report.choices_table() == report.verdicts_table() == "Not measured yet."
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+    """Three seeds of two methods and the base, collected."""
     folder, results = tmp_path / "rivals", tmp_path / "results"
     (folder / "twins").mkdir(parents=True)
     results.mkdir()
     monkeypatch.setattr(report, "RESULTS", results)
     monkeypatch.setattr(report, "IMAGES", tmp_path)
-    assert report.rivals_table() == report.verdicts_table() == "Not measured yet."
     (folder / "twins" / "base.json").write_text(twins_json(0.5))
     for method, share in (("fixclip", 0.9), ("fixclip_no_groups", 0.5)):
         for seed in range(3):
@@ -107,13 +129,53 @@ def test_what_was_measured_becomes_tables_and_curves(tmp_path, monkeypatch):
             (folder / name).mkdir()
             (folder / name / "metrics.jsonl").write_text(metrics(share))
     (results / "rivals.json").write_text(json.dumps(rivals.collect(folder)))
+    return folder
+
+
+def test_what_was_measured_becomes_tables_and_curves(measured, tmp_path):
     rows = [line.strip("| ").split(" | ") for line in report.rivals_table().splitlines() if line.startswith("|")]
     by_method = {row[0]: row for row in rows}
     assert by_method["FIX-CLIP"][:5] == ["FIX-CLIP", "1e-05", "3", "92.5 ± 2.5", "92.5 ± 2.5"]
     assert by_method["FIX-CLIP"][-1] == "90.0 ± 0.0"  # short captions, from the last line of the training's metrics
     assert by_method["base, cut at 77"][1:4] == ["–", "1", "50.0"]
     assert [row[0] for row in rows[2:]] == ["base, cut at 77", "FIX-CLIP", "FIX-CLIP without hierarchical alignment"]
-    verdicts = report.verdicts_table()
-    assert "| hierarchical alignment | +40.0 |" in verdicts
-    assert verdicts.count("| gains |") == 1
     assert (tmp_path / "results_rivals.png").stat().st_size > 5000
+
+
+def table_rows(text):
+    return {row[0]: row for row in (line.strip("| ").split(" | ") for line in text.splitlines())}
+
+
+def test_choices_by_zone_and_by_what_differs(measured):
+    rows = table_rows(report.choices_table())
+    assert rows["method"] == ["method", *DIFFERENCE_ZONES, "all", *CHANGES]
+    own = dict(zip(rows["method"], rows["FIX-CLIP"], strict=True))
+    assert own["20 to 77"] == "92.5 ± 2.5"
+    assert own["before 20"] == "100.0 ± 0.0"
+    assert own["77 to 248"] == "25.0 ± 0.0"  # of a colour 0, of a swap 0.5
+    assert own["swap"] == "50.0 ± 0.0 (50.0)"
+    assert own["colour"] == "90.5 ± 2.4 (0.0)"  # 36, 37 and 38 of 40 and one of two
+    assert own["place"] == "–"
+    assert rows["base, cut at 77"][5] == "50.0 (0.0)"
+
+
+def test_verdicts_by_zone_and_of_short_captions(measured):
+    rows = table_rows(report.verdicts_table())
+    assert rows["question"][1:] == ["choices, all", *(f"choices, {zone}" for zone in DIFFERENCE_ZONES), "short R@1"]
+    every, before, middle, behind, short = rows["hierarchical alignment"][1:]
+    assert middle.startswith("gains: +40.0 (")
+    assert every.startswith("gains: +37.2 (")  # 40 of the 43 pairs
+    assert before == behind == "no gain: +0.0 (+0.0 to +0.0)"
+    half = 277.6 * math.sqrt(2 * 0.7 * 0.3 / 1000)
+    assert short == f"gains: +40.0 ({40 - half:+.1f} to {40 + half:+.1f})"
+    assert rows["smallest that could be shown"][1:] == [
+        f"{100 * smallest_difference(pairs):.1f}" for pairs in (43, 1, 40, 2, rivals.SHORT_SCENES)
+    ]
+
+
+def test_reports_of_other_pairs_are_refused(measured):
+    other = json.loads(twins_json(0.5))
+    other["pairs"][0][1] = "before 20"
+    (measured / "twins" / "stretched.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match=r"stretched\.json: its pairs are not those of the reports before it"):
+        rivals.collect(measured)

@@ -243,11 +243,11 @@ def smallest_difference(pairs: int, *, share: float = 0.5, seeds: int = 3, seed_
     Raises:
         ValueError: no pair, a share outside 0 to 1, or a number of seeds for which there is no quantile here.
     """
-    if pairs < 1 or not 0 <= share <= 1 or seeds not in _QUANTILES:
-        raise ValueError(f"pairs={pairs}, share={share}, seeds={seeds}: at least 1, 0 to 1, {min(_QUANTILES)} to 5")
+    if pairs < 1 or not 0 <= share <= 1 or seeds not in QUANTILES:
+        raise ValueError(f"pairs={pairs}, share={share}, seeds={seeds}: at least 1, 0 to 1, {min(QUANTILES)} to 5")
     variance = 2 * share * (1 - share) / pairs + 2 * seed_spread**2 / seeds
-    return sum(_QUANTILES[seeds]) * math.sqrt(variance)
+    return sum(QUANTILES[seeds]) * math.sqrt(variance)
 
 
 # Student's quantiles at 97.5 % and 80 % for 2 (seeds - 1) degrees of freedom.
-_QUANTILES = {2: (4.303, 1.061), 3: (2.776, 0.941), 4: (2.447, 0.906), 5: (2.306, 0.889)}
+QUANTILES = {2: (4.303, 1.061), 3: (2.776, 0.941), 4: (2.447, 0.906), 5: (2.306, 0.889)}

@@ -585,6 +585,11 @@ def rivals_table() -> str:
     return table(*rivals.methods_rows(found)) + "\n\n![R@1 over the steps](images/results_rivals.png)"
 
 
+def choices_table() -> str:
+    found = rivals.read(RESULTS)
+    return table(*rivals.choices_rows(found)) if found else rivals.NOT_YET
+
+
 def verdicts_table() -> str:
     found = rivals.read(RESULTS)
     return table(*rivals.verdict_rows(found)) if found.get("differences") else rivals.NOT_YET
@@ -666,6 +671,7 @@ TABLES = {
     "ablations": ablations_table,
     "tuning": tuning_table,
     "rivals": rivals_table,
+    "rival choices": choices_table,
     "rival verdicts": verdicts_table,
     "caption noise": noise_table,
 }

@@ -1,12 +1,15 @@
 """FIX-CLIP's modules against its rivals: what the stages `rivals` of run.py measured, as tables, curves and verdicts.
 
 Every method has three seeds at a learning rate that was chosen on a fourth. Two methods are compared on the same
-pairs of a scene and its near twin; the interval is a bootstrap over pairs and over the seeds of both, 95 %. The
-smallest difference that could be shown was stated before any model was looked at (`evaluation.twins`), and a verdict
-says "no gain" only where the whole interval is smaller than it.
+pairs of a scene and its near twin, all of them and those of each zone of the caption; the interval is a bootstrap over
+pairs and over the seeds of both, 95 %. They are compared on short captions too, of which trainings keep no more than
+R@1, so that its interval is computed from seeds and the number of scenes. The smallest difference that could be shown
+was stated before any model was looked at (`evaluation.twins`), and a verdict says "no gain" only where the whole
+interval is smaller than it.
 """
 
 import json
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -16,8 +19,8 @@ from typing import Any
 import numpy as np
 from matplotlib import pyplot
 
-from fixclip_core.evaluation.twins import smallest_difference
-from fixclip_core.scenes import DIFFERENCE_ZONES
+from fixclip_core.evaluation.twins import QUANTILES, smallest_difference
+from fixclip_core.scenes import CHANGES, DIFFERENCE_ZONES
 
 LABELS = {
     "base": "base, cut at 77",
@@ -46,6 +49,9 @@ QUESTIONS = {  # what is asked: the method with, and the one without
     "training at all": ("finetune", "stretched"),
 }
 DIRECTIONS = ("image_to_text", "text_to_image")
+ZONES = (*DIFFERENCE_ZONES, "all")
+BEHIND = list(DIFFERENCE_ZONES)[-1]
+SHORT_SCENES = 1000  # on which trainings measure short R@1, eval.source of encoder.yaml
 NOT_YET = "Not measured yet."
 
 
@@ -56,18 +62,29 @@ def collect(folder: Path) -> dict[str, Any]:
     """What report.py keeps of `outputs/scenes/rivals`: figures of each run and verdicts; {} before there is any."""
     runs: dict[str, dict[str, Any]] = {}
     shares: dict[str, list[np.ndarray]] = defaultdict(list)
+    asked: list[list[str]] = []  # change and zone of each pair
     for file in sorted((folder / "twins").glob("*.json")):
         method, lr, seed = named(file.stem)
         found = json.loads(file.read_text())
         own = runs.setdefault(method, {"lr": lr, "seeds": {}})
         own["seeds"][seed] = {**figures(found), **trained_figures(folder / file.stem)}
         shares[method].append(np.array([pair[2:] for pair in found["pairs"]], float).mean(1))
+        before, asked = asked, [pair[:2] for pair in found["pairs"]]
+        if before and before != asked:
+            raise ValueError(f"{file}: its pairs are not those of the reports before it; evaluate all with one version")
+    zone_P = np.array([zone for _, zone in asked])
     answered = {
-        question: difference(np.stack(shares[one]), np.stack(shares[other]))
+        question: differences(np.stack(shares[one]), np.stack(shares[other]), zone_P)
+        | short_difference(short_recalls(runs[one]), short_recalls(runs[other]))
         for question, (one, other) in QUESTIONS.items()
         if one in shares and other in shares
     }
     return {"runs": runs, "differences": answered} if runs else {}
+
+
+def short_recalls(own: Mapping[str, Any]) -> list[float]:
+    """R@1 of short captions, of each seed of a method that was trained."""
+    return [seed["short"] for seed in own["seeds"].values() if "short" in seed]
 
 
 def named(name: str) -> tuple[str, str, int]:
@@ -78,12 +95,14 @@ def named(name: str) -> tuple[str, str, int]:
 
 
 def figures(found: Mapping[str, Any]) -> dict[str, Any]:
-    """R@1 among 5,000 scenes, with and without their twins, and right choices by where the difference lies."""
-    choices = {row["zone"]: row for row in found["choices"] if row["change"] == "all"}
+    """R@1 among 5,000 scenes, with and without their twins, and right choices by what differs and where."""
+    choices: dict[str, dict[str, float]] = defaultdict(dict)
+    for row in found["choices"]:
+        choices[row["change"]][row["zone"]] = statistics.mean(row[direction] for direction in DIRECTIONS)
     return {
         "scenes": [found["without_twins"][f"{direction}_recall_at_1"] for direction in DIRECTIONS],
         "twins": [found["metrics"][f"{direction}_recall_at_1"] for direction in DIRECTIONS],
-        "choices": {zone: statistics.mean(row[direction] for direction in DIRECTIONS) for zone, row in choices.items()},
+        "choices": dict(choices),
     }
 
 
@@ -103,6 +122,35 @@ KINDS = ("long", "short")
 
 
 # -- comparing -----------------------------------------------------------------------------------------------
+
+
+def differences(one_SP: np.ndarray, other_SP: np.ndarray, zone_P: np.ndarray) -> dict[str, Any]:
+    """`difference` over the pairs of each zone of the caption, and over all."""
+    chosen = {zone: np.flatnonzero((zone_P == zone) | (zone == "all")) for zone in ZONES}
+    return {zone: difference(one_SP[:, own], other_SP[:, own]) for zone, own in chosen.items() if len(own)}
+
+
+def short_difference(one: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
+    """{"short": mean difference of two methods' short R@1, and its 95 % interval}; {} with fewer than two seeds.
+
+    R@1 of each seed is all that trainings keep, so the interval is that of `smallest_difference` with the spread that
+    was found: t * sqrt(2 p (1 - p) / N + (s_1^2 + s_2^2) / S), of N scenes, the mean p of both methods, standard
+    deviations s of S seeds and Student's quantile t. It takes the answers of the two methods as unrelated, which makes
+    it wider than a paired one.
+
+    Args:
+        one, other: R@1 of each seed.
+    """
+    seeds = min(len(one), len(other))
+    if seeds < 2:
+        return {}
+    means = statistics.mean(one), statistics.mean(other)
+    share = statistics.mean(means)
+    spread_of_seeds = statistics.variance(one) / len(one) + statistics.variance(other) / len(other)
+    half = QUANTILES[seeds][0] * math.sqrt(2 * share * (1 - share) / SHORT_SCENES + spread_of_seeds)
+    mean = means[0] - means[1]
+    smallest = smallest_difference(SHORT_SCENES, seeds=seeds)
+    return {"short": {"mean": mean, "interval": [mean - half, mean + half], "smallest": smallest}}
 
 
 def difference(one_SP: np.ndarray, other_SP: np.ndarray, draws: int = 1000) -> dict[str, Any]:
@@ -149,19 +197,38 @@ def read(results: Path) -> dict[str, Any]:
 
 
 def methods_rows(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and a row a method: means over seeds ± their standard deviation, in %."""
-    zones = (*DIFFERENCE_ZONES, "all")
-    header = ["method", "lr", "seeds", "R@1 of 5,000, i2t", "t2i", "with twins, i2t", "t2i"]
-    header += [f"choice, {zone}" for zone in zones] + ["short R@1"]
+    """Header and a row a method: R@1, means over seeds ± their standard deviation, in %."""
+    header = ["method", "lr", "seeds", "R@1 of 5,000, i2t", "t2i", "with twins, i2t", "t2i", "short R@1 of 1,000"]
     rows = []
-    for method in sorted(found["runs"], key=list(LABELS).index):
-        own = found["runs"][method]
+    for method, own in in_order(found):
         seeds = list(own["seeds"].values())
         columns = [[seed[kind][d] for seed in seeds] for kind in ("scenes", "twins") for d in (0, 1)]
-        columns += [[seed["choices"][zone] for seed in seeds if zone in seed["choices"]] for zone in zones]
-        columns.append([seed["short"] for seed in seeds if "short" in seed])
+        columns.append(short_recalls(own))
         rows.append([LABELS[method], own["lr"] or "–", str(len(seeds)), *map(spread, columns)])
     return header, rows
+
+
+def choices_rows(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and a row a method: right choices by zone, and by kind of change, in brackets those behind token 77."""
+    rows = []
+    for method, own in in_order(found):
+        seeds = [seed["choices"] for seed in own["seeds"].values()]
+        cells = [spread(chosen(seeds, "all", zone)) for zone in ZONES]
+        for change in CHANGES:
+            behind = chosen(seeds, change, BEHIND)
+            bracket = f" ({100 * statistics.mean(behind):.1f})" if behind else ""
+            cells.append(spread(chosen(seeds, change, "all")) + bracket)
+        rows.append([LABELS[method], *cells])
+    return ["method", *ZONES, *CHANGES], rows
+
+
+def chosen(seeds: Sequence[Mapping[str, Any]], change: str, zone: str) -> list[float]:
+    """Right choices of the seeds that have any of this change in this zone."""
+    return [choices[change][zone] for choices in seeds if zone in choices.get(change, {})]
+
+
+def in_order(found: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    return sorted(found["runs"].items(), key=lambda item: list(LABELS).index(item[0]))
 
 
 def spread(values: Sequence[float]) -> str:
@@ -172,13 +239,25 @@ def spread(values: Sequence[float]) -> str:
 
 
 def verdict_rows(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and a row a question: difference in points of right choices between twins, interval, verdict."""
-    rows = []
-    for question, own in found["differences"].items():
-        low, high = (100 * value for value in own["interval"])
-        smallest = f"{100 * own['smallest']:.1f}"
-        rows.append([question, f"{100 * own['mean']:+.1f}", f"{low:+.1f} to {high:+.1f}", smallest, verdict(own)])
-    return ["question", "points", "95 %", "smallest that could be shown", "verdict"], rows
+    """Header and a row a question: verdict and interval of the difference, in points, of each zone and of short texts.
+
+    The last row has the smallest difference that could be shown.
+    """
+    columns = ("all", *DIFFERENCE_ZONES, "short")
+    rows = [
+        [question, *(verdict_cell(own[column]) if column in own else "–" for column in columns)]
+        for question, own in found["differences"].items()
+    ]
+    smallest = {column: own[column]["smallest"] for own in found["differences"].values() for column in own}
+    rows.append(
+        ["smallest that could be shown", *(f"{100 * smallest[c]:.1f}" if c in smallest else "–" for c in columns)]
+    )
+    return ["question", "choices, all", *(f"choices, {zone}" for zone in DIFFERENCE_ZONES), "short R@1"], rows
+
+
+def verdict_cell(found: Mapping[str, Any]) -> str:
+    low, high = (100 * value for value in found["interval"])
+    return f"{verdict(found)}: {100 * found['mean']:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def plot_curves(found: Mapping[str, Any], path: Path) -> None:
