@@ -64,24 +64,26 @@ def planned(*arguments):
     return {line.split("  ")[0]: line for line in result.stdout.splitlines()}
 
 
-def test_the_plan_of_64_gpus_by_hand(recipe_file, tmp_path):
+@pytest.mark.parametrize("gpus", [64, 256])
+def test_the_plan_of_many_gpus_by_hand(recipe_file, tmp_path, gpus):
     """30 million samples that are not at hand; 500 samples/s a GPU, as the user measured."""
-    given = {"gpus": 64, "samples": 30_000_000, "samples-per-second": 500, "sample-kb": 110, "price": 2.5}
+    given = {"gpus": gpus, "samples": 30_000_000, "samples-per-second": 500, "sample-kb": 110, "price": 2.5}
     rows = planned(recipe_file(), *(f"--{name}={value}" for name, value in given.items()))
-    steps = 3 * (30_000_000 // 2048)
-    hours = steps * 2048 / (64 * 500) / 3600
-    assert f"{steps:,} of 2,048 = 64 x 32" in rows["steps"]
-    assert "32,000 samples/s" in rows["all GPUs"]
-    assert "32,000 samples/s, 3,520 MB/s " in rows["storage"]
+    steps, own = 3 * (30_000_000 // 2048), 2048 // gpus
+    hours = steps * 2048 / (gpus * 500) / 3600
+    assert f"{steps:,} of 2,048 = {gpus} x {own}" in rows["steps"]
+    assert f"{gpus * 500:,} samples/s" in rows["all GPUs"]
+    megabytes = {64: "3,520", 256: "14,080"}[gpus]
+    assert f"{gpus * 500:,} samples/s, {megabytes} MB/s " in rows["storage"]
     assert " 110 KB a sample, given" in rows["storage"]
-    assert f"{hours:.1f} hours, {hours * 64:.0f} GPU hours" in rows["time"]
-    assert f"{hours * 64 * 2.5:.0f} " in rows["cost"]
+    assert f"{hours:.1f} hours, {hours * gpus:.0f} GPU hours" in rows["time"]
+    assert f"{hours * gpus * 2.5:.0f} " in rows["cost"]
     assert "500 samples/s" in rows["one GPU"]
     assert rows["one GPU"].endswith("given")
     assert "a sample" not in rows
     assert "measured here on a JPEG of 640 x 480" in rows["cores"]
     assert "of 80 GiB of a GPU" in rows["memory"]
-    assert "32 samples at a time" in rows["memory"]
+    assert f"{own} samples at a time" in rows["memory"]
     assert not (tmp_path / "run").exists()
 
 

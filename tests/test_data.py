@@ -11,6 +11,7 @@ import tarfile
 import threading
 import zlib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -585,6 +586,53 @@ def test_remote_shards_are_fetched_once_and_agree_with_local_ones(served, shards
     piped = f"pipe:cat {shards}/s-{{00..05}}.tar"
     got = list(loader(piped, cache_dir=str(tmp_path / "piped")).epoch(0))
     assert all(torch.equal(a.image, b.image) for a, b in zip(expected, got, strict=True))
+
+
+def shards_read_and_first(part: Loader, epoch: int) -> tuple[set[str], int]:
+    """Numbers of the shards that a rank reads from in an epoch, and of the first of them."""
+    ends = np.cumsum(part.batches.source.sizes)
+    keys = [key for batch in part.epoch(epoch) for key in batch.keys]
+    read = [int(np.searchsorted(ends, int(key), side="right")) for key in keys]
+    return set(read), read[0]
+
+
+def test_no_rank_waits_for_anothers_shards(shards, tmp_path):
+    """Two ranks with one cache: the first goes through its epoch while the second hangs in its own first shard."""
+    asked, go_on = threading.Event(), threading.Event()
+
+    def rank_of(source, rank, **fields):
+        part = loader(source, rank=rank, world_size=2, shuffle_shards=1, **fields)
+        part.batches.source.remote = True  # each rank has its own part of the epoch, as with remote shards
+        return part
+
+    for epoch in range(20):
+        (first, _), (_, stuck) = (shards_read_and_first(rank_of(shards, rank), epoch) for rank in (0, 1))
+        if stuck not in first:
+            break
+
+    class Stuck(Quiet):
+        def do_GET(self) -> None:
+            if self.path == f"/s-{stuck:02d}.tar":
+                asked.set()
+                go_on.wait(60)
+            super().do_GET()
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Stuck, directory=str(shards)))
+    source, cache = f"http://127.0.0.1:{server.server_port}/s-{{00..05}}.tar", str(tmp_path / "cache")
+    with ThreadPoolExecutor(3) as pool:
+        pool.submit(server.serve_forever)
+        try:
+            waiting = pool.submit(lambda: list(rank_of(source, 1, cache_dir=cache).epoch(epoch)))
+            assert asked.wait(60)
+            read = pool.submit(lambda: list(rank_of(source, 0, cache_dir=cache).epoch(epoch))).result(timeout=60)
+            assert all(map(same, read, rank_of(shards, 0).epoch(epoch)))
+            assert not waiting.done()
+            go_on.set()
+            assert len(waiting.result(timeout=60)) == len(read) == 4
+        finally:
+            go_on.set()
+            server.shutdown()
+            server.server_close()
 
 
 def test_a_remote_shard_that_is_not_there(served, shards, tmp_path):
