@@ -10,7 +10,7 @@ from fixclip_core.weights.kinds import what_it_is
 from fixclip_core.weights.text_encoder import text_encoders_in
 from fixclip_diffusion import builtin
 from fixclip_diffusion.families import STABLE_DIFFUSION, Family
-from fixclip_diffusion.loading import HUB_KWARGS
+from fixclip_diffusion.loading import HUB_KWARGS, checkpoint_file
 from fixclip_diffusion.pipeline import FixClipStableDiffusionPipeline
 from fixclip_diffusion.pipeline_xl import FixClipStableDiffusionXLPipeline
 
@@ -21,13 +21,14 @@ def pipeline_class(base: str | Path, **hub_kwargs: Any) -> type[LongPromptPipeli
     """The class for a base, from its model_index.json or the header of its file.
 
     Args:
-        base: folder, hub name, built-in name, or a checkpoint in one file.
+        base: folder, hub name, built-in name, or a checkpoint in one file, here or by its URL.
         **hub_kwargs: token, revision, cache_dir and so on.
 
     Raises:
         ValueError: a file without a text encoder of Stable Diffusion. What is wrong with a folder or a hub name is said
             by the class's own `from_pretrained`.
     """
+    base = _fetched(base, hub_kwargs)
     if Path(base).is_file():
         held = text_encoders_in(base)
         if not held:
@@ -39,6 +40,11 @@ def pipeline_class(base: str | Path, **hub_kwargs: Any) -> type[LongPromptPipeli
     except OSError:
         return FixClipStableDiffusionPipeline
     return FixClipStableDiffusionXLPipeline if "text_encoder_2" in index else FixClipStableDiffusionPipeline
+
+
+def _fetched(base: str | Path, hub_kwargs: dict[str, Any]) -> str | Path:
+    """The file of a URL; any other base as it is."""
+    return checkpoint_file(str(base), hub_kwargs) if "://" in str(base) else base
 
 
 # What a pipeline of each family is built with where pictures of training and evaluation are drawn.
@@ -90,7 +96,9 @@ def load_pipeline(base: str | Path, **kwargs: Any) -> LongPromptPipeline:
     Raises:
         ValueError: see the pipelines.
     """
-    chosen = pipeline_class(base, **{key: kwargs[key] for key in HUB_KWARGS if key in kwargs})
+    hub_kwargs = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
+    base = _fetched(base, hub_kwargs)
+    chosen = pipeline_class(base, **hub_kwargs)
     if kwargs.get("encoder_2") is None:
         kwargs.pop("encoder_2", None)
     elif chosen is FixClipStableDiffusionPipeline:

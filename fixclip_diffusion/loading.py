@@ -11,11 +11,12 @@ from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
+from huggingface_hub import constants, hf_hub_download, parse_hf_uri
 from safetensors import safe_open
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from fixclip_core.check import check_folder_or_hub_name, check_tokenizer, hub_reason, refuse_stand_in
-from fixclip_core.weights.text_encoder import choose_text_encoder, read_text_config
+from fixclip_core.weights.text_encoder import choose_text_encoder, read_text_config, text_encoders_in
 from fixclip_diffusion import builtin
 from fixclip_diffusion.adapter import TextAdapter, check_fits, read_adapter_config
 from fixclip_diffusion.conditioning import get_conditioning, renamed
@@ -28,6 +29,9 @@ from fixclip_diffusion.text_encoder import FixClipTextEncoder, FixClipTextEncode
 from fixclip_diffusion.tokenizer import FixClipTokenizer
 
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "proxies")
+# Stable Diffusion 2 reads ViT-H's penultimate layer. Its checkpoints hold the 24th layer too, its folders do not.
+VIT_H_LAYERS = 23
+_DOWNLOAD_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 READING_ARGUMENTS = ("conditioning", "weights")  # of a call, too
 OWN_ARGUMENTS = ("encoder", "encoder_2", "adapter", *READING_ARGUMENTS)
 TAKES_BOTH = "fixclip_diffusion.auto.load_pipeline takes Stable Diffusion 1, 2 and XL"
@@ -35,6 +39,36 @@ TAKES_BOTH = "fixclip_diffusion.auto.load_pipeline takes Stable Diffusion 1, 2 a
 
 def encoder_class(tower: Tower) -> type[LongTextEncoder]:
     return FixClipTextEncoderWithProjection if tower.pooled else FixClipTextEncoder
+
+
+def checkpoint_file(name: str, hub_kwargs: dict[str, Any]) -> Path:
+    """A checkpoint in one file: the file itself, or the hub's cache of the one that a URL names.
+
+    Args:
+        name: a file, or a URL such as https://huggingface.co/OWNER/NAME/blob/main/FILE, with `resolve` for `blob` too.
+        hub_kwargs: of `hf_hub_download`; `revision` counts instead of the URL's.
+
+    Raises:
+        ValueError: neither, a folder, or what the hub has not.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise ValueError(f"checkpoint {name!r} is a folder; from_pretrained loads folders")
+    if "://" not in name:
+        raise ValueError(f"checkpoint {name!r} is neither a file here nor a URL")
+    try:
+        place = parse_hf_uri(name, constants.ENDPOINT)
+    except ValueError as error:
+        raise ValueError(f"checkpoint {name!r}: URLs of huggingface.co alone are fetched ({error})") from error
+    if place.type != "model" or not place.path_in_repo:
+        raise ValueError(f"checkpoint {name!r} is no URL of a model's file: .../OWNER/NAME/blob/main/FILE")
+    arguments = {"revision": place.revision} | {key: hub_kwargs[key] for key in _DOWNLOAD_KWARGS if key in hub_kwargs}
+    try:
+        return Path(hf_hub_download(place.id, place.path_in_repo, **arguments))
+    except Exception as error:
+        raise ValueError(f"checkpoint {name!r} could not be fetched: {hub_reason(error)}") from error
 
 
 def load_own_encoder(base: str, tower: Tower, dtype: torch.dtype = torch.float32) -> LongTextEncoder:
@@ -45,11 +79,66 @@ def load_own_encoder(base: str, tower: Tower, dtype: torch.dtype = torch.float32
     """
     load: Any = encoder_class(tower)
     if Path(base).is_file():
-        encoder = load.from_file(base, choose_text_encoder(base, tower.pooled), dtype, hidden_state=tower.output)
+        encoder = _load_encoder(_plan_of_checkpoint(base, tower, dtype))
     else:
         encoder = load.from_pretrained(base, subfolder=tower.encoder, dtype=dtype, hidden_state=tower.output)
     encoder.set_adapter_module(None)
     return cast(LongTextEncoder, encoder)
+
+
+def load_encoders_of_checkpoint(
+    family: Family, file: str, encoders: dict[str, Any], kwargs: dict[str, Any]
+) -> dict[str, LongTextEncoder]:
+    """Text encoders of a checkpoint in one file, or what is given in their place: {tower's component name: encoder}.
+
+    Widths are compared before any weights are read.
+
+    Args:
+        family: of the checkpoint.
+        file: the checkpoint.
+        encoders: {tower's component name: file, folder, hub name or module} to take instead.
+        kwargs: of `from_single_file`; a text encoder in it is taken as it is, and is not in the result.
+
+    Raises:
+        ValueError: an encoder is damaged, unknown or of another width than the checkpoint's own.
+    """
+    held = text_encoders_in(file)
+    own: dict[str, int] = {}
+    chosen: dict[str, Any] = {}
+    for tower in family.towers:
+        given = encoders.get(tower.encoder)
+        if given is not None and tower.encoder in kwargs:
+            raise ValueError(f"pass either {tower.encoder.removeprefix('text_')}= or {tower.encoder}=, not both")
+        # The refiner of Stable Diffusion XL has the second one only.
+        is_held = bool(held) if len(family.towers) == 1 else ("g" if tower.pooled else "l") in held
+        if tower.encoder in kwargs or not is_held:
+            continue
+        dtype = dtype_of(kwargs, tower) or torch.float32
+        plan = _plan_of_checkpoint(file, tower, dtype)
+        own[tower.encoder] = plan["width"]
+        if isinstance(given, torch.nn.Module):
+            plan = as_long(given, tower)
+        elif given is not None:
+            elsewhere = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs and key != "revision"}
+            plan = plan_other_encoder(given, tower, plan["num_hidden_layers"], dtype, elsewhere)
+        chosen[tower.encoder] = plan
+    widths = {
+        name: plan["width"] if isinstance(plan, dict) else plan.config.hidden_size for name, plan in chosen.items()
+    }
+    if len(widths) == len(family.towers):
+        check_width(widths, sum(own.values()), family)
+    return {name: _load_encoder(plan) if isinstance(plan, dict) else plan for name, plan in chosen.items()}
+
+
+def _plan_of_checkpoint(file: str, tower: Tower, dtype: torch.dtype) -> dict[str, Any]:
+    """As `plan_encoder`, of a checkpoint in one file, from its header."""
+    which = choose_text_encoder(file, tower.pooled)
+    config = read_text_config(file, which)
+    layers = config["num_hidden_layers"]
+    if text_encoders_in(file) == ["h"]:
+        layers = min(layers, VIT_H_LAYERS)
+    plan = {"load": encoder_class(tower).from_file, "name": file, "which": which, "dtype": dtype}
+    return plan | {"hidden_state": tower.output, "num_hidden_layers": layers, "width": config["hidden_size"]}
 
 
 def load_components(
@@ -99,7 +188,7 @@ def load_components(
             widths[tower.encoder] = kwargs[tower.encoder].config.hidden_size
         elif tower.encoder not in kwargs:
             plans[tower.encoder] = plan_encoder(base, tower, encoders.get(tower.encoder), kwargs, hub_kwargs)
-            widths[tower.encoder] = plans[tower.encoder].pop("width")
+            widths[tower.encoder] = plans[tower.encoder]["width"]
     if len(widths) == len(towers):
         check_width(widths, _unet_width(base, kwargs, hub_kwargs), family)
     for name in adapter_configs.keys() & widths.keys():
@@ -139,7 +228,7 @@ def _warn_of_another_encoder(adapter: str, encoder: Any, tokenizer: Any, plan: d
 
 def _load_encoder(plan: dict[str, Any]) -> Any:
     """The encoder of a plan (`plan_encoder`); its plain file where it has none of the variant, as in diffusers."""
-    arguments = {key: value for key, value in plan.items() if key not in ("load", "name")}
+    arguments = {key: value for key, value in plan.items() if key not in ("load", "name", "width")}
     try:
         return plan["load"](plan["name"], **arguments)
     except (OSError, ValueError):
@@ -348,6 +437,7 @@ def convert_stock(
         ValueError: an encoder is unknown or does not fit.
     """
     components = dict(components)
+    plans = _plan_others(family, components, encoders)
     for tower in family.towers:
         encoder = components.get(tower.encoder)
         if encoder is None:
@@ -356,9 +446,7 @@ def convert_stock(
         if isinstance(given, torch.nn.Module):
             encoder = given
         elif given is not None:
-            plan = plan_other_encoder(given, tower, encoder.config.num_hidden_layers, encoder.dtype)
-            del plan["width"]
-            encoder = _load_encoder(plan)
+            encoder = _load_encoder(plans[tower.encoder])
         elif adapters.get(tower.encoder) is not None and isinstance(encoder, LongTextEncoder):
             encoder = copy.deepcopy(encoder)  # the pipeline that it comes from goes on without this adapter
         encoder = components[tower.encoder] = as_long(encoder, tower)
@@ -371,3 +459,26 @@ def convert_stock(
                 adapter if isinstance(adapter, TextAdapter) else TextAdapter.from_pretrained(adapter)
             )
     return components
+
+
+def _plan_others(family: Family, components: dict[str, Any], encoders: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Plans of the encoders that are given by name, in place of those of a stock pipeline in memory.
+
+    Raises:
+        ValueError: one of them is unknown, or too wide or narrow for the UNet.
+    """
+    plans: dict[str, dict[str, Any]] = {}
+    widths: dict[str, int] = {}
+    for tower in family.towers:
+        encoder, given = components.get(tower.encoder), encoders.get(tower.encoder)
+        if encoder is None:
+            continue
+        if given is None or isinstance(given, torch.nn.Module):
+            module: Any = encoder if given is None else given
+            widths[tower.encoder] = module.config.hidden_size
+            continue
+        plans[tower.encoder] = plan_other_encoder(given, tower, encoder.config.num_hidden_layers, encoder.dtype)
+        widths[tower.encoder] = plans[tower.encoder]["width"]
+    if plans and components.get("unet") is not None:
+        check_width(widths, components["unet"].config.cross_attention_dim, family)
+    return plans

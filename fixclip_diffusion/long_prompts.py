@@ -14,7 +14,6 @@ from torch import Tensor
 from fixclip_core.check import LoadError, check_finite, loading, refuse_stand_in
 from fixclip_core.weights.files import open_weights
 from fixclip_core.weights.kinds import what_it_is
-from fixclip_core.weights.names import Which
 from fixclip_core.weights.text_encoder import text_encoders_in
 from fixclip_diffusion import builtin
 from fixclip_diffusion.conditioning import CLIP_CONTEXT_LENGTH, get_conditioning, renamed
@@ -26,9 +25,9 @@ from fixclip_diffusion.loading import (
     check_pair,
     check_spelling,
     check_width,
+    checkpoint_file,
     convert_stock,
-    dtype_of,
-    load_own_encoder,
+    load_encoders_of_checkpoint,
 )
 from fixclip_diffusion.lora import (
     LORA_NAME,
@@ -356,7 +355,8 @@ class LongPromptMixin:
         """A checkpoint in one file, with long text encoders.
 
         Args:
-            pretrained_model_link_or_path: .safetensors or .ckpt (tensors alone), a file or a URL.
+            pretrained_model_link_or_path: .safetensors or .ckpt (tensors alone), a file or a URL of the hub, which is
+                fetched into the hub's cache first and read like a file.
             encoder, encoder_2: files, folders or hub names of other text encoders, or modules; by default the
                 checkpoint's own: stretched, or as they are where they were trained for more than 77 tokens.
             adapter: as for `from_pretrained`.
@@ -368,44 +368,30 @@ class LongPromptMixin:
             ValueError: the file is of another kind, or an encoder does not fit.
         """
         check_spelling(kwargs)
-        encoders: dict[str, Any] = {"text_encoder": encoder, "text_encoder_2": encoder_2}
-        file = Path(pretrained_model_link_or_path)
-        held = cls._text_encoders_in(str(pretrained_model_link_or_path), kwargs)
-        for tower in cls.family.towers if held else ():
-            if encoders[tower.encoder] is None and (len(held) == 1 or ("g" if tower.pooled else "l") in held):
-                encoders[tower.encoder] = str(file)
-        stock_class = cls._stock_class()
+        name = str(pretrained_model_link_or_path)
+        file = str(checkpoint_file(name, kwargs))
+        cls._check_checkpoint(file, name, kwargs)
         # What the file holds is read by ours, which takes encoders of any length.
-        spared = {
-            tower.encoder: load_own_encoder(str(file), tower, dtype_of(kwargs, tower) or torch.float32)
-            for tower in cls.family.towers
-            if encoders[tower.encoder] == str(file)
-        }
-        encoders |= spared
-        stock = stock_class.from_single_file(str(pretrained_model_link_or_path), **spared, **kwargs)
+        given = {"text_encoder": encoder, "text_encoder_2": encoder_2}
+        encoders = load_encoders_of_checkpoint(cls.family, file, given, kwargs)
+        stock = cls._stock_class().from_single_file(file, **encoders, **kwargs)
         return cls._of_stock(stock, encoders, adapter, conditioning, weights)
 
     @classmethod
-    def _text_encoders_in(cls, name: str, components: Collection[str]) -> list[Which | None]:
-        """Text encoders of a checkpoint in a file here; none for one that is yet to be fetched.
+    def _check_checkpoint(cls, file: str, name: str, components: Collection[str]) -> None:
+        """Refuse a checkpoint in one file that is none of this family.
 
         Args:
-            name: file, URL or owner/name/file.
+            file: the file.
+            name: file or URL, as somebody wrote it.
             components: names of those that are given.
 
         Raises:
-            ValueError: there is no such file, or it is no checkpoint of this family.
+            ValueError: it is no checkpoint of this family.
         """
-        path = Path(name)
-        if not path.is_file():
-            if path.is_dir():
-                raise ValueError(f"checkpoint {name!r} is a folder; from_pretrained loads folders")
-            if "://" not in name and (name.count("/") < 2 or name.startswith((".", "/", "~"))):
-                raise ValueError(f"checkpoint {name!r} is neither a file here nor a URL")
-            return []
-        held = text_encoders_in(path)
+        held = text_encoders_in(file)
         if not held and any(tower.encoder not in components for tower in cls.family.towers):
-            kind = what_it_is(open_weights(path).shapes)
+            kind = what_it_is(open_weights(file).shapes)
             raise ValueError(f"checkpoint {name!r}: there is no text encoder in this file, it is {kind}")
         is_xl = any(tower.pooled for tower in cls.family.towers)
         if held and ("g" in held) != is_xl:
@@ -413,7 +399,6 @@ class LongPromptMixin:
             raise ValueError(
                 f"checkpoint {name!r} is {kind}, and {cls.__name__} is for {cls.family.name}: {TAKES_BOTH}"
             )
-        return held
 
     @classmethod
     def from_pipe(

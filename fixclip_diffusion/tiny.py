@@ -16,7 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 WIDTH = 32
 
 
-def train_tokenizer(texts: list[str], vocab_size: int = 1024) -> CLIPTokenizer:
+def train_tokenizer(texts: list[str], vocab_size: int = 1024, pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
     """A CLIP tokenizer of 77 tokens whose merges are learned from a few texts; it still reads any text."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
@@ -31,7 +31,7 @@ def train_tokenizer(texts: list[str], vocab_size: int = 1024) -> CLIPTokenizer:
     merges = [tuple(merge) for merge in json.loads(backend.to_str())["model"]["merges"]]
     pieces = dict.fromkeys([*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges)])
     vocab = {piece: index for index, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
+    return CLIPTokenizer(vocab=vocab, merges=merges, pad_token=pad_token, model_max_length=77)
 
 
 def clip_text_config(**changes: object) -> CLIPTextConfig:

@@ -8,7 +8,6 @@ import pytest
 import tiny
 import torch
 from diffusers import (
-    AutoencoderKL,
     AutoPipelineForImage2Image,
     AutoPipelineForInpainting,
     AutoPipelineForText2Image,
@@ -16,12 +15,13 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
-    UNet2DConditionModel,
 )
 from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import save_file
+from tiny_checkpoint import save_checkpoint, text_state
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from fixclip_core.weights.text_encoder import CONFIG_FIELDS, CONFIG_KEY
@@ -32,9 +32,10 @@ from fixclip_diffusion import (
     TextAdapter,
 )
 from fixclip_diffusion.families import STABLE_DIFFUSION
-from fixclip_diffusion.loading import load_own_encoder
+from fixclip_diffusion.loading import encoder_class, load_own_encoder
 from fixclip_diffusion.prompt_reader import PromptReader
-from fixclip_diffusion.tiny import WIDTH, clip_text_config, stable_diffusion_xl, unet
+from fixclip_diffusion.state_mask import mask_empty_states
+from fixclip_diffusion.tiny import clip_text_config, stable_diffusion, stable_diffusion_xl, train_tokenizer, unet
 
 SHORT, LONG = "A red horse near a boat", tiny.sentences(14)
 NO_CHECK = {"safety_checker": None, "requires_safety_checker": False}
@@ -50,24 +51,48 @@ def drawn(pipe, prompt):
     return picture(pipe, prompt, height=16, width=16)
 
 
-def text_state(model, prefix):
-    """Weights as the files have them: `text_model.` behind a prefix."""
-    names = model.state_dict().items()
-    return {
-        prefix + (name if name.startswith("text_") else f"text_model.{name}"): tensor.contiguous()
-        for name, tensor in names
-    }
-
-
 def described(model):
-    """What files of this project say of themselves; heads of tiny encoders are not 64 wide, as all real ones are."""
-    return {CONFIG_KEY: json.dumps({name: getattr(model.config, name) for name in CONFIG_FIELDS})}
+    """What files of this project say of themselves: a width of 64 does not tell the activation, as real ones do."""
+    return {CONFIG_KEY: json.dumps({name: getattr(model.config, name, None) for name in CONFIG_FIELDS})}
 
 
-def checkpoint(path, model, prefix="cond_stage_model.transformer."):
-    others = {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(2), "first_stage_model.x": torch.zeros(2)}
-    save_file(text_state(model, prefix) | others, path, described(model))
-    return path
+SD1, SD2 = "cond_stage_model.transformer.", "cond_stage_model.model."
+
+
+def tokenizer(pad_token="<|endoftext|>"):
+    """Of the words in these tests; loading CLIP's own takes a second each time."""
+    return train_tokenizer([SHORT, LONG], 700, pad_token)
+
+
+def text_config(**changes):
+    """Heads of 64, as all CLIPs that Stable Diffusion reads have them: weights do not tell how many there are."""
+    size = len(tokenizer())
+    ids = {"vocab_size": size, "bos_token_id": size - 2, "eos_token_id": size - 1}
+    return clip_text_config(**{**ids, "hidden_size": 64, "num_attention_heads": 1, **changes})
+
+
+def checkpoint(path, pipe, model=None):
+    """A whole Stable Diffusion 1 in one file, with another text encoder than its own if one is given."""
+    return save_checkpoint(path, pipe, text_state(pipe.text_encoder if model is None else model, SD1))
+
+
+def xl_checkpoint(path, pipe):
+    first = text_state(pipe.text_encoder, "conditioner.embedders.0.transformer.")
+    return save_checkpoint(
+        path, pipe, first | text_state(pipe.text_encoder_2, "conditioner.embedders.1.model.", "open_clip")
+    )
+
+
+@pytest.fixture(scope="module")
+def sd1(tmp_path_factory):
+    pipe = stable_diffusion(tokenizer())
+    torch.manual_seed(5)
+    # 2: the legacy value of Stable Diffusion 1.5
+    pipe.text_encoder = CLIPTextModel(text_config(eos_token_id=2)).eval()
+    pipe.unet = unet(cross_attention_dim=64)
+    folder = tmp_path_factory.mktemp("sd1")
+    pipe.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -75,44 +100,94 @@ def stock(sd1):
     return StableDiffusionPipeline.from_pretrained(sd1, **NO_CHECK)
 
 
-def parts_of(folder):
-    """UNet and VAE in diffusers' layout: their single-file conversion is diffusers' own."""
-    return {
-        "unet": UNet2DConditionModel.from_pretrained(folder, subfolder="unet"),
-        "vae": AutoencoderKL.from_pretrained(folder, subfolder="vae"),
-        "config": str(folder),
-        **NO_CHECK,
-    }
+def configs_of(folder):
+    """Where diffusers finds the sizes of UNet and VAE, and the tokenizer; else it asks the hub for a base's."""
+    return {"config": str(folder), **NO_CHECK}
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "ckpt"])
-def test_a_checkpoint_in_one_file(sd1, stock, tmp_path, kind):
-    path = checkpoint(tmp_path / "model.safetensors", stock.text_encoder)
-    if kind == "ckpt":
-        state = text_state(stock.text_encoder, "cond_stage_model.transformer.")
-        path = tmp_path / "model.ckpt"
-        torch.save({"state_dict": state | {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(2)}}, path)
-        with pytest.raises(ValueError, match="num_attention_heads"):  # a pickle brings no description of tiny heads
-            FixClipStableDiffusionPipeline.from_single_file(path, **parts_of(sd1))
-        return
-    pipe = FixClipStableDiffusionPipeline.from_single_file(path, **parts_of(sd1))
+@pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
+def test_a_checkpoint_in_one_file(sd1, stock, tmp_path, suffix):
+    path = checkpoint(tmp_path / f"model.{suffix}", stock)
+    pipe = FixClipStableDiffusionPipeline.from_single_file(path, **configs_of(sd1))
     expected = FixClipStableDiffusionPipeline.from_pretrained(sd1)
     assert pipe.conditioning == "overlap"
     for prompt in (SHORT, LONG):
         assert np.array_equal(drawn(pipe, prompt), drawn(expected, prompt))
     assert np.array_equal(drawn(pipe, SHORT), drawn(stock, SHORT))
-    adapter = TextAdapter(WIDTH)
+    theirs = StableDiffusionPipeline.from_single_file(str(path), **configs_of(sd1))  # the file is one that stock reads
+    assert np.array_equal(drawn(pipe, SHORT), drawn(theirs, SHORT))
+    adapter = TextAdapter(64)
     other = FixClipStableDiffusionPipeline.from_single_file(
-        path, adapter=adapter, conditioning="chunks", **parts_of(sd1)
+        path, adapter=adapter, conditioning="chunks", **configs_of(sd1)
     )
     assert other.text_encoder.adapter is adapter
     assert other.conditioning == "chunks"
 
 
+def test_stable_diffusion_2_in_one_file(tmp_path):
+    """Its files hold ViT-H in open_clip's layout with a layer that is not read; converted ones lack it."""
+    torch.manual_seed(7)
+    deep = CLIPTextModel(text_config(hidden_act="gelu", num_hidden_layers=24, pad_token_id=0)).eval()
+    pipe = stable_diffusion(tokenizer("!"), "sd2")
+    pipe.unet = unet(cross_attention_dim=64)
+    pipe.text_encoder = cut(deep, 23)
+    folder = tmp_path / "folder"
+    pipe.save_pretrained(folder)
+    expected = FixClipStableDiffusionPipeline.from_pretrained(folder)
+    wanted = {prompt: drawn(expected, prompt) for prompt in (SHORT, LONG)}
+    for model in (pipe.text_encoder, deep):
+        path = save_checkpoint(tmp_path / "model.safetensors", pipe, text_state(model, SD2, "open_clip"))
+        one_file = FixClipStableDiffusionPipeline.from_single_file(path, **configs_of(folder))
+        assert one_file.text_encoder.config.num_hidden_layers == 23
+        assert one_file.tokenizer.pad_token_id == 0
+        for prompt in (SHORT, LONG):
+            assert np.array_equal(drawn(one_file, prompt), wanted[prompt])
+        own = load_own_encoder(str(path), STABLE_DIFFUSION.towers[0])
+        assert own.config.num_hidden_layers == 23
+    theirs = StableDiffusionPipeline.from_single_file(str(path), **configs_of(folder))
+    assert np.array_equal(drawn(theirs, SHORT), wanted[SHORT])
+    # A whole ViT-H in its place is cut alike.
+    deep.save_pretrained(tmp_path / "deep")
+    other = FixClipStableDiffusionPipeline.from_single_file(path, encoder=tmp_path / "deep", **configs_of(folder))
+    assert np.array_equal(drawn(other, LONG), wanted[LONG])
+
+
+def cut(model, layers):
+    """The text model's first layers."""
+    config = type(model.config)(**{**model.config.to_dict(), "num_hidden_layers": layers})
+    shorter = CLIPTextModel(config).eval()
+    shorter.load_state_dict({name: model.state_dict()[name] for name in shorter.state_dict()})
+    return shorter
+
+
+def encoder_file(path, model, prefix=""):
+    save_file(text_state(model, prefix), path, described(model))
+    return path
+
+
+@pytest.mark.parametrize("positions", [77, 248])
+def test_another_encoder_beside_a_checkpoint_in_one_file(sd1, stock, tmp_path, positions):
+    """Whatever the file's own is: one of 248 positions, which stock diffusers cannot load, is not read."""
+    torch.manual_seed(8)
+    own = CLIPTextModel(text_config(max_position_embeddings=positions)).eval()
+    path = checkpoint(tmp_path / "model.safetensors", stock, own)
+    model = CLIPTextModel(text_config()).eval()
+    model.save_pretrained(tmp_path / "folder")
+    expected = FixClipStableDiffusionPipeline.from_pretrained(sd1, encoder=tmp_path / "folder")
+    file = encoder_file(tmp_path / "encoder.safetensors", model)
+    for given in (tmp_path / "folder", file, FixClipTextEncoder.from_pretrained(tmp_path / "folder")):
+        pipe = FixClipStableDiffusionPipeline.from_single_file(path, encoder=given, **configs_of(sd1))
+        assert np.array_equal(drawn(pipe, LONG), drawn(expected, LONG))
+    with pytest.raises(ValueError, match="either encoder= or text_encoder="):
+        FixClipStableDiffusionPipeline.from_single_file(path, encoder=file, text_encoder=model, **configs_of(sd1))
+    pipe = FixClipStableDiffusionPipeline.from_single_file(path, text_encoder=model, **configs_of(sd1))
+    assert np.array_equal(drawn(pipe, LONG), drawn(expected, LONG))
+
+
 def test_a_bases_own_encoder_comes_alone_from_folder_and_file(sd1, stock, tmp_path):
     """As a teacher in training and as the page's comparison need it: without the adapter that a folder holds."""
-    path = checkpoint(tmp_path / "model.safetensors", stock.text_encoder)
-    adapted = FixClipStableDiffusionPipeline.from_pretrained(sd1, adapter=TextAdapter(WIDTH), **NO_CHECK)
+    path = checkpoint(tmp_path / "model.safetensors", stock)
+    adapted = FixClipStableDiffusionPipeline.from_pretrained(sd1, adapter=TextAdapter(64), **NO_CHECK)
     adapted.save_pretrained(tmp_path / "adapted")
     wanted = FixClipStableDiffusionPipeline.from_pretrained(sd1).text_encoder.state_dict()
     for base in (sd1, path, tmp_path / "adapted"):
@@ -123,26 +198,42 @@ def test_a_bases_own_encoder_comes_alone_from_folder_and_file(sd1, stock, tmp_pa
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
-def test_a_checkpoint_that_was_trained_with_248_positions_is_used_as_trained(sd1, tmp_path):
+def test_a_base_that_was_trained_with_248_positions_is_used_as_trained(sd1, tmp_path):
+    """Such as xllsd16-v1: in one file, in a folder, and as a stock pipeline. Nothing is stretched; prompts of any
+    length are read in one pass, by the one table of positions that there is."""
     torch.manual_seed(3)
-    trained = CLIPTextModel(clip_text_config(max_position_embeddings=248, bos_token_id=49406, eos_token_id=49407))
-    path = checkpoint(tmp_path / "long.safetensors", trained.eval())
-    pipe = FixClipStableDiffusionPipeline.from_single_file(path, **parts_of(sd1))
-    assert pipe.text_encoder.short_context_length == 0
-    assert pipe.conditioning == "one_pass"
-    ids = pipe.tokenizer([LONG], padding="max_length", return_tensors="pt").input_ids
-    with torch.no_grad():
-        assert torch.equal(pipe.encode_prompt(LONG, "cpu", 1, False)[0], trained(ids)[0])
+    trained = CLIPTextModel(text_config(max_position_embeddings=248)).eval()
+    other = StableDiffusionPipeline.from_pretrained(sd1, text_encoder=trained, **NO_CHECK)
+    other.tokenizer.model_max_length = 248
+    other.save_pretrained(tmp_path / "folder")
+    path = checkpoint(tmp_path / "long.safetensors", other)
+    ids = other.tokenizer([LONG, SHORT], padding="max_length", return_tensors="pt").input_ids
+    for pipe in (
+        FixClipStableDiffusionPipeline.from_single_file(path, **configs_of(sd1)),
+        FixClipStableDiffusionPipeline.from_pretrained(tmp_path / "folder"),
+        FixClipStableDiffusionPipeline.from_pipe(other),
+    ):
+        encoder = pipe.text_encoder
+        assert (encoder.context_length, encoder.short_context_length) == (248, 0)
+        table = "text_model.embeddings.position_embedding.weight"
+        assert torch.equal(encoder.state_dict()[table], trained.state_dict()[table.removeprefix("text_model.")])
+        assert pipe.conditioning == "one_pass"
+        with torch.no_grad():
+            assert torch.equal(pipe.encode_prompt([LONG, SHORT], "cpu", 1, False)[0], trained(ids)[0])
+        assert np.array_equal(drawn(pipe, SHORT), drawn(other, SHORT)), "stock pads to 248 tokens, too"
+        report = pipe.token_report(LONG)
+        assert (report.conditioning, len(report.passes), report.cut) == ("one_pass", 1, None)
+        assert report.num_tokens > 77
+        assert PromptReader.from_pretrained(str(tmp_path / "folder")).report(LONG) == report
 
 
 def test_an_encoder_alone_in_one_file(sd1, stock, tmp_path):
     torch.manual_seed(4)
-    model = CLIPTextModel(clip_text_config(bos_token_id=49406, eos_token_id=49407)).eval()
+    model = CLIPTextModel(text_config()).eval()
     model.save_pretrained(tmp_path / "folder")
     expected = FixClipStableDiffusionPipeline.from_pretrained(sd1, encoder=tmp_path / "folder")
     for prefix in ("", "clip_l.transformer.", "model."):
-        path = tmp_path / "encoder.safetensors"
-        save_file(text_state(model, prefix), path, described(model))
+        path = encoder_file(tmp_path / "encoder.safetensors", model, prefix)
         pipe = FixClipStableDiffusionPipeline.from_pretrained(sd1, encoder=path)
         assert np.array_equal(drawn(pipe, LONG), drawn(expected, LONG))
         swapped = FixClipStableDiffusionPipeline.from_pipe(stock, encoder=path)
@@ -153,9 +244,9 @@ def test_files_of_another_kind_say_what_they_are(sd1, tmp_path):
     file = next((sd1 / "vae").glob("*.safetensors"))
     with pytest.raises(ValueError, match=r"no CLIP text encoder in this file, it is .*VAE"):
         FixClipStableDiffusionPipeline.from_pretrained(sd1, encoder=file)
-    wide = CLIPTextModel(clip_text_config(hidden_size=64))
-    save_file(text_state(wide, ""), tmp_path / "wide.safetensors", described(wide))
-    with pytest.raises(ValueError, match="the text encoder is 64 wide, but the UNet's cross-attention takes 32"):
+    wide = CLIPTextModel(text_config(hidden_size=128))
+    encoder_file(tmp_path / "wide.safetensors", wide)
+    with pytest.raises(ValueError, match="the text encoder is 128 wide, but the UNet's cross-attention takes 64"):
         FixClipStableDiffusionPipeline.from_pretrained(sd1, encoder=tmp_path / "wide.safetensors")
 
 
@@ -179,8 +270,8 @@ def test_pipelines_of_one_another(sd1, stock):
     assert isinstance(FixClipStableDiffusionPipeline.from_pipe(back).text_encoder, FixClipTextEncoder)
 
 
-def test_a_lora_of_another_width_is_refused_in_one_line(stock):
-    pipe = FixClipStableDiffusionPipeline.from_pipe(stock)
+def test_a_lora_of_another_width_is_refused_in_one_line(sd1):
+    pipe = FixClipStableDiffusionPipeline.from_pretrained(sd1)
     layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     weights = {f"{layer}.lora_A.weight": torch.zeros(2, 7), f"{layer}.lora_B.weight": torch.zeros(7, 2)}
     with pytest.raises(
@@ -193,7 +284,7 @@ def test_a_lora_of_another_width_is_refused_in_one_line(stock):
 def test_what_another_pipeline_has_stays_as_it_is(sd1, stock):
     """An adapter acts in the new pipeline alone, and no dtype changes unless one is named."""
     ours = FixClipStableDiffusionPipeline.from_pretrained(sd1)
-    adapter = TextAdapter(WIDTH)
+    adapter = TextAdapter(64)
     torch.nn.init.normal_(adapter.blocks[-1].fc2.weight)
     adapted = FixClipStableDiffusionPipeline.from_pipe(ours, adapter=adapter)
     assert ours.text_encoder.adapter is None
@@ -246,9 +337,9 @@ def test_an_encoder_of_more_layers_is_cut_to_the_bases_own(sd1, stock, tmp_path)
     """Stable Diffusion 2 reads the penultimate layer of ViT-H: its own encoder lacks the last one."""
     torch.manual_seed(6)
     own = stock.text_encoder.config.num_hidden_layers
-    deep = CLIPTextModel(clip_text_config(bos_token_id=49406, eos_token_id=49407, num_hidden_layers=own + 1)).eval()
+    deep = CLIPTextModel(text_config(num_hidden_layers=own + 1)).eval()
     deep.save_pretrained(tmp_path / "folder")
-    save_file(text_state(deep, ""), tmp_path / "deep.safetensors", described(deep))
+    encoder_file(tmp_path / "deep.safetensors", deep)
     expected = FixClipStableDiffusionPipeline.from_pretrained(sd1, encoder=tmp_path / "folder")
     assert expected.text_encoder.config.num_hidden_layers == own
     for given in (tmp_path / "folder", tmp_path / "deep.safetensors"):
@@ -262,11 +353,9 @@ def test_an_encoder_of_more_layers_is_cut_to_the_bases_own(sd1, stock, tmp_path)
 
 
 def test_what_cannot_be_a_checkpoint_is_named_before_anything_is_read(sd1, stock, xl, tmp_path):
-    path = checkpoint(tmp_path / "model.safetensors", stock.text_encoder)
-    big = tmp_path / "xl.safetensors"
+    path = checkpoint(tmp_path / "model.safetensors", stock)
     pipe = StableDiffusionXLPipeline.from_pretrained(xl, add_watermarker=False)
-    state = text_state(pipe.text_encoder, "conditioner.embedders.0.transformer.")
-    save_file(state | text_state(pipe.text_encoder_2, "conditioner.embedders.1.model."), big)
+    big = xl_checkpoint(tmp_path / "xl.safetensors", pipe)
     vae = next((sd1 / "vae").glob("*.safetensors"))
     one, two = FixClipStableDiffusionPipeline, FixClipStableDiffusionXLPipeline
     for load, message in (
@@ -274,6 +363,9 @@ def test_what_cannot_be_a_checkpoint_is_named_before_anything_is_read(sd1, stock
         (lambda: two.from_single_file(path), "is not of Stable Diffusion XL, and FixClipStableDiffusionXLPipeline is"),
         (lambda: one.from_single_file(vae), "there is no text encoder in this file, it is .*VAE"),
         (lambda: one.from_single_file("no-such.safetensors"), "'no-such.safetensors' is neither a file here nor a URL"),
+        (lambda: one.from_single_file("someone/a/b.safetensors"), "b.safetensors' is neither a file here nor a URL"),
+        (lambda: one.from_single_file("https://example.org/a/b/c.ckpt"), "URLs of huggingface.co alone are fetched"),
+        (lambda: one.from_single_file("https://huggingface.co/a/b"), "is no URL of a model's file"),
         (lambda: one.from_single_file(sd1), "is a folder; from_pretrained loads folders"),
         (lambda: one.from_pretrained(path), "is a file, and a folder or a hub name is needed; from_single_file loads"),
         (lambda: one.from_single_file(path, condtioning="chunks"), "unknown argument condtioning=: did you mean cond"),
@@ -288,76 +380,127 @@ def test_what_cannot_be_a_checkpoint_is_named_before_anything_is_read(sd1, stock
 
 
 def test_dtype_of_a_checkpoint_in_one_file(sd1, stock, tmp_path):
-    path = checkpoint(tmp_path / "model.safetensors", stock.text_encoder)
+    path = checkpoint(tmp_path / "model.safetensors", stock)
     for options, expected in (({}, torch.float32), ({"torch_dtype": torch.float16}, torch.float16)):
-        pipe = FixClipStableDiffusionPipeline.from_single_file(path, **parts_of(sd1), **options)
+        pipe = FixClipStableDiffusionPipeline.from_single_file(path, **configs_of(sd1), **options)
         assert pipe.text_encoder.dtype == expected
 
 
-def test_reports_of_files(sd1, stock, xl, tmp_path):
-    """No weights are loaded, and the answer is the pipeline's."""
-    path = checkpoint(tmp_path / "model.safetensors", stock.text_encoder)
-    alone = tmp_path / "encoder.safetensors"
-    save_file(text_state(stock.text_encoder, ""), alone, described(stock.text_encoder))
-    expected = FixClipStableDiffusionPipeline.from_pipe(stock).token_report(LONG)
-    assert PromptReader.from_pretrained(str(path)).report(LONG) == expected
-    assert PromptReader.from_pretrained(str(sd1), encoder=str(alone)).report(LONG) == expected
-    pipe = StableDiffusionXLPipeline.from_pretrained(xl, add_watermarker=False)
-    big = tmp_path / "xl.safetensors"
-    state = text_state(pipe.text_encoder, "conditioner.embedders.0.transformer.")
-    save_file(state | text_state(pipe.text_encoder_2, "conditioner.embedders.1.model."), big)
+def test_reports_of_files(sd1, tmp_path):
+    """No weights are loaded, and the answer is the pipeline's: by CLIP's own vocabulary."""
+    plain, second = tiny.clip_tokenizer(), tiny.clip_tokenizer(pad_token="!")
+    ids = {"vocab_size": len(plain), "bos_token_id": 49406, "eos_token_id": 49407}
+    for kind, own in (("sd1", plain), ("sd2", second)):
+        pipe = stable_diffusion(own, kind)
+        pipe.unet = unet(cross_attention_dim=64)
+        pipe.text_encoder = CLIPTextModel(text_config(**ids, hidden_act="quick_gelu" if kind == "sd1" else "gelu"))
+        layout = ("transformers", SD1) if kind == "sd1" else ("open_clip", SD2)
+        path = save_checkpoint(tmp_path / f"{kind}.safetensors", pipe, text_state(pipe.text_encoder, *layout[::-1]))
+        expected = FixClipStableDiffusionPipeline.from_pipe(pipe).token_report(LONG)
+        assert PromptReader.from_pretrained(str(path)).report(LONG) == expected
+    alone = encoder_file(tmp_path / "encoder.safetensors", CLIPTextModel(text_config(**ids)))
+    report = PromptReader.from_pretrained(str(tmp_path / "sd1.safetensors"), encoder=str(alone)).report(LONG)
+    assert report == expected
+    pipe = stable_diffusion_xl(plain, second)
+    pipe.text_encoder = CLIPTextModel(text_config(**ids))
+    pipe.text_encoder_2 = CLIPTextModelWithProjection(text_config(**ids, hidden_size=128, num_attention_heads=2))
+    pipe.unet = unet(**{**dict(pipe.unet.config), "cross_attention_dim": 64 + 128})
+    big = xl_checkpoint(tmp_path / "xl.safetensors", pipe)
     expected = FixClipStableDiffusionXLPipeline.from_pipe(pipe).token_report(LONG)
     assert PromptReader.from_pretrained(str(big)).report(LONG) == expected
     with pytest.raises(ValueError, match=r"no CLIP text encoder in this file, it is .*VAE"):
         PromptReader.from_pretrained(str(sd1), encoder=str(next((sd1 / "vae").glob("*.safetensors"))))
 
 
-def test_auto_pipelines(sd1, tmp_path):
-    ours = FixClipStableDiffusionPipeline.from_pretrained(sd1)
+@pytest.mark.parametrize("family", ["sd1", "xl"])
+def test_auto_pipelines(family, request, tmp_path):
+    kind, options, image_to_image, inpaint = {
+        "sd1": (
+            FixClipStableDiffusionPipeline,
+            NO_CHECK,
+            StableDiffusionImg2ImgPipeline,
+            StableDiffusionInpaintPipeline,
+        ),
+        "xl": (
+            FixClipStableDiffusionXLPipeline,
+            {"add_watermarker": False},
+            StableDiffusionXLImg2ImgPipeline,
+            StableDiffusionXLInpaintPipeline,
+        ),
+    }[family]
+    ours = kind.from_pretrained(request.getfixturevalue(family), **options)
     ours.save_pretrained(tmp_path)
     blank, mask = Image.new("RGB", (16, 16)), Image.new("L", (16, 16), 255)
-    for auto, kind, inputs in (
-        (AutoPipelineForText2Image, FixClipStableDiffusionPipeline, {"height": 16, "width": 16}),
-        (AutoPipelineForImage2Image, StableDiffusionImg2ImgPipeline, {"image": blank, "num_inference_steps": 4}),
-        (AutoPipelineForInpainting, StableDiffusionInpaintPipeline, {"image": blank, "mask_image": mask}),
+    for auto, wanted, inputs in (
+        (AutoPipelineForText2Image, kind, {"height": 16, "width": 16}),
+        (AutoPipelineForImage2Image, image_to_image, {"image": blank, "num_inference_steps": 4}),
+        (AutoPipelineForInpainting, inpaint, {"image": blank, "mask_image": mask, "height": 16, "width": 16}),
     ):
-        for pipe in (auto.from_pipe(ours), auto.from_pretrained(tmp_path, **NO_CHECK)):
-            assert type(pipe) is kind
-            assert isinstance(pipe.text_encoder, FixClipTextEncoder)
-            assert picture(pipe, LONG, **({"num_inference_steps": 3} | inputs)).shape[0] == 1
+        pictures = []
+        for pipe in (auto.from_pipe(ours), auto.from_pretrained(tmp_path, **options)):
+            assert type(pipe) is wanted
+            for tower in kind.family.towers:
+                assert isinstance(getattr(pipe, tower.encoder), encoder_class(tower))
+            mask_empty_states(pipe.unet)  # else only a UNet that our pipeline has drawn with passes over the zeros
+            pictures.append(picture(pipe, LONG, **({"num_inference_steps": 3} | inputs)))
+        np.testing.assert_allclose(*pictures, atol=1e-5)
+        if wanted is kind:
+            np.testing.assert_allclose(pictures[0], picture(ours, LONG, num_inference_steps=3, **inputs), atol=1e-5)
 
 
 @pytest.fixture(scope="module")
 def xl(tmp_path_factory):
-    """With heads of 64, as the files of real ones have them."""
-    pipe = stable_diffusion_xl(tiny.clip_tokenizer(), tiny.clip_tokenizer(pad_token="!"))
-    ids = {"bos_token_id": 49406, "eos_token_id": 49407, "intermediate_size": 64}
+    pipe = stable_diffusion_xl(tokenizer(), tokenizer("!"))
     torch.manual_seed(5)
-    first = CLIPTextModel(clip_text_config(**ids, hidden_size=768, num_attention_heads=12, num_hidden_layers=2))
-    config = clip_text_config(**ids, hidden_size=1280, num_attention_heads=20, num_hidden_layers=2, projection_dim=24)
-    config.hidden_act = "gelu"
-    second = CLIPTextModelWithProjection(config)
-    pipe.text_encoder, pipe.text_encoder_2 = first.eval(), second.eval()
-    pipe.unet = unet(**{**dict(pipe.unet.config), "cross_attention_dim": 2048})
+    pipe.text_encoder = CLIPTextModel(text_config()).eval()
+    second = {"hidden_size": 128, "num_attention_heads": 2, "projection_dim": 24, "hidden_act": "gelu"}
+    pipe.text_encoder_2 = CLIPTextModelWithProjection(text_config(**second)).eval()
+    pipe.unet = unet(**{**dict(pipe.unet.config), "cross_attention_dim": 64 + 128})
     folder = tmp_path_factory.mktemp("xl")
     pipe.save_pretrained(folder)
     return folder
 
 
-def test_stable_diffusion_xl_in_one_file_and_of_another_pipeline(xl, tmp_path):
-    stock = StableDiffusionXLPipeline.from_pretrained(xl, add_watermarker=False)
-    expected = FixClipStableDiffusionXLPipeline.from_pretrained(xl, add_watermarker=False)
-    path = tmp_path / "xl.safetensors"
-    state = text_state(stock.text_encoder, "conditioner.embedders.0.transformer.")
-    save_file(state | text_state(stock.text_encoder_2, "conditioner.embedders.1.model."), path)
-    parts = {name: part for name, part in parts_of(xl).items() if name not in NO_CHECK}
-    one_file = FixClipStableDiffusionXLPipeline.from_single_file(path, **parts, add_watermarker=False)
+@pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
+def test_stable_diffusion_xl_in_one_file_and_of_another_pipeline(xl, tmp_path, suffix):
+    options = {"add_watermarker": False}
+    stock = StableDiffusionXLPipeline.from_pretrained(xl, **options)
+    expected = FixClipStableDiffusionXLPipeline.from_pretrained(xl, **options)
+    path = xl_checkpoint(tmp_path / f"xl.{suffix}", stock)
+    one_file = FixClipStableDiffusionXLPipeline.from_single_file(path, config=str(xl), **options)
     other = FixClipStableDiffusionXLPipeline.from_pipe(stock)
+    theirs = StableDiffusionXLPipeline.from_single_file(str(path), config=str(xl), **options)
     for pipe in (one_file, other):
         for prompt in (SHORT, LONG):  # three copies of a UNet, whose tensors lie differently in memory
             np.testing.assert_allclose(drawn(pipe, prompt), drawn(expected, prompt), atol=1e-5)
-    np.testing.assert_allclose(drawn(other, SHORT), drawn(stock, SHORT), atol=1e-5)
-    back = AutoPipelineForImage2Image.from_pipe(other)
-    assert type(back) is StableDiffusionXLImg2ImgPipeline
-    image = Image.new("RGB", (16, 16))
-    assert picture(back, LONG, image=image, num_inference_steps=4).shape == (1, 16, 16, 3)
+    for pipe in (stock, theirs):
+        np.testing.assert_allclose(drawn(one_file, SHORT), drawn(pipe, SHORT), atol=1e-5)
+
+
+def test_other_encoders_beside_stable_diffusion_xl_in_one_file(xl, tmp_path):
+    options = {"add_watermarker": False}
+    path = xl_checkpoint(tmp_path / "xl.safetensors", StableDiffusionXLPipeline.from_pretrained(xl, **options))
+    torch.manual_seed(9)
+    first = CLIPTextModel(text_config()).eval()
+    second = {"hidden_size": 128, "num_attention_heads": 2, "projection_dim": 24, "hidden_act": "gelu"}
+    second = CLIPTextModelWithProjection(text_config(**second)).eval()
+    first.save_pretrained(tmp_path / "l")
+    second.save_pretrained(tmp_path / "g")
+    encoder_file(tmp_path / "clip_l.safetensors", first)
+    save_file(text_state(second, "clip_g.transformer."), tmp_path / "clip_g.safetensors")
+    load = FixClipStableDiffusionXLPipeline.from_single_file
+    for places, files in (
+        ({"encoder": "l"}, {"encoder": "clip_l.safetensors"}),
+        ({"encoder_2": "g"}, {"encoder_2": "clip_g.safetensors"}),
+        ({"encoder": "l", "encoder_2": "g"}, {"encoder": "clip_l.safetensors", "encoder_2": "clip_g.safetensors"}),
+    ):
+        given = [{name: tmp_path / place for name, place in chosen.items()} for chosen in (places, files)]
+        expected = FixClipStableDiffusionXLPipeline.from_pretrained(xl, **given[0], **options)
+        wanted = expected.encode_prompt(LONG, device="cpu", do_classifier_free_guidance=False)
+        for chosen in given:
+            pipe = load(path, config=str(xl), **chosen, **options)
+            found = pipe.encode_prompt(LONG, device="cpu", do_classifier_free_guidance=False)
+            assert torch.equal(found[0], wanted[0])  # states of both encoders
+            assert torch.equal(found[2], wanted[2])  # the pooled vector, of the second one
+    with pytest.raises(ValueError, match=r"128 \(text_encoder\) \+ 128 \(text_encoder_2\) = 256 wide.*takes 192"):
+        load(path, encoder=tmp_path / "g")

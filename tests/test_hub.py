@@ -7,9 +7,12 @@ import sys
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from hub import serve
+from tiny_checkpoint import save_checkpoint, text_state
 from transformers import CLIPTextModel
 
+from fixclip_core.weights.text_encoder import CONFIG_KEY
 from fixclip_diffusion import FixClipStableDiffusionPipeline, TextAdapter
 from fixclip_diffusion.tiny import clip_text_config
 
@@ -59,10 +62,47 @@ def message(*args, **kwargs):
     except ValueError as error:
         return str(error)
 
+from fixclip_diffusion import FixClipStableDiffusionXLPipeline
+from fixclip_diffusion.auto import load_pipeline
+
+folder, single = sys.argv[1], FixClipStableDiffusionPipeline.from_single_file
+configs = {"config": folder, "safety_checker": None, "requires_safety_checker": False}
+url = "https://huggingface.co/someone/files/blob/main/files/sd.safetensors"
+configs["tokenizer"] = StableDiffusionPipeline.from_pretrained(folder).tokenizer
+found = {}
+for name, loads in (("sd", (single, load_pipeline)), ("long", (single,))):
+    wanted = single(sys.argv[3] + "/files/" + name + ".safetensors", **configs)
+    urls = [url.replace("sd.", name + "."), url.replace("blob", "resolve")]
+    pipes = [load(url, **configs) for load, url in zip(loads, urls)]
+    found[name] = [torch.equal(states(pipe), states(wanted)) for pipe in pipes]
+    found[name].append(pipes[0].text_encoder.short_context_length)
+results["single files"] = found
+
+def file_message(url, kind=FixClipStableDiffusionPipeline):
+    try:
+        kind.from_single_file(url, config=folder)
+    except ValueError as error:
+        return str(error)
+
+results["other family"] = file_message(url, FixClipStableDiffusionXLPipeline)
+results["no file"] = file_message(url.replace("sd.", "no."))
+results["a VAE"] = file_message(
+    "https://huggingface.co/someone/tiny-sd/blob/main/vae/diffusion_pytorch_model.safetensors")
 results["unknown"] = message("someone/nothing")
 results["wide"] = message("someone/other-sd", encoder="someone/wide")
 print("RESULTS " + json.dumps(results))
 """
+
+
+def single_files(base, folder):
+    """Whole checkpoints in one file: of `base`, and of a base that was trained with 248 positions."""
+    pipe = StableDiffusionPipeline.from_pretrained(base)
+    folder.mkdir(parents=True)
+    long = CLIPTextModel(clip_text_config(max_position_embeddings=248, eos_token_id=49407))
+    for name, model in (("sd", pipe.text_encoder), ("long", long)):
+        metadata = {CONFIG_KEY: json.dumps({"num_attention_heads": model.config.num_attention_heads})}
+        text = text_state(model, "cond_stage_model.transformer.")
+        save_checkpoint(folder / f"{name}.safetensors", pipe, text, metadata)
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +115,7 @@ def outcome(base_folders, tmp_path_factory):
     pipe.save_pretrained(folder / "fixclip")
     CLIPTextModel(clip_text_config(max_position_embeddings=248)).save_pretrained(folder / "long")
     CLIPTextModel(clip_text_config(hidden_size=64)).save_pretrained(folder / "wide")
+    single_files(base_folders["sd1"], folder / "single" / "files")
     repositories = {
         "someone/tiny-sd": base_folders["sd1"],
         "someone/other-sd": base_folders["sd1"],
@@ -82,12 +123,13 @@ def outcome(base_folders, tmp_path_factory):
         "someone/long-clip": folder / "long",
         "someone/tiny-adapter": folder / "adapter",
         "someone/wide": folder / "wide",
+        "someone/files": folder / "single",
     }
     with serve(repositories) as hub:
         environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "0"}
         environment |= {"PYTHONPATH": os.path.dirname(__file__), "HF_HUB_DISABLE_XET": "1"}
         done = subprocess.run(
-            [sys.executable, "-c", SCRIPT, base_folders["sd1"], folder / "fixclip"],
+            [sys.executable, "-c", SCRIPT, base_folders["sd1"], folder / "fixclip", folder / "single"],
             env=environment,
             capture_output=True,
             text=True,
@@ -114,6 +156,19 @@ def test_a_pipeline_whose_index_names_our_components(outcome):
 def test_encoder_adapter_and_single_components(outcome):
     assert outcome[0]["encoder and adapter"] == [0, True]
     assert outcome[0]["components"]
+
+
+def test_a_checkpoint_in_one_file_by_its_url(outcome):
+    """As the file itself, and downloaded once."""
+    results, downloads = outcome
+    assert results["single files"] == {
+        "sd": [True, True, 77],
+        "long": [True, 0],
+    }
+    assert downloads.count("someone/files/files/sd.safetensors") == 1
+    assert "blob/main/files/sd.safetensors' is not of Stable Diffusion XL" in results["other family"]
+    assert "files/no.safetensors' could not be fetched: the repository has no such file" in results["no file"]
+    assert "there is no text encoder in this file, it is a VAE" in results["a VAE"]
 
 
 def test_errors_come_before_weights_are_downloaded(outcome):

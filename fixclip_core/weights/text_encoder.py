@@ -52,6 +52,7 @@ CONFIG_FIELDS = (
     "bos_token_id",
     "eos_token_id",
     "pad_token_id",
+    "padding",  # of this project's encoders, which stock transformers carries along: `FixClipTextConfig.padding`
 )
 
 

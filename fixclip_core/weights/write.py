@@ -241,7 +241,7 @@ def write_single_file(checkpoint: ClipCheckpoint, path: Path, dtype: torch.dtype
         if name.startswith("text_")
     }
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    values = infer_text_config(shapes, None) | _text_values(checkpoint)
+    values = infer_text_config(shapes, None) | _text_values(checkpoint) | {"padding": "mask"}  # as `write_diffusers`
     save_file(weights, path, metadata={"format": "pt", CONFIG_KEY: json.dumps(values)})
     name = single_file_format(checkpoint) or "clip_l"
     expected, width, layers = SINGLE_FILES[name], values["hidden_size"], values["num_hidden_layers"]
