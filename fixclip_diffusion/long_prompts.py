@@ -470,6 +470,11 @@ class LongPromptMixin:
         # A stock pipeline's LoRAs are in its components, if it has any.
         name = stock.config.get("_name_or_path")
         pipe.register_to_config(_name_or_path=name, **{LORAS_KEY: {}})
+        # What stock `from_pipe` keeps for the pipeline that is made of this one, as _requires_aesthetics_score of the
+        # refiner of Stable Diffusion XL.
+        known = pipe.config.keys()  # type: ignore[attr-defined]
+        others = {key for key in stock.config if key.startswith("_") and not {key, key[1:]} & known}
+        pipe.register_to_config(**{key: stock.config[key] for key in others})
         return pipe
 
     def _encode(

@@ -28,7 +28,7 @@ class FixClipStableDiffusionXLTextStep(StableDiffusionXLTextEncoderStep):
 
     Outputs: prompt_embeds and negative_prompt_embeds (B, L, 768 + 1280), equally long, and both pooled vectors
     (B, 1280). Inputs beside the stock ones: `conditioning` and `weights`, see that pipeline. Where the workflow has a
-    UNet, it is told to pass over rows of zeros (`state_mask`), which fill up the shorter prompts.
+    UNet or a ControlNet, it is told to pass over rows of zeros (`state_mask`), which fill up the shorter prompts.
 
     Raises:
         ValueError: text encoders and tokenizers are not FixClip's, or see the pipeline's `encode_prompt`.
@@ -81,7 +81,8 @@ class FixClipStableDiffusionXLTextStep(StableDiffusionXLTextEncoderStep):
             lora_scale=(block_state.cross_attention_kwargs or {}).get("scale"),
             clip_skip=block_state.clip_skip,
         )
-        if getattr(components, "unet", None) is not None:
-            mask_empty_states(components.unet)
+        for name in ("unet", "controlnet"):
+            if getattr(components, name, None) is not None:
+                mask_empty_states(getattr(components, name))
         self.set_block_state(state, block_state)
         return components, state

@@ -5,6 +5,7 @@ are filled up with zeros. To attend to those is not the same as to have none: ea
 hook on the UNet finds them and adds `encoder_attention_mask`, and every row of the batch is drawn as if it were alone.
 """
 
+import inspect
 import weakref
 from typing import Any
 
@@ -14,15 +15,19 @@ from torch import Tensor, nn
 _HOOK = "_fixclip_state_mask"
 
 
-def mask_empty_states(unet: nn.Module) -> None:
-    """Let a `UNet2DConditionModel` pass over states of zeros behind others; it is done once for each UNet.
+def mask_empty_states(model: nn.Module) -> None:
+    """Let a `UNet2DConditionModel` or a `ControlNetModel` pass over states of zeros behind others; done once for each.
 
     A call whose rows are all in use, such as any of stock diffusers, is left as it is, to the bit. Rows of zeros alone
     (the empty negative prompt of Stable Diffusion XL) count as in use. A call with an `encoder_attention_mask` of its
-    own keeps that one.
+    own keeps that one. A ControlNet takes no such mask, but each of its blocks with cross-attention does.
     """
-    if _HOOK not in unet.__dict__:
-        unet.__dict__[_HOOK] = unet.register_forward_pre_hook(_StateMask(), with_kwargs=True)
+    takes_mask = "encoder_attention_mask" in inspect.signature(type(model).forward).parameters
+    parts = [model] if takes_mask else [part for part in model.modules() if getattr(part, "has_cross_attention", False)]
+    hook = _StateMask()
+    for part in parts:
+        if _HOOK not in part.__dict__:
+            part.__dict__[_HOOK] = part.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 class _StateMask:
@@ -34,7 +39,7 @@ class _StateMask:
         self._mask: Tensor | None = None
 
     @torch.compiler.disable
-    def __call__(self, unet: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    def __call__(self, part: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         states = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None)
         if not isinstance(states, Tensor) or states.ndim != 3 or kwargs.get("encoder_attention_mask") is not None:
             return None

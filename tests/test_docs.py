@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 import tiny
 import tiny_clips
+import tiny_refiner
 import tiny_transformers
 import torch
 from command_line import run
-from diffusers import UNet2DConditionModel
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 
 from fixclip_core import builtin, scenes
@@ -41,6 +42,7 @@ REPLACED = {
     '.to("cuda")': "",
     # Tiny ones with random weights, made in the working folder.
     "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
+    "stabilityai/stable-diffusion-xl-refiner-1.0": "refiner",
     "stabilityai/stable-diffusion-3.5-medium": "sd3",
     "black-forest-labs/FLUX.1-dev": "flux",
 }
@@ -60,6 +62,7 @@ PLACES = {
     "docs/diffusers.md": {"prompt, prompt_2=": "prompt, num_inference_steps=2, prompt_2="},
     "docs/sd3_flux.md": {"pipe(prompt)": "pipe(prompt, num_inference_steps=2, height=16, width=16)"},
     "docs/index.md": {"fixclip demo": "fixclip demo --steps 2", '="blurry"': '="blurry", num_inference_steps=2'},
+    "docs/tutorials/sdxl.md": {"pipe(prompt)": "pipe(prompt, num_inference_steps=2, height=64, width=64)"},
     "docs/tutorials/measure.md": {"--steps 20": "--steps 2"},
     "docs/tutorials/train_encoder.md": {"runs/own_data": "fixclip"},
     "docs/training.md": {"RECIPE": "builtin:vit_b16_sharegpt4v"},
@@ -131,6 +134,9 @@ def folder(tmp_path_factory):
     state = {name: 0.01 * torch.randn_like(parameter) for name, parameter in add_lora(unet, 2).items()}
     save_lora(unet, state, folder / "lora")
     stable_diffusion_xl(tiny.clip_tokenizer(), tiny.clip_tokenizer(pad_token="!")).save_pretrained(folder / "sdxl")
+    tiny_refiner.refiner_of(StableDiffusionXLPipeline.from_pretrained(folder / "sdxl")).save_pretrained(
+        folder / "refiner"
+    )
     tiny_transformers.stable_diffusion_3(folder / "sd3")
     tiny_transformers.flux(folder / "flux")
     (folder / "prompt.txt").write_text(json.loads(rows[0])["long"])

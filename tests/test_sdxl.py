@@ -1,11 +1,13 @@
 """FixClipStableDiffusionXLPipeline against the stock pipeline, on tiny real models."""
 
+import copy
 import json
 import shutil
 
 import numpy as np
 import pytest
 import tiny
+import tiny_refiner
 import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
 from command_line import run
@@ -46,7 +48,8 @@ from fixclip_diffusion.conditioning import CONDITIONINGS
 from fixclip_diffusion.evaluation.generate import Drawing, Painter, parse_system
 from fixclip_diffusion.evaluation.prompts import Prompt
 from fixclip_diffusion.modular import FixClipStableDiffusionXLTextStep
-from fixclip_diffusion.tiny import unet
+from fixclip_diffusion.state_mask import mask_empty_states
+from fixclip_diffusion.tiny import clip_text_config, unet
 
 SHORT = "A red horse near a boat"
 LONG = tiny.sentences(14)
@@ -250,6 +253,12 @@ def test_adapters_of_both_encoders_act_on_the_states_that_the_unet_reads(ours, f
         folder, adapter=tmp_path / "adapter", add_watermarker=False
     )
     assert np.array_equal(picture(quiet(by_folder), LONG), expected)
+    swapped = StableDiffusionXLPipeline(**{**pipe.components, "add_watermarker": False})
+    stock = StableDiffusionXLPipeline.from_pretrained(tmp_path / "saved", add_watermarker=False)
+    assert stock.text_encoder.adapter is not None
+    assert stock.text_encoder_2.adapter is not None
+    for one, other in zip(stock.encode_prompt(LONG), swapped.encode_prompt(LONG), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_stock_pipelines_read_248_tokens_with_both_components_swapped(folder, ours):
@@ -365,8 +374,11 @@ def test_loras_of_another_base_are_one_clear_error(folder, sd1):
         FixClipStableDiffusionPipeline.from_pretrained(sd1).load_lora_weights(of_xl)
 
 
-def test_round_trip_of_the_encoder_with_projection(stock, tmp_path):
-    encoder = FixClipTextEncoderWithProjection.from_clip(stock.text_encoder_2, hidden_state="penultimate")
+@pytest.mark.parametrize("which", ["bigG", "CLIP-L"])
+def test_round_trip_of_the_encoder_with_projection(stock, tmp_path, which):
+    """bigG of Stable Diffusion XL, and CLIP-L with its projection, as Stable Diffusion 3 has it."""
+    source = stock.text_encoder_2 if which == "bigG" else CLIPTextModelWithProjection(clip_text_config()).eval()
+    encoder = FixClipTextEncoderWithProjection.from_clip(source, hidden_state="penultimate")
     encoder.save_pretrained(tmp_path)
     again = FixClipTextEncoderWithProjection.from_pretrained(tmp_path)
     assert again.config.hidden_state == "penultimate"
@@ -375,7 +387,7 @@ def test_round_trip_of_the_encoder_with_projection(stock, tmp_path):
     assert all(torch.equal(state[name], state_again[name]) for name in state)
     ids = torch.randint(0, 49000, (2, 77))
     ids[:, -1] = encoder.config.eos_token_id
-    for ours, theirs in zip(encoder(ids).to_tuple(), stock.text_encoder_2(ids).to_tuple(), strict=True):
+    for ours, theirs in zip(encoder(ids).to_tuple(), source(ids).to_tuple(), strict=True):
         assert torch.equal(ours, theirs)
     with pytest.raises(ValueError, match="a CLIPTextModel has no text projection"):
         FixClipTextEncoderWithProjection.from_clip(stock.text_encoder)
@@ -499,25 +511,61 @@ def test_the_class_is_found_by_the_base(folder, sd1, tmp_path):
 # -- other workflows of Stable Diffusion XL ------------------------------------------------------------------
 
 
-def test_image_to_image_inpainting_and_controlnet(ours):
-    """Stock pipelines with our components, and embeds made by ours."""
-    blank, mask = Image.new("RGB", (16, 16)), Image.new("L", (16, 16), 255)
-    control = ControlNetModel.from_unet(ours.unet, conditioning_embedding_out_channels=(8, 16))
-    settings = {"num_inference_steps": 4, "output_type": "np"}
-    for kind, inputs, extra in (
-        (StableDiffusionXLImg2ImgPipeline, {"image": blank}, {}),
-        (StableDiffusionXLInpaintPipeline, {"image": blank, "mask_image": mask, "height": 16, "width": 16}, {}),
-        (StableDiffusionXLControlNetPipeline, {"image": blank, "height": 16, "width": 16}, {"controlnet": control}),
-    ):
-        pipe = quiet(kind.from_pipe(ours, **extra))
-        names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-        embeds = dict(zip(names, ours.encode_prompt(LONG, negative_prompt="bad"), strict=True))
-        pictures = []
-        for arguments in ({"prompt": LONG, "negative_prompt": "bad"}, embeds):
-            generator = torch.Generator().manual_seed(0)
-            pictures.append(pipe(**arguments, **inputs, **settings, generator=generator).images)
-        assert np.isfinite(pictures[0]).all()
-        assert not np.array_equal(*pictures), "248 positions stretched, and overlapping windows"
+OTHER = LONG.replace("number 13", "number 12")  # its last sentence
+EMBEDS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+
+
+def embeds_of(pipe, prompt, **arguments):
+    return dict(zip(EMBEDS, pipe.encode_prompt(prompt, negative_prompt="bad", **arguments), strict=True))
+
+
+def controlnet_of(unet):
+    """With random weights in the layers that a new ControlNet has zeros in, so that it acts."""
+    control = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16))
+    layers = (*control.controlnet_down_blocks, control.controlnet_mid_block, control.controlnet_cond_embedding.conv_out)
+    for layer in layers:
+        torch.nn.init.normal_(layer.weight, std=0.5)
+    return control
+
+
+def assert_as_stock_and_read_to_the_end(draw, stock, pipe, reader):
+    """A short prompt gives stock's picture, and the last sentence of a long one changes ours; with embeds and without.
+
+    The 248 rows of a stock pipeline are 77 of text and zeros that are passed over: the same but for rounding.
+    """
+    expected = draw(stock, prompt=SHORT, negative_prompt="bad")
+    assert np.array_equal(draw(pipe, **embeds_of(reader, SHORT)), expected)
+    np.testing.assert_allclose(draw(pipe, prompt=SHORT, negative_prompt="bad"), expected, atol=1e-5)
+    by_prompt, by_embeds = (
+        [draw(pipe, **arguments(text)) for text in (LONG, OTHER)]
+        for arguments in (lambda text: {"prompt": text}, lambda text: embeds_of(reader, text))
+    )
+    assert np.abs(by_prompt[0] - by_prompt[1]).max() > 1e-3
+    assert np.abs(by_embeds[0] - by_embeds[1]).max() > 1e-3
+    assert np.abs(by_prompt[0] - by_embeds[0]).max() > 1e-3, "248 positions stretched, and overlapping windows"
+    assert np.array_equal(draw(stock, prompt=LONG), draw(stock, prompt=OTHER))
+
+
+@pytest.mark.parametrize(
+    ("kind", "inputs"),
+    [
+        (StableDiffusionXLImg2ImgPipeline, {}),
+        (StableDiffusionXLInpaintPipeline, {"mask_image": Image.new("L", (16, 16), 255), "height": 16, "width": 16}),
+        (StableDiffusionXLControlNetPipeline, {"height": 16, "width": 16}),
+    ],
+)
+def test_image_to_image_inpainting_and_controlnet(stock, ours, kind, inputs):
+    extra = {"controlnet": controlnet_of(stock.unet)} if kind is StableDiffusionXLControlNetPipeline else {}
+    plain, pipe = (quiet(kind.from_pipe(each, **extra)) for each in (stock, ours))
+    mask_empty_states(ours.unet)
+    for model in extra.values():
+        mask_empty_states(model)
+
+    def draw(pipe, **arguments):
+        settings = {"image": Image.new("RGB", (16, 16), "red"), "num_inference_steps": 4, "output_type": "np"}
+        return pipe(**settings, **inputs, **arguments, generator=torch.Generator().manual_seed(0)).images
+
+    assert_as_stock_and_read_to_the_end(draw, plain, pipe, ours)
 
 
 def test_the_refiner_has_the_second_encoder_only(ours, folder):
@@ -536,6 +584,26 @@ def test_the_refiner_has_the_second_encoder_only(ours, folder):
     )
     assert np.array_equal(picture(pipe, SHORT), picture(stock, SHORT))
     assert pipe.encode_prompt(LONG)[0].shape[1] == len(pipe.prompt_encoder.lay_out(LONG))
+
+
+def test_the_refiner_is_image_to_image_with_a_score_for_beauty(stock, tmp_path):
+    """Of five time ids, as the real one: in both directions of `from_pipe`, and from a folder."""
+    plain = tiny_refiner.refiner_of(stock)
+    plain.save_pretrained(tmp_path)
+    reader = FixClipStableDiffusionXLPipeline.from_pipe(quiet(plain))
+    pipe = quiet(StableDiffusionXLImg2ImgPipeline.from_pipe(reader))
+    mask_empty_states(pipe.unet)
+
+    def draw(pipe, **arguments):
+        settings = {"image": Image.new("RGB", (16, 16), "red"), "num_inference_steps": 4, "output_type": "np"}
+        return pipe(**settings, **arguments, generator=torch.Generator().manual_seed(0)).images
+
+    assert_as_stock_and_read_to_the_end(draw, plain, pipe, reader)
+    assert not np.array_equal(draw(pipe, prompt=LONG, aesthetic_score=1.0), draw(pipe, prompt=LONG))
+    loaded = FixClipStableDiffusionXLPipeline.from_pretrained(tmp_path)
+    assert loaded.text_encoder is None
+    for name, tensor in embeds_of(loaded, LONG).items():
+        torch.testing.assert_close(tensor, embeds_of(reader, LONG)[name], rtol=0, atol=1e-5)
 
 
 def test_textual_inversion_in_both_encoders(folder):
@@ -653,15 +721,26 @@ def test_lora_in_unet_and_both_encoders(folder, tmp_path, layout):
     np.testing.assert_allclose(picture(again, LONG), plain, atol=1e-5)
 
 
+@torch.no_grad()
 def test_compel_with_our_components(ours):
+    """Without weights the embeds of a stock pipeline with our components, of one pass; a weight changes its word."""
     compel = Compel(
         tokenizer=[ours.tokenizer, ours.tokenizer_2],
         text_encoder=[ours.text_encoder, ours.text_encoder_2],
         returned_embeddings_type=ReturnedEmbeddingsType.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED,
         requires_pooled=[False, True],
     )
+    one_pass = StableDiffusionXLPipeline(**{**ours.components, "add_watermarker": False})
+    plain, plain_pooled = compel(f"{LONG} A red cat")
+    wanted, _, wanted_pooled, _ = one_pass.encode_prompt(f"{LONG} A red cat")
+    torch.testing.assert_close(plain, wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(plain_pooled, wanted_pooled, rtol=1e-4, atol=1e-5)
     embeds, pooled = compel(f"{LONG} A red++ cat")
-    assert embeds.shape[1:] == (248, 80)
+    assert embeds.shape == plain.shape == (1, 248, 80)
+    changed = [word for word, row in enumerate((embeds - plain)[0].abs().amax(1)) if row > 1e-2]
+    ids = ours.tokenizer(f"{LONG} A red cat").input_ids
+    assert [ours.tokenizer.decode([ids[word]]).strip() for word in changed] == ["red"]
+    assert changed[0] == len(ids) - 3, "the last of the red things, behind token 77"
     images = picture(
         ours,
         prompt_embeds=embeds,
@@ -731,6 +810,19 @@ def test_offloading(folder):
         assert np.array_equal(picture(ours, prompt), wanted)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_offload_to_a_gpu(folder, monkeypatch):
+    """Text encoders with adapters go to the GPU and back, one after the other."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    ours = quiet(FixClipStableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False))
+    for encoder, width in ((ours.text_encoder, 32), (ours.text_encoder_2, 48)):
+        encoder.set_adapter_module(adapter_of(width, 0))
+    expected = picture(ours, LONG)
+    ours.enable_model_cpu_offload()
+    np.testing.assert_allclose(picture(ours, LONG), expected, atol=1e-3)
+    assert {part.device.type for part in (ours.text_encoder, ours.text_encoder_2, ours.unet)} == {"cpu"}
+
+
 def test_a_saved_pipeline_is_the_same_one(folder, tmp_path):
     """With its conditioning and a LoRA; stock classes read the folder, too."""
     pipe = quiet(FixClipStableDiffusionXLPipeline.from_pretrained(folder, conditioning="chunks", add_watermarker=False))
@@ -775,16 +867,45 @@ def test_a_modular_workflow_draws_what_the_pipeline_draws(modular, ours, negativ
 
 
 def test_other_modular_workflows_take_the_step(modular, ours):
-    """Image to image and inpainting; the embeds are those of the pipeline."""
+    """Image to image, inpainting and ControlNet; the embeds are those of the pipeline."""
     blank, mask = Image.new("RGB", (16, 16)), Image.new("L", (16, 16), 255)
     wanted = ours.encode_prompt(LONG, negative_prompt="bad")
-    for inputs in ({"image": blank}, {"image": blank, "mask_image": mask}):
+    modular.update_components(controlnet=controlnet_of(ours.unet))
+    for inputs in ({"image": blank}, {"image": blank, "mask_image": mask}, {"control_image": blank}):
         arguments = {"prompt": LONG, "negative_prompt": "bad", **inputs, "num_inference_steps": 4, "strength": 0.5}
         assert np.isfinite(modular_picture(modular, **arguments)).all()
         state = modular(**arguments, height=16, width=16)
-        names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-        for name, tensor in zip(names, wanted, strict=True):
+        for name, tensor in zip(EMBEDS, wanted, strict=True):
             torch.testing.assert_close(state.get(name), tensor)
+
+
+def test_a_modular_workflow_with_a_controlnet_draws_what_the_pipeline_draws(modular, ours):
+    """The step has the ControlNet pass over the zeros behind the short negative prompt."""
+    control = controlnet_of(ours.unet)
+    pipe = quiet(StableDiffusionXLControlNetPipeline.from_pipe(ours, controlnet=copy.deepcopy(control)))
+    mask_empty_states(pipe.controlnet)
+    modular.update_components(controlnet=control)
+    modular.guider.guidance_scale = 5.0
+    red, blue = (Image.new("RGB", (16, 16), colour) for colour in ("red", "blue"))
+    found, other = (
+        modular_picture(modular, prompt=LONG, negative_prompt="bad", control_image=image) for image in (red, blue)
+    )
+    np.testing.assert_allclose(found, picture(pipe, **embeds_of(ours, LONG), image=red), atol=1e-4)
+    assert not np.allclose(found, other, atol=1e-3)
+
+
+def test_a_modular_workflow_with_an_ip_adapter_draws_what_the_pipeline_draws(modular, folder):
+    """Its feature extractor is modular diffusers' own by default; a tiny image encoder needs a smaller one."""
+    pipe = load_ip_adapter(quiet(FixClipStableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)))
+    modular.update_components(unet=pipe.unet, image_encoder=pipe.image_encoder)
+    modular.register_components(feature_extractor=pipe.feature_extractor)
+    modular.guider.guidance_scale = 5.0
+    red, blue = (Image.new("RGB", (16, 16), colour) for colour in ("red", "blue"))
+    found, other = (
+        modular_picture(modular, prompt=LONG, negative_prompt="bad", ip_adapter_image=image) for image in (red, blue)
+    )
+    np.testing.assert_allclose(found, picture(pipe, LONG, negative_prompt="bad", ip_adapter_image=red), atol=1e-4)
+    assert not np.allclose(found, other, atol=1e-3)
 
 
 def test_the_modular_step_refuses_stock_components(modular, stock):
