@@ -87,7 +87,7 @@ def load_own_encoder(base: str, tower: Tower, dtype: torch.dtype = torch.float32
 
 
 def load_encoders_of_checkpoint(
-    family: Family, file: str, encoders: dict[str, Any], kwargs: dict[str, Any]
+    family: Family, file: str, encoders: dict[str, Any], adapters: dict[str, Any], kwargs: dict[str, Any]
 ) -> dict[str, LongTextEncoder]:
     """Text encoders of a checkpoint in one file, or what is given in their place: {tower's component name: encoder}.
 
@@ -97,10 +97,11 @@ def load_encoders_of_checkpoint(
         family: of the checkpoint.
         file: the checkpoint.
         encoders: {tower's component name: file, folder, hub name or module} to take instead.
+        adapters: {tower's component name: folder, hub name or `TextAdapter`}, of which the widths are compared.
         kwargs: of `from_single_file`; a text encoder in it is taken as it is, and is not in the result.
 
     Raises:
-        ValueError: an encoder is damaged, unknown or of another width than the checkpoint's own.
+        ValueError: an encoder is damaged, unknown or of another width than the checkpoint's own; an adapter is.
     """
     held = text_encoders_in(file)
     own: dict[str, int] = {}
@@ -127,6 +128,7 @@ def load_encoders_of_checkpoint(
     }
     if len(widths) == len(family.towers):
         check_width(widths, sum(own.values()), family)
+    _check_adapters(_adapter_configs(adapters, {}), adapters, widths)
     return {name: _load_encoder(plan) if isinstance(plan, dict) else plan for name, plan in chosen.items()}
 
 
@@ -172,12 +174,7 @@ def load_components(
     check_syntax(kwargs.get("weights"))
     check_spelling(kwargs)
     hub_kwargs = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
-    adapter_configs: dict[str, dict[str, Any]] = {}
-    for name, adapter in adapters.items():
-        if adapter is not None:
-            # A wrong name, or an adapter of another base, is told before gigabytes are read.
-            is_loaded = isinstance(adapter, TextAdapter)
-            adapter_configs[name] = adapter.config if is_loaded else read_adapter_config(adapter, **hub_kwargs)
+    adapter_configs = _adapter_configs(adapters, hub_kwargs)
     index = load_index(family, base, hub_kwargs)
     towers = [tower for tower in family.towers if index.get(tower.encoder, [None])[0] is not None]
     widths: dict[str, int] = {}
@@ -191,9 +188,7 @@ def load_components(
             widths[tower.encoder] = plans[tower.encoder]["width"]
     if len(widths) == len(towers):
         check_width(widths, _unet_width(base, kwargs, hub_kwargs), family)
-    for name in adapter_configs.keys() & widths.keys():
-        source = "" if isinstance(adapters[name], TextAdapter) else f" {str(adapters[name])!r}"
-        check_fits(adapter_configs[name], widths[name], what=f"{name}: adapter{source}")
+    _check_adapters(adapter_configs, adapters, widths)
     for tower in towers:
         if tower.encoder in plans:
             kwargs[tower.encoder] = _load_encoder(plans[tower.encoder])
@@ -213,6 +208,21 @@ def load_components(
                 _warn_of_another_encoder(adapter.folder, encoder, kwargs[tower.tokenizer], plans.get(tower.encoder))
             encoder.set_adapter_module(adapter)
     return kwargs
+
+
+def _adapter_configs(adapters: dict[str, Any], hub_kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """A wrong name, or an adapter of another base, is told before gigabytes are read."""
+    return {
+        name: adapter.config if isinstance(adapter, TextAdapter) else read_adapter_config(adapter, **hub_kwargs)
+        for name, adapter in adapters.items()
+        if adapter is not None
+    }
+
+
+def _check_adapters(configs: dict[str, dict[str, Any]], adapters: dict[str, Any], widths: dict[str, int]) -> None:
+    for name in configs.keys() & widths.keys():
+        source = "" if isinstance(adapters[name], TextAdapter) else f" {str(adapters[name])!r}"
+        check_fits(configs[name], widths[name], what=f"{name}: adapter{source}")
 
 
 def _warn_of_another_encoder(adapter: str, encoder: Any, tokenizer: Any, plan: dict[str, Any] | None) -> None:
@@ -437,7 +447,7 @@ def convert_stock(
         ValueError: an encoder is unknown or does not fit.
     """
     components = dict(components)
-    plans = _plan_others(family, components, encoders)
+    plans = _plan_others(family, components, encoders, adapters)
     for tower in family.towers:
         encoder = components.get(tower.encoder)
         if encoder is None:
@@ -461,11 +471,13 @@ def convert_stock(
     return components
 
 
-def _plan_others(family: Family, components: dict[str, Any], encoders: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _plan_others(
+    family: Family, components: dict[str, Any], encoders: dict[str, Any], adapters: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
     """Plans of the encoders that are given by name, in place of those of a stock pipeline in memory.
 
     Raises:
-        ValueError: one of them is unknown, or too wide or narrow for the UNet.
+        ValueError: one of them is unknown, or too wide or narrow for the UNet; or an adapter is, for its encoder.
     """
     plans: dict[str, dict[str, Any]] = {}
     widths: dict[str, int] = {}
@@ -481,4 +493,5 @@ def _plan_others(family: Family, components: dict[str, Any], encoders: dict[str,
         widths[tower.encoder] = plans[tower.encoder]["width"]
     if plans and components.get("unet") is not None:
         check_width(widths, components["unet"].config.cross_attention_dim, family)
+    _check_adapters(_adapter_configs(adapters, {}), adapters, widths)
     return plans

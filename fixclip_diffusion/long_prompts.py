@@ -373,7 +373,7 @@ class LongPromptMixin:
         cls._check_checkpoint(file, name, kwargs)
         # What the file holds is read by ours, which takes encoders of any length.
         given = {"text_encoder": encoder, "text_encoder_2": encoder_2}
-        encoders = load_encoders_of_checkpoint(cls.family, file, given, kwargs)
+        encoders = load_encoders_of_checkpoint(cls.family, file, given, cls._adapters(adapter), kwargs)
         stock = cls._stock_class().from_single_file(file, **encoders, **kwargs)
         return cls._of_stock(stock, encoders, adapter, conditioning, weights)
 

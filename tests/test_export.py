@@ -1,13 +1,17 @@
 """Every format out, reloaded by its own library and compared with the model layer by layer in float32."""
 
+import json
+
 import open_clip
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_clips import (
     TOLERANCE,
     assert_same_states,
+    batch,
     collect,
     full_vocabulary_clip,
     open_clip_states,
@@ -15,15 +19,22 @@ from tiny_clips import (
     tiny_transformers_clip,
     transformers_states,
 )
-from transformers import CLIPModel, CLIPProcessor, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 from fixclip_core.model.fixclip import FixClip
 from fixclip_core.weights.files import load_weights
 from fixclip_core.weights.load import build_clip, load_fixclip
 from fixclip_core.weights.read import ClipCheckpoint
-from fixclip_core.weights.text_encoder import CONFIG_FIELDS, read_text_encoder
+from fixclip_core.weights.text_encoder import CONFIG_FIELDS, CONFIG_KEY, read_text_encoder
 from fixclip_core.weights.write import export, plain_clip, single_file_format, write_single_file
-from fixclip_diffusion import FixClipTextEncoder, FixClipTokenizer
+from fixclip_diffusion import FixClipTextEncoder, FixClipTextEncoderWithProjection, FixClipTokenizer
 from fixclip_diffusion.tiny import train_tokenizer
 
 
@@ -207,6 +218,42 @@ def test_single_file_brings_its_configuration(trained, exported):
     assert weights.config["num_attention_heads"] == 2  # heads of 32: the tensors do not tell
     for name, tensor in encoder.state_dict().items():
         assert torch.equal(weights.state_dict[f"text_model.{name}"], tensor), name
+
+
+@torch.no_grad()
+def test_a_clip_g_file_is_read_again(tmp_path):
+    """By transformers alone, from the file's tensors and metadata, and by our reader."""
+    config = tiny_config(quick_gelu=False)
+    config["text_cfg"] |= {"width": 64, "layers": 32, "heads": 1}
+    torch.manual_seed(6)
+    _, _, preprocess = full_vocabulary_clip()
+    model = FixClip.from_clip(open_clip.CLIP(**config), config, preprocess, num_groups=0).eval()
+    for parameter in model.text.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.05)
+    lines = export(model, tmp_path / "out", ["clip_g"])
+    assert any("the names of a clip_g file" in line for line in lines)
+    file = tmp_path / "out" / "clip_g_long.safetensors"
+    weights = load_file(file)
+    assert {name for name in weights if not name.startswith("text_model.")} == {"text_projection.weight"}
+    with safe_open(file, framework="pt") as opened:
+        values = json.loads(opened.metadata()[CONFIG_KEY])
+    assert (values["hidden_act"], values["num_hidden_layers"]) == ("gelu", 32)
+    assert (values["max_position_embeddings"], values["padding"]) == (248, "mask")
+    plain = CLIPTextModelWithProjection(CLIPTextConfig(**values)).eval()
+    plain.load_state_dict(weights)
+    ours = FixClipTextEncoderWithProjection.from_file(file)
+    assert (ours.context_length, ours.short_context_length) == (248, 0)
+    _, ids = batch(248)
+    clip = build_clip(plain_clip(model))
+    *expected, pooled = collect(clip.transformer.resblocks, lambda: clip.encode_text(ids))
+    assert len(expected) == 32
+    for encoder in (plain, ours):
+        output = encoder(ids, output_hidden_states=True)
+        for layer, (actual, state) in enumerate(zip(output.hidden_states[1:], expected, strict=True)):
+            for row, end in enumerate(ids.argmax(-1)):  # ours makes 0 what stands behind
+                error = (actual[row, : end + 1] - state[row, : end + 1]).abs().max()
+                assert error < 1e-5 * state.abs().max(), f"layer {layer}"
+        torch.testing.assert_close(output.text_embeds, pooled, atol=1e-5 * float(pooled.abs().max()), rtol=0)
 
 
 def test_single_file_is_named_as_comfyui_files_it(tmp_path):

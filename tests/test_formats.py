@@ -1,12 +1,15 @@
 """Checkpoints in one file, encoders in one file, and pipelines made of other pipelines."""
 
 import json
+import shutil
 import warnings
 
 import numpy as np
+import open_clip
 import pytest
 import tiny
 import torch
+from command_line import run
 from diffusers import (
     AutoPipelineForImage2Image,
     AutoPipelineForInpainting,
@@ -22,9 +25,12 @@ from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import save_file
 from tiny_checkpoint import save_checkpoint, text_state
+from tiny_clips import full_vocabulary_clip
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from fixclip_core.model.fixclip import FixClip
 from fixclip_core.weights.text_encoder import CONFIG_FIELDS, CONFIG_KEY
+from fixclip_core.weights.write import export
 from fixclip_diffusion import (
     FixClipStableDiffusionPipeline,
     FixClipStableDiffusionXLPipeline,
@@ -238,6 +244,127 @@ def test_an_encoder_alone_in_one_file(sd1, stock, tmp_path):
         assert np.array_equal(drawn(pipe, LONG), drawn(expected, LONG))
         swapped = FixClipStableDiffusionPipeline.from_pipe(stock, encoder=path)
         assert np.array_equal(drawn(swapped, LONG), drawn(expected, LONG))
+
+
+def long_clip(model):
+    """As Long-CLIP stores positions: rows 0..19 of one table count, and 20..247 of the other."""
+    state = text_state(model, "", "open_clip")
+    table = state["positional_embedding"]
+    first, rest = torch.full_like(table, 7.0), torch.full_like(table, -7.0)
+    first[:20], rest[20:] = table[:20], table[20:]
+    return state | {"positional_embedding": first, "positional_embedding_res": rest}
+
+
+def openai(model, prefix=""):
+    """Of a state dict of OpenAI's, which is told by a number beside the weights."""
+    return text_state(model, prefix, "open_clip") | {f"{prefix}input_resolution": torch.tensor(224)}
+
+
+ENCODER_FILES = {
+    "Long-CLIP": lambda model, path, _: save_file(long_clip(model), path),
+    "Long-CLIP under module. in a pickle": lambda model, path, _: torch.save(
+        {"state_dict": {f"module.{name}": tensor for name, tensor in long_clip(model).items()}}, path
+    ),
+    "OpenAI": lambda model, path, _: save_file(openai(model), path),
+    "state_dict": lambda model, path, _: torch.save({"state_dict": openai(model), "epoch": 3}, path),
+    "model_state_dict": lambda model, path, _: torch.save({"model_state_dict": openai(model)}, path),
+    "net": lambda model, path, _: torch.save({"net": openai(model)}, path),
+    "module.": lambda model, path, _: save_file(openai(model, "module."), path),
+    "clip_l.": lambda model, path, _: save_file(text_state(model, "clip_l.transformer."), path),
+    "a whole Stable Diffusion 1": lambda model, path, stock: checkpoint(path, stock, model),
+    "a whole Stable Diffusion 1 in a pickle": lambda model, path, stock: checkpoint(
+        path.with_suffix(".ckpt"), stock, model
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ENCODER_FILES)
+def test_encoder_files_of_every_kind_as_they_are_and_converted(sd1, stock, tmp_path, kind):
+    torch.manual_seed(4)
+    model = CLIPTextModel(text_config(max_position_embeddings=248 if "Long" in kind else 77)).eval()
+    model.save_pretrained(tmp_path / "folder")
+    file = ENCODER_FILES[kind](model, tmp_path / "file.safetensors", stock) or tmp_path / "file.safetensors"
+    done = run("convert", file, tmp_path / "converted")
+    assert done.exit_code == 0, done.output
+    expected, *found = (
+        FixClipStableDiffusionPipeline.from_pretrained(sd1, encoder=given, unet=stock.unet, vae=stock.vae)
+        for given in (tmp_path / "folder", file, tmp_path / "converted")
+    )
+    assert expected.conditioning == ("one_pass" if "Long" in kind else "overlap")
+    for prompt in (SHORT, LONG):
+        wanted = expected.encode_prompt(prompt, "cpu", 1, False)[0]
+        for pipe in found:
+            assert torch.equal(pipe.encode_prompt(prompt, "cpu", 1, False)[0], wanted)
+
+
+def test_our_own_long_file_reads_as_the_exported_folder(sd1, stock, tmp_path):
+    _, config, preprocess = full_vocabulary_clip()
+    config["text_cfg"] |= {"vocab_size": len(tokenizer()), "heads": 1}
+    model = FixClip.from_clip(open_clip.CLIP(**config), config, preprocess, num_groups=0)
+    export(model, tmp_path / "out", ["clip_l", "diffusers"])
+    file = tmp_path / "out" / "clip_l_long.safetensors"
+    assert run("convert", file, tmp_path / "converted").exit_code == 0
+    expected, *found = (
+        FixClipStableDiffusionPipeline.from_pretrained(sd1, encoder=given, unet=stock.unet, vae=stock.vae)
+        for given in (tmp_path / "out", file, tmp_path / "converted")
+    )
+    for prompt in (SHORT, LONG):
+        wanted = expected.encode_prompt(prompt, "cpu", 1, False)[0]
+        for pipe in found:
+            assert pipe.text_encoder.config.padding == "mask"
+            assert torch.equal(pipe.encode_prompt(prompt, "cpu", 1, False)[0], wanted)
+
+
+def poisoned(file):
+    """A safetensors file of a good header, and NaN for all numbers, which no reader of text encoders lets pass."""
+    content = file.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    file.write_bytes(content[:start] + b"\xff" * (len(content) - start))
+    return file
+
+
+BAD_ENCODERS = {
+    "wide": (lambda: text_state(CLIPTextModel(text_config(hidden_size=128)), "clip_l."), "128 wide, but .* takes 64"),
+    "LoRA": (
+        lambda: {
+            f"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_{end}.weight": torch.zeros(4) for end in ("up", "down")
+        },
+        "there is no CLIP text encoder in this file, it is a LoRA",
+    ),
+    "textual inversion": (lambda: {"emb_params": torch.zeros(2, 64)}, "in this file, it is a textual inversion"),
+    "textual inversion for XL": (
+        lambda: {"clip_l": torch.zeros(2, 64), "clip_g": torch.zeros(2, 128)},
+        "in this file, it is a textual inversion",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_ENCODERS)
+def test_an_encoder_that_cannot_be_is_refused_by_its_header(sd1, stock, tmp_path, kind):
+    make, message = BAD_ENCODERS[kind]
+    save_file(make(), tmp_path / "encoder.safetensors")
+    encoder = poisoned(tmp_path / "encoder.safetensors")
+    base = shutil.copytree(sd1, tmp_path / "base")
+    for file in base.rglob("*.safetensors"):
+        poisoned(file)
+    single = poisoned(checkpoint(tmp_path / "model.safetensors", stock))
+    pipe = FixClipStableDiffusionPipeline
+    for load, source in ((pipe.from_pretrained, base), (pipe.from_single_file, single), (pipe.from_pipe, stock)):
+        with pytest.raises(ValueError, match=message):
+            load(source, encoder=encoder)
+    for source in (base, single):
+        with pytest.raises(ValueError, match="NaN"):  # what happens where they are read
+            load_own_encoder(str(source), STABLE_DIFFUSION.towers[0])
+
+
+def test_an_adapter_of_another_width_is_refused_by_its_configuration(sd1, stock, tmp_path):
+    TextAdapter(128).save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "model.safetensors").unlink(missing_ok=True)
+    single = poisoned(checkpoint(tmp_path / "model.safetensors", stock))
+    pipe = FixClipStableDiffusionPipeline
+    for load, source in ((pipe.from_pretrained, sd1), (pipe.from_single_file, single), (pipe.from_pipe, stock)):
+        with pytest.raises(ValueError, match=r"adapter .*128"):
+            load(source, adapter=tmp_path / "adapter")
 
 
 def test_files_of_another_kind_say_what_they_are(sd1, tmp_path):
