@@ -16,6 +16,7 @@ from safetensors import safe_open
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from fixclip_core.check import check_folder_or_hub_name, check_tokenizer, hub_reason, refuse_stand_in
+from fixclip_core.weights.names import Which
 from fixclip_core.weights.text_encoder import choose_text_encoder, read_text_config, text_encoders_in
 from fixclip_diffusion import builtin
 from fixclip_diffusion.adapter import TextAdapter, check_fits, read_adapter_config
@@ -79,7 +80,7 @@ def load_own_encoder(base: str, tower: Tower, dtype: torch.dtype = torch.float32
     """
     load: Any = encoder_class(tower)
     if Path(base).is_file():
-        encoder = _load_encoder(_plan_of_checkpoint(base, tower, dtype))
+        encoder = _load_encoder(_plan_of_checkpoint(base, tower, text_encoders_in(base), dtype))
     else:
         encoder = load.from_pretrained(base, subfolder=tower.encoder, dtype=dtype, hidden_state=tower.output)
     encoder.set_adapter_module(None)
@@ -87,7 +88,12 @@ def load_own_encoder(base: str, tower: Tower, dtype: torch.dtype = torch.float32
 
 
 def load_encoders_of_checkpoint(
-    family: Family, file: str, encoders: dict[str, Any], adapters: dict[str, Any], kwargs: dict[str, Any]
+    family: Family,
+    file: str,
+    held: list[Which | None],
+    encoders: dict[str, Any],
+    adapters: dict[str, Any],
+    kwargs: dict[str, Any],
 ) -> dict[str, LongTextEncoder]:
     """Text encoders of a checkpoint in one file, or what is given in their place: {tower's component name: encoder}.
 
@@ -96,6 +102,7 @@ def load_encoders_of_checkpoint(
     Args:
         family: of the checkpoint.
         file: the checkpoint.
+        held: text encoders in it, see `text_encoders_in`.
         encoders: {tower's component name: file, folder, hub name or module} to take instead.
         adapters: {tower's component name: folder, hub name or `TextAdapter`}, of which the widths are compared.
         kwargs: of `from_single_file`; a text encoder in it is taken as it is, and is not in the result.
@@ -103,7 +110,6 @@ def load_encoders_of_checkpoint(
     Raises:
         ValueError: an encoder is damaged, unknown or of another width than the checkpoint's own; an adapter is.
     """
-    held = text_encoders_in(file)
     own: dict[str, int] = {}
     chosen: dict[str, Any] = {}
     for tower in family.towers:
@@ -115,7 +121,7 @@ def load_encoders_of_checkpoint(
         if tower.encoder in kwargs or not is_held:
             continue
         dtype = dtype_of(kwargs, tower) or torch.float32
-        plan = _plan_of_checkpoint(file, tower, dtype)
+        plan = _plan_of_checkpoint(file, tower, held, dtype)
         own[tower.encoder] = plan["width"]
         if isinstance(given, torch.nn.Module):
             plan = as_long(given, tower)
@@ -132,12 +138,14 @@ def load_encoders_of_checkpoint(
     return {name: _load_encoder(plan) if isinstance(plan, dict) else plan for name, plan in chosen.items()}
 
 
-def _plan_of_checkpoint(file: str, tower: Tower, dtype: torch.dtype) -> dict[str, Any]:
-    """As `plan_encoder`, of a checkpoint in one file, from its header."""
-    which = choose_text_encoder(file, tower.pooled)
+def _plan_of_checkpoint(file: str, tower: Tower, held: list[Which | None], dtype: torch.dtype) -> dict[str, Any]:
+    """As `plan_encoder`, of a checkpoint in one file that holds these text encoders, from its header."""
+    which: Which | None = None
+    if len(held) > 1:
+        which = "g" if tower.pooled else "l"
     config = read_text_config(file, which)
     layers = config["num_hidden_layers"]
-    if text_encoders_in(file) == ["h"]:
+    if held == ["h"]:
         layers = min(layers, VIT_H_LAYERS)
     plan = {"load": encoder_class(tower).from_file, "name": file, "which": which, "dtype": dtype}
     return plan | {"hidden_state": tower.output, "num_hidden_layers": layers, "width": config["hidden_size"]}

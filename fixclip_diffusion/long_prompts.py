@@ -14,6 +14,7 @@ from torch import Tensor
 from fixclip_core.check import LoadError, check_finite, loading, refuse_stand_in
 from fixclip_core.weights.files import open_weights
 from fixclip_core.weights.kinds import what_it_is
+from fixclip_core.weights.names import Which
 from fixclip_core.weights.text_encoder import text_encoders_in
 from fixclip_diffusion import builtin
 from fixclip_diffusion.conditioning import CLIP_CONTEXT_LENGTH, get_conditioning, renamed
@@ -370,16 +371,17 @@ class LongPromptMixin:
         check_spelling(kwargs)
         name = str(pretrained_model_link_or_path)
         file = str(checkpoint_file(name, kwargs))
-        cls._check_checkpoint(file, name, kwargs)
+        held = cls._text_encoders_in(file, name, kwargs)
         # What the file holds is read by ours, which takes encoders of any length.
         given = {"text_encoder": encoder, "text_encoder_2": encoder_2}
-        encoders = load_encoders_of_checkpoint(cls.family, file, given, cls._adapters(adapter), kwargs)
+        adapters = cls._adapters(adapter)
+        encoders = load_encoders_of_checkpoint(cls.family, file, held, given, adapters, kwargs)
         stock = cls._stock_class().from_single_file(file, **encoders, **kwargs)
         return cls._of_stock(stock, encoders, adapter, conditioning, weights)
 
     @classmethod
-    def _check_checkpoint(cls, file: str, name: str, components: Collection[str]) -> None:
-        """Refuse a checkpoint in one file that is none of this family.
+    def _text_encoders_in(cls, file: str, name: str, components: Collection[str]) -> list[Which | None]:
+        """Text encoders of a checkpoint in one file, which is of this family.
 
         Args:
             file: the file.
@@ -399,6 +401,7 @@ class LongPromptMixin:
             raise ValueError(
                 f"checkpoint {name!r} is {kind}, and {cls.__name__} is for {cls.family.name}: {TAKES_BOTH}"
             )
+        return held
 
     @classmethod
     def from_pipe(

@@ -604,6 +604,29 @@ def test_stable_diffusion_xl_in_one_file_and_of_another_pipeline(xl, tmp_path, s
         np.testing.assert_allclose(drawn(one_file, SHORT), drawn(pipe, SHORT), atol=1e-5)
 
 
+def test_the_refiner_in_one_file(tmp_path):
+    """It has the second text encoder alone, where Stable Diffusion XL's files have the first one."""
+    pipe = stable_diffusion_xl(tokenizer(), tokenizer("!"))
+    sizes = {"hidden_size": 1280, "num_attention_heads": 20, "num_hidden_layers": 2, "projection_dim": 24}
+    second = CLIPTextModelWithProjection(text_config(**sizes, hidden_act="gelu")).eval()
+    widths = {"cross_attention_dim": 1280, "projection_class_embeddings_input_dim": 24 + 5 * 8}
+    parts = {**pipe.components, "text_encoder": None, "tokenizer": None, "text_encoder_2": second}
+    parts["unet"] = unet(**{**dict(pipe.unet.config), **widths})
+    refiner = StableDiffusionXLImg2ImgPipeline(**parts, requires_aesthetics_score=True, add_watermarker=False)
+    refiner.save_pretrained(tmp_path / "folder")
+    state = text_state(second, "conditioner.embedders.0.model.", "open_clip")
+    path = save_checkpoint(tmp_path / "refiner.safetensors", refiner, state)
+    options = {"add_watermarker": False}
+    expected = FixClipStableDiffusionXLPipeline.from_pretrained(tmp_path / "folder", **options)
+    found = FixClipStableDiffusionXLPipeline.from_single_file(path, config=str(tmp_path / "folder"), **options)
+    assert found.text_encoder is None
+    wanted, states = (
+        pipe.encode_prompt(LONG, device="cpu", do_classifier_free_guidance=False) for pipe in (expected, found)
+    )
+    assert torch.equal(states[0], wanted[0])
+    assert torch.equal(states[2], wanted[2])
+
+
 def test_other_encoders_beside_stable_diffusion_xl_in_one_file(xl, tmp_path):
     options = {"add_watermarker": False}
     path = xl_checkpoint(tmp_path / "xl.safetensors", StableDiffusionXLPipeline.from_pretrained(xl, **options))
