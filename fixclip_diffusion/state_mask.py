@@ -22,8 +22,11 @@ def mask_empty_states(model: nn.Module) -> None:
     (the empty negative prompt of Stable Diffusion XL) count as in use. A call with an `encoder_attention_mask` of its
     own keeps that one. A ControlNet takes no such mask, but each of its blocks with cross-attention does.
     """
-    takes_mask = "encoder_attention_mask" in inspect.signature(type(model).forward).parameters
-    parts = [model] if takes_mask else [part for part in model.modules() if getattr(part, "has_cross_attention", False)]
+    own: Any = getattr(model, "_orig_mod", model)  # what torch.compile was given
+    parameters = inspect.signature(type(own).forward).parameters
+    parts = [model]
+    if "controlnet_cond" in parameters:
+        parts = [part for part in model.modules() if getattr(part, "has_cross_attention", False)]
     hook = _StateMask()
     for part in parts:
         if _HOOK not in part.__dict__:

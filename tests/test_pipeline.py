@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    ControlNetModel,
+    DiffusionPipeline,
+    MultiControlNetModel,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from transformers import CLIPTextModel
 
 from fixclip_diffusion import FixClipStableDiffusionPipeline, FixClipTextEncoder, FixClipTokenizer, TextAdapter
@@ -229,6 +235,24 @@ def test_without_the_mask_a_batch_would_matter(ours):
     torch.testing.assert_close(unet(sample, 1, embeds)[0][:1], alone, rtol=0, atol=1e-10)
     assert (plain[:1] - alone).abs().max() > 1e-3
     assert torch.equal(unet(sample[1:], 1, embeds[1:])[0], unet(sample[1:], 1, embeds[1:].clone())[0])
+
+
+def test_where_the_mask_is_put(ours):
+    """On the UNet as it is called, compiled or not; on each block of a ControlNet, or of several, that attends."""
+    unet = UNet2DConditionModel.from_config(ours.unet.config)
+    compiled = torch.compile(unet)
+    mask_empty_states(compiled)
+    nets = [ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16)) for _ in range(2)]
+    mask_empty_states(MultiControlNetModel(nets))
+    compiled_net = torch.compile(nets[0])
+    mask_empty_states(compiled_net)
+    assert not compiled_net._forward_pre_hooks, "a ControlNet takes no mask itself"
+    assert len(compiled._forward_pre_hooks) == 1
+    assert not any(part._forward_pre_hooks for part in unet.modules())
+    for net in nets:
+        hooked = [name for name, part in net.named_modules() if part._forward_pre_hooks]
+        assert hooked == ["down_blocks.1", "mid_block"]
+        assert all(len(net.get_submodule(name)._forward_pre_hooks) == 1 for name in hooked)
 
 
 def test_a_call_with_rows_in_use_everywhere_is_left_alone(ours):
