@@ -65,7 +65,8 @@ def checkpoint_file(name: str, hub_kwargs: dict[str, Any]) -> Path:
         raise ValueError(f"checkpoint {name!r}: URLs of huggingface.co alone are fetched ({error})") from error
     if place.type != "model" or not place.path_in_repo:
         raise ValueError(f"checkpoint {name!r} is no URL of a model's file: .../OWNER/NAME/blob/main/FILE")
-    arguments = {"revision": place.revision} | {key: hub_kwargs[key] for key in _DOWNLOAD_KWARGS if key in hub_kwargs}
+    given = {key: hub_kwargs[key] for key in _DOWNLOAD_KWARGS if hub_kwargs.get(key) is not None}
+    arguments = {"revision": place.revision, **given}
     try:
         return Path(hf_hub_download(place.id, place.path_in_repo, **arguments))
     except Exception as error:
