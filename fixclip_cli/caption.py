@@ -104,6 +104,8 @@ def _print_report(job: "Job", report: dict) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from fixclip_core.synthesis.job import FAILURES
+
     left_out = sum(report["counts"].values())
     listed = " and every image left out" if left_out else ""
     if left_out:
@@ -112,7 +114,10 @@ def _print_report(job: "Job", report: dict) -> None:
             table.add_row(reason, f"{count:,}")
         Console().print(table)
     typer.echo(f"{report['written']:,} of {report['samples']:,} images captioned, in {job.out}")
-    typer.echo(f"{report['tokens']:,} tokens written by {job.model}; {report['report']} has the counts{listed}")
+    tokens = f"{report['tokens']:,} tokens written by {job.model}; " if report["tokens"] else ""
+    typer.echo(f"{tokens}{report['report']} has the counts{listed}")
+    if failed := sum(report["counts"].get(reason, 0) for reason in FAILURES):
+        typer.echo(f"the requests of {failed:,} images failed; the same command makes them again")
     if not report["written"]:
         with errors_exit_with(1):
             raise ValueError(f"{job.out}: not a single image got a caption; {report['report']} says why")

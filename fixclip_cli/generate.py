@@ -129,6 +129,10 @@ def _texts(ctx: typer.Context, prompt: str | None, prompt_file: Path | None, pro
     source = ctx.get_parameter_source("prompt")
     if source is not None and source.name == "DEFAULT_MAP" and (prompt_file or prompts):
         prompt = None  # that of --config
+    if prompts is None and prompt is None and prompt_file is None:
+        raise ValueError(
+            "give a PROMPT (- for standard input), --prompt-file FILE, --prompts FILE, or a --config with one"
+        )
     if prompts is None:
         return [read_prompt(prompt, prompt_file)]
     if prompt is not None or prompt_file is not None:

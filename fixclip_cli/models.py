@@ -54,7 +54,9 @@ def check_device(device: str) -> None:
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} cannot be used: {error}") from error
+        raise ValueError(
+            f"device {device!r} cannot be used: {str(error).split(':')[0]}; cuda, mps and cpu are known"
+        ) from error
 
 
 @contextmanager

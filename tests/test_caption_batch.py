@@ -137,6 +137,10 @@ def test_the_command(images, tmp_path):
     assert result.exit_code == 0, result.output
     assert f"{COUNT - 1} of {COUNT} images captioned" in result.output
     assert "not_an_image" in result.output
+    assert "requests of" not in result.output, "none failed"
+    with CaptionServer(fault=lambda number: "400" if number == 3 else None).running() as server:
+        failed = run(images, tmp_path / "failed", "--model", "scenes", "--server", server.url)
+    assert "the requests of 1 images failed; the same command makes them again" in failed.output
     result = run(images, out, "--model", "scenes", "--write-batch", file)
     assert "nothing is left to ask" in result.output
 

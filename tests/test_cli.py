@@ -332,6 +332,11 @@ def test_an_error_may_have_an_exit_code_of_its_own():
         ("train encoder builtin:x --dry-run --resume none", "--resume does not act beside --dry-run or --smoke"),
         ("train --list encoder builtin:x", "--list shows the recipes and trains nothing"),
         ("evaluate BASE --data scenes:4 --pretrained openai", "it chooses the weights of an open_clip model"),
+        ("evaluate builtin:scenes/clip --data scenes:9 --device tpu", "device 'tpu' cannot be used"),
+        (
+            "convert openai/clip-vit-base-patch16 OUT",
+            "of the hub: hf download openai/clip-vit-base-patch16 --local-dir",
+        ),
         ("convert BASE/text_encoder OUT --model-name ViT-B-16", "leave out the model name 'ViT-B-16'"),
     ],
 )

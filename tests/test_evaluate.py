@@ -253,7 +253,9 @@ def test_part_of_the_data(models, captioned):
     part = encode_dataset(encoder, SourceItems(source, encoder.preprocess, start=2, stop=4))
     torch.testing.assert_close(part.image, whole.image[2:4], atol=1e-5, rtol=0)
     for start, stop in ((0, 7), (6, None), (3, 3)):
-        with pytest.raises(ValueError, match=f"samples {start} to {stop}: the data has 6"):
+        with pytest.raises(
+            ValueError, match=f"samples {start} to {'the end' if stop is None else stop}: the data has 6"
+        ):
             SourceItems(source, encoder.preprocess, start=start, stop=stop)
 
 

@@ -1,6 +1,7 @@
 """Every format out, reloaded by its own library and compared with the model layer by layer in float32."""
 
 import json
+import shutil
 
 import open_clip
 import pytest
@@ -28,10 +29,11 @@ from transformers import (
     CLIPTokenizer,
 )
 
+from fixclip_core.evaluation.encoders import load_encoder
 from fixclip_core.model.fixclip import FixClip
 from fixclip_core.weights.files import load_weights
 from fixclip_core.weights.load import build_clip, load_fixclip
-from fixclip_core.weights.read import ClipCheckpoint
+from fixclip_core.weights.read import ClipCheckpoint, read_clip
 from fixclip_core.weights.text_encoder import CONFIG_FIELDS, CONFIG_KEY, read_text_encoder
 from fixclip_core.weights.write import export, plain_clip, single_file_format, write_single_file
 from fixclip_diffusion import FixClipTextEncoder, FixClipTextEncoderWithProjection, FixClipTokenizer
@@ -100,6 +102,22 @@ def test_export_to_open_clip(trained, exported):
     assert torch.equal(tokenizer(PROMPTS), ids)
     picture = Image.effect_noise((50, 40), 80).convert("RGB")
     assert torch.equal(transform(picture), trained.preprocess(train=False)(picture))
+
+
+def test_a_vocabulary_of_its_own_travels_with_an_open_clip_export(tmp_path):
+    model = load_fixclip("builtin:scenes/clip", num_prompts=0)
+    model.save_pretrained(tmp_path / "model")
+    export(load_fixclip(tmp_path / "model"), tmp_path / "exported", ["open_clip", "fixclip"])
+    shutil.rmtree(tmp_path / "model")
+    moved = (tmp_path / "exported").rename(tmp_path / "moved")
+    assert str(tmp_path) not in (moved / "open_clip" / "open_clip_config.json").read_text()
+    texts = ["a large red ring at the top left", "the star is blue"]
+    expected = load_fixclip(moved / "fixclip").tokenizer()(texts)
+    assert torch.equal(open_clip.get_tokenizer(f"local-dir:{moved / 'open_clip'}")(texts), expected)
+    for source in (moved / "open_clip", f"local-dir:{moved / 'open_clip'}"):
+        assert torch.equal(load_encoder(source).tokenizer(texts), expected)
+    with pytest.raises(ValueError, match=r"moved: a model folder holds config.json"):
+        read_clip(moved)
 
 
 @torch.no_grad()

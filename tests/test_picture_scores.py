@@ -14,6 +14,7 @@ from fixclip_diffusion.evaluation.answers import Answer
 from fixclip_diffusion.evaluation.benchmarks import open_benchmark
 from fixclip_diffusion.evaluation.compare import compare_runs
 from fixclip_diffusion.evaluation.prompts import Place, Prompt, Question
+from fixclip_diffusion.evaluation.report import drawing_line
 
 
 def answers(prompts, given, system="a"):
@@ -324,6 +325,26 @@ def test_what_two_runs_did_otherwise_is_said_first(tmp_path):
         "- only in the first, and not compared: overlap+adapter",
         "- only in the second, and not compared: one_pass+adapter",
     ]
+
+
+def test_pictures_made_elsewhere_are_not_said_to_be_drawn():
+    drawing = {"steps": 30, "guidance_scale": 7.5, "seed": 0}
+    settings = {"base": "B", "drawing": drawing, "systems": [{"name": "a", "pictures": "folder"}]}
+    assert drawing_line(settings) == "none, the pictures were made elsewhere"
+    settings["systems"] += [{"name": "b", "pictures": None}]
+    assert drawing_line(settings) == "base B; 30 steps, guidance 7.5, seeds from 0"
+
+
+def test_runs_without_judges_are_not_compared(tmp_path):
+    a = write_run(tmp_path / "a", "11 10")
+    report = json.loads((a / "report.json").read_text())
+    report["judges"] = {}
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "report.json").write_text(json.dumps(report))
+    with pytest.raises(ValueError, match="none: no judge in it; --compare needs runs with a --judge"):
+        compare_runs(a, tmp_path / "none")
+    with pytest.raises(ValueError, match=r"report\.json: no report of evaluate-images: No such file or directory$"):
+        compare_runs(a, tmp_path)
 
 
 def test_runs_that_cannot_be_compared(tmp_path):

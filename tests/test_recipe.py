@@ -136,7 +136,7 @@ def test_all_errors_are_reported_at_once(write):
 
 
 def test_missing_file_and_binary_file(tmp_path):
-    with pytest.raises(ValueError, match=r"none.yaml: there is no such recipe; fixclip train --list shows"):
+    with pytest.raises(ValueError, match=r"none.yaml: there is no such recipe; in the package are builtin"):
         load(tmp_path / "none.yaml")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="cannot be read"):

@@ -16,6 +16,8 @@ def sample_range(sizes: Sequence[int], config: DataConfig) -> range:
         ValueError: the source has fewer.
     """
     total = sum(sizes)
+    if not total:
+        raise ValueError(f"{config.source} holds no samples")
     stop = total if config.stop is None else config.stop
     for name, value, most in (("stop", stop, total), ("start", config.start, total - 1)):
         if value > most:

@@ -49,7 +49,7 @@ class SourceItems(Dataset[Item]):
         total = sum(source.sizes)
         self.indices = range(start, total if stop is None else stop)
         if not self.indices or self.indices.stop > total:
-            raise ValueError(f"samples {start} to {stop}: the data has {total}")
+            raise ValueError(f"samples {start} to {'the end' if stop is None else stop}: the data has {total}")
 
     def __len__(self) -> int:
         return len(self.indices)

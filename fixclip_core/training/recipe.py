@@ -52,7 +52,8 @@ def load_recipe(
         text = path.read_text(encoding="utf-8")
         tree = OmegaConf.create(text)
     except FileNotFoundError:
-        raise ValueError(f"{name}: there is no such recipe; fixclip train --list shows those in the package") from None
+        there = ", ".join(builtin_recipes(schema))
+        raise ValueError(f"{name}: there is no such recipe; in the package are {there}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{name}: the recipe cannot be read: {one_line(error)}") from None
     except yaml.MarkedYAMLError as error:

@@ -76,7 +76,8 @@ def read_clip(source: str | Path, model_name: str | None = None) -> ClipCheckpoi
         elif path.is_file():
             checkpoint = _read_file(path, model_name)
         else:
-            raise LoadError(f"{source}: no such file or folder, and no model of open_clip ({_nearest(source)}?)")
+            fetch = f"; of the hub: hf download {source} --local-dir FOLDER" if str(source).count("/") == 1 else ""
+            raise LoadError(f"{source}: no such file or folder, and no model of open_clip{_nearest(source)}{fetch}")
         check_finite(checkpoint.state_dict, str(source))
         return checkpoint
 
@@ -87,7 +88,10 @@ def _read_folder(folder: Path, source: str | Path) -> ClipCheckpoint:
     if (folder / "config.json").is_file():
         return _read_transformers_folder(folder)
     if (folder / "text_encoder" / "config.json").is_file():
-        hint = f"; {Path(source).with_name('clip')} has both" if folder.with_name("clip").is_dir() else ""
+        inside = next((name for name in ("fixclip", "transformers", "open_clip") if (folder / name).is_dir()), None)
+        hint = f"; {Path(source) / inside} is one" if inside else ""
+        if not hint and folder.with_name("clip").is_dir():
+            hint = f"; {Path(source).with_name('clip')} has both"
         raise LoadError(f"{source} holds a text encoder alone, a whole CLIP has an image tower, too{hint}")
     raise LoadError(
         f"{folder}: a model folder holds config.json (transformers, FIX-CLIP) or open_clip_config.json "
@@ -168,12 +172,13 @@ def open_clip_config(model_name: str) -> dict[str, Any]:
     """
     config = open_clip.get_model_config(model_name)
     if config is None:
-        raise LoadError(f"model name {model_name!r}: not one of open_clip's ({_nearest(model_name)}?)")
+        raise LoadError(f"model name {model_name!r}: not one of open_clip's{_nearest(model_name)}")
     return config
 
 
 def _nearest(model_name: str | Path) -> str:
-    return ", ".join(get_close_matches(str(model_name), open_clip.list_models(), n=3, cutoff=0.0))
+    close = get_close_matches(str(model_name), open_clip.list_models(), n=3, cutoff=0.6)
+    return f" ({', '.join(close)}?)" if close else " (open_clip.list_models() names them)"
 
 
 def _read_open_clip_folder(folder: Path, state_dict: dict[str, Tensor] | None = None) -> ClipCheckpoint:
@@ -186,6 +191,8 @@ def _read_open_clip_folder(folder: Path, state_dict: dict[str, Tensor] | None = 
         state_dict, _ = load_weights(files[0])
         _require_vision_transformer(files[0], state_dict)
     model_config = config.get("model_cfg", config)
+    if model_config.get("text_cfg", {}).get("hf_tokenizer_name") and (folder / "tokenizer.json").is_file():
+        model_config["text_cfg"]["hf_tokenizer_name"] = str(folder.resolve())
     preprocess = open_clip.transform.merge_preprocess_dict(
         preprocess_config(model_config), config.get("preprocess_cfg", {})
     )

@@ -184,9 +184,14 @@ def write_open_clip(checkpoint: ClipCheckpoint, folder: Path, dtype: torch.dtype
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.to(dtype) for name, tensor in checkpoint.state_dict.items()}
     save_file(weights, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
-    config = {"model_cfg": checkpoint.model_config, "preprocess_cfg": checkpoint.preprocess}
+    model_config = checkpoint.model_config
+    if Path(model_config["text_cfg"].get("hf_tokenizer_name") or "").is_absolute():  # a vocabulary of its own
+        make_tokenizer(checkpoint).save_pretrained(folder)
+        # open_clip reads the tokenizer of a local-dir: from that folder, whatever the name is.
+        model_config = {**model_config, "text_cfg": {**model_config["text_cfg"], "hf_tokenizer_name": "."}}
+    config = {"model_cfg": model_config, "preprocess_cfg": checkpoint.preprocess}
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    return "open_clip/: open_clip.create_model_and_transforms('local-dir:open_clip')"
+    return "open_clip/: open_clip.create_model_and_transforms('local-dir:OUTPUT/open_clip')"
 
 
 def write_transformers(checkpoint: ClipCheckpoint, folder: Path, dtype: torch.dtype = torch.float32) -> str:

@@ -46,7 +46,7 @@ def _load(folder: Path) -> dict[str, Any]:
         if "judges" not in report or "prompts" not in report:
             raise ValueError("it has no judges")
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{file}: no report of evaluate-images: {error}") from None
+        raise ValueError(f"{file}: no report of evaluate-images: {getattr(error, 'strerror', None) or error}") from None
     return report
 
 
@@ -85,7 +85,12 @@ def _pairs(what: str, first: list[str], second: list[str], a: Path, b: Path) -> 
         return [(first[0], second[0])]
     shared = [(name, name) for name in first if name in second]
     if not shared:
-        raise ValueError(f"{what}s {first} of {a} and {second} of {b}: none in common")
+        if not first or not second:
+            raise ValueError(f"{a if not first else b}: no {what} in it; --compare needs runs with a --judge")
+        raise ValueError(
+            f"{what}s {', '.join(first)} of {a} and {', '.join(second)} of {b}: none in common; "
+            f"the same --{what} must have been given to both"
+        )
     return shared
 
 

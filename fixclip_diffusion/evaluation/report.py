@@ -88,8 +88,10 @@ def system_rows(settings: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
 
 
 def drawing_line(settings: Mapping[str, Any]) -> str:
-    """Such as "base X; 30 steps, guidance 7.5, seeds from 0"."""
+    """Such as "base X; 30 steps, guidance 7.5, seeds from 0"; nothing is said of pictures that were made elsewhere."""
     drawing = settings["drawing"]
+    if all(system.get("pictures") for system in settings["systems"]):
+        return "none, the pictures were made elsewhere"
     base = f"base {settings['base']}; " if settings.get("base") else ""
     return f"{base}{drawing['steps']} steps, guidance {drawing['guidance_scale']:g}, seeds from {drawing['seed']}"
 
