@@ -462,7 +462,7 @@ def test_a_run_learns_the_states_and_resumes_with_the_same_base(recipe, tmp_path
     rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["loss_states"] < 0.6 * rows[0]["loss_states"]
     halves = EncoderTrainer(recipe("halves", *states_alone)).prepare()
-    assert halves.describe()["alignment"] == "last states of the base's windows, weight 1"
+    assert halves.describe()["state alignment"] == "last states of the base's windows, weight 1"
     halves.start("auto")
     halves.total_steps = 6
     halves.fit()
