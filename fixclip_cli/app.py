@@ -191,6 +191,7 @@ LoraOption = Annotated[
     list[str] | None,
     typer.Option(metavar="SOURCE[:SCALE]", help="LoRA: file, folder or hub name, like style.safetensors:0.7; repeat."),
 ]
+DeviceOption = Annotated[str | None, typer.Option(help="cuda, mps or cpu; default: the fastest there is.")]
 EmbeddingOption = Annotated[
     list[str] | None, typer.Option(help="Textual inversion: a file, whose name is its token, or a hub name; repeat.")
 ]

@@ -57,6 +57,9 @@ def caption(
         raise ValueError(f"--server {server}: the only captioner that comes with the package is {BUILTIN}")
     if model is None and server != BUILTIN:
         raise ValueError("give --model, the name that the server knows the multimodal model by")
+    if server == BUILTIN and not source.startswith("scenes"):
+        warning = f"{BUILTIN} describes any picture as a scene of its world; photos need a --server URL and --model"
+        typer.echo(f"Warning: {warning}", err=True)
     overrides = [*(field or []), *([f"short={short}"] if short else [])]
     chosen = load_recipe(CaptionRecipe, recipe, overrides)
     config = DataConfig(source=source, image_root=image_root, image_key=image_key, start=start, stop=stop)
@@ -94,6 +97,9 @@ def _read_batch(job: "Job", files: list[Path]) -> None:
     reading = read_batch(job, files)
     failed = ", ".join(f"{count:,} {reason}" for reason, count in reading.failed.items())
     typer.echo(f"{reading.answers:,} new answers" + (f"; without a usable one: {failed}" if failed else ""))
+    if reading.skipped:
+        others = f", and {len(reading.skipped) - 3:,} more" if len(reading.skipped) > 3 else ""
+        typer.echo(f"skipped lines: {len(reading.skipped):,}; {'; '.join(reading.skipped[:3])}{others}")
     if reading.report is not None:
         _print_report(job, reading.report)
     else:

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from fixclip_cli.app import DEFAULT_OUTPUT, app, read_prompt
+from fixclip_cli.app import DEFAULT_OUTPUT, DeviceOption, app, read_prompt
+from fixclip_cli.models import check_device
 from fixclip_cli.pictures import output_files
 
 
@@ -21,6 +22,7 @@ def demo(
     steps: Annotated[int, typer.Option(min=1, max=999, help="Denoising steps.")] = 20,
     guidance: Annotated[float, typer.Option(min=0.0, max=100.0, help="Guidance scale.")] = 2.0,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the noise that every system starts from.")] = 0,
+    device: DeviceOption = None,
     output: Annotated[str, typer.Option("--output", "-o", help="A .png file or a folder.")] = (
         f"{DEFAULT_OUTPUT}/demo.png"
     ),
@@ -31,7 +33,11 @@ def demo(
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
+    from fixclip_core.device import best_device
     from fixclip_diffusion import demo as demonstration
+
+    device = device or best_device()
+    check_device(device)
 
     for library in (diffusers_logging, transformers_logging):
         library.disable_progress_bar()
@@ -42,7 +48,7 @@ def demo(
         prompts = [own]
         if unknown := ", ".join(demonstration.unknown_words(text)):
             typer.echo(f"Warning: the scenes world has no such words: {unknown}; see docs/scenes.md", err=True)
-    shown = demonstration.draw(model, prompts, demonstration.Drawing(steps, guidance, seed=seed))
+    shown = demonstration.draw(model, prompts, demonstration.Drawing(steps, guidance, seed=seed), device)
     demonstration.write_sheet(shown, file)
     typer.echo(demonstration.format_prompts(shown))
     if shown.is_judged:

@@ -5,7 +5,18 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from fixclip_cli.app import CaptionKey, ImageKey, ImageRoot, ModelNameOption, ShortKey, Start, Stop, app, refuse
+from fixclip_cli.app import (
+    CaptionKey,
+    DeviceOption,
+    ImageKey,
+    ImageRoot,
+    ModelNameOption,
+    ShortKey,
+    Start,
+    Stop,
+    app,
+    refuse,
+)
 from fixclip_core.files import prepare_output
 
 
@@ -38,7 +49,7 @@ def evaluate(
         Literal["auto", "fp32", "bf16", "fp16"],
         typer.Option(help="Of the encoder's passes; auto: bf16 where the device has instructions for it."),
     ] = "fp32",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; default: the fastest there is.")] = None,
+    device: DeviceOption = None,
 ) -> None:
     """Retrieval (R@1, 5, 10 both ways) on your data or a benchmark, or zero-shot classification."""
     if (data is None) == (classify is None):

@@ -9,12 +9,14 @@ from fixclip_cli.app import (
     DEFAULT_OUTPUT,
     AdapterOption,
     BaseOption,
+    DeviceOption,
     Encoder2Option,
     EncoderOption,
     app,
     parse_size,
     refuse,
 )
+from fixclip_cli.models import check_device
 
 if TYPE_CHECKING:
     from fixclip_diffusion.evaluation.generate import System
@@ -48,7 +50,9 @@ def evaluate_images(
     encoder: EncoderOption = None,
     encoder_2: Encoder2Option = None,
     adapter: AdapterOption = None,
-    lora: Annotated[str | None, typer.Option(help="LoRA for the UNet, as load_lora_weights reads it.")] = None,
+    lora: Annotated[
+        str | None, typer.Option(metavar="SOURCE[:SCALE]", help="LoRA: file, folder or hub name, and its weight.")
+    ] = None,
     system: Annotated[Texts, typer.Option(help=SYSTEM_HELP)] = None,
     pipeline: Annotated[Texts, typer.Option(help=PIPELINE_HELP)] = None,
     pictures: Annotated[
@@ -81,6 +85,7 @@ def evaluate_images(
         int, typer.Option("--num", "--per-prompt", min=1, max=1000, help="Pictures of each prompt and system.")
     ] = 1,
     batch_size: Annotated[int, typer.Option(min=1, max=1024, help="Pictures drawn at a time.")] = 1,
+    device: DeviceOption = None,
     output: Annotated[Path, typer.Option("--output", "-o", help=OUTPUT_HELP)] = Path(f"{DEFAULT_OUTPUT}/evaluation"),
 ) -> None:
     """Do pictures follow long prompts? Systems side by side, by where in the prompt each question's sentence lies."""
@@ -116,7 +121,10 @@ def evaluate_images(
     opened = benchmarks.open_benchmark(source, name, check_scenes)
     systems = _systems(base, encoder, encoder_2, adapter, lora, system or [], pipeline or [], pictures or [])
     processes = run.Processes.found()
-    device = processes.device or best_device()
+    if processes.device is not None:
+        refuse(ctx, "is the launcher's to choose: each of its processes has one", "device")
+    device = processes.device or device or best_device()
+    check_device(device)
     dtype = torch.float16 if device.startswith("cuda") else torch.float32
     if judge is None and all(prompt.scene is not None for prompt in opened.prompts):
         judge = ["checker"]

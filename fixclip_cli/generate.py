@@ -13,6 +13,7 @@ from fixclip_cli.app import (
     AdapterOption,
     BaseOption,
     ConditioningOption,
+    DeviceOption,
     EmbeddingOption,
     Encoder2Option,
     EncoderOption,
@@ -71,7 +72,7 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Picture i starts from seed + i.")] = 0,
     size: Annotated[str | None, typer.Option(help="512 or 512x768 (width x height); default: the model's own.")] = None,
     num: Annotated[int, typer.Option(min=1, max=1000, help="Pictures of each prompt.")] = 1,
-    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu; default: the fastest there is.")] = None,
+    device: DeviceOption = None,
     dtype: Annotated[
         Literal["float32", "float16", "bfloat16"] | None, typer.Option(help="Default: float16 on cuda, else float32.")
     ] = None,

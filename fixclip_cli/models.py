@@ -15,7 +15,7 @@ class ModelOptions:
         base: Stable Diffusion.
         encoder: FIX-CLIP or Long-CLIP text encoder; None: the base's own.
         adapter: `TextAdapter` on its hidden states.
-        loras: `SOURCE` or `SOURCE:scale`, see `split_scale`.
+        loras: `SOURCE` or `SOURCE:scale`, see `check.split_scale`.
         embeddings: textual inversions. A file's name is its token, as in A1111; a folder or hub name brings its own.
         scheduler: class name of diffusers, with or without "Scheduler" at its end; None: the base's own.
         weights: syntax of prompt weights, "a1111" or "compel"; None takes prompts literally.
@@ -32,15 +32,6 @@ class ModelOptions:
     weights: str | None = None
     conditioning: str | None = None
     encoder_2: str | None = None
-
-
-def split_scale(text: str) -> tuple[str, float]:
-    """`style.safetensors:0.7` to ("style.safetensors", 0.7); 1.0 without a number behind the last colon."""
-    source, colon, scale = text.rpartition(":")
-    try:
-        return (source, float(scale)) if colon else (text, 1.0)
-    except ValueError:
-        return text, 1.0
 
 
 def check_device(device: str) -> None:
@@ -84,6 +75,7 @@ def load_pipeline(options: ModelOptions, device: str | None = None, dtype: str |
 
     from fixclip_core.device import best_device
     from fixclip_diffusion.auto import load_pipeline as load
+    from fixclip_diffusion.lora import load_loras
 
     device = device or best_device()
     check_device(device)
@@ -100,7 +92,7 @@ def load_pipeline(options: ModelOptions, device: str | None = None, dtype: str |
             dtype=torch_dtype,
             **{name: value for name, value in reading.items() if value is not None},  # else as the base's folder says
         )
-    _load_loras(pipe, options.loras)
+    load_loras(pipe, options.loras)
     _load_embeddings(pipe, options.embeddings)
     if options.scheduler is not None:
         pipe.scheduler = make_scheduler(pipe, options.scheduler)
@@ -114,7 +106,7 @@ def _check_names(options: ModelOptions) -> None:
         ValueError: a name is neither a folder nor one of the hub, or a built-in part that there is not.
     """
     from fixclip_core import builtin
-    from fixclip_core.check import check_folder_or_hub_name
+    from fixclip_core.check import check_folder_or_hub_name, split_scale
 
     for what in ("base", "encoder", "encoder_2", "adapter"):
         name = getattr(options, what)
@@ -126,8 +118,7 @@ def _check_names(options: ModelOptions) -> None:
         ("--embedding", options.embeddings),
     ):
         for name in names:
-            if not Path(name).is_file():
-                check_folder_or_hub_name(what, builtin.resolve(name))
+            check_folder_or_hub_name(what, builtin.resolve(name), or_file=True)
 
 
 def base_options(options: ModelOptions) -> ModelOptions:
@@ -136,21 +127,6 @@ def base_options(options: ModelOptions) -> ModelOptions:
 
     base = builtin.base_of(options.base)
     return replace(options, base=base, encoder=None, encoder_2=None, adapter=None, conditioning=None)
-
-
-def _load_loras(pipe: Any, loras: tuple[str, ...]) -> None:
-    before = {name: 1.0 for names in pipe.get_list_adapters().values() for name in names}
-    scales = {f"lora_{number}": split_scale(text) for number, text in enumerate(loras)}
-    for name, (source, _) in scales.items():
-        try:
-            pipe.load_lora_weights(source, adapter_name=name)
-        except Exception as error:
-            raise ValueError(f"--lora {source}: it cannot be loaded: {error}") from error
-        if not any(name in names for names in pipe.get_list_adapters().values()):
-            raise ValueError(f"--lora {source}: none of its weights is for this model")
-    if scales:
-        names = {**before, **{name: scale for name, (_, scale) in scales.items()}}
-        pipe.set_adapters(list(names), list(names.values()))
 
 
 def _load_embeddings(pipe: Any, embeddings: tuple[str, ...]) -> None:

@@ -4,6 +4,7 @@ Every loader of weights (encoder, whole CLIP, adapter, LoRA) opens its files ins
 configuration gives with those of the file's own tensors before anything is built, and checks the values afterwards.
 """
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -66,21 +67,41 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def check_folder_or_hub_name(what: str, name: str) -> None:
+def check_folder_or_hub_name(what: str, name: str, *, or_file: bool = False) -> None:
     """Say so at once where a name can be neither; the hub client would retry, or explain its own rules.
 
     Args:
         what: begins the message, e.g. "adapter".
         name: as somebody wrote it.
+        or_file: a file will do, too.
 
     Raises:
-        LoadError: it is a file, or no folder and not like owner/model.
+        LoadError: it is a file and none will do, or it is not there and not like owner/model.
     """
     path = Path(name)
     if path.is_file():
+        if or_file:
+            return
         raise LoadError(f"{what} {name!r} is a file; a folder or a hub name like owner/model is needed")
     if not path.is_dir() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
-        raise LoadError(f"{what} {name!r} is neither a folder nor a hub name like owner/model")
+        nothing = "neither a file nor a folder, nor" if or_file else "neither a folder nor"
+        raise LoadError(f"{what} {name!r} is {nothing} a hub name like owner/model")
+
+
+def split_scale(text: str) -> tuple[str, float]:
+    """`style.safetensors:0.7`, a LoRA and its weight, to ("style.safetensors", 0.7); without a number the weight is 1.
+
+    Raises:
+        ValueError: the weight is not finite.
+    """
+    source, colon, number = text.rpartition(":")
+    try:
+        scale = float(number) if colon else 1.0
+    except ValueError:
+        return text, 1.0
+    if not math.isfinite(scale):
+        raise ValueError(f"LoRA {text!r}: its weight must be a finite number")
+    return (source, scale) if colon else (text, 1.0)
 
 
 def hub_reason(error: BaseException) -> str:

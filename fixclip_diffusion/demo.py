@@ -112,13 +112,14 @@ def systems_of(parts: builtin.ModelParts) -> list[System]:
     return systems
 
 
-def draw(model: str | Path, prompts: Sequence[Prompt], drawing: Drawing = DRAWING) -> Demo:
+def draw(model: str | Path, prompts: Sequence[Prompt], drawing: Drawing = DRAWING, device: str = "cpu") -> Demo:
     """Every system draws every prompt from the same noise.
 
     Args:
         model: a whole model, see `builtin`; a built-in name or a folder.
         prompts: at least one; pictures are judged if each of them describes a scene.
         drawing: one seed.
+        device: where to draw, in float32.
 
     Raises:
         ValueError: `model` is no whole model or lacks its weights, or a part does not fit.
@@ -127,7 +128,7 @@ def draw(model: str | Path, prompts: Sequence[Prompt], drawing: Drawing = DRAWIN
         raise ValueError(f"model {str(model)!r}: neither {builtin.SCENES} nor a folder with base/ in it")
     parts = builtin.complete(model)
     tokenizer = FixClipTokenizer.from_pretrained(builtin.resolve(parts.base), subfolder="tokenizer")
-    painter = Painter(parts.base)
+    painter = Painter(parts.base, device)
     pictures = {system.name: [own[0] for own in painter.draw(system, prompts, drawing)] for system in systems_of(parts)}
     judged = all(prompt.scene is not None for prompt in prompts)
     if judged:

@@ -17,9 +17,38 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 
+from fixclip_core.check import split_scale
+
 LORA_NAME = "fixclip"  # of a whole model's LoRA, for `set_adapters` and `delete_adapters`
 FOLDER = "lora"
 LORAS_KEY = "_loras"  # of model_index.json; diffusers ignores keys that begin with an underscore
+
+
+def load_loras(pipe: Any, loras: Sequence[str]) -> None:
+    """Load LoRAs beside those that a pipeline has, each with its weight; all of them act.
+
+    Args:
+        pipe: any pipeline of diffusers that takes LoRAs.
+        loras: `SOURCE` or `SOURCE:0.7`; a source is what `load_lora_weights` reads, or a built-in name.
+
+    Raises:
+        ValueError: the pipeline takes none, one cannot be loaded, or none of its weights is for this model.
+    """
+    if not loras:
+        return
+    if not hasattr(pipe, "load_lora_weights"):
+        raise ValueError(f"LoRA {loras[0]!r}: {type(pipe).__name__} takes no LoRA")
+    before = {name: 1.0 for names in pipe.get_list_adapters().values() for name in names}
+    scales = {f"lora_{number}": split_scale(text) for number, text in enumerate(loras)}
+    for name, (source, _) in scales.items():
+        try:
+            pipe.load_lora_weights(source, adapter_name=name)
+        except Exception as error:
+            raise ValueError(f"LoRA {source!r} cannot be loaded: {error}") from error
+        if not any(name in names for names in pipe.get_list_adapters().values()):
+            raise ValueError(f"LoRA {source!r}: none of its weights is for this model")
+    names = {**before, **{name: scale for name, (_, scale) in scales.items()}}
+    pipe.set_adapters(list(names), list(names.values()))
 
 
 @contextmanager

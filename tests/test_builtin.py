@@ -261,7 +261,7 @@ SYSTEMS = ["stock cut at 77", "chunks of 77", "overlapping windows", "overlap + 
 
 def test_demo(model, tmp_path):
     """Three prompts of nine objects, four systems and the ground truth; the sheet, the table and the verdicts."""
-    result = run("demo", "--model", model, "--steps", 1, "-o", tmp_path / "demo.png")
+    result = run("demo", "--model", model, "--steps", 1, "--device", "cpu", "-o", tmp_path / "demo.png")
     assert result.exit_code == 0, result.output
     assert result.output.strip().endswith(str(tmp_path / "demo.png"))
     sheet = Image.open(tmp_path / "demo.png")
@@ -298,6 +298,7 @@ def test_demo_of_an_own_prompt(model, tmp_path):
     result = run("demo", "A cat on a mat.", *options)
     assert result.exit_code == 0, result.output
     assert "Warning: the scenes world has no such words: cat, mat;" in result.stderr
+    assert "device 'nonsense' cannot be used" in run("demo", "a", *options, "--device", "nonsense").stderr
     assert "cannot judge pictures of this prompt" in result.output
 
 

@@ -101,20 +101,29 @@ def test_large_batches_are_written_in_parts(images, tmp_path, limits):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{broken", "requests.jsonl:2: no batch output of this job"),
-        ('{"custom_id": "request-1"}', "requests.jsonl:2: no batch output of this job"),
-        ('{"custom_id": "long-0-000000099.sober"}', "requests.jsonl:2: no batch output of this job"),
-        ('{"custom_id": "long-0-000000001.unknown"}', "requests.jsonl:2: no batch output of this job"),
+        ("{broken", "is not JSON, or cut off"),
+        ("[]", "has custom_id None, which this job has not asked"),
+        ('{"custom_id": "request-1"}', "has custom_id 'request-1', which this job has not asked"),
+        ('{"custom_id": "long-0-000000099.sober"}', "has custom_id 'long-0-000000099.sober', which"),
+        ('{"custom_id": "long-0-000000001.unknown"}', "has custom_id 'long-0-000000001.unknown', which"),
     ],
 )
-def test_a_line_of_something_else_is_named_and_what_was_read_is_kept(images, tmp_path, line, message):
+def test_lines_of_something_else_are_skipped_and_named(images, tmp_path, line, message):
+    """Among others; a file of nothing else is the wrong file."""
     here, file = job(images, tmp_path / "out"), tmp_path / "requests.jsonl"
     write_batch(here, file)
-    good = answer(requests(file)[0])
-    file.write_text(f"{json.dumps(good)}\n{line}\n")
-    with pytest.raises(ValueError, match=message):
+    first, second = map(answer, requests(file)[:2])
+    file.write_text(f"{json.dumps(first)}\n{line}\n{json.dumps(second)}\n")
+    reading = read_batch(here, [file])
+    assert reading.answers == 2
+    assert reading.failed == {}
+    assert len(reading.skipped) == 1
+    assert f"requests.jsonl:2 {message}" in reading.skipped[0]
+    result = run(images, tmp_path / "out", "--model", "scenes", "--read-batch", file, "--set", "shard_size=10")
+    assert f"skipped lines: 1; {file}:2 {message}" in result.output
+    file.write_text(f"{line}\n")
+    with pytest.raises(ValueError, match=r"requests.jsonl: no batch output of this job; .*requests.jsonl:1 "):
         read_batch(here, [file])
-    assert read_batch(here, [write(file, [good])]).answers == 0
     with pytest.raises(ValueError, match=r"absent.jsonl: cannot be read"):
         read_batch(here, [tmp_path / "absent.jsonl"])
 
@@ -167,8 +176,14 @@ def test_what_the_command_refuses(images, tmp_path, arguments, message):
     assert result.output.count("error:") == 1
 
 
+def test_the_scenes_captioner_warns_of_photos(images, tmp_path):
+    result = run(images, tmp_path / "out", "--server", "builtin:scenes")
+    assert "Warning: builtin:scenes describes any picture as a scene of its world" in result.output
+
+
 def test_the_scenes_captioner_shows_the_filters_at_work(tmp_path):
     result = run("scenes:12", tmp_path / "out", "--server", "builtin:scenes", "--set", "filters.max_words=60")
+    assert "Warning" not in result.output
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["answers"]["too_long"] > 3

@@ -279,11 +279,11 @@ def test_a_long_negative_prompt_is_reported(sd1, tmp_path):
         (["a", "--base", "BASE", "--scheduler", "Eulr"], "--scheduler Eulr: valid are DDIM, DDPM"),
         (
             ["a", "--base", "BASE", "--lora", "/no/such:0.5"],
-            "--lora '/no/such' is neither a folder nor a hub name like owner/model",
+            "--lora '/no/such' is neither a file nor a folder, nor a hub name like owner/model",
         ),
         (
             ["a", "--base", "BASE", "--embedding", "/no/such"],
-            "--embedding '/no/such' is neither a folder nor a hub name like owner/model",
+            "--embedding '/no/such' is neither a file nor a folder, nor a hub name like owner/model",
         ),
         (["a", "--base", "BASE", "--embedding", "STYLES/MyCat.safetensors"], "its token 'MyCat' is in no prompt"),
         (["(a:b)", "--base", "BASE", "--weights", "a1"], "'a1' is not one of 'a1111', 'compel'"),

@@ -175,6 +175,26 @@ def test_every_system_draws_what_its_pipeline_draws(sd1, parts, tmp_path):
     assert "nothing was scored" in report.markdown(result)
 
 
+def test_a_lora_acts_with_its_weight(sd1, parts):
+    """At 0 it changes nothing, at 0.5 it draws what `set_adapters` draws, also beside a saved pipeline's own."""
+    painter, prompts, drawing = generate.Painter(str(sd1)), [Prompt(SHORT)], Drawing(steps=1, size=16)
+    own = FixClipStableDiffusionPipeline.from_pretrained(sd1)
+    own.load_lora_weights(parts / "lora", adapter_name="mine")
+    own.set_adapters(["mine"], [0.5])
+    wanted = own(SHORT, num_inference_steps=1, width=16, height=16, generator=torch.Generator().manual_seed(0))
+    lora = parts / "lora"
+    systems = [System("none"), System("off", lora=f"{lora}:0"), System("half", lora=f"{lora}:0.5")]
+    systems += [System("whole", lora=str(lora)), System("again")]
+    none, off, half, whole, again = (np.asarray(painter.draw(s, prompts, drawing)[0][0]) for s in systems)
+    np.testing.assert_array_equal(off, none)
+    np.testing.assert_array_equal(again, none)
+    assert np.abs(half.astype(int) - np.asarray(wanted.images[0])).max() <= 1
+    assert np.abs(half.astype(int) - none).max() > 2
+    assert np.abs(half.astype(int) - whole).max() > 2
+    with pytest.raises(ValueError, match=r"LoRA '.*:inf': its weight must be a finite number"):
+        System("b", lora=f"{lora}:inf").check_names()
+
+
 def test_batches_draw_what_single_pictures_are(sd1):
     """Of prompts of several lengths, whose states cannot be stacked, in an order that mixes them."""
     prompts = [Prompt(text) for text in ("A cat.", LONG, "A dog.", LONG[::-1][:300], LONG + LONG, "A hat.")]
@@ -362,4 +382,5 @@ def test_command_names_what_is_wrong(sd1, tmp_path):
     assert "not a readable text file" in invoke(tmp_path / "none.txt", "--base", sd1).text
     assert invoke(tmp_path / "none.txt", "--base", sd1).code == 2
     assert "give one number" in invoke("scenes:1", "--size", "16x24").text
+    assert "device 'nonsense' cannot be used" in invoke("scenes:1", "--base", sd1, "--device", "nonsense").text
     assert "is not KEY=VALUE" in invoke("scenes:1", "--base", sd1, "--system", "a:b").text

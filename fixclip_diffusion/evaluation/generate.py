@@ -20,7 +20,7 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 from tqdm import tqdm
 
-from fixclip_core.check import check_folder_or_hub_name
+from fixclip_core.check import check_folder_or_hub_name, split_scale
 from fixclip_core.files import write_atomically
 from fixclip_diffusion import builtin
 from fixclip_diffusion.adapter import TextAdapter
@@ -30,6 +30,7 @@ from fixclip_diffusion.conditioning import get_conditioning
 from fixclip_diffusion.evaluation.benchmarks import Layout, picture_stem, plain_picture
 from fixclip_diffusion.evaluation.prompts import Prompt
 from fixclip_diffusion.fingerprint import check_made_for, fingerprint
+from fixclip_diffusion.lora import load_loras
 from fixclip_diffusion.prompt_reader import PromptReader
 
 SYSTEM_KEYS = ("encoder", "encoder_2", "adapter", "lora", "conditioning", "pipeline", "pictures")
@@ -46,7 +47,7 @@ class System:
         name: for tables and folders.
         encoder: text encoder, a folder, hub or built-in name; None for the base's own, stretched.
         adapter: folder, hub or built-in name of an adapter; None for the encoder's own, if any.
-        lora: what `load_lora_weights` reads, or a built-in name; None for none.
+        lora: what `load_lora_weights` reads, or a built-in name, and its weight as `SOURCE:0.7`; None for none.
         conditioning: how prompts are read, see `FixClipStableDiffusionPipeline`; None: as encoder or adapter say.
         pipeline: any diffusers text-to-image pipeline, folder or hub name, drawn with as it is; it takes a lora alone.
         pictures: folder of pictures made elsewhere, named as the benchmark says; nothing is drawn.
@@ -87,8 +88,10 @@ class System:
         """
         for key in ("encoder", "encoder_2", "adapter", "lora", "pipeline"):
             name = getattr(self, key)
-            if name is not None and not Path(name).is_file():  # what a file is, is told by its loader
-                check_folder_or_hub_name(f"system {self.name!r}: {key}", builtin.resolve(name))
+            if name is not None:
+                name = split_scale(name)[0] if key == "lora" else name
+                or_file = key in ("encoder", "encoder_2", "lora")
+                check_folder_or_hub_name(f"system {self.name!r}: {key}", builtin.resolve(name), or_file=or_file)
 
 
 def default_systems(
@@ -229,9 +232,9 @@ class Painter:
             yield pipe
             return
         try:
-            pipe.load_lora_weights(system.lora)
-        except Exception as error:
-            raise ValueError(f"system {system.name!r}: LoRA {system.lora!r} cannot be loaded: {error}") from error
+            load_loras(pipe, [system.lora])
+        except ValueError as error:
+            raise ValueError(f"system {system.name!r}: {error}") from error
         try:
             yield pipe
         finally:

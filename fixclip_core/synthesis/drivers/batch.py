@@ -119,32 +119,35 @@ class BatchReading:
         failed: requests without a usable answer, by reason; they are pending again.
         pending: requests that the next `write_batch` writes.
         report: the job's, once nothing is pending.
+        skipped: FILE:LINE and what is wrong, of each line that is no batch output of this job.
     """
 
     answers: int
     failed: dict[str, int]
     pending: int
     report: dict[str, Any] | None
+    skipped: tuple[str, ...] = ()
 
 
 def read_batch(job: Job, files: Sequence[Path]) -> BatchReading:
     """Keep the answers in batch output files, finish what is complete, and count what is still to ask.
 
     Raises:
-        ValueError: a file cannot be read, a line is no batch output or of another job (names file and line), or the
-            job's folder cannot be written to. What was read before is kept.
+        ValueError: a file cannot be read, none of its lines is batch output of this job, or the job's folder cannot be
+            written to. What was read before is kept.
     """
     failed: Counter[str] = Counter()
+    skipped: list[str] = []
     with job.locked():
         shards = _Shards(job)
         try:
-            answers = sum(_read_file(file, shards, failed) for file in files)
+            answers = sum(_read_file(file, shards, failed, skipped) for file in files)
             shards.close()
             pending = sum(_finish(job, number) for number in range(len(job)))
             report = None if pending else job.report()
         except OSError as error:
             raise ValueError(f"{job.out}: cannot be written: {error}; run the same command again") from None
-    return BatchReading(answers, dict(failed), pending, report)
+    return BatchReading(answers, dict(failed), pending, report, tuple(skipped))
 
 
 class _Shards:
@@ -168,8 +171,9 @@ class _Shards:
             shard.journal.close()
 
 
-def _read_file(file: Path, shards: _Shards, failed: Counter[str]) -> int:
-    new = 0
+def _read_file(file: Path, shards: _Shards, failed: Counter[str], skipped: list[str]) -> int:
+    new = usable = 0
+    unusable: list[str] = []
     try:
         lines = file.open("rb")
     except OSError as error:
@@ -180,11 +184,18 @@ def _read_file(file: Path, shards: _Shards, failed: Counter[str]) -> int:
                 continue
             try:
                 row = json.loads(line)
+            except ValueError:
+                unusable.append(f"{file}:{number} is not JSON, or cut off")
+                continue
+            try:
                 name, _, prompt_id = row["custom_id"].partition(".")
                 task = Task.parse(name)
                 shard, prompt = shards.of(task), shards.job.prompt(prompt_id)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{file}:{number}: no batch output of this job: {error!r}") from None
+            except (ValueError, KeyError, TypeError, AttributeError):
+                found = row.get("custom_id") if isinstance(row, dict) else None
+                unusable.append(f"{file}:{number} has custom_id {found!r}, which this job has not asked")
+                continue
+            usable += 1
             response = row.get("response") or {}
             try:
                 status = response.get("status_code", 200)
@@ -194,6 +205,12 @@ def _read_file(file: Path, shards: _Shards, failed: Counter[str]) -> int:
                 new += shard.add(task, prompt, read_answer(response.get("body"), shards.job.model))
             except (MalformedResponseError, AttributeError, TypeError):
                 failed["bad_answer"] += 1
+    if unusable and not usable:
+        raise ValueError(
+            f"{file}: no batch output of this job; {unusable[0]}. Give the same images, recipe and output folder as "
+            "for --write-batch"
+        )
+    skipped += unusable
     return new
 
 
