@@ -179,7 +179,10 @@ def fixclip(
 DEFAULT_OUTPUT = "outputs"
 
 BaseOption = Annotated[
-    str, typer.Option(help="Stable Diffusion 1, 2 or XL: a folder, a hub name, one file or builtin:scenes.")
+    str,
+    typer.Option(
+        help="Stable Diffusion 1, 2 or XL: a folder, a hub name, one file, its URL on the hub or builtin:scenes."
+    ),
 ]
 EncoderOption = Annotated[str | None, typer.Option(help="FIX-CLIP or Long-CLIP text encoder: a folder or hub name.")]
 Encoder2Option = Annotated[

@@ -70,7 +70,7 @@ def load_pipeline(options: ModelOptions, device: str | None = None, dtype: str |
     Raises:
         ValueError: one of them cannot be loaded, does not fit, or the device cannot be used.
     """
-    _check_names(options)
+    check_names(options)
     import torch
 
     from fixclip_core.device import best_device
@@ -99,7 +99,7 @@ def load_pipeline(options: ModelOptions, device: str | None = None, dtype: str |
     return pipe.to(device)
 
 
-def _check_names(options: ModelOptions) -> None:
+def check_names(options: ModelOptions) -> None:
     """Refuse names that can be nothing at all, before the libraries that load a pipeline are imported.
 
     Raises:
@@ -110,8 +110,10 @@ def _check_names(options: ModelOptions) -> None:
 
     for what in ("base", "encoder", "encoder_2", "adapter"):
         name = getattr(options, what)
-        if name is None or Path(name).is_file() or (what == "base" and builtin.whole_model(name) is not None):
+        if name is None or Path(name).is_file():
             continue  # what a file is, is told by its loader
+        if what == "base" and ("://" in name or builtin.whole_model(name) is not None):
+            continue
         check_folder_or_hub_name(what, builtin.resolve(name))
     for what, names in (
         ("--lora", [split_scale(text)[0] for text in options.loras]),

@@ -5,12 +5,12 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from fixclip_core.weights.files import open_weights
+from fixclip_core.weights.files import checkpoint_file, open_weights
 from fixclip_core.weights.kinds import what_it_is
 from fixclip_core.weights.text_encoder import text_encoders_in
 from fixclip_diffusion import builtin
 from fixclip_diffusion.families import STABLE_DIFFUSION, Family
-from fixclip_diffusion.loading import HUB_KWARGS, checkpoint_file
+from fixclip_diffusion.loading import HUB_KWARGS
 from fixclip_diffusion.pipeline import FixClipStableDiffusionPipeline
 from fixclip_diffusion.pipeline_xl import FixClipStableDiffusionXLPipeline
 

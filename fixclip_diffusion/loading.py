@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from huggingface_hub import constants, hf_hub_download, parse_hf_uri
 from safetensors import safe_open
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -32,7 +31,6 @@ from fixclip_diffusion.tokenizer import FixClipTokenizer
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "proxies")
 # Stable Diffusion 2 reads ViT-H's penultimate layer. Its checkpoints hold the 24th layer too, its folders do not.
 VIT_H_LAYERS = 23
-_DOWNLOAD_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 READING_ARGUMENTS = ("conditioning", "weights")  # of a call, too
 OWN_ARGUMENTS = ("encoder", "encoder_2", "adapter", *READING_ARGUMENTS)
 TAKES_BOTH = "fixclip_diffusion.auto.load_pipeline takes Stable Diffusion 1, 2 and XL"
@@ -40,37 +38,6 @@ TAKES_BOTH = "fixclip_diffusion.auto.load_pipeline takes Stable Diffusion 1, 2 a
 
 def encoder_class(tower: Tower) -> type[LongTextEncoder]:
     return FixClipTextEncoderWithProjection if tower.pooled else FixClipTextEncoder
-
-
-def checkpoint_file(name: str, hub_kwargs: dict[str, Any]) -> Path:
-    """A checkpoint in one file: the file itself, or the hub's cache of the one that a URL names.
-
-    Args:
-        name: a file, or a URL such as https://huggingface.co/OWNER/NAME/blob/main/FILE, with `resolve` for `blob` too.
-        hub_kwargs: of `hf_hub_download`; `revision` counts instead of the URL's.
-
-    Raises:
-        ValueError: neither, a folder, or what the hub has not.
-    """
-    path = Path(name)
-    if path.is_file():
-        return path
-    if path.is_dir():
-        raise ValueError(f"checkpoint {name!r} is a folder; from_pretrained loads folders")
-    if "://" not in name:
-        raise ValueError(f"checkpoint {name!r} is neither a file here nor a URL")
-    try:
-        place = parse_hf_uri(name, constants.ENDPOINT)
-    except ValueError as error:
-        raise ValueError(f"checkpoint {name!r}: URLs of huggingface.co alone are fetched ({error})") from error
-    if place.type != "model" or not place.path_in_repo:
-        raise ValueError(f"checkpoint {name!r} is no URL of a model's file: .../OWNER/NAME/blob/main/FILE")
-    given = {key: hub_kwargs[key] for key in _DOWNLOAD_KWARGS if hub_kwargs.get(key) is not None}
-    arguments = {"revision": place.revision, **given}
-    try:
-        return Path(hf_hub_download(place.id, place.path_in_repo, **arguments))
-    except Exception as error:
-        raise ValueError(f"checkpoint {name!r} could not be fetched: {hub_reason(error)}") from error
 
 
 def load_own_encoder(base: str, tower: Tower, dtype: torch.dtype = torch.float32) -> LongTextEncoder:
@@ -343,14 +310,15 @@ def load_index(family: Family, base: str, hub_kwargs: dict[str, Any]) -> dict[st
     Raises:
         ValueError: there is none, it is of another family, or files are missing or damaged.
     """
-    folder = Path(base)
+    folder = Path(builtin.resolve(builtin.base_of(base)))
     if folder.is_file():
         raise ValueError(f"base {base!r} is a file, and a folder or a hub name is needed; from_single_file loads files")
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise ValueError(f"base {base!r} is a folder without model_index.json: not a diffusers model")
-    check_folder_or_hub_name("base", base)
+    if not folder.is_dir():
+        check_folder_or_hub_name("base", base)
     try:
-        index = dict(DiffusionPipeline.load_config(base, **hub_kwargs))
+        index = dict(DiffusionPipeline.load_config(folder if folder.is_dir() else base, **hub_kwargs))
     except Exception as error:
         raise ValueError(f"base {base!r}: its model_index.json could not be read: {hub_reason(error)}") from error
     parts = [part for tower in family.towers for part in (tower.encoder, tower.tokenizer)]

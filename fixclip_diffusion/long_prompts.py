@@ -11,8 +11,8 @@ import torch
 from diffusers.pipelines import auto_pipeline
 from torch import Tensor
 
-from fixclip_core.check import LoadError, check_finite, loading, refuse_stand_in
-from fixclip_core.weights.files import open_weights
+from fixclip_core.check import LoadError, check_finite, hub_reason, loading, refuse_stand_in
+from fixclip_core.weights.files import checkpoint_file, open_weights
 from fixclip_core.weights.kinds import what_it_is
 from fixclip_core.weights.names import Which
 from fixclip_core.weights.text_encoder import text_encoders_in
@@ -26,7 +26,6 @@ from fixclip_diffusion.loading import (
     check_pair,
     check_spelling,
     check_width,
-    checkpoint_file,
     convert_stock,
     load_encoders_of_checkpoint,
 )
@@ -366,7 +365,8 @@ class LongPromptMixin:
                 which stock diffusers looks up on the hub otherwise.
 
         Raises:
-            ValueError: the file is of another kind, or an encoder does not fit.
+            ValueError: the file is of another kind, an encoder does not fit, or the hub cannot be reached for the
+                layout of such a model.
         """
         check_spelling(kwargs)
         name = str(pretrained_model_link_or_path)
@@ -376,7 +376,15 @@ class LongPromptMixin:
         given = {"text_encoder": encoder, "text_encoder_2": encoder_2}
         adapters = cls._adapters(adapter)
         encoders = load_encoders_of_checkpoint(cls.family, file, held, given, adapters, kwargs)
-        stock = cls._stock_class().from_single_file(file, **encoders, **kwargs)
+        try:
+            stock = cls._stock_class().from_single_file(file, **encoders, **kwargs)
+        except OSError as error:
+            if kwargs.get("config") is not None:
+                raise
+            raise ValueError(
+                f"checkpoint {name!r}: diffusers looks up the layout of such a model on the hub, once: "
+                f"{hub_reason(error)}; or give config=FOLDER of a model of the same kind"
+            ) from error
         return cls._of_stock(stock, encoders, adapter, conditioning, weights)
 
     @classmethod

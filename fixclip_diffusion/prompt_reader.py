@@ -9,6 +9,7 @@ from transformers import CLIPTextConfig
 
 from fixclip_core.check import LoadError, check_folder_or_hub_name, hub_reason
 from fixclip_core.files import parse_json
+from fixclip_core.weights.files import checkpoint_file
 from fixclip_core.weights.text_encoder import choose_text_encoder, read_text_config, text_encoders_in
 from fixclip_core.weights.write import clip_tokenizer
 from fixclip_diffusion import builtin
@@ -59,6 +60,7 @@ class PromptReader:
         """
         parts = builtin.complete(base, encoder, adapter)
         base = builtin.resolve(parts.base)
+        base = str(checkpoint_file(base, {})) if "://" in base else base
         is_file = Path(base).is_file()
         index = {} if is_file else _read_json(base, "model_index.json", needed=False)
         config = _read_config(base, parts.encoder)

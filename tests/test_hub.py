@@ -88,6 +88,16 @@ results["other family"] = file_message(url, FixClipStableDiffusionXLPipeline)
 results["no file"] = file_message(url.replace("sd.", "no."))
 results["a VAE"] = file_message(
     "https://huggingface.co/someone/tiny-sd/blob/main/vae/diffusion_pytorch_model.safetensors")
+from fixclip_cli.models import ModelOptions, check_names
+from fixclip_diffusion.prompt_reader import PromptReader
+
+check_names(ModelOptions(url))
+local = sys.argv[3] + "/files/sd.safetensors"
+results["tokens"] = [str(PromptReader.from_pretrained(name).report("a red horse " * 40)) for name in (url, local)]
+try:
+    single(local)
+except ValueError as error:
+    results["no layout"] = str(error)
 results["unknown"] = message("someone/nothing")
 results["wide"] = message("someone/other-sd", encoder="someone/wide")
 print("RESULTS " + json.dumps(results))
@@ -166,6 +176,9 @@ def test_a_checkpoint_in_one_file_by_its_url(outcome):
         "long": [True, 0],
     }
     assert downloads.count("someone/files/files/sd.safetensors") == 1
+    assert results["tokens"][0] == results["tokens"][1]
+    assert "no such public repository on the hub" in results["no layout"]
+    assert results["no layout"].endswith("or give config=FOLDER of a model of the same kind")
     assert "blob/main/files/sd.safetensors' is not of Stable Diffusion XL" in results["other family"]
     assert "files/no.safetensors' could not be fetched: the repository has no such file" in results["no file"]
     assert "there is no text encoder in this file, it is a VAE" in results["a VAE"]

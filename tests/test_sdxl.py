@@ -323,6 +323,13 @@ def test_bad_bases_and_encoders(folder, sd1, tmp_path):
         FixClipStableDiffusionPipeline.from_pretrained(folder)
     with pytest.raises(ValueError, match="is a StableDiffusionPipeline, not a Stable Diffusion XL model: it has no"):
         FixClipStableDiffusionXLPipeline.from_pretrained(sd1)
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole" / "base").symlink_to(sd1)
+    for name in (str(tmp_path / "whole"), "builtin:scenes"):
+        with pytest.raises(
+            ValueError, match=rf"base '{name}' is a StableDiffusionPipeline, .*auto\.load_pipeline takes"
+        ):
+            FixClipStableDiffusionXLPipeline.from_pretrained(name)
     with pytest.raises(ValueError, match=r"encoders are 48 \(text_encoder\) \+ 48 \(text_encoder_2\) = 96 wide"):
         FixClipStableDiffusionXLPipeline.from_pretrained(folder, encoder=folder / "text_encoder_2")
     with pytest.raises(ValueError, match="expected text_encoder/ or text_encoder_2/ in it, each an adapter"):

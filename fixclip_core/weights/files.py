@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants, hf_hub_download, parse_hf_uri
 from safetensors import safe_open
 from torch import Tensor
 
-from fixclip_core.check import LoadError, loading, refuse_stand_in
+from fixclip_core.check import LoadError, hub_reason, loading, refuse_stand_in
 
 # Keys under which checkpoints keep the state dict proper.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net")
+_DOWNLOAD_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 
 
 @dataclass(frozen=True)
@@ -163,3 +165,34 @@ def _calls_something(path: Path) -> bool:
             return any(opcode.name in ("REDUCE", "INST", "OBJ", "NEWOBJ") for opcode, _, _ in pickletools.genops(file))
     except ValueError:
         return False
+
+
+def checkpoint_file(name: str, hub_kwargs: dict[str, Any]) -> Path:
+    """A checkpoint in one file: the file itself, or the hub's cache of the one that a URL names.
+
+    Args:
+        name: a file, or a URL such as https://huggingface.co/OWNER/NAME/blob/main/FILE, with `resolve` for `blob` too.
+        hub_kwargs: of `hf_hub_download`; `revision` counts instead of the URL's.
+
+    Raises:
+        ValueError: neither, a folder, or what the hub has not.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise ValueError(f"checkpoint {name!r} is a folder; from_pretrained loads folders")
+    if "://" not in name:
+        raise ValueError(f"checkpoint {name!r} is neither a file here nor a URL")
+    try:
+        place = parse_hf_uri(name, constants.ENDPOINT)
+    except ValueError as error:
+        raise ValueError(f"checkpoint {name!r}: URLs of huggingface.co alone are fetched ({error})") from error
+    if place.type != "model" or not place.path_in_repo:
+        raise ValueError(f"checkpoint {name!r} is no URL of a model's file: .../OWNER/NAME/blob/main/FILE")
+    given = {key: hub_kwargs[key] for key in _DOWNLOAD_KWARGS if hub_kwargs.get(key) is not None}
+    arguments = {"revision": place.revision, **given}
+    try:
+        return Path(hf_hub_download(place.id, place.path_in_repo, **arguments))
+    except Exception as error:
+        raise ValueError(f"checkpoint {name!r} could not be fetched: {hub_reason(error)}") from error
