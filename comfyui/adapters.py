@@ -19,6 +19,12 @@ def adapter_names() -> list[str]:
     return [name for name in folder_paths.get_filename_list(FOLDER) if name.endswith(".safetensors")]
 
 
+def when_written(name: str) -> float:
+    """Of the adapter's file, by which ComfyUI sees that it must load it again; 0.0 if there is none."""
+    path = folder_paths.get_full_path(FOLDER, name)
+    return 0.0 if path is None else os.path.getmtime(path)
+
+
 def load_adapter(name: str) -> TextAdapter:
     """The adapter of that name; it stays in memory until its file changes.
 

@@ -94,8 +94,11 @@ def encode_prompt(
     adapter: TextAdapter | None = None,
     long_clip: Any = None,
     adapter_2: TextAdapter | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """A prompt to the hidden states (1, L, D) that samplers of ComfyUI take, and its first window's pooled vector.
+) -> list[list[Any]]:
+    """A prompt as conditioning: entries of hidden states (1, L, D) and {"pooled_output": its first window's, ...}.
+
+    It is one entry but for a CLIP object with hooks that change in the course of sampling, which gives one for each
+    part of the steps, as *CLIP Text Encode* does.
 
     Args:
         clip: CLIP object of Stable Diffusion 1.x, 2.x or XL.
@@ -108,28 +111,50 @@ def encode_prompt(
         adapter_2: on the other one of Stable Diffusion XL's two text encoders, in either order.
 
     Raises:
-        ValueError: another kind of CLIP object, a conditioning that it cannot be read by, or an adapter that does not
-            fit.
+        ValueError: no CLIP object or another kind, a conditioning that it cannot be read by, or an adapter that does
+            not fit.
     """
+    clip, readings, adapters = _choose(clip, text, conditioning, (adapter, adapter_2), long_clip)
+    acting = {key: item for key, item in adapters.items() if item.config["short_texts"] or not readings[key].is_short}
+    if long_clip is not None and clip is not long_clip:
+        acting = {}
+    return _encode(clip, readings, acting)
+
+
+def report_prompt(
+    clip: Any,
+    text: str,
+    conditioning: str = AUTO,
+    adapter: TextAdapter | None = None,
+    long_clip: Any = None,
+    adapter_2: TextAdapter | None = None,
+) -> TokenReport:
+    """What becomes of the prompt in the first text encoder of the CLIP object that reads it.
+
+    Args and errors as `encode_prompt`.
+    """
+    reader, readings, adapters = _choose(clip, text, conditioning, (adapter, adapter_2), long_clip)
+    reading = next(iter(readings.values()))
+    config = next((item.config for item in adapters.values()), None)
+    if config and long_clip is not None and reader is not long_clip:
+        config = {**config, "short_texts": False}  # `clip` reads short prompts without the adapter
+    return report_of(reading.tokens, reading.layout, reading.conditioning, reading.context, config)
+
+
+def _choose(
+    clip: Any, text: str, conditioning: str, given: tuple[TextAdapter | None, ...], long_clip: Any
+) -> tuple[Any, dict[str, Reading], dict[str, TextAdapter]]:
+    """(CLIP object that reads the prompt, {key: the prompt there}, {key: adapter of that text encoder})."""
+    if clip is None:
+        raise ValueError("there is no CLIP: this checkpoint has no text encoder; load one with CLIPLoader")
     if long_clip is not None:
         _check_long(long_clip)
         readings = read_prompt(clip, text, "stock")
         if all(len(item.tokens) + SPECIAL_TOKENS <= CLIP_CONTEXT_LENGTH for item in readings.values()):
-            return _encode(clip, readings, {})
+            return clip, readings, _by_encoder(clip, readings, given)
         clip = long_clip
-    readings = read_prompt(clip, text, conditioning, adapter or adapter_2)
-    return _encode(clip, readings, _by_encoder(clip, readings, adapter, adapter_2))
-
-
-def report_prompt(clip: Any, text: str, conditioning: str = AUTO, adapter: TextAdapter | None = None) -> TokenReport:
-    """What becomes of the prompt in the first text encoder of the CLIP object.
-
-    Raises:
-        ValueError: as `encode_prompt`.
-    """
-    reading = next(iter(read_prompt(clip, text, conditioning, adapter).values()))
-    config = None if adapter is None else adapter.config
-    return report_of(reading.tokens, reading.layout, reading.conditioning, reading.context, config)
+    readings = read_prompt(clip, text, conditioning, next((adapter for adapter in given if adapter), None))
+    return clip, readings, _by_encoder(clip, readings, given)
 
 
 def read_prompt(clip: Any, text: str, conditioning: str, adapter: TextAdapter | None = None) -> dict[str, Reading]:
@@ -225,7 +250,7 @@ def _word(pieces: list[str]) -> tuple[str, list[tuple[int, int]]]:
     return until[-1], list(zip(whole[:-1], ends, strict=True))
 
 
-def _encode(clip: Any, readings: dict[str, Reading], adapters: dict[str, TextAdapter]) -> tuple[Tensor, Tensor | None]:
+def _encode(clip: Any, readings: dict[str, Reading], adapters: dict[str, TextAdapter]) -> list[list[Any]]:
     """All windows in one call; those of Stable Diffusion XL's two encoders are as many rows, as ComfyUI cuts them."""
     # Weights come behind an adapter, with one window more: the empty text's, which they count from.
     weigh_here = {key: key in adapters and item.layout.is_weighted for key, item in readings.items()}
@@ -237,18 +262,31 @@ def _encode(clip: Any, readings: dict[str, Reading], adapters: dict[str, TextAda
     for key, item in readings.items():
         missing = -(-rows // item.context.length) - len(windows[key])
         windows[key] += [item.empty_window()] * missing
-    cond, pooled = clip.encode_from_tokens(windows, return_pooled=True)
+    return [[_join(clip, readings, adapters, cond[0]), more] for cond, more in _states(clip, windows)]
+
+
+def _states(clip: Any, windows: dict[str, list[list[Entry]]]) -> list[list[Any]]:
+    """The states (1, rows, D) of all windows end to end and what belongs to them, such as hooks of the CLIP object."""
+    if hasattr(clip, "encode_from_tokens_scheduled"):
+        return clip.encode_from_tokens_scheduled(windows)
+    cond, pooled = clip.encode_from_tokens(windows, return_pooled=True)  # cores of 2024 and before
+    return [[cond, {"pooled_output": pooled}]]
+
+
+def _join(clip: Any, readings: dict[str, Reading], adapters: dict[str, TextAdapter], cond_LD: Tensor) -> Tensor:
+    """Hidden states (1, L, D) of the prompt from those of its windows."""
     length = max(item.num_rows for item in readings.values()) if len(readings) > 1 else None
     parts = []
-    for (key, item), part_LD in zip(readings.items(), _split(clip, readings, cond[0]), strict=True):
+    for (key, item), part_LD in zip(readings.items(), _split(clip, readings, cond_LD), strict=True):
         size, count = item.context.length, len(item.layout.ids_NP)
+        weigh_here = key in adapters and item.layout.is_weighted
         states_NPD = part_LD[: len(part_LD) // size * size].unflatten(0, (-1, size))
-        states_NPD = states_NPD[: count + weigh_here[key], : item.layout.ids_NP.shape[1]]
+        states_NPD = states_NPD[: count + weigh_here, : item.layout.ids_NP.shape[1]]
         if key in adapters:
-            states_NPD = _adapt(adapters[key], states_NPD, item.layout, weigh_here[key])
+            states_NPD = _adapt(adapters[key], states_NPD, item.layout, weigh_here)
         rows_LD = item.layout.join(states_NPD[:count])[:length]
         parts.append(rows_LD if length is None else _filled(rows_LD, length))
-    return torch.cat(parts, dim=-1)[None], pooled
+    return torch.cat(parts, dim=-1)[None]
 
 
 @torch.no_grad()
@@ -283,17 +321,17 @@ def _adapt_joined(adapter: TextAdapter, states_NPD: Tensor, text_NP: Tensor, lay
     return torch.cat([layout.put(rows_LD, own_NPD), *further])
 
 
-def _by_encoder(clip: Any, readings: dict[str, Reading], *adapters: TextAdapter | None) -> dict[str, TextAdapter]:
+def _by_encoder(
+    clip: Any, readings: dict[str, Reading], given: tuple[TextAdapter | None, ...]
+) -> dict[str, TextAdapter]:
     """{key: adapter} by the text encoders' widths; a single encoder's is checked when its states are there.
-
-    An adapter that leaves short texts as they are is left out where the prompt is one.
 
     Raises:
         ValueError: two adapters are for the same text encoder.
     """
     first, *others = readings
     found: dict[str, TextAdapter] = {}
-    for adapter in adapters:
+    for adapter in given:
         if adapter is None:
             continue
         width = adapter.config["width"]
@@ -301,9 +339,7 @@ def _by_encoder(clip: Any, readings: dict[str, Reading], *adapters: TextAdapter 
         if key in found:
             raise ValueError(f"both adapters are for the text encoder {key!r} (width {width}): connect one of them")
         found[key] = adapter
-    return {
-        key: adapter for key, adapter in found.items() if adapter.config["short_texts"] or not readings[key].is_short
-    }
+    return found
 
 
 def _first_width(clip: Any, key: str) -> int:

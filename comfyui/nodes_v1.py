@@ -2,15 +2,18 @@
 
 from typing import Any
 
-from .adapters import adapter_names, load_adapter
+from .adapters import adapter_names, load_adapter, when_written
 from .encode import AUTO, CHOICES, encode_prompt, report_prompt
 from .picture import draw_report
 
 MENU = "conditioning/fixclip"
-PROMPT: dict[str, Any] = {
-    "clip": ("CLIP",),
-    "text": ("STRING", {"multiline": True, "dynamicPrompts": True}),
-    "conditioning": (CHOICES, {"default": AUTO}),
+PROMPT_INPUTS: dict[str, Any] = {
+    "required": {
+        "clip": ("CLIP",),
+        "text": ("STRING", {"multiline": True, "dynamicPrompts": True}),
+        "conditioning": (CHOICES, {"default": AUTO}),
+    },
+    "optional": {"adapter": ("FIXCLIP_ADAPTER",), "long_clip": ("CLIP",), "adapter_2": ("FIXCLIP_ADAPTER",)},
 }
 
 
@@ -21,11 +24,18 @@ class EncodeLongPrompt:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {"required": PROMPT, "optional": {"adapter": ("FIXCLIP_ADAPTER",), "long_clip": ("CLIP",)}}
+        return PROMPT_INPUTS
 
-    def execute(self, clip: Any, text: str, conditioning: str, adapter: Any = None, long_clip: Any = None) -> tuple:
-        states, pooled = encode_prompt(clip, text, conditioning, adapter, long_clip)
-        return ([[states, {"pooled_output": pooled}]],)
+    def execute(
+        self,
+        clip: Any,
+        text: str,
+        conditioning: str,
+        adapter: Any = None,
+        long_clip: Any = None,
+        adapter_2: Any = None,
+    ) -> tuple:
+        return (encode_prompt(clip, text, conditioning, adapter, long_clip, adapter_2),)
 
 
 class LoadAdapter:
@@ -36,6 +46,10 @@ class LoadAdapter:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {"required": {"name": (adapter_names(),)}}
+
+    @classmethod
+    def IS_CHANGED(cls, name: str) -> float:
+        return when_written(name)
 
     def execute(self, name: str) -> tuple:
         return (load_adapter(name),)
@@ -48,10 +62,18 @@ class TokenReport:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {"required": PROMPT, "optional": {"adapter": ("FIXCLIP_ADAPTER",)}}
+        return PROMPT_INPUTS
 
-    def execute(self, clip: Any, text: str, conditioning: str, adapter: Any = None) -> tuple:
-        report = report_prompt(clip, text, conditioning, adapter)
+    def execute(
+        self,
+        clip: Any,
+        text: str,
+        conditioning: str,
+        adapter: Any = None,
+        long_clip: Any = None,
+        adapter_2: Any = None,
+    ) -> tuple:
+        report = report_prompt(clip, text, conditioning, adapter, long_clip, adapter_2)
         return report.describe(), draw_report(report)
 
 

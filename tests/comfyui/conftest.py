@@ -58,6 +58,18 @@ def nodes(request, core, models_folder, monkeypatch):
     return stand_in.node_functions(load_pack())
 
 
+@pytest.fixture
+def packs(core, models_folder, monkeypatch):
+    """The classes {node id: class} that a core of today finds, and those that an older one finds."""
+    found = []
+    for schema in (True, False):
+        for name, module in core.modules(models_folder, schema).items():
+            monkeypatch.setitem(sys.modules, name, module)
+        found.append(stand_in.node_classes(load_pack()))
+        monkeypatch.undo()
+    return found
+
+
 @pytest.fixture(scope="session")
 def encode(core, models_folder):
     """The module `encode` of the pack, which needs no schema."""

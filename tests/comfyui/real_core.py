@@ -30,7 +30,7 @@ class RealCore:
         self.folder = folder
 
     def clip(self, models, inversions=None):
-        """A CLIP object; see `stand_in.Clip`."""
+        """A CLIP object; see `stand_in.ClipOfToday`."""
         import comfy.sd
         from comfy import sd1_clip, sdxl_clip
         from comfy.supported_models_base import ClipTarget

@@ -63,20 +63,25 @@ class Tokenizers:
         return [(pair, self.first.convert_ids_to_tokens(pair[0])) for pair in pairs]
 
 
-class Clip:
-    """A CLIP object.
+class OlderClip:
+    """A CLIP object of 2023, which reads texts word by word.
 
     Args:
         models: {key: (text model, tokenizer)}, keys "l", "h", "g".
         inversions: {name: (number, D) vectors} of the first text encoder's width.
-        by_word: as older cores read a text.
     """
 
-    def __init__(self, models, inversions=None, by_word=False):
+    by_word = True
+
+    def __init__(self, models, inversions=None):
         self.models = {key: model for key, (model, _) in models.items()}
         self.keys = {
             key: KeyTokenizer(
-                tokenizer, model.config.hidden_size, model.config.max_position_embeddings, inversions or {}, by_word
+                tokenizer,
+                model.config.hidden_size,
+                model.config.max_position_embeddings,
+                inversions or {},
+                self.by_word,
             )
             for key, (model, tokenizer) in models.items()
         }
@@ -127,11 +132,22 @@ class Clip:
         return states.flatten(0, 1)[None], pooled[:1]
 
 
+class ClipOfToday(OlderClip):
+    """It passes hooks on with the conditioning."""
+
+    by_word, apply_hooks_to_conds = False, None
+
+    def encode_from_tokens_scheduled(self, tokens):
+        cond, pooled = self.encode_from_tokens(tokens, return_pooled=True)
+        hooks = {"hooks": self.apply_hooks_to_conds} if self.apply_hooks_to_conds else {}
+        return [[cond, {"pooled_output": pooled, **hooks}]]
+
+
 class StandIn:
     """A core made of this file; see `real_core.RealCore`."""
 
     def clip(self, models, inversions=None):
-        return Clip(models, inversions)
+        return ClipOfToday(models, inversions)
 
     def modules(self, folder, schema):
         return core_modules(folder, schema)
@@ -181,14 +197,19 @@ def _io():
     )
 
 
-def node_functions(pack):
-    """{node id: function of its inputs to the tuple of its outputs}, as a core finds them: V3 where there is no V1."""
+def node_classes(pack):
+    """{node id: class}, as a core finds them: V3 where there is no V1."""
     if hasattr(pack, "NODE_CLASS_MAPPINGS"):
-        return {name: getattr(node(), node.FUNCTION) for name, node in pack.NODE_CLASS_MAPPINGS.items()}
-    found = asyncio.run(_list_of_nodes(pack))
-    return {
-        node.define_schema().node_id: lambda *args, node=node, **k: node.execute(*args, **k).result for node in found
-    }
+        return pack.NODE_CLASS_MAPPINGS
+    return {node.define_schema().node_id: node for node in asyncio.run(_list_of_nodes(pack))}
+
+
+def node_functions(pack):
+    """{node id: function of its inputs to the tuple of its outputs}."""
+    classes = node_classes(pack)
+    if hasattr(pack, "NODE_CLASS_MAPPINGS"):
+        return {name: getattr(node(), node.FUNCTION) for name, node in classes.items()}
+    return {name: lambda *args, node=node, **k: node.execute(*args, **k).result for name, node in classes.items()}
 
 
 async def _list_of_nodes(pack):

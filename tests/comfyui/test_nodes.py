@@ -3,7 +3,9 @@
 The CLIP objects stand in for ComfyUI's, or are a real ComfyUI's: `pytest tests/comfyui --comfyui PATH`.
 """
 
+import inspect
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +40,12 @@ def same(found, expected):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * max(1.0, float(expected.std())))
 
 
+def encoded(encode, *args, **kwargs):
+    """(hidden states, pooled vector) of a CLIP without hooks."""
+    ((states, more),) = encode.encode_prompt(*args, **kwargs)
+    return states, more["pooled_output"]
+
+
 def trained(**config):
     """An adapter that is not the identity."""
     adapter = TextAdapter(**{"num_heads": 4, **config})
@@ -57,7 +65,7 @@ def sd1_clip(core, sd1):
 def older_clip(sd1):
     """As a core of 2023 reads texts: word by word."""
     model = CLIPTextModel.from_pretrained(sd1, subfolder="text_encoder").eval()
-    return stand_in.Clip({"l": (model, tiny.clip_tokenizer())}, by_word=True)
+    return stand_in.OlderClip({"l": (model, tiny.clip_tokenizer())})
 
 
 @pytest.fixture(scope="module")
@@ -115,9 +123,9 @@ def ours(pipe, text, conditioning):
 @pytest.mark.parametrize("conditioning", WINDOWS)
 @pytest.mark.parametrize("text", TEXTS)
 def test_stable_diffusion_1(encode, sd1_clip, sd1_pipe, text, conditioning, monkeypatch):
-    calls, encoded = [], sd1_clip.encode_from_tokens
-    monkeypatch.setattr(sd1_clip, "encode_from_tokens", lambda *a, **k: calls.append(a) or encoded(*a, **k))
-    states, _ = encode.encode_prompt(sd1_clip, text, conditioning)
+    calls, through = [], sd1_clip.encode_from_tokens
+    monkeypatch.setattr(sd1_clip, "encode_from_tokens", lambda *a, **k: calls.append(a) or through(*a, **k))
+    states, _ = encoded(encode, sd1_clip, text, conditioning)
     same(states, ours(sd1_pipe, text, conditioning)[0])
     assert len(calls) == 1
 
@@ -128,7 +136,7 @@ def test_stable_diffusion_2_pads_with_zero_and_has_the_key_h(core, encode, base_
     clip = core.clip({"h": (model, tiny.clip_tokenizer(pad_token="!"))})
     pipe = FixClipStableDiffusionPipeline.from_pretrained(folder)
     for text in (SHORT, LONG):
-        same(encode.encode_prompt(clip, text, "chunks")[0], ours(pipe, text, "chunks")[0])
+        same(encoded(encode, clip, text, "chunks")[0], ours(pipe, text, "chunks")[0])
 
 
 WORDS = st.sampled_from(["a red horse", "BOAT.", "Mr. Gray,", "etc. The", "end!", "(1888);", "ünïcödé", "🐙", "it's"])
@@ -140,7 +148,7 @@ def test_any_text(encode, sd1_clip, older_clip, sd1_pipe, words, conditioning):
     text = " ".join(words).replace("(", "[").replace(")", "]")  # brackets are weights in ComfyUI
     expected, _ = ours(sd1_pipe, text, conditioning)
     for clip in (sd1_clip, older_clip):
-        same(encode.encode_prompt(clip, text, conditioning)[0], expected)
+        same(encoded(encode, clip, text, conditioning)[0], expected)
 
 
 @pytest.mark.parametrize(
@@ -155,21 +163,21 @@ def test_the_text_is_put_together_as_it_was(encode, sd1_clip, text):
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_long_clip_in_one_pass(encode, long_clip, long_model, sd1, text):
     pipe = FixClipStableDiffusionPipeline.from_pretrained(sd1, encoder=FixClipTextEncoder.from_clip(long_model))
-    states, _ = encode.encode_prompt(long_clip, text)  # auto
+    states, _ = encoded(encode, long_clip, text)  # auto
     same(states, ours(pipe, text, "one_pass")[0])
 
 
 def test_short_prompts_beside_a_long_clip_are_the_base_s(encode, sd1_clip, long_clip):
-    short, _ = encode.encode_prompt(sd1_clip, SHORT, long_clip=long_clip)
-    same(short, encode.encode_prompt(sd1_clip, SHORT, "stock")[0])
-    long, _ = encode.encode_prompt(sd1_clip, LONG, long_clip=long_clip)
-    same(long, encode.encode_prompt(long_clip, LONG, "one_pass")[0])
+    short, _ = encoded(encode, sd1_clip, SHORT, long_clip=long_clip)
+    same(short, encoded(encode, sd1_clip, SHORT, "stock")[0])
+    long, _ = encoded(encode, sd1_clip, LONG, long_clip=long_clip)
+    same(long, encoded(encode, long_clip, LONG, "one_pass")[0])
 
 
 @pytest.mark.parametrize("conditioning", WINDOWS)
 @pytest.mark.parametrize("text", TEXTS)
 def test_stable_diffusion_xl(encode, xl_clip, xl_pipe, text, conditioning):
-    states, pooled = encode.encode_prompt(xl_clip, text, conditioning)
+    states, pooled = encoded(encode, xl_clip, text, conditioning)
     expected, expected_pooled = ours(xl_pipe, text, conditioning)
     same(states, expected)
     same(pooled, expected_pooled)
@@ -178,12 +186,12 @@ def test_stable_diffusion_xl(encode, xl_clip, xl_pipe, text, conditioning):
 @pytest.mark.parametrize("text", [SHORT, LONG])
 def test_stable_diffusion_xl_with_a_long_first_encoder(core, encode, xl_clip, xl_models, long_model, text):
     clip = core.clip({"l": (long_model, tiny.clip_tokenizer(248)), "g": xl_models["g"]})
-    states, _ = encode.encode_prompt(clip, text)
+    states, _ = encoded(encode, clip, text)
     with torch.no_grad():
         ids = torch.tensor(tiny.clip_tokenizer(248)(text, padding="max_length").input_ids)[None]
         first = long_model(ids, output_hidden_states=True).hidden_states[-2]
     same(states[..., :32], first[:, : states.shape[1]])
-    same(states[..., 32:], encode.encode_prompt(xl_clip, text, "overlap")[0][..., 32:])
+    same(states[..., 32:], encoded(encode, xl_clip, text, "overlap")[0][..., 32:])
 
 
 @pytest.mark.parametrize(
@@ -215,7 +223,7 @@ def test_adapters_act_as_in_the_pipeline(nodes, models_folder, sd1, sd1_clip, op
 def test_an_adapter_of_stable_diffusion_xl_goes_to_the_encoder_of_its_width(encode, xl, xl_clip):
     adapter = trained(width=32)
     pipe = FixClipStableDiffusionXLPipeline.from_pretrained(xl, adapter=(adapter, None), add_watermarker=False)
-    same(encode.encode_prompt(xl_clip, LONG, "overlap", adapter)[0], ours(pipe, LONG, "overlap")[0])
+    same(encoded(encode, xl_clip, LONG, "overlap", adapter)[0], ours(pipe, LONG, "overlap")[0])
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -225,21 +233,19 @@ def test_a_pair_of_adapters_of_stable_diffusion_xl_in_either_order(encode, xl, x
     pipe = FixClipStableDiffusionXLPipeline.from_pretrained(xl, adapter=pair, add_watermarker=False)
     expected = ours(pipe, text, "overlap")
     for one, other in (pair, pair[::-1]):
-        for found, wanted in zip(
-            encode.encode_prompt(xl_clip, text, adapter=one, adapter_2=other), expected, strict=True
-        ):
+        for found, wanted in zip(encoded(encode, xl_clip, text, adapter=one, adapter_2=other), expected, strict=True):
             same(found, wanted)
     with pytest.raises(ValueError, match=r"both adapters are for the text encoder 'l' \(width 32\)"):
-        encode.encode_prompt(xl_clip, text, adapter=pair[0], adapter_2=pair[0])
+        encoded(encode, xl_clip, text, adapter=pair[0], adapter_2=pair[0])
 
 
 @pytest.mark.parametrize("adapter", [None, "mlp"])
 def test_weights_stay_with_their_tokens(encode, sd1_clip, adapter):
     adapter = trained(width=32) if adapter else None
     text, weight = tiny.sentences(12), 1.5
-    plain, _ = encode.encode_prompt(sd1_clip, f"{text} zebra {SHORT}", "chunks", adapter)
-    heavy, _ = encode.encode_prompt(sd1_clip, f"{text} (zebra:{weight}) {SHORT}", "chunks", adapter)
-    empty, _ = encode.encode_prompt(sd1_clip, "", "chunks", adapter)
+    plain, _ = encoded(encode, sd1_clip, f"{text} zebra {SHORT}", "chunks", adapter)
+    heavy, _ = encoded(encode, sd1_clip, f"{text} (zebra:{weight}) {SHORT}", "chunks", adapter)
+    empty, _ = encoded(encode, sd1_clip, "", "chunks", adapter)
     assert heavy.shape == plain.shape
     changed = ((heavy - plain).abs() > 1e-5).any(-1)[0].nonzero()[:, 0].tolist()
     reading = encode.read_prompt(sd1_clip, f"{text} (zebra:{weight}) {SHORT}", "chunks")["l"]
@@ -256,7 +262,7 @@ def test_weights_beside_an_adapter_are_those_of_the_pipeline(encode, sd1_clip, s
     adapter = trained(width=32, kind="attention", scope=scope, mask_padding=True, conditioning="overlap")
     pipe = FixClipStableDiffusionPipeline.from_pretrained(sd1, adapter=adapter, weights="compel")
     text = f"{tiny.sentences(12)} {{}} {SHORT}"
-    found = encode.encode_prompt(sd1_clip, text.format("(zebra:1.5)"), adapter=adapter)[0]
+    found = encoded(encode, sd1_clip, text.format("(zebra:1.5)"), adapter=adapter)[0]
     same(found, ours(pipe, text.format("(zebra)1.5"), "overlap")[0])
 
 
@@ -270,7 +276,7 @@ def test_textual_inversions_are_not_cut(core, encode, sd1):
     assert reading.layout.pass_tokens()[0] == (0, 73)
     window = reading.windows(True)[1]
     assert all(torch.equal(token, vector) for (token, _), vector in zip(window[1:6], vectors, strict=True))
-    assert encode.encode_prompt(clip, text, "chunks")[0].shape == (1, 154, 32)
+    assert encoded(encode, clip, text, "chunks")[0].shape == (1, 154, 32)
 
 
 def test_clip_skip_of_the_core(real_core, encode, sd1_clip, sd1_pipe):
@@ -280,7 +286,7 @@ def test_clip_skip_of_the_core(real_core, encode, sd1_clip, sd1_pipe):
         sd1_pipe.conditioning = conditioning
         with torch.no_grad():
             expected = sd1_pipe.encode_prompt(LONG, "cpu", 1, False, clip_skip=1)[0]
-        same(encode.encode_prompt(skipped, LONG, conditioning)[0], expected)
+        same(encoded(encode, skipped, LONG, conditioning)[0], expected)
 
 
 def test_a_lora_of_the_core(real_core, encode, sd1, sd1_clip):
@@ -300,8 +306,8 @@ def test_a_lora_of_the_core(real_core, encode, sd1, sd1_clip):
     _, patched = load_lora_for_models(None, sd1_clip, lora, 0, 0.5)
     for conditioning in WINDOWS:
         expected = ours(pipe, LONG, conditioning)[0]
-        same(encode.encode_prompt(patched, LONG, conditioning)[0], expected)
-        plain, _ = encode.encode_prompt(sd1_clip, LONG, conditioning)
+        same(encoded(encode, patched, LONG, conditioning)[0], expected)
+        plain, _ = encoded(encode, sd1_clip, LONG, conditioning)
         assert (plain - expected).abs().max() > 0.1  # the other object of the same weights is as it was
 
 
@@ -310,9 +316,51 @@ def test_prompts_that_fit_are_the_core_s_own(real_core, encode, sd1_clip, xl_cli
         for text in ("", SHORT, "a (red:1.4) horse (near a boat:0.6)"):
             expected, pooled = clip.encode_from_tokens(clip.tokenize(text), return_pooled=True)
             for conditioning in ("stock", "chunks"):
-                states, own_pooled = encode.encode_prompt(clip, text, conditioning)
+                states, own_pooled = encoded(encode, clip, text, conditioning)
                 same(states, expected)
                 same(own_pooled, pooled)
+
+
+def test_hooks_of_the_clip_stay_with_the_conditioning(nodes, sd1_clip, monkeypatch):
+    """*Set CLIP Hooks* leaves them to the node that encodes, such as a LoRA for a part of the steps."""
+    monkeypatch.setattr(sd1_clip, "apply_hooks_to_conds", hooks := object(), raising=False)
+    (((_, more),),) = nodes["FixClipEncodeLongPrompt"](sd1_clip, LONG, "overlap")
+    assert more["hooks"] is hooks
+
+
+def test_a_clip_that_changes_during_sampling(encode, sd1_clip, monkeypatch):
+    """Core's own call gives one entry for each part of the steps; the windows of each are joined."""
+    plain = sd1_clip.encode_from_tokens
+
+    def scheduled(tokens):
+        states, pooled = plain(tokens, return_pooled=True)
+        return [
+            [k * states, {"pooled_output": pooled, "clip_start_percent": start}] for k, start in ((1, 0.0), (2, 0.5))
+        ]
+
+    monkeypatch.setattr(sd1_clip, "encode_from_tokens_scheduled", scheduled)
+    (first, more), (second, later) = encode.encode_prompt(sd1_clip, LONG, "overlap")
+    assert (more["clip_start_percent"], later["clip_start_percent"]) == (0.0, 0.5)
+    same(second, 2 * first)
+
+
+def test_a_checkpoint_without_a_text_encoder(nodes):
+    for node in ("FixClipEncodeLongPrompt", "FixClipTokenReport"):
+        with pytest.raises(ValueError, match="there is no CLIP: this checkpoint has no text encoder"):
+            nodes[node](None, SHORT, "auto")
+
+
+def test_the_report_reads_what_the_encoding_node_reads(encode, sd1_clip, long_clip, xl_clip):
+    assert encode.report_prompt(sd1_clip, LONG, long_clip=long_clip).conditioning == "one_pass"
+    assert encode.report_prompt(sd1_clip, SHORT, long_clip=long_clip).conditioning == "stock"
+    adapter = trained(width=32, kind="attention")
+    short = encode.report_prompt(sd1_clip, SHORT, "auto", adapter, long_clip)
+    assert short.adapter == "left out"
+    second = trained(width=48, kind="attention", scope="text", mask_padding=True, conditioning="chunks")
+    report = encode.report_prompt(xl_clip, LONG, adapter_2=second)
+    assert (report.conditioning, report.adapter) == ("chunks", "text")
+    with pytest.raises(ValueError, match="both adapters are for the text encoder 'g'"):
+        encode.report_prompt(xl_clip, LONG, adapter=second, adapter_2=second)
 
 
 def test_token_report(nodes, sd1_clip):
@@ -332,18 +380,43 @@ def test_token_report(nodes, sd1_clip):
 
 def test_refusals(encode, sd1_clip, long_clip):
     with pytest.raises(ValueError, match="needs a CLIP of more than 77 positions"):
-        encode.encode_prompt(sd1_clip, SHORT, "one_pass")
+        encoded(encode, sd1_clip, SHORT, "one_pass")
     with pytest.raises(ValueError, match="needs the original 77 position embeddings"):
-        encode.encode_prompt(long_clip, SHORT, "overlap")
+        encoded(encode, long_clip, SHORT, "overlap")
     with pytest.raises(ValueError, match="long_clip has 77 positions"):
-        encode.encode_prompt(sd1_clip, SHORT, long_clip=sd1_clip)
+        encoded(encode, sd1_clip, SHORT, long_clip=sd1_clip)
     with pytest.raises(ValueError, match="adapter of width 16 on a text encoder of width 32"):
-        encode.encode_prompt(sd1_clip, SHORT, "overlap", trained(width=16))
+        encoded(encode, sd1_clip, SHORT, "overlap", trained(width=16))
 
 
 def test_no_adapter_of_that_name(nodes):
     with pytest.raises(ValueError, match="no such file in models/fixclip"):
         nodes["FixClipLoadAdapter"](name="gone.safetensors")
+
+
+def test_an_adapter_that_was_written_anew_is_loaded_anew(packs, models_folder):
+    """ComfyUI asks a node whether the file behind a name has changed, else it keeps the node's last result."""
+    file = models_folder / "fixclip" / "again.safetensors"
+    for node in (pack["FixClipLoadAdapter"] for pack in packs):
+        changed = getattr(node, "fingerprint_inputs", None) or node.IS_CHANGED
+        file.unlink(missing_ok=True)
+        found = [changed(name=file.name)]
+        for time in (1_000, 2_000):
+            file.write_bytes(b"")
+            os.utime(file, (time, time))
+            found.append(changed(name=file.name))
+        assert found == [0.0, 1_000.0, 2_000.0]
+
+
+def test_both_kinds_of_core_see_the_same_inputs(packs):
+    today, older = packs
+    for name, node in older.items():
+        inputs = {place: port for ports in node.INPUT_TYPES().values() for place, port in ports.items()}
+        assert list(inputs) == [port.id for port in today[name].define_schema().inputs]
+        assert len(node.RETURN_TYPES) == len(today[name].define_schema().outputs)
+        given = dict.fromkeys(inputs)
+        inspect.signature(node().execute).bind(**given)
+        inspect.signature(today[name].execute).bind(**given)
 
 
 def loaded(code):
@@ -384,11 +457,14 @@ assert diffusers.FixClipStableDiffusionPipeline is FixClipStableDiffusionPipelin
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "comfyui" / "example_workflows").glob("*.json")), ids=lambda f: f.stem)
-def test_example_workflows_are_connected(nodes, file):
+def test_example_workflows_are_connected(packs, file):
     assert Image.open(file.with_suffix(".jpg")).width > 1000  # ComfyUI shows it beside the example's name
     workflow = json.loads(file.read_text(encoding="utf-8"))
     found = {node["id"]: node for node in workflow["nodes"]}
-    assert {node["type"] for node in found.values()} & set(nodes)
+    for node in found.values():
+        if node["type"] in packs[1]:
+            ports = [*packs[1][node["type"]].INPUT_TYPES()["optional"]]
+            assert [port["name"] for port in node["inputs"]] == ["clip", *ports]
     for number, source, out, target, place, kind in workflow["links"]:
         assert number in found[source]["outputs"][out]["links"]
         assert found[target]["inputs"][place]["link"] == number
