@@ -14,6 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from fixclip_core.check import LoadError, check_tokenizer, check_vocabulary, is_finite, loading
 from fixclip_core.evaluation.encoders import load_encoder
 from fixclip_core.model.fixclip import FixClip
+from fixclip_core.weights.files import open_weights
 from fixclip_core.weights.load import build_clip, load_fixclip
 from fixclip_core.weights.read import read_clip
 from fixclip_core.weights.text_encoder import read_text_encoder
@@ -88,6 +89,21 @@ def test_values_of_every_kind():
         assert is_finite(torch.tensor([-3.0, 3.0]).to(dtype))
         for value in ("nan", "inf", "-inf"):
             assert not is_finite(torch.tensor([0.0, float(value), 1.0]).to(dtype))
+
+
+def test_pickles_of_every_layout(tmp_path):
+    """Whatever the name says; of an archive, as torch.save writes it, tensors stay on the disk until they are used."""
+    weights = {"a": torch.randn(64, 64), "b": torch.arange(7)}
+    for name, archive in (("new.ckpt", True), ("new.safetensors", True), ("old.ckpt", False)):
+        torch.save({"state_dict": weights}, tmp_path / name, _use_new_zipfile_serialization=archive)
+        file = open_weights(tmp_path / name)
+        assert file.shapes == {"a": (64, 64), "b": (7,)}
+        found = file.load(weights)
+        assert all(torch.equal(found[key], weights[key]) for key in weights)
+        assert (name in Path("/proc/self/maps").read_text()) == (name == "new.ckpt")
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-2000])
+        with pytest.raises(LoadError, match=name):
+            open_weights(tmp_path / name)
 
 
 def test_text_encoders(tmp_path):

@@ -1,6 +1,7 @@
 """Weight files: safetensors, pickles and TorchScript archives, without ever running what is in them.
 
-`open_weights` reads names and shapes (of a safetensors file the header alone), tensors follow when they are asked for;
+`open_weights` reads names and shapes (of a safetensors file the header alone, of a pickle in an archive, as torch.save
+writes them, what points to the tensors), tensors follow when they are asked for;
 `load_weights` reads a whole file.
 """
 
@@ -66,9 +67,10 @@ def open_weights(path: str | Path) -> WeightFile:
             start = file.read(16)
         if start[8:9] == b"{":
             return _open_safetensors(path)
-        if start[:2] == b"PK" and _is_torchscript(path):
+        is_archive = start[:2] == b"PK"
+        if is_archive and _is_torchscript(path):
             return _in_memory(path, _load_torchscript(path), is_torchscript=True)
-        return _in_memory(path, _load_pickle(path))
+        return _in_memory(path, _load_pickle(path, is_archive))
 
 
 def load_weights(path: Path) -> tuple[dict[str, Tensor], bool]:
@@ -136,9 +138,12 @@ def _load_torchscript(path: Path) -> dict[str, Tensor]:
         raise LoadError(f"{path} is a damaged TorchScript archive: {str(error).splitlines()[0]}") from None
 
 
-def _load_pickle(path: Path) -> Any:
+def _load_pickle(path: Path, is_archive: bool) -> Any:
+    """Of an archive, as torch.save writes them, the tensors are read from the disk when they are used."""
     try:
-        with path.open("rb") as file:  # given a path, torch.load would go by the file's name
+        if is_archive and path.suffix != ".safetensors":  # given a path, torch.load goes by the file's name
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with path.open("rb") as file:
             return torch.load(file, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
