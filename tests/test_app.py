@@ -205,7 +205,7 @@ def test_the_api_is_named_and_documented(client):
         ({"width": 100_000}, "width is 100000: it must be a whole number from 16 to 1024"),
         ({"height": 33}, "height is 33: it must be a multiple of 8, like 32"),
         ({"height": -8}, "height is -8"),
-        ({"width": None}, "width is 'None': it must be a whole number"),
+        ({"width": None}, "width is empty: it must be a whole number"),
         ({"steps": 0}, "steps is 0: it must be a whole number from 1 to 100"),
         ({"steps": 2.5}, "steps is 2.5"),
         ({"steps": "__import__('os').getcwd()"}, "steps is \"__import__('os').getcwd()\""),
@@ -585,6 +585,12 @@ def test_the_token_view_gives_the_text_back(model, count, parts, conditioning):
     if parts:
         before = body[: body.index('<span class="fc-long">')]
         assert html.unescape(re.sub(r"<[^>]+>", "", before)) == report.text[: report.stock_cut]
+
+
+def test_a_prompt_beyond_the_page_s_limit_is_told_while_it_is_written(model):
+    report = model.token_report(LONG)
+    assert f"draws from {report.num_tokens - 1} tokens at most" in token_view(report, report.num_tokens - 1)
+    assert "at most" not in token_view(report, report.num_tokens)
 
 
 def test_without_embedded_weights_the_page_says_that_it_draws_noise(tmp_path, monkeypatch):

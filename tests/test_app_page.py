@@ -295,12 +295,28 @@ def test_a_damaged_link_opens_the_page_with_defaults(open_page):
     expect(page.get_by_role("spinbutton", name=re.compile("Steps")).first).to_have_value("20")
 
 
+def test_an_empty_prompt_survives_a_reload(open_page):
+    page = open_page()
+    type_prompt(page, "")
+    page.wait_for_function("location.hash.includes('prompt=&')")
+    page.reload()
+    page.wait_for_function("window.fixclipReady === true")
+    expect(prompt_box(page)).to_have_value("")
+
+
 def test_errors_are_told_on_the_page(open_page):
     page = open_page()
     type_prompt(page, "   ")
     page.get_by_role("button", name="Generate", exact=True).click()
     expect(page.get_by_text("The prompt is empty")).to_be_visible()
     expect(page.locator("#generate-status")).to_contain_text("Not done")
+    type_prompt(page, LONG)
+    quick(page, steps=300, size=64)
+    page.get_by_role("button", name="Generate", exact=True).click()
+    running = """() => document.querySelector('#generate-status .generating')
+        && getComputedStyle(document.querySelector('#generate-status .prose')).visibility"""
+    assert page.wait_for_function(running).json_value() == "hidden", "the last job's words beside the running one"
+    page.locator("#stop-generate").click()
 
 
 def test_a_sentence_shows_its_heat_map_by_pointer_and_by_keyboard(open_page):
@@ -367,6 +383,8 @@ def test_a_phone_is_wide_enough(open_page):
     page.get_by_role("button", name="Compare", exact=True).click()
     done(page, "compare")
     assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+    last, text = page.locator(".fc-key span").last.bounding_box(), page.locator(".fc-text").bounding_box()
+    assert last["x"] + last["width"] <= text["x"] + text["width"]
     boxes = [page.locator(selector).bounding_box() for selector in ("#prompt textarea", "#compare", "#steps")]
     for box in boxes:
         assert box["x"] >= 0

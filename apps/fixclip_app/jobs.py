@@ -90,7 +90,8 @@ def _number(name: str, value: Any, least: float, most: float, whole: bool = Fals
     words = name.replace("_", " ")
     valid = f"it must be {'a whole' if whole else 'a'} number from {least} to {most}"
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{words} is {str(value)[:40]!r}: {valid}.")
+        said = "empty" if value is None else repr(str(value)[:40])
+        raise ValueError(f"{words} is {said}: {valid}.")
     if (whole and value != int(value)) or not least <= value <= most:
         raise ValueError(f"{words} is {value}: {valid}.")
     return value
@@ -98,7 +99,7 @@ def _number(name: str, value: Any, least: float, most: float, whole: bool = Fals
 
 def settings_from_link(fragment: str, defaults: dict[str, Any], model: DemoModel, limits: Limits) -> dict[str, Any]:
     """The values in a link's fragment; what is missing or not valid keeps its default."""
-    sent = parse_qs(fragment.removeprefix("#")[: 4 * limits.characters], max_num_fields=50)
+    sent = parse_qs(fragment.removeprefix("#")[: 4 * limits.characters], keep_blank_values=True, max_num_fields=50)
     values = dict(defaults)
     for name, default in defaults.items():
         if name not in sent:

@@ -73,7 +73,7 @@ def build(pool: DevicePool, limits: Limits | None = None, max_waiting: int = 32)
             raise gr.Error(str(error), print_exception=False) from error
 
     def show_tokens(prompt: str) -> str:
-        return token_view(model.token_report((prompt or "")[: limits.characters]))
+        return token_view(model.token_report((prompt or "")[: limits.characters]), limits.tokens)
 
     def tokens(prompt: str) -> dict:
         """Count a prompt's tokens and say where a 77-token encoder and this one stop reading.
@@ -167,7 +167,7 @@ def build(pool: DevicePool, limits: Limits | None = None, max_waiting: int = 32)
                 prompt = gr.Textbox(
                     examples[0],
                     label="Prompt",
-                    info="As long as you like; Shift+Enter generates.",
+                    info=f"Up to {limits.tokens} tokens; Shift+Enter generates.",
                     lines=6,
                     max_lines=14,
                     max_length=limits.characters,

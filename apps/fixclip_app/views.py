@@ -22,7 +22,8 @@ STYLE = """
 .fc-text { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.9; max-height: 30em; overflow-y: auto;
   border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 8px 12px; }
 .fc-text span, .fc-key span { padding: 2px 0; border-radius: 3px; }
-.fc-key span { padding: 2px 8px; margin-right: 6px; white-space: nowrap; }
+.fc-key { display: flex; flex-wrap: wrap; gap: 6px; }
+.fc-key span { padding: 2px 8px; white-space: nowrap; }
 .fc-stock { background: rgba(59, 130, 246, .22); }
 .fc-long { background: rgba(34, 160, 70, .25); border-bottom: 2px solid rgba(34, 160, 70, .9); }
 .fc-odd { background: rgba(245, 140, 20, .25); border-bottom: 2px dotted rgba(245, 140, 20, .95); }
@@ -51,7 +52,9 @@ STYLE = """
 .fc-count { font-variant-numeric: tabular-nums; }
 #generate-status, #compare-status { min-height: 90px; }
 #generate-status .meta-text-center, #compare-status .meta-text-center { position: static; transform: none; }
-#generate-status:has(.progress-text) .prose, #compare-status:has(.progress-text) .prose { visibility: hidden; }
+/* What the last job left, while the next one runs: Gradio shows its bar, and after each preview a bare frame. */
+#generate-status:has(.progress-text, .generating) .prose,
+#compare-status:has(.progress-text, .generating) .prose { visibility: hidden; }
 #gallery .thumbnail-lg, #sheet .thumbnail-lg { display: flex; flex-direction: column; height: auto;
   aspect-ratio: auto; }
 #gallery .thumbnail-lg img, #sheet .thumbnail-lg img { height: auto; }
@@ -72,8 +75,13 @@ def _span(kind: str, text: str) -> str:
     return f'<span class="{kind}">{escape(text)}</span>'
 
 
-def token_view(report: TokenReport) -> str:
-    """The text coloured by where it falls, with a mark where a stock encoder stops reading."""
+def token_view(report: TokenReport, most: int | None = None) -> str:
+    """The text coloured by where it falls, with a mark where a stock encoder stops reading.
+
+    Args:
+        report: of the prompt.
+        most: tokens that the page draws from; a longer prompt is told so.
+    """
     text, stock_cut = report.text, report.stock_cut
     count = f'<p class="fc-count" role="status"><b id="fc-tokens">{report.num_tokens:,}</b> tokens. '
     if stock_cut is None:
@@ -89,6 +97,8 @@ def token_view(report: TokenReport) -> str:
         count += f"Conditioning “{escape(report.conditioning)}” reads it {how}{adapted}."
     else:
         count += "So does this one."
+    if most is not None and report.num_tokens > most:
+        count += f" <b>This page draws from {most:,} tokens at most.</b>"
     beyond: list[str] = []  # behind the stock encoder's 77 tokens
     start = stock_cut
     for number, item in enumerate(report.passes):
