@@ -445,6 +445,23 @@ def test_captions_that_end_before_the_77th_token(recipe, tmp_path, caplog):
     assert "fit into 77 tokens" not in caplog.text
 
 
+def test_a_start_whose_targets_are_what_the_base_gives_already(recipe, encoder_folder, tmp_path):
+    """The loss would be 0; another encoder, other windows or a plain wording leave something to learn."""
+    start = ["objectives.weight_long=0", "objectives.weight_windows=1", "objectives.short_share=0", *NO_SHORT]
+    with pytest.raises(ValueError, match=r"none of 12 captions in .* has a plain wording .* name model\.encoder"):
+        AdapterTrainer(recipe("run", *start)).prepare()
+    others = {
+        "encoder": [f"model.encoder={encoder_folder}"],
+        "chunks": ["model.conditioning=chunks"],
+        "plain": ["data.source=scenes-references", "data.start=0", "data.stop=8"],
+    }
+    for name, more in others.items():
+        train_again(recipe(name, *start, *more, "train.steps=1"))
+        assert metrics(tmp_path / name)[0]["loss_windows"] > 0
+    reset_accelerator()
+    smoke(AdapterTrainer, recipe("smoke", *start))
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -22,8 +22,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fixclip_core.data.config import READ_SCENES, DataConfig
-from fixclip_core.data.loader import Batch, Batches, Loader, open_samples
-from fixclip_core.data.samples import BadSampleError
+from fixclip_core.data.loader import Batch, Batches, Loader, open_samples, plain_wording
+from fixclip_core.data.samples import BadSampleError, Sample
 from fixclip_core.data.sources import Source
 from fixclip_core.files import write_atomically
 from fixclip_core.scenes import sheet
@@ -139,7 +139,9 @@ class AdapterTrainer(Trainer):
         self.resolution = self.recipe.data.resolution or _own_resolution(self.frozen)
         loader = make_loader(self.recipe, self.frozen, self.accelerator, self.batch_size, self.resolution, self.data)
         if self.accelerator.is_main_process:
-            check_lengths(loader.batches, self.frozen, self.recipe)
+            captions = some_captions(loader.batches)
+            check_targets(captions, self.frozen, self.recipe)
+            check_lengths([long for _, long in captions], self.frozen, self.recipe)
         return loader
 
     def is_new(self, name: str) -> bool:
@@ -571,23 +573,47 @@ def make_loader(
     return Loader(result, pin_memory=accelerator.device.type == "cuda")
 
 
-def check_lengths(loaded: Batches, frozen: FrozenModels, recipe: AdapterRecipe, looked_at: int = 256) -> None:
-    """Warn where no caption among a few hundred is longer than what the base reads anyway.
+def some_captions(loaded: Batches, looked_at: int = 256) -> list[tuple[Sample, str]]:
+    """A few hundred samples, their pictures not decoded, and their long captions."""
+    total = len(loaded.order)
+    found = []
+    for position in range(0, total, max(1, total // looked_at)):
+        try:
+            found.append(loaded.captions(0, loaded.order.index(0, position))[:2])
+        except BadSampleError:
+            continue  # counted and reported when its turn comes
+    return found
+
+
+def check_targets(captions: list[tuple[Sample, str]], frozen: FrozenModels, recipe: AdapterRecipe) -> None:
+    """Refuse a run without the UNet whose targets are the hidden states that the adapter starts from.
+
+    The base's own encoder in overlapping windows is its own teacher (`encode_windows_for_teacher`), unless that reads a
+    plain wording: the loss would be 0 from the first step on.
+
+    Raises:
+        ValueError: there is nothing to learn.
+    """
+    is_own = all(a.encoder is b.encoder for a, b in zip(frozen.encodings, frozen.teachers, strict=True))
+    if recipe.objectives.reads_noise or not is_own or frozen.prompt_encoder.conditioning.name != "overlap":
+        return
+    if captions and all(plain_wording(sample, long) == long for sample, long in captions):
+        raise ValueError(
+            "objectives.weight_windows: the base's own encoder gives the hidden states of overlapping windows already, "
+            f"and none of {len(captions)} captions in {recipe.data.source} has a plain wording (`plain`), so there is "
+            "nothing to learn without the UNet; set objectives.weight_long=1, or name model.encoder"
+        )
+
+
+def check_lengths(longs: list[str], frozen: FrozenModels, recipe: AdapterRecipe) -> None:
+    """Warn where no caption is longer than what the base reads anyway.
 
     Raises:
         ValueError: neither is there, and the adapter leaves short texts as they are: nothing would be trained.
     """
-    total = len(loaded.order)
-    positions = range(0, total, max(1, total // looked_at))
-    longs = []
-    for position in positions:
-        try:
-            longs.append(loaded.captions(0, loaded.order.index(0, position))[1])
-        except BadSampleError:
-            continue  # counted and reported when its turn comes
     if not longs or max(map(len, frozen.tokenizer(longs).input_ids)) > CLIP_CONTEXT_LENGTH:
         return
-    found = f"{loaded.config.source}: all of {len(longs)} captions fit into {CLIP_CONTEXT_LENGTH} tokens"
+    found = f"{recipe.data.source}: all of {len(longs)} captions fit into {CLIP_CONTEXT_LENGTH} tokens"
     keeps_short = not recipe.objectives.reads_short and all(e.context.short_length for e in frozen.encodings)
     if keeps_short and not recipe.lora.rank:
         raise ValueError(
@@ -630,7 +656,8 @@ def smoke_recipe(recipe: AdapterRecipe, folder: str | Path, batch_size: int = 2)
     changes: dict[str, dict[str, Any]] = {
         "model": {"encoder": None, "encoder_2": None},
         "adapter": {"start_from": None},
-        "data": {**READ_SCENES, "stop": 2 * batch_size, "workers": 0},
+        # Captions with plain wordings: whatever the objectives, there is something to learn.
+        "data": {**READ_SCENES, "source": "scenes-references", "stop": 2 * batch_size, "workers": 0},
         "captions": {"short_caption": "first_sentence", "filter_captions": False},
         "features": {"folder": None},
         # Half of a few draws: so that both kinds of captions have their turn.
