@@ -150,7 +150,10 @@ class FixClipStableDiffusionXLPipeline(LongPromptMixin, StableDiffusionXLPipelin
                 raise ValueError(f"adapter {str(adapter)!r}: {hub_reason(error)}") from error
         found = [name for name in names if (folder / name).is_dir()]
         if not found:
-            one = " it is one adapter, of Stable Diffusion 1.x or 2.x;" if is_adapter(folder) else ""
+            belongs = (
+                "one of a pair: name the folder around it" if folder.name in names else "of Stable Diffusion 1.x or 2.x"
+            )
+            one = f" it is one adapter, {belongs};" if is_adapter(folder) else ""
             raise ValueError(
                 f"adapter {str(adapter)!r}:{one} expected text_encoder/ or text_encoder_2/ in it, each an adapter"
             )

@@ -352,6 +352,7 @@ def test_parts_of_another_base_are_named_before_anything_large_is_read(folder, s
     monkeypatch.setattr(torch.nn.Module, "load_state_dict", lambda *args, **kwargs: pytest.fail("read"))
     for load, message in (
         (lambda: xl(folder, adapter=tmp_path / "one"), r"it is one adapter, of Stable Diffusion 1\.x or 2\.x"),
+        (lambda: xl(folder, adapter=tmp_path / "two" / "text_encoder"), "one of a pair: name the folder around it"),
         (lambda: sd(sd1, adapter=tmp_path / "two"), "there: adapters of Stable Diffusion XL's text encoders"),
         (
             lambda: xl(folder, adapter=tmp_path / "wide"),
