@@ -565,11 +565,13 @@ def test_two_processes_train_as_one_does(recipe_file, recipe, tmp_path):
     assert_equal(weights(tmp_path / "two"), weights(tmp_path / "one"), rtol=0, atol=1e-3)
 
 
-def test_smoke(recipe):
+def test_smoke(recipe, caplog):
     """With a local base smoke takes it as it is; the random one of full size is for the recipe's own check."""
     smoke(AdapterTrainer, recipe("run", f"samples.prompts=['{tiny.sentences(2)}']", "samples.steps=2"))
     reset_accelerator()
-    smoke(AdapterTrainer, recipe("run", "model.long_prompt=windows_77"))
+    with caplog.at_level(logging.WARNING):
+        smoke(AdapterTrainer, recipe("run", "model.long_prompt=windows_77", "optim.warmup_steps=100"))
+    assert "warming up" not in caplog.text
 
 
 def test_shipped_recipes_are_valid():

@@ -670,9 +670,11 @@ def test_what_is_wrong_with_the_data_is_said_before_models_are_loaded(recipe_fil
     )
 
 
-def test_smoke_trains_two_steps_and_leaves_nothing(recipe_file, tmp_path):
-    result = command(recipe_file(), "--smoke")
+def test_smoke_trains_two_steps_and_leaves_nothing(recipe_file, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        result = command(recipe_file(), "--smoke", "optim.warmup_steps=100")
     assert result.exit_code == 0, result.output
+    assert "warming up" not in caplog.text
     assert "Smoke test passed" in result.output
     assert not (tmp_path / "run").exists()
 

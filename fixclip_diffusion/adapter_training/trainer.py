@@ -651,7 +651,8 @@ def sample_sheet(columns: Mapping[str, list[Image.Image]], prompts: list[str]) -
 def smoke_recipe(recipe: AdapterRecipe, folder: str | Path, batch_size: int = 2) -> AdapterRecipe:
     """The recipe with a handful of generated samples at half its size, and two steps: does it start, step and save?
 
-    Models, adapter, weights of the objectives, optimizer and precision stay the recipe's.
+    Models, adapter, weights of the objectives, optimizer and precision stay the recipe's; two steps are too few for a
+    warm-up.
     """
     changes: dict[str, dict[str, Any]] = {
         "model": {"encoder": None, "encoder_2": None},
@@ -662,6 +663,7 @@ def smoke_recipe(recipe: AdapterRecipe, folder: str | Path, batch_size: int = 2)
         "features": {"folder": None},
         # Half of a few draws: so that both kinds of captions have their turn.
         "objectives": {"short_share": 0.5 if recipe.objectives.reads_short else 0.0},
+        "optim": {"warmup_steps": 0},
         "train": {"steps": 2, "batch_size": batch_size, "micro_batch_size": 1},
         "samples": {"prompts": recipe.samples.prompts[:1], "steps": 2},
         "output": {"folder": str(folder), "log_every": 1, "keep_last": 1, "trackers": []},

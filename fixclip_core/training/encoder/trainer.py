@@ -342,13 +342,14 @@ def _first_of_each(position_I: Tensor) -> Tensor:
 def smoke_recipe(recipe: EncoderRecipe, folder: str | Path, batch_size: int = 4) -> EncoderRecipe:
     """The recipe with random weights, generated samples and two steps: does it start, step, save and evaluate?
 
-    Model size, modules, losses, optimizer and precision stay the recipe's.
+    Model size, modules, losses, optimizer and precision stay the recipe's; two steps are too few for a warm-up.
     """
     micro = recipe.train.micro_batch_size and max(1, batch_size // 2)
     changes: dict[str, dict[str, Any]] = {
         "model": {"pretrained": None},
         "data": {**READ_SCENES, "stop": 2 * batch_size, "workers": 0},
         "captions": {"short_caption": "first_sentence", "filter_captions": False},
+        "optim": {"warmup_steps": 0},
         "train": {"steps": 2, "batch_size": batch_size, "micro_batch_size": micro},
         "eval": {**READ_SCENES, "stop": batch_size, "held_out": None, "batch_size": batch_size},
         "output": {"folder": str(folder), "log_every": 1, "keep_last": 1, "trackers": []},
