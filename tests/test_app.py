@@ -206,6 +206,7 @@ def test_the_api_is_named_and_documented(client):
         ({"height": 33}, "height is 33: it must be a multiple of 8, like 32"),
         ({"height": -8}, "height is -8"),
         ({"width": None}, "width is empty: it must be a whole number"),
+        ({"heat_maps": "yes"}, "heat maps is 'yes': it must be true or false"),
         ({"steps": 0}, "steps is 0: it must be a whole number from 1 to 100"),
         ({"steps": 2.5}, "steps is 2.5"),
         ({"steps": "__import__('os').getcwd()"}, "steps is \"__import__('os').getcwd()\""),

@@ -72,7 +72,8 @@ def check_settings(values: dict[str, Any], model: DemoModel, limits: Limits) -> 
         if clean[name] % 8:
             raise ValueError(f"{name} is {clean[name]}: it must be a multiple of 8, like {clean[name] // 8 * 8}.")
     clean["guidance_scale"] = _number("guidance_scale", values["guidance_scale"], 0, limits.guidance_scale)
-    clean["heat_maps"] = values.get("heat_maps") is True
+    if not isinstance(values.get("heat_maps", False), bool):
+        raise ValueError(f"heat maps is {str(values['heat_maps'])[:40]!r}: it must be true or false.")
     return Settings(**clean)
 
 
