@@ -427,6 +427,7 @@ def test_latents_alone_allow_new_captions_every_epoch(setup, tmp_path):
     [
         (("data.flip=true",), "features.folder: a cache holds one view of a picture"),
         (("features.text=true", "captions.short_caption=random_sentence"), "a cache holds one short caption a picture"),
+        (("features.text=true", "captions.short_caption=debiased"), "a cache holds one short caption a picture"),
     ],
 )
 def test_what_a_cache_cannot_hold_is_refused(sd1, tmp_path, override, message):

@@ -3,6 +3,7 @@
 import random
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,12 +14,15 @@ from tiny_clips import VOCAB_SIZE, tiny_clip, tiny_config
 from fixclip_core.data.captions import ShortCaptions, caption_pair
 from fixclip_core.data.config import DataConfig
 from fixclip_core.data.loader import build_loader, pad_before
+from fixclip_core.model.config import LONG_CLIP
 from fixclip_core.model.fixclip import FixClip, FixClipOutput
 from fixclip_core.training.encoder.losses.contrastive import contrastive_loss
 from fixclip_core.training.encoder.losses.gradcache import cached_backward
 from fixclip_core.training.encoder.losses.pca import pca_reconstruction, variance_reconstruction
-from fixclip_core.training.encoder.recipe import EncoderRecipe
+from fixclip_core.training.encoder.plan import Cluster, _probe_recipe
+from fixclip_core.training.encoder.recipe import EncoderRecipe, TrainSection
 from fixclip_core.training.encoder.task import ContrastiveTask, split_batch
+from fixclip_core.training.encoder.trainer import data_config, model_fields, smoke_recipe
 from fixclip_diffusion.adapter_training.recipe import AdapterRecipe
 
 PREPROCESS = {"size": 32, "mean": [0.5] * 3, "std": [0.5] * 3}
@@ -91,6 +95,10 @@ def test_the_loader_pads_short_captions_alone_and_alike_each_time():
         assert after[0] == 1
     again = next(loader(tokenizer, pad_short=True).epoch(0))
     assert torch.equal(padded.short_ids, again.short_ids)
+    last = padded.short_ids.argmax(dim=-1)  # the end-of-text tokens, before padding at most 100 from the start
+    assert plain.short_ids.argmax(dim=-1).max() < 100
+    assert last.max() > 150  # late positions are trained
+    assert len(set((last - plain.short_ids.argmax(dim=-1)).tolist())) == len(last)  # each text moves by its own draw
     with pytest.raises(ValueError, match="the tokenizer pads with 5, not 0"):
         loader(lambda texts: tokenizer(texts).clamp(min=5), pad_short=True)
 
@@ -138,11 +146,15 @@ def gradients(model, backward):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("branch", ["short", "long"])
-def test_their_loss_is_the_mean_of_plain_ones(branch):
+@pytest.mark.parametrize(
+    "fields",
+    [{**MODULES, "hierarchy_branch": "short"}, MODULES, {**LONG_CLIP, "pca_rank": 3}],
+    ids=["short", "long", "longclip"],
+)
+def test_their_loss_is_the_mean_of_plain_ones(fields):
     """Values and gradients against three passes with one short caption each; the first of them is aligned."""
-    model = FixClip.from_clip(tiny_clip(), tiny_config(), PREPROCESS, **MODULES, hierarchy_branch=branch)
-    batch, task = several_short(), ContrastiveTask(first_group=1)
+    model = FixClip.from_clip(tiny_clip(), tiny_config(), PREPROCESS, **fields)
+    batch, task = several_short(), ContrastiveTask.from_recipe(TrainSection(), model.config)
     found = {}
 
     def whole():
@@ -197,6 +209,76 @@ def test_padding_within_a_text_is_refused_where_all_before_its_end_is_text():
         AdapterRecipe.model_validate({**padded, "model": {"base": "builtin:scenes"}})
 
 
+# -- in every method -------------------------------------------------------------------------------------------------
+
+DRAWN = {"short_caption": "random_sentence"}
+OPTIONS = {  # of DeBias-CLIP, DreamLIP and HiMo-CLIP
+    "short_caption": {"captions": {"short_caption": "debiased"}},
+    "pad_short": {"captions": {**DRAWN, "pad_short": True}},
+    "num_short": {"captions": {**DRAWN, "num_short": 2}},
+    "weight_himo": {"train": {"weight_himo": 0.5}},
+}
+METHODS = {
+    "fixclip": {"method": "fixclip"},
+    "longclip": {"method": "longclip"},
+    "finetune": {"method": "finetune"},
+    "off": {"method": "fixclip", "model": {"short_branch": "off"}},
+}
+
+
+def recipe_of(method, option=None):
+    fields = {"captions": DRAWN, **METHODS[method], **OPTIONS.get(option, {})}
+    fields["model"] = {"name": "ViT-B-32", **MODULES, **fields.get("model", {})}
+    return EncoderRecipe.model_validate({"data": {"source": "scenes", "stop": 4, "workers": 0}, **fields})
+
+
+def loss_of(recipe):
+    """Of the first batch, with the model and the losses that the recipe's training has."""
+    transform = lambda image: torch.full((3, 32, 32), float(np.asarray(image).mean() / 255))  # noqa: E731
+    ids = lambda texts: tokenizer(texts).clamp(max=VOCAB_SIZE - 2).where(tokenizer(texts) < 99, VOCAB_SIZE - 1)  # noqa: E731
+    batch = next(build_loader(data_config(recipe, 4), transform=transform, tokenizer=ids).epoch(0))
+    model = FixClip.from_clip(tiny_clip(), tiny_config(), PREPROCESS, **model_fields(recipe))
+    with torch.no_grad():
+        return ContrastiveTask.from_recipe(recipe.train, model.config).batch_losses(model, batch)["loss"].item()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_option_acts_in_a_method_or_is_refused(method):
+    without = loss_of(recipe_of(method))
+    assert loss_of(recipe_of(method)) == without
+    for option in OPTIONS:
+        if method in ("finetune", "off") and option != "weight_himo":
+            why = {"finetune": "method=finetune", "off": r"model\.short_branch=off"}[method]
+            with pytest.raises(ValueError, match=rf"captions\.{option}=\w+: {why} reads no short caption"):
+                recipe_of(method, option)
+        else:
+            assert abs(loss_of(recipe_of(method, option)) - without) > 1e-4, option
+
+
+def test_short_captions_that_are_left_out_of_the_long_ones_or_aligned_act_without_a_short_branch():
+    fields = {"model": {"name": "ViT-B-32"}, "data": {"source": "scenes"}, "method": "finetune"}
+    captions = {"short_caption": "debiased", "drop_short_from_long": True}
+    assert EncoderRecipe.model_validate({**fields, "captions": captions}).captions.drop_short_from_long
+    aligned = {**fields, "captions": {"short_caption": "debiased"}, "train": {"weight_states": 1.0}}
+    assert EncoderRecipe.model_validate(aligned).captions.short_caption == "debiased"
+
+
+def test_a_share_of_variance_without_the_loss_is_refused():
+    fields = {"model": {"name": "ViT-B-32"}, "data": {"source": "scenes"}}
+    with pytest.raises(ValueError, match=r"train\.himo_variance=0\.5: it is a part of HiMo-CLIP's loss"):
+        EncoderRecipe.model_validate({**fields, "train": {"himo_variance": 0.5}})
+    train = {"himo_variance": 0.5, "weight_himo": 1.0}
+    assert EncoderRecipe.model_validate({**fields, "train": train}).train.himo_variance == 0.5
+
+
+def test_smoke_and_plan_sample_short_captions_as_the_recipe_says(tmp_path):
+    """Several of them were refused there, since both took the first sentence of generated data instead."""
+    recipe = recipe_of("fixclip", "num_short")
+    for probe in (smoke_recipe(recipe, tmp_path), _probe_recipe(recipe, Cluster(8, samples=1000), str(tmp_path))):
+        config = data_config(probe, 2)
+        assert (config.short_caption, config.num_short) == ("random_sentence", 2)
+
+
 # -- HiMo-CLIP -------------------------------------------------------------------------------------------------------
 
 
@@ -208,8 +290,9 @@ def features(batch, width, seed=0):
 @settings(deadline=None, max_examples=20)
 @given(share=st.floats(0.05, 1.0), batch=st.integers(3, 12))
 def test_components_are_the_fewest_that_hold_the_variance(share, batch):
+    """Values and gradients, of which none goes through the components."""
     text = features(batch, 6)
-    mean = text.mean(dim=0).detach()
+    mean = text.mean(dim=0)
     centred = (text - mean).detach()
     variances, directions = torch.linalg.eigh(centred.T @ centred)
     order = variances.argsort(descending=True)
@@ -218,8 +301,11 @@ def test_components_are_the_fewest_that_hold_the_variance(share, batch):
         held += float(variances[order[rank]] / variances.sum())
         rank += 1
     best = directions[:, order[: max(rank, 1)]]
-    expected = F.normalize((text - mean.clone()) @ best @ best.T + mean, dim=-1)
-    torch.testing.assert_close(variance_reconstruction(text, share), expected, atol=1e-7, rtol=1e-7)
+    expected = F.normalize((text - mean) @ best @ best.T + mean, dim=-1)
+    found = variance_reconstruction(text, share)
+    torch.testing.assert_close(found, expected, atol=1e-7, rtol=1e-7)
+    wanted, own = (torch.autograd.grad((kept**3).sum(), text, retain_graph=True) for kept in (expected, found))
+    torch.testing.assert_close(own, wanted, atol=1e-6, rtol=1e-6)
 
 
 def test_the_loss_of_the_components_joins_with_its_weight():

@@ -223,7 +223,7 @@ class AdapterRecipe(Section):
         data, captions = self.data, self.captions
         if data.random_crop or data.flip:
             raise ValueError("features.folder: a cache holds one view of a picture; set data.random_crop and data.flip")
-        if self.features.text and captions.short_caption.startswith("random"):
+        if self.features.text and captions.short_caption not in ("given", "first_sentence"):
             raise ValueError(
                 f"features.text: a cache holds one short caption a picture, captions.short_caption="
                 f"{captions.short_caption} draws new ones; set it to given or first_sentence, or features.text=false"

@@ -108,7 +108,7 @@ def _probe_recipe(recipe: EncoderRecipe, cluster: Cluster, folder: str) -> Encod
         changes["model"] = {"pretrained": None}
     if cluster.samples is not None:
         changes["data"] = {**READ_SCENES, "stop": 64, "workers": 0}
-        changes["captions"] = {"short_caption": "first_sentence", "filter_captions": False}
+        changes["captions"] = {"filter_captions": False}
     else:
         changes["data"] = {"workers": 0}
     return changed(recipe, changes)

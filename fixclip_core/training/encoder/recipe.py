@@ -98,15 +98,13 @@ class EncoderRecipe(Section):
         train, model = self.train, self.model
         if self.eval.held_out is not None and self.eval.source is not None:
             raise ValueError(f"eval.held_out={self.eval.held_out}: it is a share of the data; set eval.source=null")
-        if self.captions.num_short > 1 and train.weight_states:
-            raise ValueError(f"captions.num_short={self.captions.num_short}: state alignment reads one short caption")
-        if self.captions.pad_short and train.weight_states:
-            raise ValueError(
-                "captions.pad_short=true: state alignment would take this padding for text; set it to false"
-            )
         if train.weight_plain and not train.weight_states:
             raise ValueError(
                 f"train.weight_plain={train.weight_plain}: it is a part of state alignment; set weight_states"
+            )
+        if not train.weight_himo and train.himo_variance != TrainSection.model_fields["himo_variance"].default:
+            raise ValueError(
+                f"train.himo_variance={train.himo_variance}: it is a part of HiMo-CLIP's loss; set weight_himo"
             )
         aligned = model.num_groups - model.first_group + 1
         if self.method == "fixclip" and model.num_groups and aligned < 1:
@@ -121,4 +119,31 @@ class EncoderRecipe(Section):
                 f"train.micro_batch_size={train.micro_batch_size}: it must be at most "
                 f"train.batch_size={train.batch_size}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_short_captions(self) -> "EncoderRecipe":
+        captions, states = self.captions, self.train.weight_states
+        if captions.num_short > 1 and states:
+            raise ValueError(f"captions.num_short={captions.num_short}: state alignment reads one short caption")
+        if captions.pad_short and states:
+            raise ValueError(
+                "captions.pad_short=true: state alignment would take this padding for text; set it to false"
+            )
+        off = self.method == "finetune" or (self.method == "fixclip" and self.model.short_branch == "off")
+        if not off or states:
+            return self
+        # Where the short caption's sentences are left out of the long one, their choice acts on that.
+        idle = {
+            "num_short": captions.num_short > 1,
+            "pad_short": captions.pad_short,
+            "short_caption": captions.short_caption == "debiased" and not captions.drop_short_from_long,
+        }
+        why = "method=finetune" if self.method == "finetune" else "model.short_branch=off"
+        for name, is_set in idle.items():
+            if is_set:
+                raise ValueError(
+                    f"captions.{name}={getattr(captions, name)}: {why} reads no short caption, so it would not act; "
+                    "leave it out, or choose another method or short branch"
+                )
         return self

@@ -348,7 +348,7 @@ def smoke_recipe(recipe: EncoderRecipe, folder: str | Path, batch_size: int = 4)
     changes: dict[str, dict[str, Any]] = {
         "model": {"pretrained": None},
         "data": {**READ_SCENES, "stop": 2 * batch_size, "workers": 0},
-        "captions": {"short_caption": "first_sentence", "filter_captions": False},
+        "captions": {"filter_captions": False},
         "optim": {"warmup_steps": 0},
         "train": {"steps": 2, "batch_size": batch_size, "micro_batch_size": micro},
         "eval": {**READ_SCENES, "stop": batch_size, "held_out": None, "batch_size": batch_size},
