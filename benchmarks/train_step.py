@@ -45,14 +45,16 @@ import typer
 from torch import Tensor
 from tqdm import tqdm
 
+from fixclip_core.data.loader import Batch
 from fixclip_core.model.config import FINE_TUNE, LONG_CLIP, HiddenState
-from fixclip_core.model.fixclip import FixClip, FixClipOutput
+from fixclip_core.model.fixclip import FixClip
 from fixclip_core.model.image_tower import reader_mask, region_of_patch
 from fixclip_core.training.encoder.losses.contrastive import contrastive_loss
 from fixclip_core.training.encoder.losses.gradcache import cached_backward
-from fixclip_core.training.encoder.losses.hierarchical import hierarchical_losses
 from fixclip_core.training.encoder.losses.pca import pca_reconstruction
 from fixclip_core.training.encoder.losses.state_alignment import StateAlignment
+from fixclip_core.training.encoder.recipe import TrainSection
+from fixclip_core.training.encoder.task import ContrastiveTask, split_batch
 from fixclip_core.weights.load import load_fixclip
 
 CONTEXT_LENGTH = 248
@@ -100,76 +102,58 @@ def random_texts(lengths: list[int]) -> Tensor:
     return ids_BT
 
 
-def random_batch(setting: Setting, image_size: int) -> SimpleNamespace:
+def random_batch(setting: Setting, image_size: int) -> Batch:
     size = setting.batch_size
-    batch = {
-        "image": torch.randn(size, 3, image_size, image_size),
-        "long_ids": random_texts(caption_lengths(size, 120, 40, 40, CONTEXT_LENGTH)),
-        "short_ids": random_texts(caption_lengths(size, 20, 5, 8, 40)),
-        "seeds": torch.arange(size),
-    }
-    return SimpleNamespace(**{name: value.to(setting.device) for name, value in batch.items()})
-
-
-def split_batch(batch: SimpleNamespace, parts: int) -> list[SimpleNamespace]:
-    chunks = {name: value.chunk(parts) for name, value in vars(batch).items()}
-    return [SimpleNamespace(**dict(zip(chunks, values, strict=True))) for values in zip(*chunks.values(), strict=True)]
+    batch = Batch(
+        image=torch.randn(size, 3, image_size, image_size),
+        long_ids=random_texts(caption_lengths(size, 120, 40, 40, CONTEXT_LENGTH)),
+        short_ids=random_texts(caption_lengths(size, 20, 5, 8, 40)),
+        seeds=torch.arange(size),
+        keys=[str(number) for number in range(size)],
+    )
+    return batch.to(setting.device)
 
 
 # -- whole steps -------------------------------------------------------------------------------------------------
 
 
-def fix_clip(setting: Setting, **fields: Any) -> tuple[FixClip, SimpleNamespace]:
+def fix_clip(setting: Setting, **fields: Any) -> tuple[FixClip, Batch]:
     fields = {"num_prompts": setting.num_prompts} | fields
     model = load_fixclip(setting.model, **fields).to(setting.device)
     return model, random_batch(setting, model.config.clip["vision_cfg"]["image_size"])
 
 
-def losses_of(output: FixClipOutput) -> dict[str, Tensor]:
-    assert output.image_long_BE is not None
-    assert output.text_long_BE is not None
-    scale = output.logit_scale
-    total = contrastive_loss(output.image_long_BE, output.text_long_BE, scale)
-    if output.text_short_BE is not None:
-        image_BE = output.image_short_BE
-        if image_BE is None:
-            image_BE = pca_reconstruction(output.image_long_BE, PCA_RANK)
-        total = total + contrastive_loss(image_BE, output.text_short_BE, scale)
-    if output.image_mid_GBE is not None and output.text_mid_GBE is not None:
-        total = total + hierarchical_losses(output.image_mid_GBE, output.text_mid_GBE, scale).sum()
-    return {"loss": total}
+def task_of(model: FixClip, alignment: StateAlignment | None = None) -> ContrastiveTask:
+    """The losses of a training of this model, with the recipe's default weights."""
+    return ContrastiveTask.from_recipe(TrainSection(), model.config, alignment)
 
 
 def fix_clip_step(setting: Setting, **fields: Any) -> Step:
     model, batch = fix_clip(setting, **fields)
-    return model.parameters(), lambda: losses_of(model(batch))["loss"].backward()
+    task = task_of(model)
+    return model.parameters(), lambda: task.batch_losses(model, batch)["loss"].backward()
 
 
 def cached_step(setting: Setting) -> Step:
     model, batch = fix_clip(setting, masking="drop")
-    parts = split_batch(batch, 4)
-    return model.parameters(), lambda: cached_backward(parts, model, losses_of)
+    parts = split_batch(batch, setting.batch_size // 4)
+    return model.parameters(), lambda: cached_backward(parts, model, task_of(model).losses)
 
 
 def recomputed_step(setting: Setting) -> Step:
     model, batch = fix_clip(setting, masking="drop")
     model.set_grad_checkpointing()
-    return model.parameters(), lambda: losses_of(model(batch))["loss"].backward()
+    task = task_of(model)
+    return model.parameters(), lambda: task.batch_losses(model, batch)["loss"].backward()
 
 
 def aligned_step(setting: Setting, state: HiddenState) -> Step:
     model, batch = fix_clip(setting, masking="drop")
-    alignment = StateAlignment(model.base_text_tower(), state)
-
-    def step() -> None:
-        output = model(batch, state=state)
-        states = alignment.losses(batch, output, alignment.counts(batch))
-        (losses_of(output)["loss"] + states["loss"]).backward()
-
-    return model.parameters(), step
+    task = task_of(model, StateAlignment(model.base_text_tower(), state))
+    return model.parameters(), lambda: task.batch_losses(model, batch)["loss"].backward()
 
 
-def open_clip_at_248(setting: Setting) -> tuple[Any, SimpleNamespace]:
+def open_clip_at_248(setting: Setting) -> tuple[Any, Batch]:
     model = open_clip.create_model(setting.model, force_context_length=CONTEXT_LENGTH).to(setting.device)
     return model, random_batch(setting, open_clip.get_model_config(setting.model)["vision_cfg"]["image_size"])
 
@@ -314,7 +298,7 @@ VARIANTS: dict[str, tuple[str, Callable[[Setting], Step]]] = {
     "fine_tune_bucketed": ("fine-tuning, length buckets", lambda s: bucketed_step(s, with_short=False)),
     "our_long_clip": ("Long-CLIP recipe in this code", lambda s: fix_clip_step(s, **LONG_CLIP)),
     "our_fine_tune": ("fine-tuning in this code", lambda s: fix_clip_step(s, **FINE_TUNE)),
-    "fix_clip_cached": ("FIX-CLIP drop, GradCache in 4 parts", cached_step),
+    "fix_clip_cached": ("FIX-CLIP drop, GradCache, a quarter a pass", cached_step),
     "fix_clip_recomputed": ("FIX-CLIP drop, gradient checkpointing", recomputed_step),
     "fix_clip_states": ("FIX-CLIP drop, state alignment of the last states", lambda s: aligned_step(s, "last")),
     "fix_clip_penultimate": ("FIX-CLIP drop, of the penultimate ones", lambda s: aligned_step(s, "penultimate")),

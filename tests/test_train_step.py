@@ -1,12 +1,18 @@
 """The rivals' steps that benchmarks/train_step.py measures do what open_clip does."""
 
+import copy
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import open_clip
 import pytest
 import torch
 from tiny_clips import VOCAB_SIZE, tiny_clip
+
+from fixclip_core.model.config import FINE_TUNE, LONG_CLIP
+from fixclip_core.model.fixclip import FixClip
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import train_step
@@ -42,6 +48,73 @@ def test_buckets_hold_the_same_captions_sorted():
     mean = sum(float(batch.long_ids.argmax(-1).float().mean()) for batch in batches) / len(batches)
     mixed = train_step.random_batch(replace(SETTING, batch_size=32), 8).long_ids
     assert mean == pytest.approx(float(mixed.argmax(-1).float().mean()))
+
+
+TINY = {
+    "embed_dim": 64,
+    "vision_cfg": {"image_size": 32, "layers": 4, "width": 64, "head_width": 32, "patch_size": 8},
+    "text_cfg": {"context_length": 77, "vocab_size": train_step.EOS + 1, "width": 16, "heads": 2, "layers": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A model that open_clip knows by its name, and its setting."""
+    path = tmp_path_factory.mktemp("models") / "tiny-step.json"
+    path.write_text(json.dumps(TINY))
+    open_clip.add_model_config(path)
+    return replace(SETTING, model="tiny-step", batch_size=4)
+
+
+def step_of(variant, setting):
+    """What a variant trains, after one step."""
+    torch.manual_seed(0)
+    trained, step = train_step.VARIANTS[variant][1](setting)
+    trained = list(trained)
+    step()
+    return trained
+
+
+@pytest.mark.parametrize("variant", train_step.VARIANTS)
+def test_every_variant_takes_a_step(variant, tiny, monkeypatch):
+    monkeypatch.setattr(train_step, "LOSS_ROWS", 1024)
+    gradients = [parameter.grad for parameter in step_of(variant, tiny) if parameter.grad is not None]
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert sum(float(gradient.abs().sum()) for gradient in gradients) > 0
+
+
+@pytest.mark.parametrize(
+    ("own", "rivals", "fields"),
+    [
+        ("our_fine_tune", ("fine_tune", "fine_tune_bucketed"), FINE_TUNE),
+        ("our_long_clip", ("long_clip", "long_clip_bucketed"), {**LONG_CLIP, "pca_rank": 2}),
+    ],
+)
+def test_rivals_steps_have_the_gradients_of_ours(own, rivals, fields, tiny, monkeypatch):
+    """With the same weights at 248 positions and the same captions, so that equal work is compared."""
+    config = {**TINY, "text_cfg": {**TINY["text_cfg"], "context_length": train_step.CONTEXT_LENGTH}}
+    torch.manual_seed(0)
+    clip = open_clip.CLIP(**config)
+    model = FixClip.from_clip(copy.deepcopy(clip), config, {"size": 32}, ratio=1, **fields)
+    batch = train_step.random_batch(tiny, 32)
+    monkeypatch.setattr(train_step, "PCA_RANK", 2)
+    monkeypatch.setattr(train_step, "fix_clip", lambda setting, **_: (model, batch))
+    monkeypatch.setattr(train_step, "open_clip_at_248", lambda setting: (clip, batch))
+    monkeypatch.setattr(train_step, "bucketed_batches", lambda *_: [batch])
+    step_of(own, tiny)
+    wanted = [model.visual.conv1.weight.grad, model.text.token_embedding.weight.grad, model.logit_scale.grad]
+    for rival in rivals:
+        clip.zero_grad()
+        step_of(rival, tiny)
+        found = [clip.visual.conv1.weight.grad, clip.token_embedding.weight.grad, clip.logit_scale.grad]
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_steps_and_memory_are_measured_in_both_precisions(dtype, tiny):
+    found = train_step.measure("our_fine_tune", replace(tiny, steps=2, warmup=1, dtype=dtype))
+    assert len(found["seconds"]) == len(found["cpu_seconds"]) == 2
+    assert min(*found["seconds"], *found["cpu_seconds"], found["peak_mib"]) > 0
 
 
 def test_the_table_counts_all_batches_of_a_bucketed_step():
