@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from fixclip_core.training.encoder import plan
 from fixclip_core.training.encoder.recipe import EncoderRecipe
-from fixclip_core.training.encoder.trainer import EncoderTrainer
+from fixclip_core.training.encoder.trainer import EncoderTrainer, build_clip
 from fixclip_core.training.recipe import load_recipe
 
 CLIP = {
@@ -77,6 +77,9 @@ def test_the_plan_of_many_gpus_by_hand(recipe_file, tmp_path, gpus):
     assert f"{gpus * 500:,} samples/s, {megabytes} MB/s " in rows["storage"]
     assert " 110 KB a sample, given" in rows["storage"]
     assert f"{hours:.1f} hours, {hours * gpus:.0f} GPU hours" in rows["time"]
+    recipe = load_recipe(EncoderRecipe, recipe_file(), [])
+    trained = sum(parameter.numel() for parameter in build_clip(recipe).parameters())
+    assert f"{2 * 4 * trained / (own / 500) / 1e9:.2f} GB/s in and out of each GPU" in rows["network"]
     assert f"{hours * gpus * 2.5:.0f} " in rows["cost"]
     assert "500 samples/s" in rows["one GPU"]
     assert rows["one GPU"].endswith("given")

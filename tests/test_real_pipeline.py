@@ -3,15 +3,18 @@
 import inspect
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny as texts
 import torch
+import typer
 from hub import serve
 from PIL import Image
 from tiny_clips import tiny_transformers_clip
@@ -27,6 +30,7 @@ CAPTIONS = 4
 def clip(folder):
     """In transformers' format, 77 tokens."""
     tiny_transformers_clip(77, **VOCABULARY).save_pretrained(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"the same weights once more, which nobody needs")
     size = {"shortest_edge": 32}, {"height": 32, "width": 32}
     images = CLIPImageProcessor(size=size[0], crop_size=size[1])
     CLIPProcessor(images, texts.clip_tokenizer()).save_pretrained(folder)
@@ -58,6 +62,16 @@ def urban(folder, tmp):
             file.writestr(f"Urban1k/caption/{number}.txt", texts.sentences(10 + number)[5 * number :])
 
 
+def with_safety_checker(folder):
+    """The published pipeline names one, whose weights the script does not download."""
+    index = json.loads((folder / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / "safety_checker").mkdir()
+    (folder / "safety_checker" / "config.json").write_text("{}")
+    (folder / "safety_checker" / "model.safetensors").write_bytes(b"no weights")
+
+
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
     folder = tmp_path_factory.mktemp("repositories")
@@ -71,6 +85,7 @@ def hub(tmp_path_factory):
         unet=tiny.unet(cross_attention_dim=64),
     )
     sd.save_pretrained(folder / "sd")
+    with_safety_checker(folder / "sd")
     tiny.stable_diffusion_xl(tokenizer, texts.clip_tokenizer(pad_token="!")).save_pretrained(folder / "xl")
     (folder / "urban").mkdir()
     urban(folder / "urban", folder)
@@ -151,14 +166,31 @@ def test_every_conditioning_of_both_models_draws(outcome):
 def test_a_second_run_goes_on_where_it_was(outcome):
     out, _, again, before, downloads = outcome
     assert again.startswith("download   done\nparity     done\nretrieval  done\ndraw ")
+    assert re.search(r"^report +\d+ s$", again, re.MULTILINE)  # anew, of what there is now
     after = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
     assert {path for path in after if after[path] != before.get(path)} == {out / "images" / "XL-chunks" / "1.png"}
-    weights = [name for name in downloads if name.endswith((".safetensors", ".pt", ".zip"))]
+    weights = [name for name in downloads if name.endswith((".safetensors", ".pt", ".zip", ".bin"))]
     assert len(weights) == len(set(weights)) == 10
 
 
 def test_twenty_prompts_unless_told_otherwise(real):
     assert inspect.signature(real.main).parameters["prompts"].default == 20
+
+
+def test_recalls_are_held_to_half_a_point_of_the_published_ones(real):
+    assert real.is_within((68.2, 53.3), real.PUBLISHED["CLIP"])
+    assert not real.is_within((68.1, 52.8), real.PUBLISHED["CLIP"])
+    assert not real.is_within((82.7, 86.7), real.PUBLISHED["Long-CLIP"])
+
+
+def test_a_folder_goes_on_with_the_options_it_was_begun_with(real, tmp_path):
+    """Steps that are done would not heed others."""
+    settings = real.Settings(tmp_path, 20, 30, 7.0, False, "cpu")
+    real.keep_settings(settings)
+    real.keep_settings(replace(settings, device="cuda"))
+    for name, value in (("prompts", 5), ("steps", 50), ("guidance", 3.0), ("partial", True)):
+        with pytest.raises(typer.BadParameter, match=rf"{name}={value}: .* was begun with {getattr(settings, name)}"):
+            real.keep_settings(replace(settings, **{name: value}))
 
 
 def test_windows_must_beat_stock_behind_token_77(real):

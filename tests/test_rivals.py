@@ -1,6 +1,7 @@
 """Rivals' ideas as options of the recipe, against plain implementations."""
 
 import random
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -43,11 +44,13 @@ def test_debiased_short_captions_leave_the_summary_out(count, seed):
 
 def test_debiased_short_captions_are_of_every_length_and_order():
     sentences = [f"Sentence number {i} is here." for i in range(4)]
-    drawn = {
+    drawn = [
         caption_pair(" ".join(sentences), None, ShortCaptions("debiased"), random.Random(seed))[1]
         for seed in range(300)
-    }
-    assert len(drawn) == 3 + 6 + 6  # 1, 2 or 3 of three sentences, in any order
+    ]
+    assert len(set(drawn)) == 3 + 6 + 6  # 1, 2 or 3 of three sentences, in any order
+    lengths = Counter(short.count(".") for short in drawn)
+    assert all(80 < lengths[count] < 120 for count in (1, 2, 3))  # each number as often as another
 
 
 def plain_pad_before(ids, share):

@@ -1,5 +1,7 @@
 """The sampler of remote shards: every sample once, whatever the ranks and whenever their number changes."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -78,6 +80,12 @@ def test_a_dry_run_of_the_sampler():
     # A part is 628 samples, 6.28 shards; it lies in two or three windows of three shards, clipped to what it holds.
     assert 7 <= found.shards_of_rank[0] <= found.shards_of_rank[1] <= 12
     assert 1 < found.fetched_by_node < found.fetched_by_rank < 2
+    order = cluster.order()
+    shards = [{order.index(1, position) // 100 for position in range(628 * r, 628 * r + 628)} for r in range(16)]
+    nodes = [set().union(*shards[:8]), set().union(*shards[8:])]
+    held = lambda parts: sum(50 if shard == 100 else 100 for part in parts for shard in part) / 10_050  # noqa: E731
+    assert found.shards_of_rank == (sum(map(len, shards)) / 16, max(map(len, shards)))
+    assert (found.fetched_by_rank, found.fetched_by_node) == (held(shards), held(nodes))
     assert 3 <= found.open_shards <= 6
     assert 0 <= found.foreign_shards < 0.5
 
@@ -90,7 +98,16 @@ def test_a_sampler_that_reads_twice_is_found_out(monkeypatch):
         simulate(Cluster(10_050, 100, 16, 4, 3, 8))
 
 
-def test_the_command(monkeypatch):
+def test_thirty_million_samples_on_256_ranks_as_the_docs_show():
+    text = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    command = next(line for line in text.splitlines() if line.startswith("fixclip data sampler"))
+    result = CliRunner().invoke(app, command.split()[1:])
+    assert result.exit_code == 0, result.output
+    assert "--samples 30000000 --ranks 256" in command
+    assert f"```text\n{result.stdout}```" in text
+
+
+def test_the_command():
     options = ["--samples", "5000", "--shard-size", "50", "--ranks", "16", "--batch-size", "4", "--resume-ranks", "4"]
     result = CliRunner().invoke(app, ["data", "sampler", *options])
     assert result.exit_code == 0, result.output

@@ -4,7 +4,8 @@
     python pipelines/real/run.py --list                # the steps and what is done
     python pipelines/real/run.py --only parity --only retrieval
 
-Steps, each written to OUTPUT/STEP.json when it is done and not repeated then; a picture is written when it is drawn:
+Steps, each written to OUTPUT/STEP.json when it is done and not repeated then; a picture is written when it is drawn,
+and the report anew in each run. A folder goes on with the options it was begun with (OUTPUT/settings.json):
 
     download   the five repositories, through huggingface_hub (HF_ENDPOINT and HF_HOME are heeded)
     parity     hidden states layer by layer, in our classes and in the libraries that published the weights
@@ -21,7 +22,7 @@ import gc
 import json
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -61,6 +62,7 @@ PIPELINE_FILES = [
 # 2403.15378). Typed in, not fetched: look them up before a difference is blamed on this code.
 PUBLISHED = {"CLIP": (68.7, 52.8), "Long-CLIP": (82.7, 86.1)}
 WITHIN = 0.5
+DECIDING = ("prompts", "steps", "guidance", "partial")  # settings that a step's result depends on
 CONDITIONINGS = ("stock", "chunks", "overlap", "one_pass")
 WINDOWED = ("chunks", "overlap")  # all of the prompt in states that the UNet was trained with: these must beat stock
 BEHIND = "sentence_after"  # mean cosine of picture and sentences behind token 77, which stock never reads
@@ -99,6 +101,25 @@ class Settings:
         if not path.is_file():
             raise ValueError(f"{path} is missing: run the step {step} first")
         return json.loads(path.read_text())["result"]
+
+
+def keep_settings(settings: Settings) -> None:
+    """Note what decides the results in the folder.
+
+    Raises:
+        BadParameter: it was begun with another value, which the steps that are done have.
+    """
+    path = settings.output / "settings.json"
+    own = {name: getattr(settings, name) for name in DECIDING}
+    if not path.is_file():
+        write_atomically(path, (json.dumps(own) + "\n").encode())
+        return
+    begun = json.loads(path.read_text())
+    for name, value in own.items():
+        if begun[name] != value:
+            raise typer.BadParameter(
+                f"{name}={value}: {settings.output} was begun with {begun[name]}; give that, or another --output"
+            )
 
 
 def download(settings: Settings) -> dict[str, str]:
@@ -145,14 +166,18 @@ def retrieval(settings: Settings) -> dict[str, Any]:
         items = BenchmarkItems(data, encoder.preprocess)
         metrics = retrieval_report(encoder, items, data.name, data.protocol)["metrics"]
         own = [100 * metrics[f"{direction}_recall_at_1"] for direction in ("image_to_text", "text_to_image")]
-        differences = [a - b for a, b in zip(own, PUBLISHED[name], strict=True)]
         found[name] = {
             "measured": own,
             "published": PUBLISHED[name],
-            "within": all(abs(difference) <= WITHIN for difference in differences),
+            "within": is_within(own, PUBLISHED[name]),
             "protocol": data.protocol,
         }
     return found
+
+
+def is_within(measured: Sequence[float], published: Sequence[float]) -> bool:
+    """Whether each recall, in %, is at most `WITHIN` points from the published one."""
+    return all(abs(a - b) <= WITHIN for a, b in zip(measured, published, strict=True))
 
 
 def long_prompts(settings: Settings) -> Path:
@@ -274,6 +299,7 @@ STEPS: dict[str, Callable[[Settings], Any]] = {
     "download": download, "parity": parity, "retrieval": retrieval, "draw": draw, "score": score,
     "report": write_report,
 }  # fmt: skip
+REPORTED = ("parity", "retrieval", "draw", "score")
 
 
 def main(
@@ -293,10 +319,13 @@ def main(
         raise typer.BadParameter(f"step {unknown[0]!r}: valid are {', '.join(STEPS)}")
     settings = Settings(output, prompts, steps, guidance, partial, device or best_device())
     prepare_folder(output)
+    if not listed:
+        keep_settings(settings)
     for name, step in STEPS.items():
         path = output / f"{name}.json"
         wanted = name in only if only else not path.is_file()
-        if listed or not wanted:
+        can_report = name == "report" and all((output / f"{other}.json").is_file() for other in REPORTED)
+        if listed or not (wanted or can_report):
             typer.echo(f"{name:10} {'done' if path.is_file() else 'to do'}")
             continue
         start = time.perf_counter()
