@@ -3,7 +3,7 @@
     python benchmarks/adapter_step.py                          # a small model on this machine, about a minute
     python benchmarks/adapter_step.py --scale sd15 --rounds 3  # Stable Diffusion 1.5's sizes; meant for a GPU
 
-From the loader to the optimizer, on scenes, random weights, the same models and batch for all:
+From the loader to the optimizer, on scenes, random weights, the same models and batch for all, captions in one pass:
 
 - plain loop: encodes picture and caption in every step, noise prediction alone, written out in twenty lines;
 - no cache: ours with the same objective;
@@ -31,13 +31,14 @@ from typing import Annotated, Any, Literal
 import torch
 import typer
 from diffusers import AutoencoderKL, DDPMScheduler
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import CLIPTextModel
 
 from fixclip_core.training.optim import optimizer_step
 from fixclip_core.weights.write import clip_tokenizer
 from fixclip_diffusion import FixClipTextEncoder, FixClipTokenizer
-from fixclip_diffusion.adapter_training.features import FrozenModels
+from fixclip_diffusion.adapter_training.features import FrozenModels, unpack_layouts
 from fixclip_diffusion.adapter_training.random_models import random_models
 from fixclip_diffusion.adapter_training.recipe import AdapterRecipe
 from fixclip_diffusion.adapter_training.trainer import AdapterTrainer
@@ -81,7 +82,7 @@ def build_recipe(system: str, scale: Scale, batch_size: int, folder: Path) -> Ad
     if "features" in changes:
         changes["features"]["folder"] = str(folder / f"cache-{changes['features']['text']}")
     sections: dict[str, Any] = {
-        "model": {"base": "random"},
+        "model": {"base": "random", "conditioning": "one_pass"},
         "data": {
             "source": "scenes",
             "stop": 16 * batch_size,
@@ -106,26 +107,30 @@ def endless(run: AdapterTrainer) -> Iterator[Any]:
         epoch += 1
 
 
-def build(system: str, scale: Scale, batch_size: int, models: FrozenModels, folder: Path) -> Callable[[], None]:
-    """The function that takes one step."""
+def build(
+    system: str, scale: Scale, batch_size: int, models: FrozenModels, folder: Path
+) -> tuple[AdapterTrainer, Callable[[], None]]:
+    """The run, and the function that takes one step of it."""
     run = AdapterTrainer(build_recipe(system, scale, batch_size, folder), models).prepare()
     loader, device = endless(run), run.accelerator.device
     if system == "plain loop":
-        return lambda: plain_step(run, next(loader).to(device))
+        return run, lambda: plain_step(run, next(loader).to(device))
 
     def step() -> None:
         run.forward_backward(next(loader))
         optimizer_step(run.accelerator, run.model, run.optimizer, 1.0)
 
-    return step
+    return run, step
 
 
 def plain_step(run: AdapterTrainer, batch: Any) -> None:
     frozen = run.frozen
-    dtype = frozen.unet.dtype
+    dtype, (encoding, *_) = frozen.unet.dtype, frozen.encodings
+    rows = [layout.ids_NP.flatten() for layout in unpack_layouts(batch.long_ids)]
+    ids_BT = pad_sequence(rows, batch_first=True, padding_value=encoding.context.end_id).to(run.accelerator.device)
     with torch.no_grad():
         latents = frozen.vae.encode(batch.image.to(dtype)).latent_dist.sample() * frozen.vae.config.scaling_factor
-        states = frozen.encodings[0].encoder(batch.long_ids).last_hidden_state
+        states = encoding.encoder(ids_BT).last_hidden_state
     noise = torch.randn_like(latents)
     timesteps = torch.randint(1000, (len(latents),), device=latents.device)
     noisy = frozen.scheduler.add_noise(latents, noise, timesteps)
@@ -141,7 +146,7 @@ def plain_step(run: AdapterTrainer, batch: Any) -> None:
 def measure_times(scale: Scale, batch_size: int, rounds: int, folder: Path) -> dict[str, float]:
     """Median seconds of a step of every system; they take turns."""
     models = build_models(scale)
-    steps = {system: build(system, scale, batch_size, models, folder) for system in SYSTEMS}
+    steps = {system: build(system, scale, batch_size, models, folder)[1] for system in SYSTEMS}
     times: dict[str, list[float]] = {system: [] for system in SYSTEMS}
     for index in tqdm(range(rounds + 1), desc="rounds"):
         for system in list(SYSTEMS)[:: 1 if index % 2 else -1]:
@@ -156,7 +161,7 @@ def measure_times(scale: Scale, batch_size: int, rounds: int, folder: Path) -> d
 
 def added_memory(system: str, scale: Scale, batch_size: int, folder: Path) -> float:
     """MiB that three steps add to what the process, its models and its cache took; measured in this process."""
-    step = build(system, scale, batch_size, build_models(scale), folder)
+    _, step = build(system, scale, batch_size, build_models(scale), folder)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -220,6 +220,7 @@ OPTIONS = {  # of DeBias-CLIP, DreamLIP and HiMo-CLIP
     "pad_short": {"captions": {**DRAWN, "pad_short": True}},
     "num_short": {"captions": {**DRAWN, "num_short": 2}},
     "weight_himo": {"train": {"weight_himo": 0.5}},
+    "himo_variance": {"train": {"weight_himo": 0.5, "himo_variance": 0.3}},
 }
 METHODS = {
     "fixclip": {"method": "fixclip"},
@@ -250,12 +251,14 @@ def test_an_option_acts_in_a_method_or_is_refused(method):
     without = loss_of(recipe_of(method))
     assert loss_of(recipe_of(method)) == without
     for option in OPTIONS:
-        if method in ("finetune", "off") and option != "weight_himo":
+        if method in ("finetune", "off") and not option.endswith(("himo", "variance")):
             why = {"finetune": "method=finetune", "off": r"model\.short_branch=off"}[method]
             with pytest.raises(ValueError, match=rf"captions\.{option}=\w+: {why} reads no short caption"):
                 recipe_of(method, option)
         else:
             assert abs(loss_of(recipe_of(method, option)) - without) > 1e-4, option
+    losses = [loss_of(recipe_of(method, share)) for share in ("weight_himo", "himo_variance")]
+    assert abs(losses[0] - losses[1]) > 1e-4
 
 
 def test_short_captions_that_are_left_out_of_the_long_ones_or_aligned_act_without_a_short_branch():
