@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 import json
+from functools import partial
+from operator import attrgetter
 
 import open_clip
 import pytest
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from fixclip_core.data.captions import shared_tokens
@@ -23,9 +26,10 @@ from fixclip_core.data.loader import Batch
 from fixclip_core.model.config import FINE_TUNE, LONG_CLIP
 from fixclip_core.model.fixclip import FixClip
 from fixclip_core.model.windows import NO_WINDOW, num_overlapping, overlapping_windows, window_and_offset
+from fixclip_core.training.encoder.losses.gradcache import cached_backward
 from fixclip_core.training.encoder.losses.state_alignment import plain_wording_loss, state_alignment_loss, window_states
 from fixclip_core.training.encoder.recipe import EncoderRecipe, TrainSection
-from fixclip_core.training.encoder.task import ContrastiveTask, forward_backward, make_alignment
+from fixclip_core.training.encoder.task import ContrastiveTask, forward_backward, make_alignment, split_batch
 from fixclip_core.training.encoder.trainer import EncoderTrainer, build_clip
 from fixclip_core.training.recipe import load_recipe
 from fixclip_diffusion.conditioning import CONDITIONINGS, Break, Context, PromptTokens
@@ -99,13 +103,14 @@ def plain_windows(ids):
     return [(first, torch.cat([ids[:1], piece, ids[-1:]])) for first, piece in windows]
 
 
-def plain_states(text, positions, ids, state):
-    """Every token's hidden state in one causal pass, by open_clip's own blocks."""
+def plain_states(text, positions, ids, state, weights=None):
+    """Every token's hidden state in one causal pass, by open_clip's own blocks, or by these with other weights."""
     x = (text.token_embedding(ids) + positions[: len(ids)])[None]
     mask = torch.full((len(ids), len(ids)), -torch.inf, dtype=x.dtype).triu(1)
     blocks = list(text.transformer.resblocks)
-    for block in blocks if state == "last" else blocks[:-1]:
-        x = block(x, attn_mask=mask)
+    weights = [dict(block.named_parameters()) for block in blocks] if weights is None else weights
+    for block, own in list(zip(blocks, weights, strict=True))[: None if state == "last" else -1]:
+        x = functional_call(block, own, (x,), {"attn_mask": mask})
     return (text.ln_final(x) if state == "last" else x)[0]
 
 
@@ -121,17 +126,15 @@ def plain_targets(clip, ids, state):
 
 
 def plain_loss(clip, model, batch, state):
-    """The loss of `losses.state_alignment` in the tokens of the batch."""
-    text = open_clip.CLIP(**CLIP).double()  # open_clip's blocks with the trained tower's weights
+    """The loss of `losses.state_alignment` in the tokens of the batch: open_clip's blocks with the trained weights."""
+    text = open_clip.CLIP(**CLIP).double()
     text.token_embedding, text.ln_final = model.text.token_embedding, model.text.ln_final
+    names = [name for name, _ in text.transformer.resblocks[0].named_parameters()]
+    weights = [{name: attrgetter(name)(block) for name in names} for block in model.text.blocks]
     errors = []
     for ids in torch.cat([batch.long_ids, batch.short_ids]):
         ids = ids[: ids.argmax() + 1]
-        x = (model.text.token_embedding(ids) + model.text.positions()[: len(ids)])[None]
-        blocks = list(model.text.blocks)
-        for block in blocks if state == "last" else blocks[:-1]:
-            x = block(x)
-        states = (model.text.ln_final(x) if state == "last" else x)[0, :-1]
+        states = plain_states(text, model.text.positions(), ids, state, weights)[:-1]
         errors += [(a - b).square().mean() for a, b in zip(states, plain_targets(clip, ids, state), strict=True)]
     return torch.stack(errors).sum() / len(errors)
 
@@ -192,7 +195,16 @@ def test_states_of_the_base_are_those_of_open_clip(state):
 
 
 @pytest.mark.parametrize("state", ["last", "penultimate"])
-@pytest.mark.parametrize("fields", [{"num_groups": 1, "first_group": 1}, LONG_CLIP | {"pca_rank": 3}, FINE_TUNE])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_groups": 1, "first_group": 1},
+        LONG_CLIP | {"pca_rank": 3},
+        FINE_TUNE,
+        {"lora_rank": 2},
+        {"positions": "kept"},
+    ],
+)
 def test_values_and_gradients_are_those_of_the_formula(fields, state):
     clip = base_clip()
     model = made_of(clip, **fields)
@@ -391,14 +403,35 @@ def _two_processes(rank, folder):
     losses = task.batch_losses(wrapped, mine)
     losses["loss"].backward()
     result = {"gradients": gradients(model), "loss_states": losses["loss_states"].detach()}
+    model.zero_grad()
+    in_parts(task, wrapped, mine, no_sync=wrapped.no_sync)
+    result["in_parts"] = gradients(model)
     model, task = aligned()
     model.logit_scale = torch.nn.Parameter(model.logit_scale.detach().reshape(1))  # a scalar cannot be sharded
     sharded(model)
     losses = task.batch_losses(model, mine)
     losses["loss"].sum().backward()
-    result["sharded"] = {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None}
+    result["sharded"] = whole_gradients(model)
+    model.zero_grad()
+    in_parts(task, model, mine)
+    result["sharded in parts"] = whole_gradients(model)
     torch.save(result, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+
+
+def in_parts(task, model, batch, **options):
+    """The step of a micro batch of 1, as `forward_backward` takes it."""
+    options |= {"backward": lambda loss: loss.sum().backward(), "own_losses": task.own_losses(batch)}
+    cached_backward(split_batch(batch, 1), partial(task.encode, model), one_loss(task.losses), **options)
+
+
+def one_loss(losses):
+    """The losses with a scalar to minimise, also where the logit scale is a vector of one."""
+    return lambda output: {name: loss.sum() for name, loss in losses(output).items()}
+
+
+def whole_gradients(model):
+    return {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None}
 
 
 def sharded(model):
@@ -419,9 +452,9 @@ def test_two_processes_sharded_or_not_equal_one_however_uneven_their_captions(tm
     )
     for result in results:
         expected = gradients(model)
-        torch.testing.assert_close(result["gradients"], expected)
         shapes = {name: grad.shape for name, grad in expected.items()}
-        torch.testing.assert_close({n: g.reshape(shapes[n]) for n, g in result["sharded"].items()}, expected)
+        for name in ("gradients", "in_parts", "sharded", "sharded in parts"):
+            torch.testing.assert_close({n: g.reshape(shapes[n]) for n, g in result[name].items()}, expected)
 
 
 # -- a run ---------------------------------------------------------------------------------------------------------
