@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -184,7 +184,7 @@ class PromptEncoder:
         def adapted(layout: Layout, states_NPD: Tensor) -> Tensor:
             return states_NPD if adapter is None else adapt_rows(adapter, states_NPD, layout, context.end_id)
 
-        passes, pooled = encode_passes(encode, layouts, context)
+        passes, pooled = encode_passes(encode, layouts, context, _hides_padding(encoding.encoder))
         rows = []
         for layout, plain_NPD in zip(layouts, passes, strict=True):
             states_NPD = adapted(layout, plain_NPD)
@@ -235,31 +235,40 @@ def positions_of_text(ids_NP: Tensor, end_id: int) -> Tensor:
     return (place_1P < text_lengths(ids_NP, end_id)[:, None]).long()
 
 
+def _hides_padding(encoder: Any) -> bool:
+    """Whether a pass is read as if nothing were behind its text: not by adapters of version 0.1 that attend to it."""
+    adapter = getattr(encoder, "adapter", None)
+    return adapter is None or adapter.config["kind"] == "mlp" or adapter.config["mask_padding"]
+
+
 def encode_passes(
-    encode: Encode, layouts: Sequence[Layout], context: Context
+    encode: Encode, layouts: Sequence[Layout], context: Context, hides_padding: bool = True
 ) -> tuple[list[Tensor], list[Tensor] | None]:
     """Hidden states (N, P, D) of each layout's passes, and the pooled vector (E,) of each one's first pass.
 
     Passes of up to 77 positions run together and longer ones run together, `PASSES_AT_ONCE` at a time. Causal attention
-    hides the padding from the text, so that each pass gives what it would give alone.
+    hides the padding from the text, so that each pass gives what it would give alone. Where an adapter does not, only
+    passes of the same size run together.
 
     Args:
         encode: ids (N, P) to hidden states (N, P, D) and pooled vectors (N, E) or None.
         layouts: of the prompts.
         context: of the text encoder.
+        hides_padding: whether states do not depend on what stands behind a text.
     """
     states: list[Tensor] = [torch.empty(0)] * len(layouts)
     pooled: list[Tensor] = []
     order: list[int] = []
-    is_short = [layout.ids_NP.shape[1] <= context.short_length for layout in layouts]
-    for kind in sorted(set(is_short), reverse=True):
-        members = [number for number, short in enumerate(is_short) if short == kind]
-        size = max(layouts[number].ids_NP.shape[1] for number in members)
+    sizes = [layout.ids_NP.shape[1] for layout in layouts]
+    kinds = [int(size > context.short_length) if hides_padding else size for size in sizes]
+    for kind in sorted(set(kinds)):
+        members = [number for number, own in enumerate(kinds) if own == kind]
+        size = max(sizes[number] for number in members)
         ids_NP = torch.cat([_padded(layouts[number].ids_NP, size, context.pad_id) for number in members])
         outputs = [encode(part_NP) for part_NP in ids_NP.split(PASSES_AT_ONCE)]
         counts = [len(layouts[number].ids_NP) for number in members]
         for number, part in zip(members, torch.cat([out[0] for out in outputs]).split(counts), strict=True):
-            states[number] = part[:, : layouts[number].ids_NP.shape[1]]
+            states[number] = part[:, : sizes[number]]
         if outputs[0][1] is not None:
             pooled += [part[0] for part in torch.cat([cast(Tensor, out[1]) for out in outputs]).split(counts)]
             order += members

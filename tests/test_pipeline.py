@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import tiny
+import tiny_adapter
 import torch
 from diffusers import (
     ControlNetModel,
@@ -217,7 +218,45 @@ def test_each_prompt_of_a_batch_is_drawn_as_if_alone(any_way):
     together = picture(any_way, prompts, negative_prompt=negatives)
     for number, (prompt, negative) in enumerate(zip(prompts, negatives, strict=True)):
         alone = picture(any_way, prompt, seed=1 + number, negative_prompt=negative)
-        np.testing.assert_allclose(together[number], alone[0], atol=1e-4)
+        np.testing.assert_allclose(together[number], alone[0], rtol=0, atol=1e-5)
+
+
+def test_a_trained_encoder_draws_each_prompt_of_a_batch_as_if_alone(folder, trained_encoder, tmp_path):
+    """With padding masked, as an export says: one pass of as many rows as each prompt has tokens."""
+    encoder = FixClipTextEncoder.from_pretrained(trained_encoder)
+    encoder.config.padding = "mask"
+    encoder.save_pretrained(tmp_path)
+    pipe = FixClipStableDiffusionPipeline.from_pretrained(folder, encoder=tmp_path)
+    assert pipe.prompt_encoder.encodings[0].context.padding == "mask"
+    prompts = [SHORT, LONG, tiny.sentences(9)]
+    together = picture(pipe, prompts, negative_prompt="bad")
+    for number, prompt in enumerate(prompts):
+        alone = picture(pipe, prompt, seed=1 + number, negative_prompt="bad")
+        np.testing.assert_allclose(together[number], alone[0], rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kind": "mlp"},
+        {"kind": "attention"},  # as in version 0.1: it attends to padding
+        {"kind": "attention", "mask_padding": True},
+        {"kind": "attention", "mask_padding": True, "scope": "text"},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_no_row_of_a_batch_depends_on_another_behind_any_adapter(any_way, options):
+    encoder, prompts = any_way.text_encoder, [SHORT, LONG, tiny.sentences(9), VERY_LONG]
+    encoder.set_adapter_module(tiny_adapter.randomize(TextAdapter(32, num_heads=4, hidden_width=16, **options)))
+    try:
+        together = any_way.encode_prompt(prompts, "cpu", 1, False)[0]
+        for number, prompt in enumerate(prompts):
+            alone = any_way.encode_prompt(prompt, "cpu", 1, False)[0][0]
+            torch.testing.assert_close(together[number, : len(alone)], alone, rtol=1e-5, atol=1e-5)
+            assert not together[number, len(alone) :].any()
+    finally:
+        encoder.set_adapter_module(None)
 
 
 def test_without_the_mask_a_batch_would_matter(ours):
