@@ -20,6 +20,7 @@ from fixclip_diffusion.adapter_training.objectives import (
     noise_target,
     snr_weight,
 )
+from fixclip_diffusion.adapter_training.objectives.step import adapted_embeds
 from fixclip_diffusion.adapter_training.recipe import ObjectivesSection
 from fixclip_diffusion.state_mask import mask_empty_states
 from fixclip_diffusion.tiny import WIDTH, unet
@@ -191,14 +192,9 @@ def test_the_adapter_runs_once_for_each_caption_whatever_the_number_of_draws(den
     assert sum(seen) == 2 * len(features) + 1, "and the empty one"
 
 
-@pytest.mark.parametrize("mask", [False, True])
-def test_the_adapter_sees_one_pass_at_a_time(denoiser, mask):
-    """Captions of one to three passes whose rows are joined out of order and overlapping, each by itself and by
-    hand."""
+def captions_of_passes(size, passes):
+    """Captions of so many passes of 3 tokens of text and padding; rows of the embeds are the first 7 of text."""
     torch.manual_seed(4)
-    sizes = {"hidden_width": 8, "num_heads": 4, "max_tokens": LONG, "mask_padding": mask}
-    adapter = randomize(TextAdapter(WIDTH, "attention", **sizes))
-    size, passes = 4, [1, 3, 2, 1]
     states = torch.randn(4, 12, WIDTH)
     text = torch.full((4, 12), -1)
     source = torch.full((4, 7), -1)
@@ -207,7 +203,45 @@ def test_the_adapter_sees_one_pass_at_a_time(denoiser, mask):
         states[row, size * number :] = 0
         kept = [place for place in range(size * number) if place % size != 3][:7]
         source[row, : len(kept)] = torch.tensor(kept)
-    captions = CaptionStates(states, text, source, torch.full((4,), size))
+    return CaptionStates(states, text, source, torch.full((4,), size))
+
+
+@pytest.mark.parametrize("max_tokens", [LONG, 4])
+def test_the_adapter_of_the_scope_text_sees_the_joined_rows(max_tokens):
+    """Values and gradients against each caption alone, joined by hand; behind `max_tokens` rows it begins anew."""
+    passes = [1, 3, 2, 1]
+    sizes = {"hidden_width": 8, "num_heads": 4, "max_tokens": max_tokens, "mask_padding": True, "scope": "text"}
+    adapter = randomize(TextAdapter(WIDTH, "attention", **sizes))
+    captions = captions_of_passes(4, passes)
+    weight = torch.randn(4, 7, WIDTH)
+    embeds, length = adapted_embeds(adapter, captions, True, "text")
+    (embeds * weight).sum().backward()
+    gradients = [p.grad.clone() for p in adapter.parameters()]
+    adapter.zero_grad()
+    total = torch.zeros(())
+    for row, number in enumerate(passes):
+        rows = torch.cat([captions.states[row, 4 * i : 4 * i + 3] for i in range(number)])[:7]
+        pieces = [adapter(piece[None], torch.ones(1, len(piece)) > 0)[0] for piece in rows.split(max_tokens)]
+        wanted = torch.cat(pieces)
+        assert int(length[row]) == len(wanted)
+        torch.testing.assert_close(embeds[row, : len(wanted)], wanted, rtol=1e-4, atol=1e-5)
+        assert not embeds[row, len(wanted) :].any()
+        total = total + (wanted * weight[row, : len(wanted)]).sum()
+    total.backward()
+    for ours, parameter in zip(gradients, adapter.parameters(), strict=True):
+        assert ours.abs().max() > 0
+        torch.testing.assert_close(ours, parameter.grad, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_the_adapter_sees_one_pass_at_a_time(denoiser, mask):
+    """Captions of one to three passes whose rows are joined out of order and overlapping, each by itself and by
+    hand."""
+    sizes = {"hidden_width": 8, "num_heads": 4, "max_tokens": LONG, "mask_padding": mask}
+    adapter = randomize(TextAdapter(WIDTH, "attention", **sizes))
+    size, passes = 4, [1, 3, 2, 1]
+    captions = captions_of_passes(size, passes)
+    states, text, source = captions.states, captions.text, captions.source
     features = dataclasses.replace(make_features(), long=captions)
     expected = []
     for row, number in enumerate(passes):
