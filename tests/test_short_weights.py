@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from tiny_clips import VOCAB_SIZE, tiny_clip, tiny_config
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from typer.testing import CliRunner
 
 from fixclip_cli.main import app
@@ -18,7 +18,7 @@ from fixclip_core.weights.write import export, plain_clip, write_delta, write_di
 from fixclip_diffusion.conditioning import Context, PromptTokens, get_conditioning, short_length
 from fixclip_diffusion.short_weights import POSITIONS
 from fixclip_diffusion.text_config import load_clip_text_config
-from fixclip_diffusion.text_encoder import FixClipTextEncoder
+from fixclip_diffusion.text_encoder import FixClipTextEncoder, FixClipTextEncoderWithProjection
 from fixclip_diffusion.tiny import clip_text_config
 
 PREPROCESS = {"size": 32, "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
@@ -214,6 +214,17 @@ def test_what_is_no_delta_of_this_base_is_refused(models, base, trained, tmp_pat
         FixClipTextEncoder.from_pretrained(models / "base", subfolder="text_encoder", delta=other)
     with pytest.raises(ValueError, match="77 positions"):
         FixClipTextEncoder.from_pretrained(models / "trained", subfolder="text_encoder", delta=models / "export")
+
+
+def test_a_text_encoder_with_a_projection_takes_neither(models, base):
+    """The second one of Stable Diffusion XL, whose pooled vector is a part of what the UNet reads."""
+    config = clip_text_config(hidden_size=32, projection_dim=16)
+    encoder = FixClipTextEncoderWithProjection.from_clip(CLIPTextModelWithProjection(config))
+    refused = "FixClipTextEncoderWithProjection: only text encoders without projection"
+    with pytest.raises(ValueError, match=f"short weights on a {refused}"):
+        encoder.set_short_weights(base)
+    with pytest.raises(ValueError, match=f"a delta on a {refused}"):
+        encoder.load_delta(models / "export")
 
 
 def test_a_copy_of_another_size_is_refused(models, base, trained):
