@@ -462,6 +462,11 @@ def test_a_start_whose_targets_are_what_the_base_gives_already(recipe, encoder_f
     smoke(AdapterTrainer, recipe("smoke", *start))
 
 
+def test_a_weight_of_plain_wordings_needs_captions_that_have_one(recipe):
+    with pytest.raises(ValueError, match=r"objectives\.weight_plain: none of 12 captions in .* has a plain wording"):
+        AdapterTrainer(recipe("run", "objectives.weight_plain=0.3")).prepare()
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

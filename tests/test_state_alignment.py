@@ -32,6 +32,7 @@ from fixclip_core.training.encoder.recipe import EncoderRecipe, TrainSection
 from fixclip_core.training.encoder.task import ContrastiveTask, forward_backward, make_alignment, split_batch
 from fixclip_core.training.encoder.trainer import EncoderTrainer, build_clip
 from fixclip_core.training.recipe import load_recipe
+from fixclip_core.training.trainer import smoke
 from fixclip_diffusion.conditioning import CONDITIONINGS, Break, Context, PromptTokens
 
 START, END = 62, 63
@@ -317,10 +318,13 @@ def test_a_token_that_no_window_misreads_is_left_to_the_other_loss():
     assert plain_wording_loss(states, targets, targets) == 0
 
 
-def test_the_weight_of_misread_tokens_needs_that_of_all_tokens():
+@pytest.mark.parametrize("option", [{"weight_plain": 1.0}, {"align_state": "penultimate"}])
+def test_parts_of_state_alignment_need_its_weight(option):
     common = {"model": {"name": "ViT-B-32"}, "data": {"source": "scenes-references"}}
-    with pytest.raises(ValueError, match=r"weight_plain=1\.0: .* set weight_states"):
-        EncoderRecipe.model_validate({**common, "train": {"weight_plain": 1.0}})
+    ((name, value),) = option.items()
+    with pytest.raises(ValueError, match=rf"{name}={value}: .* set weight_states"):
+        EncoderRecipe.model_validate({**common, "train": option})
+    EncoderRecipe.model_validate({**common, "train": option | {"weight_states": 1.0}})
 
 
 def test_kept_positions_leave_the_first_77_states_as_they_are(tmp_path):
@@ -503,6 +507,17 @@ def test_a_run_learns_the_states_and_resumes_with_the_same_base(recipe, tmp_path
     EncoderTrainer(recipe("halves", *states_alone)).train()
     whole, again = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "halves"))
     assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_a_weight_of_plain_wordings_needs_captions_that_have_one(recipe):
+    """A smoke test of it reads others, whatever the data."""
+    weights = "train.weight_plain=0.5"
+    with pytest.raises(ValueError, match=r"train\.weight_plain: none of 20 captions in scenes has a plain wording"):
+        EncoderTrainer(recipe("none", weights)).prepare()
+    reset_accelerator()
+    smoke(EncoderTrainer, recipe("smoke", weights))
+    reset_accelerator()
+    EncoderTrainer(recipe("some", weights, "data.source=scenes-mixed")).prepare()
 
 
 def test_a_trained_fixclip_is_no_base(recipe, tmp_path):

@@ -224,6 +224,36 @@ def plain_wording(sample: Sample, long: str) -> str:
     return clean_caption(sample.plain) if whole else long
 
 
+def some_captions(loaded: Batches, looked_at: int = 256) -> list[tuple[Sample, str]]:
+    """A few hundred samples, their pictures not decoded, and their long captions."""
+    total = len(loaded.order)
+    found = []
+    for position in range(0, total, max(1, total // looked_at)):
+        try:
+            found.append(loaded.captions(0, loaded.order.index(0, position))[:2])
+        except BadSampleError:
+            continue  # counted and reported when its turn comes
+    return found
+
+
+def check_wordings(captions: Sequence[tuple[Sample, str]], name: str, source: str) -> None:
+    """Refuse a loss about plain wordings where no caption has one.
+
+    Args:
+        captions: samples and their long captions, see `some_captions`.
+        name: of the loss's weight in the recipe.
+        source: of the samples.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if captions and all(plain_wording(sample, long) == long for sample, long in captions):
+        raise ValueError(
+            f"{name}: none of {len(captions)} captions in {source} has a plain wording (`plain`), so this loss would "
+            f"be 0; give captions that have one (docs/training.md, State alignment), or set {name}=0"
+        )
+
+
 def pad_before(ids_BT: Tensor, shares: Sequence[float]) -> Tensor:
     """Move a part of each text's padding between its start token and the rest of it (DeBias-CLIP).
 

@@ -22,8 +22,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fixclip_core.data.config import READ_SCENES, DataConfig
-from fixclip_core.data.loader import Batch, Batches, Loader, open_samples, plain_wording
-from fixclip_core.data.samples import BadSampleError, Sample
+from fixclip_core.data.loader import Batch, Batches, Loader, check_wordings, open_samples, plain_wording, some_captions
+from fixclip_core.data.samples import Sample
 from fixclip_core.data.sources import Source
 from fixclip_core.files import write_atomically
 from fixclip_core.scenes import sheet
@@ -140,6 +140,8 @@ class AdapterTrainer(Trainer):
         loader = make_loader(self.recipe, self.frozen, self.accelerator, self.batch_size, self.resolution, self.data)
         if self.accelerator.is_main_process:
             captions = some_captions(loader.batches)
+            if self.recipe.objectives.weight_plain:
+                check_wordings(captions, "objectives.weight_plain", self.recipe.data.source)
             check_targets(captions, self.frozen, self.recipe)
             check_lengths([long for _, long in captions], self.frozen, self.recipe)
         return loader
@@ -571,18 +573,6 @@ def make_loader(
         result = (CachedFeatures if recipe.features.text else CachedLatents)(*arguments)
         result.cache = cache
     return Loader(result, pin_memory=accelerator.device.type == "cuda")
-
-
-def some_captions(loaded: Batches, looked_at: int = 256) -> list[tuple[Sample, str]]:
-    """A few hundred samples, their pictures not decoded, and their long captions."""
-    total = len(loaded.order)
-    found = []
-    for position in range(0, total, max(1, total // looked_at)):
-        try:
-            found.append(loaded.captions(0, loaded.order.index(0, position))[:2])
-        except BadSampleError:
-            continue  # counted and reported when its turn comes
-    return found
 
 
 def check_targets(captions: list[tuple[Sample, str]], frozen: FrozenModels, recipe: AdapterRecipe) -> None:

@@ -16,11 +16,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from fixclip_core.data.config import READ_SCENES
 from fixclip_core.data.loader import Batches
 from fixclip_core.data.samples import Sample, decode_image
 from fixclip_core.training.encoder.recipe import EncoderRecipe
-from fixclip_core.training.encoder.trainer import EncoderTrainer
+from fixclip_core.training.encoder.trainer import EncoderTrainer, scenes_for
 from fixclip_core.training.trainer import GIB, changed
 from fixclip_core.weights.load import is_open_clip_name
 
@@ -107,7 +106,7 @@ def _probe_recipe(recipe: EncoderRecipe, cluster: Cluster, folder: str) -> Encod
     if is_open_clip_name(recipe.model.name):
         changes["model"] = {"pretrained": None}
     if cluster.samples is not None:
-        changes["data"] = {**READ_SCENES, "stop": 64, "workers": 0}
+        changes["data"] = {**scenes_for(recipe), "stop": 64, "workers": 0}
         changes["captions"] = {"filter_captions": False}
     else:
         changes["data"] = {"workers": 0}

@@ -98,6 +98,10 @@ class EncoderRecipe(Section):
         train, model = self.train, self.model
         if self.eval.held_out is not None and self.eval.source is not None:
             raise ValueError(f"eval.held_out={self.eval.held_out}: it is a share of the data; set eval.source=null")
+        if train.align_state != "last" and not train.weight_states:
+            raise ValueError(
+                f"train.align_state={train.align_state}: it is a part of state alignment; set weight_states"
+            )
         if train.weight_plain and not train.weight_states:
             raise ValueError(
                 f"train.weight_plain={train.weight_plain}: it is a part of state alignment; set weight_states"

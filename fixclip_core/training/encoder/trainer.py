@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fixclip_core.data.config import READ_SCENES, DataConfig, SourceSection
-from fixclip_core.data.loader import Batch, Loader, build_loader, open_samples
+from fixclip_core.data.loader import Batch, Loader, build_loader, check_wordings, open_samples, some_captions
 from fixclip_core.data.order import sample_range
 from fixclip_core.data.sources import Source, open_source
 from fixclip_core.evaluation.retrieval import retrieval_metrics
@@ -85,6 +85,8 @@ class EncoderTrainer(Trainer):
             self._loader(config, source, augment=number == 0) for number, (config, source) in enumerate(self.data)
         ]
         self.eval_loader = others[0] if others else None
+        if self.recipe.train.weight_plain and self.accelerator.is_main_process:
+            check_wordings(some_captions(loader.batches), "train.weight_plain", self.recipe.data.source)
         return loader
 
     def _loader(self, config: DataConfig, source: Source, *, augment: bool) -> Loader:
@@ -339,6 +341,11 @@ def _first_of_each(position_I: Tensor) -> Tensor:
     return torch.tensor([first[p] for p in sorted(first) if p >= 0], device=position_I.device)
 
 
+def scenes_for(recipe: EncoderRecipe) -> dict[str, Any]:
+    """Fields of `data` that read generated captions, with plain wordings where a loss is about those."""
+    return READ_SCENES | ({"source": "scenes-references"} if recipe.train.weight_plain else {})
+
+
 def smoke_recipe(recipe: EncoderRecipe, folder: str | Path, batch_size: int = 4) -> EncoderRecipe:
     """The recipe with random weights, generated samples and two steps: does it start, step, save and evaluate?
 
@@ -347,7 +354,7 @@ def smoke_recipe(recipe: EncoderRecipe, folder: str | Path, batch_size: int = 4)
     micro = recipe.train.micro_batch_size and max(1, batch_size // 2)
     changes: dict[str, dict[str, Any]] = {
         "model": {"pretrained": None},
-        "data": {**READ_SCENES, "stop": 2 * batch_size, "workers": 0},
+        "data": {**scenes_for(recipe), "stop": 2 * batch_size, "workers": 0},
         "captions": {"filter_captions": False},
         "optim": {"warmup_steps": 0},
         "train": {"steps": 2, "batch_size": batch_size, "micro_batch_size": micro},
