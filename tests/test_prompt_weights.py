@@ -189,6 +189,23 @@ def test_weights_come_after_an_adapter_that_reads_all_windows(pipe, conditioning
     torch.testing.assert_close(rows[1], expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+@pytest.mark.parametrize("weights", ["a1111", "compel"])
+def test_weights_of_a_prompt_reach_no_other_of_the_batch(pipe, weights, conditioning):
+    heavy = "(green:1.5)" if weights == "a1111" else "(green)1.5"
+    prompts = ["A blue hat.", f"{LONG} A {heavy} hat.", tiny.sentences(9), f"A {heavy} hat.", tiny.sentences(30)]
+    mean = pipe.text_encoder.text_model.final_layer_norm.bias.data
+    mean.fill_(0.5)  # without a mean there is nothing to restore
+    try:
+        together = weighted(pipe, prompts, weights, conditioning)
+        for number, prompt in enumerate(prompts):
+            (alone,) = weighted(pipe, prompt, weights, conditioning)
+            torch.testing.assert_close(together[number, : len(alone)], alone, rtol=1e-5, atol=1e-5)
+            assert not together[number, len(alone) :].any()
+    finally:
+        mean.fill_(0)
+
+
 @pytest.mark.parametrize("prompt", ['("a cat", "a dog").blend(0.3, 0.7)', '("a cat", "a dog").and()'])
 def test_what_is_no_weight_is_refused_with_compels_name(prompt):
     with pytest.raises(ValueError, match=r"asks for more than weights .* with compel itself"):

@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from transformers import (
     CLIPImageProcessor,
     CLIPTextConfig,
+    CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     CLIPVisionConfig,
@@ -210,6 +211,26 @@ def test_each_prompt_of_a_batch_is_drawn_as_if_alone(ours, conditioning):
     for number, (prompt, negative) in enumerate(zip(prompts, negatives, strict=True)):
         alone = picture(ours, prompt, seed=1 + number, negative_prompt=negative, conditioning=conditioning)
         np.testing.assert_allclose(together[number], alone[0], rtol=0, atol=1e-5)
+
+
+def test_trained_encoders_draw_each_prompt_of_a_batch_as_if_alone(folder, tmp_path):
+    """With 248 positions and masked padding, as an export says: one pass of as many rows as each prompt has tokens."""
+    encoders = {}
+    for name, kind in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)):
+        config = CLIPTextConfig.from_pretrained(folder, subfolder=name, max_position_embeddings=248)
+        config.padding = "mask"
+        kind(config).save_pretrained(tmp_path / name)
+        encoders[name.removeprefix("text_")] = tmp_path / name
+    pipe = quiet(FixClipStableDiffusionXLPipeline.from_pretrained(folder, **encoders, add_watermarker=False))
+    assert {encoding.context.padding for encoding in pipe.prompt_encoder.encodings} == {"mask"}
+    prompts = [SHORT, LONG, tiny.sentences(9)]
+    together = picture(pipe, prompts, negative_prompt="bad")
+    for number, prompt in enumerate(prompts):
+        alone = picture(pipe, prompt, seed=1 + number, negative_prompt="bad")
+        np.testing.assert_allclose(together[number], alone[0], rtol=0, atol=1e-5)
+    embeds = pipe.encode_prompt(prompts)[0]
+    num_tokens = [len(pipe.tokenizer(prompt).input_ids) for prompt in prompts]
+    assert [int(own.any(-1).sum()) for own in embeds] == num_tokens
 
 
 def test_weights(ours):
