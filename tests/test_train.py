@@ -304,7 +304,9 @@ def test_accelerate_launch_survives_kill_9(recipe_file, tmp_path, caplog):
 
 
 def test_two_processes(recipe, recipe_file, tmp_path):
-    """Interrupted and whole runs are bitwise equal; one process without GradCache agrees to rounding."""
+    """With state alignment: interrupted and whole runs are bitwise equal; one process without GradCache agrees to
+    rounding."""
+    aligned = "train.weight_states=2"
     script = tmp_path / "two.py"
     script.write_text(
         textwrap.dedent(
@@ -317,7 +319,8 @@ def test_two_processes(recipe, recipe_file, tmp_path):
             from fixclip_core.training.recipe import load_recipe
 
             def run(file, until=None, *overrides):
-                recipe = load_recipe(EncoderRecipe, file, [*overrides, "train.micro_batch_size=3"])
+                overrides = [*overrides, "train.micro_batch_size=3", "train.weight_states=2"]
+                recipe = load_recipe(EncoderRecipe, file, overrides)
                 run = EncoderTrainer(recipe).prepare()
                 assert "2 process(es) x 4, 3 at a time" in run.plan()
                 assert run.accelerator.num_processes == 2 and len(run.eval_loader) == 1
@@ -342,15 +345,16 @@ def test_two_processes(recipe, recipe_file, tmp_path):
     launch(*torchrun, str(script), *map(str, files))
     shutil.copytree(tmp_path / "halves", tmp_path / "fewer")
     assert_bitwise_equal(weights(tmp_path / "whole"), weights(tmp_path / "workers"))
-    finished = launch(*torchrun, "train_encoder.py", str(files[2]), "train.micro_batch_size=3")
+    finished = launch(*torchrun, "train_encoder.py", str(files[2]), "train.micro_batch_size=3", aligned)
     assert finished.stderr.count("Resumed step 3 from") == 1  # one process speaks for all
     assert finished.stdout.splitlines() == [f"Done: {tmp_path / 'halves' / 'model'}"]
     assert_bitwise_equal(weights(tmp_path / "whole"), weights(tmp_path / "halves"))
     assert len(metrics(tmp_path / "halves")) == STEPS + 2  # each line once, two of them evaluations
 
-    EncoderTrainer(recipe("alone")).train()
+    EncoderTrainer(recipe("alone", aligned)).train()
     reset_accelerator()
-    EncoderTrainer(recipe("fewer")).train()  # begun by two processes, finished by one
+    EncoderTrainer(recipe("fewer", aligned)).train()  # begun by two processes, finished by one
+    assert metrics(tmp_path / "whole")[0]["loss_states"] > 0
     for name in ("alone", "fewer"):
         for one, two in zip(metrics(tmp_path / name), metrics(tmp_path / "whole"), strict=True):
             assert one.keys() == two.keys()
