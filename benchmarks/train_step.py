@@ -11,9 +11,10 @@ peak memory of
 - its rivals on open_clip's own towers: plain fine-tuning at 248 padded tokens, and Long-CLIP's step (the image
   once, both captions padded to 248, PCA short branch);
 - both rivals with open_clip's newest length options, `--length-bucketing --text-pad-multiple` of its main branch since
-  commit 4630c00 (11 June 2026): batches of captions of similar length, padded to the longest of each, rounded up to a
-  multiple of 8. The installed version, 3.3, lacks them: `bucketed_batches` and `encode_trimmed` are our own. Lengths
-  differ from batch to batch, so a measured step is one of each of four batches that are made of the same lengths;
+  commit 4630c00 (11 June 2026): batches of captions of similar length, of a pool of 2,048 (its default), padded to the
+  longest of each, rounded up to a multiple of 8. The installed version, 3.3, lacks them: `bucketed_batches` and
+  `encode_trimmed` are our own. Lengths differ from batch to batch, so a measured step is one of each of four batches,
+  evenly spaced in the pool;
 - FIX-CLIP with state alignment, which adds the frozen base's pass over the overlapping windows of every caption;
 - each fast path and the plain computation that it replaces.
 
@@ -35,7 +36,6 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Annotated, Any
 
 import open_clip
@@ -61,6 +61,7 @@ CONTEXT_LENGTH = 248
 EOS = 49407
 PCA_RANK = 32
 LOSS_ROWS = 8192
+POOL = 2048  # captions that are sorted together, open_clip's default of --bucket-pool
 BUCKETS = 4  # batches of different lengths that a step of a bucketed variant goes through
 PAD_MULTIPLE = 8
 
@@ -185,19 +186,17 @@ def rival_long_clip_step(setting: Setting) -> Step:
     return model.parameters(), step
 
 
-def bucketed_batches(setting: Setting, image_size: int) -> list[SimpleNamespace]:
-    """Four batches sorted by length, as open_clip's LengthBucketer makes them of a pool."""
-    total = setting.batch_size * BUCKETS
-    lengths = {
-        "long_ids": sorted(caption_lengths(total, 120, 40, 40, CONTEXT_LENGTH)),
-        "short_ids": sorted(caption_lengths(total, 20, 5, 8, 40)),
-    }
-    batches = []
-    for start in range(0, total, setting.batch_size):
-        own = {name: random_texts(of[start : start + setting.batch_size]) for name, of in lengths.items()}
-        own["image"] = torch.randn(setting.batch_size, 3, image_size, image_size)
-        batches.append(SimpleNamespace(**{name: value.to(setting.device) for name, value in own.items()}))
-    return batches
+def bucketed_batches(setting: Setting, image_size: int) -> list[Batch]:
+    """Four of the batches that open_clip's LengthBucketer makes of a pool, evenly spaced from short to long.
+
+    The pool is sorted by the long captions, so that a batch has short ones of all lengths.
+    """
+    size = setting.batch_size
+    pool = max(POOL, BUCKETS * size)
+    lengths = sorted(caption_lengths(pool, 120, 40, 40, CONTEXT_LENGTH))
+    middles = [(2 * number + 1) * pool // (2 * BUCKETS) for number in range(BUCKETS)]
+    texts = [random_texts(lengths[middle - size // 2 :][:size]).to(setting.device) for middle in middles]
+    return [dataclasses.replace(random_batch(setting, image_size), long_ids=long_ids) for long_ids in texts]
 
 
 def encode_trimmed(model: Any, ids_BT: Tensor) -> Tensor:
