@@ -53,25 +53,31 @@ def test_debiased_short_captions_are_of_every_length_and_order():
     assert all(80 < lengths[count] < 120 for count in (1, 2, 3))  # each number as often as another
 
 
+END = 99
+
+
 def plain_pad_before(ids, share):
     """[start] + padding + [rest of the text] + padding, by lists."""
-    text = list(ids)
-    while text[-1] == 0:
-        text.pop()
-    room = len(ids) - len(text)
-    before = int(share * (room + 1))
-    return [text[0]] + [0] * before + text[1:] + [0] * (room - before)
+    text = ids[: ids.index(END) + 1]
+    behind = ids[len(text) :]
+    before = int(share * (len(behind) + 1))
+    return [text[0]] + [0] * before + text[1:] + behind[before:]
 
 
-@given(lengths=st.lists(st.integers(2, 12), min_size=1, max_size=4), share=st.floats(0, 1, exclude_max=True))
-def test_padding_before_the_text(lengths, share):
-    ids = torch.zeros(len(lengths), 12, dtype=torch.long)
+@given(
+    lengths=st.lists(st.integers(2, 12), min_size=1, max_size=4),
+    share=st.floats(0, 1, exclude_max=True),
+    padding=st.sampled_from([0, 1, END]),
+)
+def test_padding_before_the_text(lengths, share, padding):
+    """Whatever the tokenizer pads with: open_clip's 0, or the end-of-text token as those of transformers."""
+    ids = torch.full((len(lengths), 12), padding)
     for row, length in zip(ids, lengths, strict=True):
-        row[:length] = torch.arange(7, 7 + length)
+        row[:length] = torch.tensor([*range(7, 6 + length), END])
         if length > 3:
             row[2] = 0  # an exclamation mark has the id of padding
     before = ids.clone()
-    moved = pad_before(ids, [share] * len(lengths))
+    moved = pad_before(ids, [share] * len(lengths), END)
     assert torch.equal(ids, before)
     assert moved.tolist() == [plain_pad_before(row, share) for row in ids.tolist()]
 
@@ -85,8 +91,13 @@ def tokenizer(texts):
     ids = torch.zeros(len(texts), 248, dtype=torch.long)
     for row, text in zip(ids, texts, strict=True):
         words = text.split()[:246]
-        row[: len(words) + 2] = torch.tensor([1, *(2 + len(word) for word in words), 99])
+        row[: len(words) + 2] = torch.tensor([1, *(2 + len(word) for word in words), END])
     return ids
+
+
+def pads_with_the_end(texts):
+    ids = tokenizer(texts)
+    return ids.where(ids > 0, END)
 
 
 def test_the_loader_pads_short_captions_alone_and_alike_each_time():
@@ -102,8 +113,11 @@ def test_the_loader_pads_short_captions_alone_and_alike_each_time():
     assert plain.short_ids.argmax(dim=-1).max() < 100
     assert last.max() > 150  # late positions are trained
     assert len(set((last - plain.short_ids.argmax(dim=-1)).tolist())) == len(last)  # each text moves by its own draw
-    with pytest.raises(ValueError, match="the tokenizer pads with 5, not 0"):
-        loader(lambda texts: tokenizer(texts).clamp(min=5), pad_short=True)
+    other = next(loader(pads_with_the_end, pad_short=True).epoch(0)).short_ids
+    assert torch.equal(other.eq(END).int().argmax(dim=-1), last)
+    for one, row in zip(padded.short_ids, other, strict=True):
+        end = int(row.eq(END).int().argmax())
+        assert torch.equal(one[: end + 1], row[: end + 1])
 
 
 # -- several short captions an image (DreamLIP) ----------------------------------------------------------------------

@@ -38,7 +38,7 @@ from fixclip_core.device import loading_workers
 
 logger = logging.getLogger(__name__)
 
-PAD_ID = 0  # open_clip's padding
+PAD_ID = 0  # open_clip's padding, with which DeBias-CLIP pads before a text
 _MAX_REPLACEMENTS = 64
 
 
@@ -118,8 +118,7 @@ class Batches(Dataset):
         self.rank, self.world_size, self.draft_size = rank, world_size, draft_size
         self.history = [(0, world_size)]
         self.order = EpochOrder(source.sizes, config)
-        if config.pad_short and (last := int(tokenizer([""])[0, -1])) != PAD_ID:
-            raise ValueError(f"pad_short=true: the tokenizer pads with {last}, not {PAD_ID}; set it to false")
+        self.end_id = int(tokenizer([""])[0, 1]) if config.pad_short else None  # [start, end, padding ...]
         self.short_captions, self.filters = config.short_captions(), config.caption_filters()
         if config.last_batch == "keep" and world_size > 1:
             raise ValueError("last_batch='keep' needs a single rank, as ranks must agree in size: drop or wrap")
@@ -169,8 +168,9 @@ class Batches(Dataset):
         shorts += [self.further_short(*row, k) for k in range(1, number) for row in zip(longs, seeds, strict=True)]
         ids_BT = self.tokenizer(longs + shorts)
         short_BT = ids_BT[len(longs) :]
-        if self.config.pad_short:
-            short_BT = pad_before(short_BT, [random.Random(seed + k).random() for k in range(number) for seed in seeds])
+        if self.end_id is not None:
+            shares = [random.Random(seed + k).random() for k in range(number) for seed in seeds]
+            short_BT = pad_before(short_BT, shares, self.end_id)
         if number > 1:
             short_BT = short_BT.unflatten(0, (number, len(longs)))
         return Batch(
@@ -254,18 +254,22 @@ def check_wordings(captions: Sequence[tuple[Sample, str]], name: str, source: st
         )
 
 
-def pad_before(ids_BT: Tensor, shares: Sequence[float]) -> Tensor:
-    """Move a part of each text's padding between its start token and the rest of it (DeBias-CLIP).
+def pad_before(ids_BT: Tensor, shares: Sequence[float], end_id: int) -> Tensor:
+    """Move each text to the right, with padding between its start token and the rest of it (DeBias-CLIP).
 
-    For example [start, a, end, 0, 0] with a share of 0.4 becomes [start, 0, a, end, 0]: of 0 to 2 places, 1.
+    For example [start, a, end, 0, 0] with a share of 0.4 becomes [start, 0, a, end, 0]: of 0 to 2 places, 1. Before a
+    text the padding is always 0, open_clip's. Behind it there may be another one: transformers' tokenizers of CLIP pad
+    with the end-of-text token, before which a text tower would take the text for ended, so that
+    [start, a, end, end, end] becomes [start, 0, a, end, end].
 
     Args:
-        ids_BT: token ids, (B, T), padded with 0.
+        ids_BT: token ids, (B, T).
         shares: how far each text moves, from 0 to below 1: not at all to up to the end of the row.
+        end_id: the end-of-text token; a text ends with its first one.
     """
     moved_BT = ids_BT.clone()
     for row, share in zip(moved_BT, shares, strict=True):
-        length = int(row.nonzero()[-1]) + 1
+        length = int(row.eq(end_id).int().argmax()) + 1
         places = int(share * (len(row) - length + 1))
         row[1 + places : length + places] = row[1:length].clone()
         row[1 : 1 + places] = PAD_ID
