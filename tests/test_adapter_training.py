@@ -424,6 +424,9 @@ def test_the_sizes_of_an_adapter_to_go_on_from_are_recorded_and_not_contradicted
         AdapterTrainer(recipe("other", start, "adapter.num_layers=2")).prepare()
     with pytest.raises(ValueError, match=r"adapter\.scope=text needs adapter\.kind=attention"):
         recipe("mlp", "adapter.kind=mlp", "adapter.scope=text")
+    for option in ("num_heads=4", "mask_padding=false"):
+        with pytest.raises(ValueError, match=rf"adapter\.{option} is of adapter\.kind=attention, and kind is mlp"):
+            recipe("mlp", "adapter.kind=mlp", f"adapter.{option}")
 
 
 def test_captions_that_end_before_the_77th_token(recipe, tmp_path, caplog):

@@ -14,6 +14,9 @@ import rivals
 
 from fixclip_core.evaluation.twins import smallest_difference, summarize_choices
 from fixclip_core.scenes import CHANGES, DIFFERENCE_ZONES
+from fixclip_core.training.encoder.recipe import EncoderRecipe
+from fixclip_core.training.encoder.trainer import EncoderTrainer
+from fixclip_core.training.recipe import load_recipe
 
 
 def metrics(value):
@@ -32,7 +35,7 @@ def finish(stage, value):
 def test_reported_seeds_wait_for_rates_that_were_tuned_alike_on_another_seed(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "ROOT", tmp_path)
     tuning = run.rival_tuning()
-    assert len(tuning) == len(run.TUNED) * len(run.LEARNING_RATES)
+    assert len(tuning) == len(run.TUNED) * len(run.RIVAL_RATES)
     assert run.TUNING_SEED not in run.SEEDS
     names = [stage.name for stage in run.rivals()]
     assert not any(name.endswith("seed0") for name in names)
@@ -49,6 +52,15 @@ def test_reported_seeds_wait_for_rates_that_were_tuned_alike_on_another_seed(tmp
     needs = {stage.name: stage.needs for stage in run.rivals()}
     assert needs["twins/fixclip-lr3e-05-seed1"] == ("rivals/fixclip-lr3e-05-seed1",)
     assert set(rivals.LABELS) == {*run.RIVALS, *run.UNTRAINED}
+
+
+@pytest.mark.parametrize("overrides", sorted({*run.METHODS.values(), *run.RIVALS.values()}), ids=" ".join)
+def test_every_method_trains_on_the_embedded_clip(overrides, tmp_path):
+    """Hours of trainings must not end at one whose recipe the miniature's tokenizer or model does not fit."""
+    small = ["train.steps=1", "train.batch_size=4", "optim.warmup_steps=0", "train.precision=fp32", "eval.source=null"]
+    fields = ["model.name=builtin:scenes/clip", f"output.folder={tmp_path}", *small, *overrides]
+    recipe = load_recipe(EncoderRecipe, run.ROOT / run.HERE / "encoder.yaml", fields)
+    assert (EncoderTrainer(recipe).train() / "config.json").is_file()
 
 
 def test_the_interval_takes_pairs_and_seeds():

@@ -61,6 +61,13 @@ class AdapterSection(Section):
                 f"adapter.scope=text needs adapter.kind=attention and adapter.mask_padding=true, got kind={self.kind}, "
                 f"mask_padding={str(self.mask_padding).lower()}; or set adapter.scope=window"
             )
+        for name in ("num_heads", "mask_padding"):
+            value, default = getattr(self, name), type(self).model_fields[name].default
+            if self.kind == "mlp" and self.start_from is None and value != default:
+                given, usual = str(value).lower(), str(default).lower()
+                raise ValueError(
+                    f"adapter.{name}={given} is of adapter.kind=attention, and kind is mlp; leave it at {usual}"
+                )
         return self
 
 
