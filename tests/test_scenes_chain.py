@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -22,6 +23,7 @@ from fixclip_core.training import trainer
 from fixclip_core.training.encoder.recipe import EncoderRecipe
 from fixclip_core.training.recipe import load_recipe
 from fixclip_core.weights.load import load_fixclip
+from fixclip_diffusion import FixClipStableDiffusionPipeline
 from fixclip_diffusion.adapter_training.recipe import AdapterRecipe
 from fixclip_diffusion.evaluation.prompts import Prompt
 from fixclip_diffusion.tokenizer import FixClipTokenizer
@@ -308,6 +310,37 @@ def test_verdicts_are_written_object_by_object(parts):
     for zone, end in zip(row["zones"], row["ends"], strict=True):
         assert (zone == "e") == (end <= 75)
     assert max(row["ends"]) < row["tokens"] <= 248
+
+
+def test_paddings_are_drawn_from_the_same_noise(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "BASE", str(parts["unet"]))
+    monkeypatch.setattr(evaluation, "ENCODER", str(parts["unet"]))
+    monkeypatch.setattr(evaluation, "DRAWING", replace(evaluation.DRAWING, steps=1, batch_size=2))
+    drawn = {}
+
+    def remembered(pipe, embeds, negative, draw=evaluation._draw_embeds):
+        drawn[len(drawn)] = draw(pipe, embeds, negative)
+        return drawn[len(drawn) - 1]
+
+    monkeypatch.setattr(evaluation, "_draw_embeds", remembered)
+    evaluation.paddings(number=3, output=tmp_path)
+    found = json.loads((tmp_path / "paddings.json").read_text())
+    assert {name: list(kinds) for name, kinds in found.items()} == {
+        "one_pass": ["mask", "zeros", "keep"],
+        "overlap": ["mask", "zeros"],
+    }
+    pipe = FixClipStableDiffusionPipeline.from_pretrained(parts["unet"], conditioning="overlap")
+    noises = [torch.Generator().manual_seed(1000 + i) for i in range(3)]
+    prompts = [prompt.text for prompt in evaluation.nine(3)]
+    embeds, negative = pipe.encode_prompt(prompts, "cpu", 1, True)
+    steps = {"num_inference_steps": 1, "guidance_scale": 2.0, "generator": noises}
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = pipe(prompt_embeds=embeds, negative_prompt_embeds=negative, **steps)
+    as_arrays = [np.stack([np.asarray(p, dtype=float) for p in own]) for own in [*drawn.values(), wanted.images]]
+    masked, zeros, kept, windows, windows_zeros, stock = as_arrays
+    assert np.abs(windows - stock).mean() < 1  # of 255; batches round
+    for one, other in ((masked, zeros), (zeros, kept), (windows, windows_zeros)):
+        assert np.abs(one - other).mean() > 1
 
 
 def test_references_are_judged_at_the_object_that_refers(parts):

@@ -1,4 +1,4 @@
-"""What the parts of the scenes miniature can do, as JSON: `images SYSTEM` and `retrieval`; for report.py.
+"""What the parts of the scenes miniature can do, as JSON: `images SYSTEM`, `paddings` and `retrieval`.
 
 Scenes and captions here are never trained on: FIX-CLIP and the adapter take scenes from number 1000 of seed 0 on, the
 base draws its own, and these are the first 1000 of seed 0 (retrieval) and those of seed 1 (images).
@@ -13,6 +13,8 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from diffusers import StableDiffusionPipeline
+from torch.nn import functional
 from tqdm import tqdm
 
 from fixclip_core import scenes
@@ -21,6 +23,7 @@ from fixclip_core.files import write_atomically
 from fixclip_core.model.config import FINE_TUNE
 from fixclip_core.model.fixclip import FixClip
 from fixclip_core.weights.load import load_fixclip
+from fixclip_diffusion import FixClipStableDiffusionPipeline
 from fixclip_diffusion.evaluation.generate import Drawing, Painter, System
 from fixclip_diffusion.evaluation.judges import as_tensor, scene_verdicts
 from fixclip_diffusion.evaluation.prompts import Prompt
@@ -182,6 +185,67 @@ def judged_references(prompt: Prompt, pictures: list[Any], tokenizer: FixClipTok
             }
         )
     return found
+
+
+# -- what stands behind a text ------------------------------------------------------------------------------
+
+PADDINGS = {  # of each conditioning; windows have no padding of their own between them
+    "one_pass": ("mask", "zeros", "keep"),
+    "overlap": ("mask", "zeros"),
+}
+
+
+@app.command()
+def paddings(
+    number: Annotated[int, typer.Option(min=1, help="Prompts of nine objects, one noise each.")] = 96,
+    output: Annotated[Path, typer.Option(help="Folder of paddings.json.")] = OUT / "evaluation",
+) -> None:
+    """Draw without adapter, FIX-CLIP's pass and the base's windows, with each kind of padding behind a text.
+
+    mask: the UNet does not attend to it. zeros: hidden states of 0 up to 248 rows, which the UNet attends to. keep: the
+    same with the encoder's own hidden states of its padding.
+    """
+    prompts = nine(number)
+    tokenizer = FixClipTokenizer.from_pretrained(BASE, subfolder="tokenizer")
+    found: dict[str, dict[str, list[float]]] = {}
+    for conditioning, kinds in PADDINGS.items():
+        encoder = ENCODER if conditioning == "one_pass" else None
+        ours = FixClipStableDiffusionPipeline.from_pretrained(BASE, encoder, conditioning=conditioning)
+        unmasked = StableDiffusionPipeline.from_pretrained(BASE)  # its UNet attends to every row
+        found[conditioning] = {}
+        for padding in kinds:
+            ours.text_encoder.config.padding = "keep" if padding == "keep" else "mask"
+            texts, empty = [prompt.text for prompt in prompts], [""] * number
+            embeds = [e for e in ours.encode_prompt(texts, "cpu", 1, True, empty) if e is not None]
+            if padding != "mask":
+                embeds = [functional.pad(rows_BTD, (0, 0, 0, 248 - rows_BTD.shape[1])) for rows_BTD in embeds]
+            pictures = _draw_embeds(ours if padding == "mask" else unmasked, embeds[0], embeds[1])
+            rows = [judged(prompt, [picture], tokenizer) for prompt, picture in zip(prompts, pictures, strict=True)]
+            found[conditioning][padding] = [_share_right(rows, zones) for zones in ("e", "fa")]
+            before, after = found[conditioning][padding]
+            typer.echo(f"{conditioning} {padding}: {before:.1%} right before token 77, {after:.1%} after it")
+    output.mkdir(parents=True, exist_ok=True)
+    write_atomically(output / "paddings.json", (json.dumps(found, indent=1) + "\n").encode())
+
+
+def _draw_embeds(pipe: Any, embeds_BTD: torch.Tensor, negative_BTD: torch.Tensor) -> list[Any]:
+    """Pictures of prompts that were read already; that of prompt i starts from the noise of seed 1000 + i."""
+    pipe.set_progress_bar_config(disable=True)
+    pictures: list[Any] = []
+    for start in range(0, len(embeds_BTD), DRAWING.batch_size):
+        rows = slice(start, start + DRAWING.batch_size)
+        own = {"prompt_embeds": embeds_BTD[rows], "negative_prompt_embeds": negative_BTD[rows]}
+        noises = [torch.Generator().manual_seed(1000 + start + i) for i in range(len(own["prompt_embeds"]))]
+        steps = {"num_inference_steps": DRAWING.steps, "guidance_scale": DRAWING.guidance_scale}
+        with torch.autocast("cpu", torch.bfloat16):
+            pictures += pipe(**own, **steps, generator=noises).images
+    return pictures
+
+
+def _share_right(rows: list[dict[str, Any]], zones: str) -> float:
+    """Share of the objects in these zones that are right, of one picture a prompt."""
+    marks = [mark for row in rows for mark, zone in zip(row["right"][0], row["zones"], strict=True) if zone in zones]
+    return marks.count("1") / len(marks)
 
 
 # -- retrieval -----------------------------------------------------------------------------------------------
