@@ -22,7 +22,7 @@ from accelerator import reset_accelerator
 from safetensors.torch import load_file, save_file
 from test_files import full_disk
 
-from fixclip_core import files
+from fixclip_core import files, scenes
 from fixclip_core.data.config import DataConfig
 from fixclip_core.device import supports_bf16
 from fixclip_core.evaluation.retrieval import retrieval_metrics
@@ -189,6 +189,26 @@ def test_training_learns_its_samples(recipe, tmp_path):
     assert rows[-2]["loss_long"] < 0.3
     assert rows[-2]["loss_mid_2"] < 0.3
     assert rows[-1]["long_text_to_image_recall_at_1"] >= 0.75
+
+
+def test_trainings_on_other_short_captions_are_evaluated_alike(recipe):
+    """By the data's own short captions if so asked; by default by those of the training's kind."""
+    wanted = [scenes.short_caption(scenes.scene_at(0, index), index).text for index in range(20, 24)]
+    found = {}
+    for trained, evaluated in (
+        ("debiased", "given"),
+        ("given", "null"),
+        ("debiased", "null"),
+        ("given", "first_sentence"),
+    ):
+        options = [f"captions.short_caption={trained}", f"eval.short_caption={evaluated}"]
+        trainer = EncoderTrainer(recipe("run", *options)).prepare()
+        found[trained, evaluated] = next(trainer.eval_loader.epoch(0)).short_ids
+    own = trainer.module.tokenizer()(wanted)
+    assert torch.equal(found["debiased", "given"], own)
+    assert torch.equal(found["given", "null"], own)
+    assert not torch.equal(found["debiased", "null"], own)
+    assert torch.equal(found["given", "first_sentence"], found["debiased", "null"])
 
 
 @pytest.mark.parametrize("workers", [0, 2])

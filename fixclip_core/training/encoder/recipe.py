@@ -70,6 +70,11 @@ class EvalSection(SourceSection):
         lt=1,
         description="in place of a source: share of the data, its first samples, at most 1000, that is not trained on",
     )
+    short_caption: Literal["given", "first_sentence"] | None = Field(
+        default=None,
+        description="to retrieve by: the data's own, or the long one's first sentence; null: given where the training "
+        "takes those, else first_sentence",
+    )
     every: int = Field(default=1000, ge=1, description="steps between two evaluations; the last step always has one")
     batch_size: int = Field(default=64, ge=1, description="samples a pass in each process")
 

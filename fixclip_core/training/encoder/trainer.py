@@ -316,10 +316,14 @@ def data_config(recipe: EncoderRecipe, batch_size: int) -> DataConfig:
 
 
 def eval_data_config(recipe: EncoderRecipe) -> DataConfig:
-    """Held-out pairs in their order, whole long captions, nothing filtered."""
+    """Held-out pairs in their order, whole long captions, nothing filtered.
+
+    Recalls of two trainings can be compared where both retrieve by the same short captions: `eval.short_caption`.
+    """
     fields: dict[str, Any] = recipe.eval.model_dump(exclude={"every", "held_out"})
     fields |= recipe.data.model_dump(include={"workers", "max_bad_share", "cache_dir", "cache_gb", "draft"})
-    fields["short_caption"] = "given" if recipe.captions.short_caption == "given" else "first_sentence"
+    usual = "given" if recipe.captions.short_caption == "given" else "first_sentence"
+    fields["short_caption"] = recipe.eval.short_caption or usual
     return DataConfig(**fields, shuffle=False, last_batch="wrap")
 
 
