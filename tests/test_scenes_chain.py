@@ -25,6 +25,7 @@ from fixclip_core.training.recipe import load_recipe
 from fixclip_core.weights.load import load_fixclip
 from fixclip_diffusion import FixClipStableDiffusionPipeline
 from fixclip_diffusion.adapter_training.recipe import AdapterRecipe
+from fixclip_diffusion.evaluation.generate import System
 from fixclip_diffusion.evaluation.prompts import Prompt
 from fixclip_diffusion.tokenizer import FixClipTokenizer
 
@@ -314,7 +315,8 @@ def test_verdicts_are_written_object_by_object(parts):
 
 def test_paddings_are_drawn_from_the_same_noise(parts, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "BASE", str(parts["unet"]))
-    monkeypatch.setattr(evaluation, "ENCODER", str(parts["unet"]))
+    trained = System("trained", str(parts["unet"]), conditioning="one_pass")
+    monkeypatch.setitem(evaluation.SYSTEMS, "trained", trained)
     monkeypatch.setattr(evaluation, "DRAWING", replace(evaluation.DRAWING, steps=1, batch_size=2))
     drawn = {}
 
@@ -326,7 +328,7 @@ def test_paddings_are_drawn_from_the_same_noise(parts, tmp_path, monkeypatch):
     evaluation.paddings(number=3, output=tmp_path)
     found = json.loads((tmp_path / "paddings.json").read_text())
     assert {name: list(kinds) for name, kinds in found.items()} == {
-        "one_pass": ["mask", "zeros", "keep"],
+        "trained": ["mask", "zeros", "keep"],
         "overlap": ["mask", "zeros"],
     }
     pipe = FixClipStableDiffusionPipeline.from_pretrained(parts["unet"], conditioning="overlap")

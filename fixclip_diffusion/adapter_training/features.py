@@ -62,6 +62,7 @@ DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 SHORT_CAPTIONS = {"short_caption", "max_short_sentences", "drop_short_from_long"}
 SMALL_LATENTS = 16  # side
 WINDOWS = ("windows", "windows_known", "windows_gap")  # fields of `Features`
+TEACHERS_READING = Overlap()  # the conditioning that teachers read captions with
 _OPEN_SHARDS = 16
 
 
@@ -313,7 +314,7 @@ def _window_rows(
     (L,) there is one. Layouts are given for each teacher; all of them have the same tokens at the same places."""
     columns: list[list[Tensor]] = []
     for teacher, own, plain in zip(frozen.teachers, layouts, wordings, strict=True):
-        taught = [Overlap().lay_out(tokens_of(layout), teacher.context) for layout in plain]
+        taught = [TEACHERS_READING.lay_out(tokens_of(layout), teacher.context) for layout in plain]
         states, _ = encode_passes(_on_its_device(teacher), taught, teacher.context)
         rows, known = [], []
         for layout, other, part in zip(own, taught, states, strict=True):

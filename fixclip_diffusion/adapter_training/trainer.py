@@ -36,6 +36,7 @@ from fixclip_core.training.trainer import CHECKPOINTS, Trainer, batches, changed
 from fixclip_diffusion import builtin
 from fixclip_diffusion.adapter import TextAdapter, check_fits
 from fixclip_diffusion.adapter_training.features import (
+    TEACHERS_READING,
     CachedFeatures,
     CachedLatents,
     FeatureCache,
@@ -585,7 +586,8 @@ def check_targets(captions: list[tuple[Sample, str]], frozen: FrozenModels, reci
         ValueError: there is nothing to learn.
     """
     is_own = all(a.encoder is b.encoder for a, b in zip(frozen.encodings, frozen.teachers, strict=True))
-    if recipe.objectives.reads_noise or not is_own or frozen.prompt_encoder.conditioning.name != "overlap":
+    reads_alike = frozen.prompt_encoder.conditioning.name == TEACHERS_READING.name
+    if recipe.objectives.reads_noise or not (is_own and reads_alike):
         return
     if captions and all(plain_wording(sample, long) == long for sample, long in captions):
         raise ValueError(

@@ -189,8 +189,8 @@ def judged_references(prompt: Prompt, pictures: list[Any], tokenizer: FixClipTok
 
 # -- what stands behind a text ------------------------------------------------------------------------------
 
-PADDINGS = {  # of each conditioning; windows have no padding of their own between them
-    "one_pass": ("mask", "zeros", "keep"),
+PADDINGS = {  # of each system; windows have no padding of their own between them
+    "trained": ("mask", "zeros", "keep"),
     "overlap": ("mask", "zeros"),
 }
 
@@ -208,11 +208,11 @@ def paddings(
     prompts = nine(number)
     tokenizer = FixClipTokenizer.from_pretrained(BASE, subfolder="tokenizer")
     found: dict[str, dict[str, list[float]]] = {}
-    for conditioning, kinds in PADDINGS.items():
-        encoder = ENCODER if conditioning == "one_pass" else None
-        ours = FixClipStableDiffusionPipeline.from_pretrained(BASE, encoder, conditioning=conditioning)
+    for name, kinds in PADDINGS.items():
+        system = SYSTEMS[name]
+        ours = FixClipStableDiffusionPipeline.from_pretrained(BASE, system.encoder, conditioning=system.conditioning)
         unmasked = StableDiffusionPipeline.from_pretrained(BASE)  # its UNet attends to every row
-        found[conditioning] = {}
+        found[name] = {}
         for padding in kinds:
             ours.text_encoder.config.padding = "keep" if padding == "keep" else "mask"
             texts, empty = [prompt.text for prompt in prompts], [""] * number
@@ -221,9 +221,9 @@ def paddings(
                 embeds = [functional.pad(rows_BTD, (0, 0, 0, 248 - rows_BTD.shape[1])) for rows_BTD in embeds]
             pictures = _draw_embeds(ours if padding == "mask" else unmasked, embeds[0], embeds[1])
             rows = [judged(prompt, [picture], tokenizer) for prompt, picture in zip(prompts, pictures, strict=True)]
-            found[conditioning][padding] = [_share_right(rows, zones) for zones in ("e", "fa")]
-            before, after = found[conditioning][padding]
-            typer.echo(f"{conditioning} {padding}: {before:.1%} right before token 77, {after:.1%} after it")
+            found[name][padding] = [_share_right(rows, zones) for zones in ("e", "fa")]
+            before, after = found[name][padding]
+            typer.echo(f"{name} {padding}: {before:.1%} right before token 77, {after:.1%} after it")
     output.mkdir(parents=True, exist_ok=True)
     write_atomically(output / "paddings.json", (json.dumps(found, indent=1) + "\n").encode())
 
