@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -103,10 +104,10 @@ def attend(
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
 ) -> Tensor:
-    """`F.scaled_dot_product_attention`, except in bfloat16 on a CPU.
+    """`F.scaled_dot_product_attention`, except in bfloat16 on a CPU where gradients are wanted.
 
-    There torch 2.15's fused kernel takes three to seven times as long, forward and backward, as the two products
-    and the softmax written out (196 patches, one AVX512-BF16 core).
+    There the fused kernel's backward pass of torch 2.14 and 2.15 takes two to eight times as long, forward and
+    backward, as the two products and the softmax written out (one core with AVX512-BF16); forward alone it is faster.
 
     Args:
         query_BHQd: queries, (B, H, Q, d).
@@ -115,7 +116,8 @@ def attend(
         attn_mask: True where a query may read a key, broadcastable to (B, H, Q, K).
         is_causal: query i reads keys 0..i.
     """
-    if query_BHQd.device.type != "cpu" or query_BHQd.dtype != torch.bfloat16:
+    slow_backward = query_BHQd.device.type == "cpu" and query_BHQd.dtype == torch.bfloat16
+    if not (slow_backward and torch.is_grad_enabled()):
         return F.scaled_dot_product_attention(
             query_BHQd, key_BHKd, value_BHKd, attn_mask=attn_mask, is_causal=is_causal
         )
@@ -127,6 +129,19 @@ def attend(
         # Adding keeps nothing for the backward pass, unlike filling the logits.
         logits_BHQK = logits_BHQK + barred.masked_fill_(~attn_mask, float("-inf"))
     return logits_BHQK.softmax(dim=-1) @ value_BHKd
+
+
+def run_mlp(mlp: Any, x_BTD: Tensor) -> Tensor:
+    """An open_clip block's MLP, (B, T, D) to (B, T, D); with QuickGELU in a third of the passes over its hidden layer.
+
+    QuickGELU(h) = h sigmoid(1.702 h) = silu(1.702 h) / 1.702, and torch has silu as one kernel, forward and backward,
+    which keeps one tensor of the hidden layer's size where open_clip's three operations keep two. Both factors go to
+    the D-wide input and output, a quarter of the hidden layer.
+    """
+    if not isinstance(mlp.gelu, QuickGELU):
+        return mlp(x_BTD)
+    hidden_BTF = F.silu(F.linear(1.702 * x_BTD, mlp.c_fc.weight, 1.702 * mlp.c_fc.bias))
+    return F.linear(hidden_BTF, mlp.c_proj.weight, 1.702 * mlp.c_proj.bias) / 1.702
 
 
 class Block(nn.Module):
@@ -154,7 +169,7 @@ class Block(nn.Module):
     def finish(self, x_BTD: Tensor, attended_BHTd: Tensor) -> Tensor:
         """Output projection, MLP and both residuals."""
         x_BTD = x_BTD + self.ls_1(self.attn.out_proj(attended_BHTd.transpose(1, 2).flatten(2)))
-        return x_BTD + self.ls_2(self.mlp(self.ln_2(x_BTD)))
+        return x_BTD + self.ls_2(run_mlp(self.mlp, self.ln_2(x_BTD)))
 
 
 class ImageBlock(Block):
