@@ -17,6 +17,7 @@ from fixclip_core.model.image_tower import (
     masked_patches,
     reader_mask,
     region_of_patch,
+    run_mlp,
 )
 
 WIDTH, LAYERS, PATCHES = 32, 3, 16
@@ -223,6 +224,34 @@ def test_bfloat16_attention_is_as_good_as_the_fused_kernel(queries, keys, masked
     for ours, theirs, truth in zip(outcome(attend, torch.bfloat16), fused, exact, strict=True):
         bound = 2.5 * (theirs.double() - truth.double()).norm() + 1e-3 * truth.double().norm()
         assert (ours.double() - truth.double()).norm() <= bound
+
+    with torch.no_grad():
+        read = attend(q, k, v, attn_mask=mask, is_causal=is_causal).double()
+    truth = exact[0].double()
+    assert (read - truth).norm() <= 2.5 * (fused[0].double() - truth).norm() + 1e-3 * truth.norm()
+
+
+@pytest.mark.parametrize("quick_gelu", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_an_mlp_computes_what_open_clips_does(quick_gelu, dtype):
+    """Values and gradients of input and weights, against open_clip's modules in float64."""
+    mlp = vision_transformer(quick_gelu=quick_gelu).transformer.resblocks[0].mlp
+    x, weights = torch.randn(2, 5, WIDTH).double(), torch.randn(2, 5, WIDTH).double()
+
+    def outcome(run, mlp) -> list[Tensor]:
+        dtype = mlp.c_fc.weight.dtype
+        own = x.to(dtype).requires_grad_()
+        out = run(mlp, own)
+        return [out, *torch.autograd.grad(out, [own, *mlp.parameters()], weights.to(dtype))]
+
+    exact = outcome(lambda mlp, x: mlp(x), mlp)
+    ours = outcome(run_mlp, copy.deepcopy(mlp).to(dtype))
+    theirs = outcome(lambda mlp, x: mlp(x), copy.deepcopy(mlp).to(dtype))
+    for value, other, truth in zip(ours, theirs, exact, strict=True):
+        bound = 2 * (other.double() - truth).norm() + 1e-12 * truth.norm()
+        assert (value.double() - truth).norm() <= bound
+    if not quick_gelu:
+        assert all(torch.equal(value, other) for value, other in zip(ours, theirs, strict=True))
 
 
 def test_initial_prompts_are_grey_patches():

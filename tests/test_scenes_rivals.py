@@ -1,4 +1,4 @@
-"""The table of methods: stages that wait for the tuning, a bootstrap against numbers by hand, verdicts."""
+"""The table of methods: stages at the rates of the tuning, a bootstrap against numbers by hand, verdicts."""
 
 import json
 import math
@@ -32,13 +32,16 @@ def finish(stage, value):
     (folder / "metrics.jsonl").write_text(metrics(value))
 
 
-def test_reported_seeds_wait_for_rates_that_were_tuned_alike_on_another_seed(tmp_path, monkeypatch):
+def test_reported_seeds_take_rates_that_were_tuned_alike_on_another_seed(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "ROOT", tmp_path)
     tuning = run.rival_tuning()
     assert len(tuning) == len(run.TUNED) * len(run.RIVAL_RATES)
     assert run.TUNING_SEED not in run.SEEDS
-    names = [stage.name for stage in run.rivals()]
-    assert not any(name.endswith("seed0") for name in names)
+    assert set(run.TUNED_RATES) == set(run.TUNED)
+    assert set(run.TUNED_RATES.values()) <= set(run.RIVAL_RATES)
+    before = {stage.name for stage in run.rivals()}
+    for method, rate in run.TUNED_RATES.items():
+        assert {f"rivals/{method}-lr{rate:g}-seed{seed}" for seed in run.SEEDS} <= before
     for stage in tuning:
         best = {"fixclip": "3e-05", "longclip": "0.0003"}.get(stage.name.split("/")[1].split("-lr")[0], "0.0001")
         finish(stage, 0.9 if f"-lr{best}-" in stage.name else 0.5)

@@ -138,7 +138,7 @@ def run_mlp(mlp: Any, x_BTD: Tensor) -> Tensor:
     which keeps one tensor of the hidden layer's size where open_clip's three operations keep two. Both factors go to
     the D-wide input and output, a quarter of the hidden layer.
     """
-    if not isinstance(mlp.gelu, QuickGELU):
+    if len(mlp) != 3 or not isinstance(mlp[1], QuickGELU):
         return mlp(x_BTD)
     hidden_BTF = F.silu(F.linear(1.702 * x_BTD, mlp.c_fc.weight, 1.702 * mlp.c_fc.bias))
     return F.linear(hidden_BTF, mlp.c_proj.weight, 1.702 * mlp.c_proj.bias) / 1.702
