@@ -108,24 +108,56 @@ def twins_report(
     workers: int = 0,
     precision: Precision = "fp32",
 ) -> dict[str, Any]:
+    """`twins_reports` of one encoder."""
+    options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "precision": precision}
+    return twins_reports([encoder], number, **options)[0]
+
+
+def twins_reports(
+    encoders: Sequence[Encoder],
+    number: int = NUM_SCENES,
+    *,
+    batch_size: int = 64,
+    workers: int = 0,
+    precision: Precision = "fp32",
+) -> list[dict[str, Any]]:
     """Choices between twins, by change and zone, and recall among all scenes, with and without their twins.
 
+    Scenes are drawn once for all encoders, which for small ones is a third of the work.
+
     Args:
-        encoder: the CLIP.
+        encoders: CLIPs that prepare images in the same way.
         number: of scenes; each has up to 6 twins.
         batch_size: images or texts a step.
         workers: processes that draw scenes.
         precision: of the encoder's passes.
 
     Returns:
-        As `retrieval_report`: "metrics" are recalls with the pictures and captions of all scenes and of all twins to
-        choose from, "without_twins" those of the scenes alone. "choices" lists change, zone, shares right both ways
-        with their standard errors, and how many pairs; zone "all" and change "all" stand for all of them. "pairs" has
-        (change, zone, image to text, text to image) of each pair, for a paired comparison of two reports.
+        For each encoder a report as `retrieval_report`: "metrics" are recalls with the pictures and captions of all
+        scenes and of all twins to choose from, "without_twins" those of the scenes alone. "choices" lists change,
+        zone, shares right both ways with their standard errors, and how many pairs; zone "all" and change "all" stand
+        for all of them. "pairs" has (change, zone, image to text, text to image) of each pair, for a paired comparison
+        of two reports.
+
+    Raises:
+        ValueError: the encoders prepare images differently.
     """
-    drawn = _draw(encoder, number, batch_size, workers, precision)
+    for encoder in encoders:
+        if repr(encoder.preprocess) != repr(encoders[0].preprocess):
+            raise ValueError(f"{encoder.source} prepares images unlike {encoders[0].source}: evaluate them one by one")
+    drawn, images = _draw(encoders, number, batch_size, workers, precision)
+    return [
+        _report(encoder, image_IE, drawn, batch_size, precision)
+        for encoder, image_IE in zip(encoders, images, strict=True)
+    ]
+
+
+def _report(
+    encoder: Encoder, image_IE: Tensor, drawn: "_Drawn", batch_size: int, precision: Precision
+) -> dict[str, Any]:
+    number = len(drawn.own)
     text_TE, cut_texts = encode_texts(encoder, drawn.texts, batch_size, precision)
-    found = torch.stack(choices(drawn.image, text_TE, drawn.pairs), 1).tolist()
+    found = torch.stack(choices(image_IE, text_TE, drawn.pairs), 1).tolist()
     rows = [(pair.change, pair.zone, *shares) for pair, shares in zip(drawn.pairs, found, strict=True)]
     own_images, own_texts = (list(column) for column in zip(*drawn.own, strict=True))
     return {
@@ -133,7 +165,7 @@ def twins_report(
         "data": {
             "name": f"{NAME}:{number}",
             "protocol": f"scenes of seed {SEED} with {NUM_OBJECTS[0]} to {NUM_OBJECTS[1]} objects, and their twins",
-            "images": len(drawn.image),
+            "images": len(image_IE),
             "texts": len(drawn.texts),
             "pairs": len(drawn.pairs),
             "texts_that_fill_the_context": cut_texts,
@@ -141,8 +173,8 @@ def twins_report(
         },
         "precision": precision,
         "tie_rule": f"{TIE_RULE}; in a choice between two a tie counts half",
-        "metrics": retrieval_metrics(drawn.image, text_TE, drawn.text_to_image, progress=True),
-        "without_twins": retrieval_metrics(drawn.image[own_images], text_TE[own_texts], range(number)),
+        "metrics": retrieval_metrics(image_IE, text_TE, drawn.text_to_image, progress=True),
+        "without_twins": retrieval_metrics(image_IE[own_images], text_TE[own_texts], range(number)),
         "choices": summarize_choices(rows),
         "pairs": rows,
     }
@@ -150,29 +182,30 @@ def twins_report(
 
 @dataclass(frozen=True)
 class _Drawn:
-    """Features of all pictures, all captions, whose picture each caption describes, and each scene's own two.
+    """All captions, whose picture each describes, the pairs, and each scene's own picture and caption."""
 
-    `image` is (I, E).
-    """
-
-    image: Tensor
     texts: list[str]
     text_to_image: list[int]
     pairs: list[Pair]
     own: list[tuple[int, int]]
 
 
-def _draw(encoder: Encoder, number: int, batch_size: int, workers: int, precision: Precision) -> _Drawn:
-    features: list[Tensor] = []
+def _draw(
+    encoders: Sequence[Encoder], number: int, batch_size: int, workers: int, precision: Precision
+) -> tuple[_Drawn, list[Tensor]]:
+    """What is drawn, and the features of all pictures, (I, E) for each encoder."""
+    features: list[list[Tensor]] = [[] for _ in encoders]
     texts: list[str] = []
     text_to_image: list[int] = []
     pairs: list[Pair] = []
     own: list[tuple[int, int]] = []
     size = max(1, batch_size // (1 + len(scenes.CHANGES)))  # scenes a step
-    loader = DataLoader(TwinScenes(number, encoder.preprocess), size, num_workers=workers, collate_fn=list)
+    loader = DataLoader(TwinScenes(number, encoders[0].preprocess), size, num_workers=workers, collate_fn=list)
     first = 0  # row of the scene's own picture
     for batch in tqdm(loader, desc="scenes and twins", unit="batch"):
-        features.append(encode_images(encoder, torch.cat([images for images, _, _ in batch]), precision))
+        image_BCHW = torch.cat([images for images, _, _ in batch])
+        for encoder, own_features in zip(encoders, features, strict=True):
+            own_features.append(encode_images(encoder, image_BCHW, precision))
         for images, twins, caption in batch:
             own.append((first, len(texts)))
             originals = {text: len(texts) + n for n, text in enumerate({caption: 0} | {t.original: 0 for t in twins})}
@@ -184,7 +217,7 @@ def _draw(encoder: Encoder, number: int, batch_size: int, workers: int, precisio
                 texts.append(twin.caption)
                 text_to_image.append(row)
             first += len(images)
-    return _Drawn(torch.cat(features), texts, text_to_image, pairs, own)
+    return _Drawn(texts, text_to_image, pairs, own), [torch.cat(own_features) for own_features in features]
 
 
 def summarize_choices(rows: Sequence[tuple[str, str, float, float]]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What the parts of the scenes miniature can do, as JSON: `images SYSTEM`, `paddings` and `retrieval`.
+"""What the parts of the scenes miniature can do, as JSON: `images SYSTEM`, `paddings`, `retrieval` and `twins RUN`.
 
 Scenes and captions here are never trained on: FIX-CLIP and the adapter take scenes from number 1000 of seed 0 on, the
 base draws its own, and these are the first 1000 of seed 0 (retrieval) and those of seed 1 (images).
@@ -18,7 +18,11 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from fixclip_core import scenes
+from fixclip_core.device import choose_precision
+from fixclip_core.evaluation.encoders import load_encoder
+from fixclip_core.evaluation.report import write_json
 from fixclip_core.evaluation.retrieval import retrieval_metrics
+from fixclip_core.evaluation.twins import NUM_SCENES, twins_reports
 from fixclip_core.files import write_atomically
 from fixclip_core.model.config import FINE_TUNE
 from fixclip_core.model.fixclip import FixClip
@@ -292,6 +296,23 @@ def retrieval(
                 )
     output.mkdir(parents=True, exist_ok=True)
     write_atomically(output / "retrieval.json", (json.dumps(found, indent=1) + "\n").encode())
+
+
+@app.command()
+def twins(
+    names: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders of rivals/, or base.")],
+    folder: Annotated[Path, typer.Option(help="Of the runs; writes twins/RUN.json there.")] = OUT / "rivals",
+    base: Annotated[Path, typer.Option(help="The CLIP that the runs began with.")] = OUT / "clip" / "model",
+    number: int = NUM_SCENES,
+    batch_size: int = 256,
+) -> None:
+    """Retrieval among 5,000 scenes, and choices between each and its near twins; the scenes are drawn once for all."""
+    files = {name: folder / "twins" / f"{name}.json" for name in names}
+    left = [name for name, file in files.items() if not file.exists()]
+    encoders = [load_encoder(base if name == "base" else folder / name) for name in left]
+    options = {"batch_size": batch_size, "precision": choose_precision("auto", "cpu")}
+    for name, report in zip(left, twins_reports(encoders, number, **options) if encoders else [], strict=True):
+        write_json(report, files[name])
 
 
 def to_pil(image_CHW: torch.Tensor) -> Any:

@@ -236,7 +236,6 @@ RIVAL_RATES = (1e-5, *LEARNING_RATES)  # plain fine-tuning is best at the second
 TUNING_SEED = 100  # of the runs that choose the learning rates; it is in no table
 TUNED_RATES = {"finetune": 1e-5, "longclip": 1e-4, "fixclip": 1e-4}  # what `rival_tuning` found, 300 steps each
 RIVAL_STEPS = 200  # a third of the recipe's: R@1 is nearly flat from here on, see docs/results.md
-TWINS = 5000  # scenes of the hard retrieval sets
 
 
 def rival_run(method: str, lr: float, seed: int) -> Stage:
@@ -263,26 +262,25 @@ def rival_lr(method: str) -> float:
     return max(tuning, key=lambda lr: score(tuning[lr]))
 
 
-def twins_of(name: str, model: Path, needs: Sequence[str]) -> Stage:
-    """Retrieval among 5,000 scenes, and choices between each and its near twins."""
-    result = OUT / "rivals" / "twins" / f"{name}.json"
-    command = ("-m", "fixclip_cli", "evaluate", str(model), "--data", f"scenes-twins:{TWINS}", "-o", str(result))
-    return Stage(f"twins/{name}", (*command, "--precision", "auto", "--batch-size", "256"), tuple(needs), result)
+def twins_of(name: str, runs: Sequence[Stage]) -> Stage:
+    """The hard retrieval sets for some runs at once: their pictures are drawn once for all."""
+    folders = [Path(run.name).name for run in runs]
+    result = OUT / "rivals" / "twins" / f"{folders[-1]}.json"
+    return Stage(f"twins/{name}", (f"{HERE}/evaluate.py", "twins", *folders), tuple(run.name for run in runs), result)
 
 
 def rivals() -> list[Stage]:
     """Three seeds of every method, and the hard sets for each of them and for what is not trained."""
     stretched = OUT / "rivals" / "stretched"
-    untrained = [
-        twins_of("base", OUT / "clip" / "model", ["clip"]),
-        Stage("rivals/stretched", (f"{HERE}/package.py", "stretched"), ("clip",), stretched / "config.json"),
-        twins_of("stretched", stretched, ["rivals/stretched"]),
-    ]
-    first = [method for method in RIVALS if method not in RIVALS_LAST]
-    runs = [rival_run(method, rival_lr(method), seed) for seed in SEEDS for method in first]  # a seed is a table
-    runs += [rival_run(method, rival_lr(method), seed) for seed in SEEDS for method in RIVALS_LAST]
-    judged = [(run, twins_of(Path(run.name).name, run.result.parent, [run.name])) for run in runs]
-    return [*untrained, *(stage for pair in judged for stage in pair)]
+    found = [Stage("rivals/stretched", (f"{HERE}/package.py", "stretched"), ("clip",), stretched / "config.json")]
+    twins = (f"{HERE}/evaluate.py", "twins", "base", "stretched")
+    found += [Stage("twins/untrained", twins, ("rivals/stretched",), OUT / "rivals" / "twins" / "stretched.json")]
+    own = [method for method in RIVALS if method not in RIVALS_LAST]
+    parts = {f"seed{seed}-{part}": (own[part::2], [seed]) for seed in SEEDS for part in (0, 1)}
+    for name, (methods, some) in (parts | {"last": (list(RIVALS_LAST), SEEDS)}).items():
+        runs = [rival_run(method, rival_lr(method), seed) for method in methods for seed in some]
+        found += [*runs, twins_of(name, runs)]  # two runs are trained while others are judged
+    return found
 
 
 def evaluations() -> list[Stage]:
