@@ -60,20 +60,19 @@ class Pair:
     texts: tuple[int, int]
 
 
-class TwinScenes(Dataset[tuple[Tensor, list[scenes.Twin], str]]):
-    """Scenes with their twins: pictures (1 + twins, C, H, W), the scene's own first; the twins; the scene's caption."""
+class TwinScenes(Dataset[tuple[list[Any], list[scenes.Twin], str]]):
+    """Scenes with their twins: PIL pictures, the scene's own first; the twins; the scene's caption."""
 
-    def __init__(self, number: int, preprocess: Any):
-        self.number, self.preprocess = number, preprocess
+    def __init__(self, number: int):
+        self.number = number
 
     def __len__(self) -> int:
         return self.number
 
-    def __getitem__(self, index: int) -> tuple[Tensor, list[scenes.Twin], str]:
+    def __getitem__(self, index: int) -> tuple[list[Any], list[scenes.Twin], str]:
         scene = scenes.scene_at(SEED, index, num_objects=NUM_OBJECTS)
         twins = scenes.near_twins(scene, index)
-        drawn = scenes.render_batch([scene, *(twin.scene for twin in twins)])
-        images = torch.stack([self.preprocess(to_pil_image(image)) for image in drawn])
+        images = [to_pil_image(image) for image in scenes.render_batch([scene, *(twin.scene for twin in twins)])]
         return images, twins, scenes.long_caption(scene, index).text
 
 
@@ -126,7 +125,7 @@ def twins_reports(
     Scenes are drawn once for all encoders, which for small ones is a third of the work.
 
     Args:
-        encoders: CLIPs that prepare images in the same way.
+        encoders: the CLIPs.
         number: of scenes; each has up to 6 twins.
         batch_size: images or texts a step.
         workers: processes that draw scenes.
@@ -138,13 +137,7 @@ def twins_reports(
         zone, shares right both ways with their standard errors, and how many pairs; zone "all" and change "all" stand
         for all of them. "pairs" has (change, zone, image to text, text to image) of each pair, for a paired comparison
         of two reports.
-
-    Raises:
-        ValueError: the encoders prepare images differently.
     """
-    for encoder in encoders:
-        if repr(encoder.preprocess) != repr(encoders[0].preprocess):
-            raise ValueError(f"{encoder.source} prepares images unlike {encoders[0].source}: evaluate them one by one")
     drawn, images = _draw(encoders, number, batch_size, workers, precision)
     return [
         _report(encoder, image_IE, drawn, batch_size, precision)
@@ -200,11 +193,11 @@ def _draw(
     pairs: list[Pair] = []
     own: list[tuple[int, int]] = []
     size = max(1, batch_size // (1 + len(scenes.CHANGES)))  # scenes a step
-    loader = DataLoader(TwinScenes(number, encoders[0].preprocess), size, num_workers=workers, collate_fn=list)
+    loader = DataLoader(TwinScenes(number), size, num_workers=workers, collate_fn=list)
     first = 0  # row of the scene's own picture
     for batch in tqdm(loader, desc="scenes and twins", unit="batch"):
-        image_BCHW = torch.cat([images for images, _, _ in batch])
         for encoder, own_features in zip(encoders, features, strict=True):
+            image_BCHW = torch.stack([encoder.preprocess(image) for images, _, _ in batch for image in images])
             own_features.append(encode_images(encoder, image_BCHW, precision))
         for images, twins, caption in batch:
             own.append((first, len(texts)))
