@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scenes import report, run
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "pipelines" / "scenes"))
@@ -50,10 +52,13 @@ def test_reported_seeds_take_rates_that_were_tuned_alike_on_another_seed(tmp_pat
     for method, rate in (*wanted.items(), ("finetune", "0.0001")):
         reported = [name for name in names if name.startswith(f"rivals/{method}-lr") and "seed100" not in name]
         assert reported == [f"rivals/{method}-lr{rate}-seed{seed}" for seed in run.SEEDS]
-        assert f"twins/{method}-lr{rate}-seed2" in names
     assert all(stage.name not in names or "rivals" in stage.name for stage in run.select([]))  # by name only
-    needs = {stage.name: stage.needs for stage in run.rivals()}
-    assert needs["twins/fixclip-lr3e-05-seed1"] == ("rivals/fixclip-lr3e-05-seed1",)
+    judged = [stage for stage in run.rivals() if stage.name.startswith("twins/")]
+    needed = [need for stage in judged for need in stage.needs]
+    assert sorted(needed) == sorted(name for name in names if name.startswith("rivals/"))  # each once
+    for stage in judged:
+        assert [f"rivals/{name}" for name in stage.command[2:] if name != "base"] == list(stage.needs)
+        assert stage.result.stem == stage.command[-1]  # written last, in the order of the command
     assert set(rivals.LABELS) == {*run.RIVALS, *run.UNTRAINED}
 
 
@@ -186,6 +191,40 @@ def test_verdicts_by_zone_and_of_short_captions(measured):
     assert rows["smallest that could be shown"][1:] == [
         f"{100 * smallest_difference(pairs):.1f}" for pairs in (43, 1, 40, 2, rivals.SHORT_SCENES)
     ]
+
+
+def test_what_was_kept_stays_and_other_runs_join_it(measured, tmp_path):
+    kept = rivals.read(tmp_path / "results")
+    assert rivals.collect(tmp_path / "nothing here", kept) == kept
+    for file in (measured / "twins").glob("*seed[12].json"):
+        file.rename(tmp_path / file.name)
+    (measured / "twins" / "base.json").unlink()
+    first = json.loads(json.dumps(rivals.collect(measured)))
+    assert list(first["runs"]["fixclip"]["seeds"]) == ["0"]
+    for file in tmp_path.glob("*seed[12].json"):
+        file.rename(measured / "twins" / file.name)
+    for file in (measured / "twins").glob("*seed0.json"):
+        file.unlink()
+    joined = rivals.collect(measured, first)
+    assert joined["differences"] == kept["differences"]
+    assert {k: v["seeds"] for k, v in joined["runs"].items()} == {
+        k: v["seeds"] for k, v in kept["runs"].items() if k != "base"
+    }
+    other = measured / "twins" / "fixclip-lr0.0001-seed0.json"  # another rate than before: those runs are no longer it
+    other.write_text(twins_json(0.5))
+    assert list(rivals.collect(measured, first)["runs"]["fixclip"]["seeds"]) != ["0", "1", "2"]
+
+
+def test_trainings_of_other_lengths_are_refused(measured):
+    file = measured / "fixclip-lr1e-05-seed0" / "metrics.jsonl"
+    file.write_text(file.read_text().replace('"step": 1000', '"step": 900'))
+    with pytest.raises(ValueError, match="trainings of 900 and 1000 steps cannot be compared"):
+        rivals.collect(measured)
+
+
+@given(st.lists(st.integers(0, 255)))
+def test_answers_survive_packing(values):
+    assert rivals.unpacked(rivals.packed(values)).tolist() == values
 
 
 def test_reports_of_other_pairs_are_refused(measured):

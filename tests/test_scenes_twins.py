@@ -5,12 +5,14 @@ import json
 import re
 import zlib
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scenes import evaluate
 from torch import nn
 
 from fixclip_core.evaluation.encoders import Encoder
@@ -22,7 +24,9 @@ from fixclip_core.evaluation.twins import (
     summarize_choices,
     twin_scenes,
     twins_report,
+    twins_reports,
 )
+from fixclip_core.model.config import FINE_TUNE
 from fixclip_core.scenes import (
     CHANGES,
     DIFFERENCE_ZONES,
@@ -35,6 +39,7 @@ from fixclip_core.scenes import (
     sample_scene,
     scene_at,
 )
+from fixclip_core.weights.load import load_fixclip
 
 seeds = st.integers(0, 2**32)
 
@@ -152,6 +157,22 @@ def test_who_sees_everything_is_always_right_and_who_reads_nothing_is_at_chance(
     assert blind["metrics"]["image_to_text_recall_at_1"] == 0, "a tie counts against the match"
     assert f"50.0 / 50.0 ({len(blind['pairs'])})" in format_choices(blind)
     assert json.loads(json.dumps(report))["pairs"][0][2:] == [1, 1]
+
+
+def test_encoders_that_share_the_pictures_get_the_reports_of_their_own():
+    seeing, blind = encoder(5), encoder(5, reads=3)
+    assert twins_reports([seeing, blind], 5) == [twins_report(seeing, 5), twins_report(blind, 5, batch_size=30)]
+
+
+def test_runs_of_a_folder_are_judged_once(tmp_path):
+    load_fixclip("builtin:scenes/clip", **FINE_TUNE).save_pretrained(tmp_path / "stretched")
+    evaluate.twins(["base", "stretched"], folder=tmp_path, base=Path("builtin:scenes/clip"), number=4)
+    reports = [json.loads((tmp_path / "twins" / f"{name}.json").read_text()) for name in ("base", "stretched")]
+    assert [report["model"]["context_length"] for report in reports] == [77, 248]
+    assert reports[0]["data"]["name"] == "scenes-twins:4"
+    before = (tmp_path / "twins" / "base.json").stat().st_mtime_ns
+    evaluate.twins(["base", "stretched"], folder=tmp_path, base=tmp_path / "gone", number=4)
+    assert (tmp_path / "twins" / "base.json").stat().st_mtime_ns == before
 
 
 def test_choices_by_hand():

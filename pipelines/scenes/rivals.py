@@ -8,11 +8,14 @@ was stated before any model was looked at (`evaluation.twins`), and a verdict sa
 interval is smaller than it.
 """
 
+import base64
+import copy
 import json
 import math
 import statistics
+import zlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,34 +55,74 @@ DIRECTIONS = ("image_to_text", "text_to_image")
 ZONES = (*DIFFERENCE_ZONES, "all")
 BEHIND = list(DIFFERENCE_ZONES)[-1]
 SHORT_SCENES = 1000  # on which trainings measure short R@1, eval.source of encoder.yaml
+EIGHTHS = 8  # a pair asks four questions, of which a tie counts half
 NOT_YET = "Not measured yet."
 
 
 # -- collecting ----------------------------------------------------------------------------------------------
 
 
-def collect(folder: Path) -> dict[str, Any]:
-    """What report.py keeps of `outputs/scenes/rivals`: figures of each run and verdicts; {} before there is any."""
-    runs: dict[str, dict[str, Any]] = {}
-    shares: dict[str, list[np.ndarray]] = defaultdict(list)
-    asked: list[list[str]] = []  # change and zone of each pair
+def collect(folder: Path, before: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What report.py keeps of `outputs/scenes/rivals`: figures and answers of each run, and verdicts.
+
+    The trainings take hours, so what was kept before stays, and runs of other seeds or methods join it.
+
+    Args:
+        folder: of the runs, their hard sets in twins/METHOD-lrRATE-seedN.json.
+        before: what was kept.
+
+    Returns:
+        {} before there is any run. "pairs" has change and zone of each pair and "answers" the share of right choices,
+        both as `packed`.
+
+    Raises:
+        ValueError: runs that cannot be compared with the others: other pairs, or another number of steps.
+    """
+    found = {"pairs": {}, "runs": {}} | copy.deepcopy(dict(before or {}))
     for file in sorted((folder / "twins").glob("*.json")):
         method, lr, seed = named(file.stem)
-        found = json.loads(file.read_text())
-        own = runs.setdefault(method, {"lr": lr, "seeds": {}})
-        own["seeds"][seed] = {**figures(found), **trained_figures(folder / file.stem)}
-        shares[method].append(np.array([pair[2:] for pair in found["pairs"]], float).mean(1))
-        before, asked = asked, [pair[:2] for pair in found["pairs"]]
-        if before and before != asked:
+        report = json.loads(file.read_text())
+        changes, zones = ([pair[n] for pair in report["pairs"]] for n in (0, 1))
+        pairs = {"changes": packed(map(CHANGES.index, changes)), "zones": packed(map(ZONES.index, zones))}
+        if found["pairs"] and found["pairs"] != pairs:
             raise ValueError(f"{file}: its pairs are not those of the reports before it; evaluate all with one version")
-    zone_P = np.array([zone for _, zone in asked])
-    answered = {
-        question: differences(np.stack(shares[one]), np.stack(shares[other]), zone_P)
+        found["pairs"] = pairs
+        own = found["runs"].get(method, {"lr": lr, "seeds": {}})
+        found["runs"][method] = own if own["lr"] == lr else {"lr": lr, "seeds": {}}
+        answers = packed(round(EIGHTHS * statistics.mean(pair[2:])) for pair in report["pairs"])
+        figures_of_run = {**figures(report), **trained_figures(folder / file.stem), "answers": answers}
+        found["runs"][method]["seeds"][str(seed)] = figures_of_run
+    steps = {
+        seed["curve"][-1][0] for own in found["runs"].values() for seed in own["seeds"].values() if "curve" in seed
+    }
+    if len(steps) > 1:
+        raise ValueError(f"trainings of {' and '.join(map(str, sorted(steps)))} steps cannot be compared; see {folder}")
+    return found | {"differences": answered(found)} if found["runs"] else {}
+
+
+def answered(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The differences that answer each of `QUESTIONS` whose two methods are there."""
+    runs = found["runs"]
+    zone_P = np.array(ZONES)[unpacked(found["pairs"]["zones"])]
+    shares = {
+        method: np.stack([unpacked(seed["answers"]) / EIGHTHS for _, seed in sorted(own["seeds"].items())])
+        for method, own in runs.items()
+    }
+    return {
+        question: differences(shares[one], shares[other], zone_P)
         | short_difference(short_recalls(runs[one]), short_recalls(runs[other]))
         for question, (one, other) in QUESTIONS.items()
         if one in shares and other in shares
     }
-    return {"runs": runs, "differences": answered} if runs else {}
+
+
+def packed(values: Iterable[int]) -> str:
+    """Numbers from 0 to 255 as text: a byte each, zlib, base 85; about 12 kB for the 29,000 answers of a run."""
+    return base64.b85encode(zlib.compress(bytes(values), 9)).decode()
+
+
+def unpacked(text: str) -> np.ndarray:
+    return np.frombuffer(zlib.decompress(base64.b85decode(text)), np.uint8)
 
 
 def short_recalls(own: Mapping[str, Any]) -> list[float]:
