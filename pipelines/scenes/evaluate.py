@@ -310,7 +310,7 @@ def twins(
     files = {name: folder / "twins" / f"{name}.json" for name in names}
     left = [name for name, file in files.items() if not file.exists()]
     encoders = [load_encoder(base if name == "base" else folder / name) for name in left]
-    options = {"batch_size": batch_size, "precision": choose_precision("auto", "cpu")}
+    options: dict[str, Any] = {"batch_size": batch_size, "precision": choose_precision("auto", "cpu")}
     for name, report in zip(left, twins_reports(encoders, number, **options) if encoders else [], strict=True):
         write_json(report, files[name])
 
