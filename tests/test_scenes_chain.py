@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from scenes import evaluate as evaluation
-from scenes import pretrain, report, run
+from scenes import package, pretrain, report, run
 from typer.testing import CliRunner
 
 from fixclip_core import scenes
@@ -297,6 +297,21 @@ def test_stages_run_in_order_once_and_resume_after_a_failure(tmp_path, monkeypat
 
 
 # -- evaluation and report -----------------------------------------------------------------------------------
+
+
+def test_what_is_published_stands_in_for_the_chain(tmp_path, monkeypatch, capsys):
+    mine = tmp_path / run.OUT / "clip" / "model"
+    mine.mkdir(parents=True)
+    (mine / "config.json").write_text("mine")
+    package.restore(tmp_path / run.OUT)
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    done = {stage.name for stage in run.chain() if (tmp_path / stage.result).exists()}
+    assert done == {"clip", "base", "encoder_diffusers", "adapter", "adapter_overlap_text"}
+    assert (mine / "config.json").read_text() == "mine"
+    assert f"{mine}: there already" in capsys.readouterr().out
+    published = package.BUILTIN / "adapter" / "adapter.safetensors"
+    assert (tmp_path / run.OUT / "adapter/adapter/adapter.safetensors").read_bytes() == published.read_bytes()
+    assert not list(tmp_path.rglob("*.partial"))
 
 
 def test_verdicts_are_written_object_by_object(parts):

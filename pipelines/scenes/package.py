@@ -1,4 +1,7 @@
-"""Put the parts of the scenes miniature together: `base` for training, `install` for the package's own folder."""
+"""Put the parts of the scenes miniature together: `base` for training, `install` for the package's own folder.
+
+`restore` goes the other way: it lays out what the package holds, so that other stages go on from it without the chain.
+"""
 
 import json
 import shutil
@@ -98,6 +101,25 @@ def install(output: Path = BUILTIN) -> None:
         shorten(output / name, torch.bfloat16 if name.endswith("adapter") else torch.float16)
         size = sum(file.stat().st_size for file in (output / name).rglob("*") if file.is_file())
         typer.echo(f"{output / name}: {size / 1e6:.1f} MB")
+
+
+@app.command()
+def restore(output: Annotated[Path, typer.Option(help="Where stages leave their results.")] = OUT) -> None:
+    """Lay the package's parts out where the chain leaves them; what is there already stays.
+
+    The stages behind them count as done, so that `run.py rivals`, say, begins with the published CLIP. Weights are
+    those of the package, in 16 bits; base and CLIP were trained by an earlier version of the chain.
+    """
+    for name, source in PARTS.items():
+        target = output / source.relative_to(OUT)
+        if target.exists():
+            typer.echo(f"{target}: there already")
+            continue
+        partial = target.with_name(f".{target.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(BUILTIN / name, partial)
+        partial.rename(target)
+        typer.echo(f"{target}: as published")
 
 
 if __name__ == "__main__":
