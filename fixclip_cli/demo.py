@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 from fixclip_cli.app import DEFAULT_OUTPUT, DeviceOption, app, read_prompt
-from fixclip_cli.models import check_device
 from fixclip_cli.pictures import output_files
 
 
@@ -33,11 +32,10 @@ def demo(
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    from fixclip_core.device import best_device
+    from fixclip_core.device import choose_device
     from fixclip_diffusion import demo as demonstration
 
-    device = device or best_device()
-    check_device(device)
+    device = choose_device(device)
 
     for library in (diffusers_logging, transformers_logging):
         library.disable_progress_bar()

@@ -69,10 +69,9 @@ def evaluate(
         refuse(ctx, "does not act on a benchmark, which fixes its images and texts", *of_own_data)
     if output is not None:
         prepare_output(output)
-    from fixclip_cli.models import check_device
     from fixclip_core.data.config import DataConfig
     from fixclip_core.data.sources import open_source
-    from fixclip_core.device import best_device, choose_precision
+    from fixclip_core.device import choose_device, choose_precision
     from fixclip_core.evaluation.benchmarks import load_benchmark
     from fixclip_core.evaluation.classification import classification_report, read_classnames
     from fixclip_core.evaluation.encoders import load_encoder
@@ -81,8 +80,7 @@ def evaluate(
     from fixclip_core.evaluation.retrieval import retrieval_report
     from fixclip_core.evaluation.twins import format_choices, twin_scenes, twins_report
 
-    device = device or best_device()
-    check_device(device)
+    device = choose_device(device)
     options: dict[str, Any] = {
         "batch_size": batch_size,
         "workers": workers,

@@ -16,7 +16,6 @@ from fixclip_cli.app import (
     parse_size,
     refuse,
 )
-from fixclip_cli.models import check_device
 
 if TYPE_CHECKING:
     from fixclip_diffusion.evaluation.generate import System
@@ -112,7 +111,7 @@ def evaluate_images(
     from diffusers.utils import logging as diffusers_logging
 
     diffusers_logging.set_verbosity_error()  # it warns of casts to float32 that leave everything as it is
-    from fixclip_core.device import best_device
+    from fixclip_core.device import choose_device
     from fixclip_core.scenes.world import MIN_SIDE
     from fixclip_diffusion.evaluation import benchmarks, generate, report, run
 
@@ -123,8 +122,7 @@ def evaluate_images(
     processes = run.Processes.found()
     if processes.device is not None:
         refuse(ctx, "is the launcher's to choose: each of its processes has one", "device")
-    device = processes.device or device or best_device()
-    check_device(device)
+    device = choose_device(processes.device or device)
     dtype = torch.float16 if device.startswith("cuda") else torch.float32
     if judge is None and all(prompt.scene is not None for prompt in opened.prompts):
         judge = ["checker"]

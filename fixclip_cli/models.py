@@ -34,22 +34,6 @@ class ModelOptions:
     encoder_2: str | None = None
 
 
-def check_device(device: str) -> None:
-    """Find out before a model is loaded that a device cannot be used.
-
-    Raises:
-        ValueError: there is no such device here.
-    """
-    import torch
-
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"device {device!r} cannot be used: {str(error).split(':')[0]}; cuda, mps and cpu are known"
-        ) from error
-
-
 @contextmanager
 def offer_builtin() -> Iterator[None]:
     """What the hub did not give ends in an error that names a model which needs no hub."""
@@ -73,12 +57,11 @@ def load_pipeline(options: ModelOptions, device: str | None = None, dtype: str |
     check_names(options)
     import torch
 
-    from fixclip_core.device import best_device
+    from fixclip_core.device import choose_device
     from fixclip_diffusion.auto import load_pipeline as load
     from fixclip_diffusion.lora import load_loras
 
-    device = device or best_device()
-    check_device(device)
+    device = choose_device(device)
     if options.scheduler is not None:
         check_scheduler(options.scheduler)
     torch_dtype = getattr(torch, dtype or ("float16" if device.startswith("cuda") else "float32"))

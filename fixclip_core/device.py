@@ -17,6 +17,22 @@ def best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def choose_device(device: str | None) -> str:
+    """A device that can be used, before a model is loaded for it: the one that is asked for, else `best_device`.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    device = device or best_device()
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device {device!r} cannot be used: {str(error).split(':')[0]}; cuda, mps and cpu are known"
+        ) from error
+    return device
+
+
 def choose_precision(precision: AnyPrecision, device: torch.device | str) -> Precision:
     """`auto` as bf16 where the device multiplies matrices in it by instructions of its own, else fp32.
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from fixclip_core.device import (
+    best_device,
+    choose_device,
     choose_precision,
     cpu_multiplies_bf16,
     limit_threads,
@@ -50,6 +52,14 @@ def test_cores_are_those_of_the_container_and_shared_by_its_processes(tmp_path, 
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
     assert loading_workers(8) == 1
     assert loading_workers(0) == 0
+
+
+def test_a_device_is_the_one_asked_for_or_the_best_and_must_be_there():
+    assert choose_device("cpu") == "cpu"
+    assert choose_device(None) == best_device()
+    for wrong in ("cuda:99", "nonsense"):
+        with pytest.raises(ValueError, match=f"device '{wrong}' cannot be used: .*; cuda, mps and cpu are known"):
+            choose_device(wrong)
 
 
 def test_torch_gets_no_more_threads_than_cores(monkeypatch):

@@ -18,7 +18,7 @@ from fixclip_cli.app import (
     WeightsOption,
     refuse,
 )
-from fixclip_core.device import best_device
+from fixclip_core.device import choose_device
 
 from .model import DemoModel, DevicePool, ModelChoice, default_choice
 from .page import Limits, build, launch
@@ -30,12 +30,9 @@ def load(choice: ModelChoice | None, devices: list[str] | None) -> DevicePool:
     """The chosen model, or the default one, on each device."""
     # diffusers warns of every cut prompt; what visitors write does not belong in the server's log.
     diffusers_logging.set_verbosity_error()
-    names = devices or [best_device()]
+    names = [choose_device(name) for name in devices] if devices else [choose_device(None)]
     with default_choice() if choice is None else contextlib.nullcontext(choice) as chosen:
-        try:
-            return DevicePool([DemoModel(chosen, name) for name in names])
-        except RuntimeError as error:  # a device that is not there
-            raise ValueError(str(error)) from error
+        return DevicePool([DemoModel(chosen, name) for name in names])
 
 
 @app.command(cls=Command)

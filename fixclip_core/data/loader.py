@@ -236,6 +236,11 @@ def some_captions(loaded: Batches, looked_at: int = 256) -> list[tuple[Sample, s
     return found
 
 
+def any_plain_wording(captions: Sequence[tuple[Sample, str]]) -> bool:
+    """Whether one of these samples and long captions has a plain wording of its own, or there are none to look at."""
+    return not captions or any(plain_wording(sample, long) != long for sample, long in captions)
+
+
 def check_wordings(captions: Sequence[tuple[Sample, str]], name: str, source: str) -> None:
     """Refuse a loss about plain wordings where no caption has one.
 
@@ -247,7 +252,7 @@ def check_wordings(captions: Sequence[tuple[Sample, str]], name: str, source: st
     Raises:
         ValueError: there is none.
     """
-    if captions and all(plain_wording(sample, long) == long for sample, long in captions):
+    if not any_plain_wording(captions):
         raise ValueError(
             f"{name}: none of {len(captions)} captions in {source} has a plain wording (`plain`), so this loss would "
             f"be 0; give captions that have one (docs/training.md, State alignment), or set {name}=0"

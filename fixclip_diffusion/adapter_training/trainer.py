@@ -22,7 +22,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fixclip_core.data.config import READ_SCENES, DataConfig
-from fixclip_core.data.loader import Batch, Batches, Loader, check_wordings, open_samples, plain_wording, some_captions
+from fixclip_core.data.loader import (
+    Batch,
+    Batches,
+    Loader,
+    any_plain_wording,
+    check_wordings,
+    open_samples,
+    some_captions,
+)
 from fixclip_core.data.samples import Sample
 from fixclip_core.data.sources import Source
 from fixclip_core.files import write_atomically
@@ -589,7 +597,7 @@ def check_targets(captions: list[tuple[Sample, str]], frozen: FrozenModels, reci
     reads_alike = frozen.prompt_encoder.conditioning.name == TEACHERS_READING.name
     if recipe.objectives.reads_noise or not (is_own and reads_alike):
         return
-    if captions and all(plain_wording(sample, long) == long for sample, long in captions):
+    if not any_plain_wording(captions):
         raise ValueError(
             "objectives.weight_windows: the base's own encoder gives the hidden states of overlapping windows already, "
             f"and none of {len(captions)} captions in {recipe.data.source} has a plain wording (`plain`), so there is "

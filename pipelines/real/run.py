@@ -35,7 +35,7 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from fixclip_core.device import best_device
+from fixclip_core.device import choose_device
 from fixclip_core.evaluation.benchmarks import Benchmark as Retrieval
 from fixclip_core.evaluation.benchmarks import load_benchmark
 from fixclip_core.evaluation.encoders import load_encoder
@@ -317,7 +317,7 @@ def main(
     """Check everything on real weights, a step after the other, and write one report."""
     if unknown := [name for name in only or [] if name not in STEPS]:
         raise typer.BadParameter(f"step {unknown[0]!r}: valid are {', '.join(STEPS)}")
-    settings = Settings(output, prompts, steps, guidance, partial, device or best_device())
+    settings = Settings(output, prompts, steps, guidance, partial, choose_device(device))
     prepare_folder(output)
     if not listed:
         keep_settings(settings)
