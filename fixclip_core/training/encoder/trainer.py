@@ -274,6 +274,7 @@ def build_clip(recipe: EncoderRecipe) -> FixClip:
         section.name, pretrained=pretrained, cache_dir=section.cache_dir, **model_fields(recipe)
     ).float()
     clip.set_grad_checkpointing(recipe.train.gradient_checkpointing)
+    clip.text.pieces = recipe.train.text_pieces
     if recipe.train.compile:
         clip.compile_blocks()
     return clip
