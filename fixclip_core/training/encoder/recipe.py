@@ -33,7 +33,7 @@ class TrainSection(RunSection):
         default=None, ge=1, description="samples a pass in each process; below the batch: exact GradCache"
     )
     text_pieces: int = Field(
-        default=8, ge=1, description="pieces of like lengths a batch's texts are read in; more: less padding, more calls"
+        default=8, ge=1, description="pieces of like lengths a batch's texts are read in: more calls, less padding"
     )
     loss_chunk_size: int | None = Field(default=None, ge=1, description="rows of the loss computed at a time")
     label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="of the contrastive losses")
