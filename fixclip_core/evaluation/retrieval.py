@@ -74,10 +74,10 @@ def retrieval_metrics(
         index_I1 = torch.arange(i, min(i + chunk_size, len(image_IE)), device=image_IE.device)[:, None]
         for t in starts_T:
             texts = slice(t, t + chunk_size)
-            score_IT = image_IE[images] @ text_TE[texts].T + TIE_TOLERANCE
+            score_IT = (image_IE[images] @ text_TE[texts].T).add_(TIE_TOLERANCE)
             foreign_IT = text_to_image_T[texts] != index_I1
-            rank_I[images] += ((score_IT >= best_score_I[images, None]) & foreign_IT).sum(1)
-            rank_T[texts] += ((score_IT >= own_score_T[texts]) & foreign_IT).sum(0)
+            rank_I[images] += ((score_IT >= best_score_I[images, None]) & foreign_IT).sum(1, dtype=torch.int32)
+            rank_T[texts] += ((score_IT >= own_score_T[texts]) & foreign_IT).sum(0, dtype=torch.int32)
     return {
         f"{direction}_recall_at_{k}": (rank <= k).double().mean().item()
         for direction, rank in (("image_to_text", rank_I), ("text_to_image", rank_T))

@@ -304,14 +304,13 @@ def verdict_cell(found: Mapping[str, Any]) -> str:
 
 
 def plot_curves(found: Mapping[str, Any], path: Path) -> None:
-    """Long and short R@1 over the steps, means over seeds: have the curves flattened?"""
+    """Long and short R@1 over the steps, means over the seeds that were evaluated on the way: have they flattened?"""
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for method, own in found["runs"].items():
-        curves = [np.array(seed["curve"]) for seed in own["seeds"].values() if seed.get("curve")]
+        curves = [np.array(seed["curve"]) for seed in own["seeds"].values() if len(seed.get("curve", [])) > 1]
         if not curves:
             continue
-        length = min(map(len, curves))
-        mean = np.mean([curve[:length] for curve in curves], axis=0)
+        mean = np.mean(curves, axis=0)
         for column, axis in enumerate(axes, 1):
             axis.plot(mean[:, 0], 100 * mean[:, column], label=LABELS[method])
     for kind, axis in zip(KINDS, axes, strict=True):
