@@ -1,6 +1,7 @@
 """Folders of tiny real models, made once a session."""
 
 import os
+import signal
 
 # Before anything of Hugging Face is imported: no test may wait for the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,6 +15,9 @@ from hypothesis import settings
 
 settings.register_profile("default", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("default")
+
+# A suite in a shell's background begins with Ctrl-C ignored, and so would every program that a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
