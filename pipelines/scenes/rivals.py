@@ -305,8 +305,8 @@ def verdict_cell(found: Mapping[str, Any]) -> str:
 
 def plot_curves(found: Mapping[str, Any], path: Path) -> None:
     """Long and short R@1 over the steps, means over the seeds that were evaluated on the way: have they flattened?"""
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for method, own in found["runs"].items():
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 5), layout="constrained")
+    for method, own in in_order(found):
         curves = [np.array(seed["curve"]) for seed in own["seeds"].values() if len(seed.get("curve", [])) > 1]
         if not curves:
             continue
@@ -315,6 +315,7 @@ def plot_curves(found: Mapping[str, Any], path: Path) -> None:
             axis.plot(mean[:, 0], 100 * mean[:, column], label=LABELS[method])
     for kind, axis in zip(KINDS, axes, strict=True):
         axis.set(xlabel="steps", ylabel="R@1, %", title=f"{kind} captions, 1,000 scenes")
-    axes[1].legend(fontsize=7)
+    if axes[0].lines:
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
