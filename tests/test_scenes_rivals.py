@@ -210,9 +210,12 @@ def test_what_was_kept_stays_and_other_runs_join_it(measured, tmp_path):
     assert {k: v["seeds"] for k, v in joined["runs"].items()} == {
         k: v["seeds"] for k, v in kept["runs"].items() if k != "base"
     }
-    other = measured / "twins" / "fixclip-lr0.0001-seed0.json"  # another rate than before: those runs are no longer it
+    for file in (measured / "twins").glob("fixclip-*.json"):
+        file.unlink()
+    other = measured / "twins" / "fixclip-lr0.0001-seed1.json"  # another rate than before: those runs are no longer it
     other.write_text(twins_json(0.5))
-    assert list(rivals.collect(measured, first)["runs"]["fixclip"]["seeds"]) != ["0", "1", "2"]
+    runs = rivals.collect(measured, first)["runs"]["fixclip"]
+    assert (runs["lr"], list(runs["seeds"])) == ("0.0001", ["1"])
 
 
 def test_trainings_of_other_lengths_are_refused(measured):

@@ -527,9 +527,12 @@ def test_methods_are_one_switch(recipe, tmp_path):
         assert config.context_length == 248
 
 
+def test_the_recipe_says_in_how_many_pieces_texts_are_read(recipe):
+    assert train.build_clip(recipe("run", "train.text_pieces=3")).text.pieces == 3
+
+
 def test_every_module_can_be_switched_off(recipe):
     off = ["model.num_prompts=0", "model.num_groups=0", "model.masking=none"]
-    assert train.build_clip(recipe("run", "train.text_pieces=3")).text.pieces == 3
     fields = train.model_fields(recipe("run", *off, "model.prompt_flow=replace"))
     assert (fields["num_prompts"], fields["num_groups"], fields["masking"]) == (0, 0, "none")
     assert fields["prompt_flow"] == "replace"

@@ -106,8 +106,9 @@ def attend(
 ) -> Tensor:
     """`F.scaled_dot_product_attention`, except in bfloat16 on a CPU where gradients are wanted.
 
-    There the fused kernel's backward pass of torch 2.14 and 2.15 takes two to eight times as long, forward and
-    backward, as the two products and the softmax written out (one core with AVX512-BF16); forward alone it is faster.
+    There the fused kernel's backward pass of torch 2.14 and 2.15 makes both passes take two to eight times as long as
+    the two products and the softmax written out. Forward alone it takes 0.4 to 0.6 of the time on causal texts of 130
+    to 200 tokens, and as long on images of 41 (one core with AVX512-BF16).
 
     Args:
         query_BHQd: queries, (B, H, Q, d).

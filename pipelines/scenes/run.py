@@ -274,8 +274,8 @@ def rivals() -> list[Stage]:
     """Three seeds of every method, and the hard sets for each of them and for what is not trained."""
     stretched = OUT / "rivals" / "stretched"
     found = [Stage("rivals/stretched", (f"{HERE}/package.py", "stretched"), ("clip",), stretched / "config.json")]
-    twins = (f"{HERE}/evaluate.py", "twins", "base", "stretched")
-    found += [Stage("twins/untrained", twins, ("rivals/stretched",), OUT / "rivals" / "twins" / "stretched.json")]
+    twins, last = (f"{HERE}/evaluate.py", "twins", *UNTRAINED), OUT / "rivals" / "twins" / f"{UNTRAINED[-1]}.json"
+    found += [Stage("twins/untrained", twins, ("rivals/stretched",), last)]
     own = [method for method in RIVALS if method not in RIVALS_LAST]
     parts = {f"seed{seed}-{part}": (own[part::2], [seed]) for seed in SEEDS for part in (0, 1)}
     for name, (methods, some) in (parts | {"last": (list(RIVALS_LAST), SEEDS)}).items():
