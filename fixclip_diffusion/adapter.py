@@ -25,6 +25,7 @@ from fixclip_core.check import (
     refuse_stand_in,
 )
 from fixclip_core.files import parse_json, write_atomically
+from fixclip_core.model.attention import attend, split_heads
 from fixclip_core.weights.kinds import what_is_in
 from fixclip_diffusion import builtin
 
@@ -312,7 +313,7 @@ class _AttentionBlock(nn.Module):
 
     def forward(self, states_BTD: Tensor, mask_B11T: Tensor | None = None) -> Tensor:
         qkv = self.in_proj(self.norm(states_BTD)).chunk(3, dim=-1)
-        query, key, value = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in qkv)
-        mixed = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask_B11T)
+        query, key, value = (split_heads(part, self.num_heads) for part in qkv)
+        mixed = attend(query, key, value, attn_mask=mask_B11T)
         delta_BTD = self.out_proj(mixed.transpose(1, 2).flatten(2))
         return delta_BTD + self.feed_forward(states_BTD + delta_BTD)

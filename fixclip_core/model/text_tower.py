@@ -12,8 +12,9 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from fixclip_core.model.attention import attend
 from fixclip_core.model.config import HiddenState
-from fixclip_core.model.image_tower import Block, as_transformer, attend, run_block, unsupported_block
+from fixclip_core.model.image_tower import Block, as_transformer, run_block, unsupported_block
 from fixclip_core.model.lora import MATRICES, add_low_rank, without_low_rank
 from fixclip_core.model.positional import PositionStart, start_positions
 
