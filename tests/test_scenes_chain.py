@@ -290,6 +290,10 @@ def test_stages_run_in_order_once_and_resume_after_a_failure(tmp_path, monkeypat
         else:
             run.run(stages, 2)
     assert [(tmp_path / name).read_text() for name in ("first", "second", "third")] == ["x", "x", "x"]
+    tries = {s.name: json.loads(run.log_of(s).with_suffix(".times.json").read_text())["times"] for s in good}
+    assert {name: len(times) for name, times in tries.items()} == {"first": 1, "second": 2, "third": 1}
+    assert all(start <= end for times in tries.values() for start, end in times)
+    assert tries["first"][0][1] <= tries["second"][0][0]
     (tmp_path / "first").unlink()
     (tmp_path / "second").unlink()
     with pytest.raises(SystemExit, match="second: first run first"):
@@ -469,6 +473,50 @@ def test_the_report_sets_low_rank_changes_beside_the_whole_tower(tmp_path, monke
     small, whole = (line.strip("| ").split(" | ") for line in report.deltas_table().splitlines()[2:])
     assert small == ["a change of rank 16", "0.2 MB", *["0.500"] * 4, "100.0 ± 0.0", "50.0 ± 70.7"]
     assert whole[:3] == ["the whole tower", "4.0 MB", "0.900"]
+
+
+def test_the_report_says_how_long_stages_took(tmp_path, monkeypatch):
+    """Over all starts; a group once all of it is done, where two at a time count once; older times stay."""
+    monkeypatch.setattr(report.run, "ROOT", tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "OUT", tmp_path / "outputs")
+    first, second = (
+        report.run.Stage("a/b", (), (), Path("one")),
+        report.run.Stage("unet", (), (), Path("two"), processes=2),
+    )
+    monkeypatch.setattr(report.run, "GROUPS", {name: lambda: [first, second] for name in report.TIMED})
+    monkeypatch.setattr(report.run, "chain", lambda: [first, second])
+    assert report.collect_times() == {}
+    assert report.times_table() == report.NOT_YET
+    for stage, times in ((first, [[0, 600], [1000, 1300]]), (second, [[300, 1200]])):
+        stopwatch = report.run.log_of(stage).with_suffix(".times.json")
+        stopwatch.parent.mkdir(parents=True, exist_ok=True)
+        stopwatch.write_text(json.dumps({"processes": stage.processes, "times": times}))
+    (tmp_path / "one").touch()
+    assert report.collect_times()["groups"] == {}  # the other is being trained
+    (tmp_path / "two").touch()
+    (tmp_path / "times.json").write_text(json.dumps({"stages": {"old": {"minutes": 1, "processes": 1}}, "groups": {}}))
+    report.collect()
+    assert set(json.loads((tmp_path / "times.json").read_text())["stages"]) == {"old", "a/b", "unet"}
+    rows = [line.strip("| ").split(" | ") for line in report.times_table().splitlines()[2:]]
+    assert rows[:2] == [["`a/b`", "15", "1"], ["`unet`", "15", "2"]]
+    assert rows[2] == ["all of `chain`, two processes at a time", "22", "-"]  # 0 to 1300 seconds, without a gap
+
+
+def test_the_report_compares_depths(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "OUT", tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    assert report.depths_table() == report.NOT_YET
+    for layers, last in ((6, 0.25), (10, 0.125)):
+        folder = tmp_path / "depths" / f"adapter-{layers}"
+        (folder / "adapter").mkdir(parents=True)
+        (folder / "adapter" / "adapter.safetensors").touch()
+        rows = [{"step": s, "loss_windows": 9.0 if s < 420 else last, "loss_plain": last} for s in range(20, 520, 20)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "depths" / "adapter-4").mkdir()  # not done
+    report.collect()
+    rows = [line.strip("| ").split(" | ")[1:] for line in report.depths_table().splitlines()[2:]]
+    assert rows == [["6", "0.250", "0.250"], ["10", "0.125", "0.125"]]
 
 
 def test_the_page_keeps_its_prose():

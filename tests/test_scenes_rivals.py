@@ -37,18 +37,19 @@ def finish(stage, value):
 def test_reported_seeds_take_rates_that_were_tuned_alike_on_another_seed(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "ROOT", tmp_path)
     tuning = run.rival_tuning()
-    assert len(tuning) == len(run.TUNED) * len(run.RIVAL_RATES)
+    assert len(tuning) == len(run.TUNED_RATES) * len(run.RIVAL_RATES)
     assert run.TUNING_SEED not in run.SEEDS
-    assert set(run.TUNED_RATES) == set(run.TUNED)
+    assert set(run.TUNED_RATES) == {*run.TUNED, "debias"}
     assert set(run.TUNED_RATES.values()) <= set(run.RIVAL_RATES)
     before = {stage.name for stage in run.rivals()}
     for method, rate in run.TUNED_RATES.items():
         assert {f"rivals/{method}-lr{rate:g}-seed{seed}" for seed in run.SEEDS} <= before
     for stage in tuning:
-        best = {"fixclip": "3e-05", "longclip": "0.0003"}.get(stage.name.split("/")[1].split("-lr")[0], "0.0001")
+        tuned = {"fixclip": "3e-05", "longclip": "0.0003", "debias": "1e-05"}
+        best = tuned.get(stage.name.split("/")[1].split("-lr")[0], "0.0001")
         finish(stage, 0.9 if f"-lr{best}-" in stage.name else 0.5)
     names = [stage.name for stage in run.rivals()]
-    wanted = {"fixclip": "3e-05", "fixclip_no_groups": "3e-05", "longclip": "0.0003", "debias": "0.0003"}
+    wanted = {"fixclip": "3e-05", "fixclip_no_groups": "3e-05", "longclip": "0.0003", "debias": "1e-05"}
     for method, rate in (*wanted.items(), ("finetune", "0.0001")):
         reported = [name for name in names if name.startswith(f"rivals/{method}-lr") and "seed100" not in name]
         assert reported == [f"rivals/{method}-lr{rate}-seed{seed}" for seed in run.SEEDS]

@@ -23,6 +23,7 @@ import typer
 matplotlib.use("Agg")
 sys.path.insert(0, str(Path(__file__).parent))  # for those who import this file; a script has it there
 import rivals
+import run
 from matplotlib import pyplot
 from safetensors import safe_open
 
@@ -77,6 +78,8 @@ METHODS = {
     "longclip": "Long-CLIP recipe",
     "finetune": "plain fine-tuning",
 }
+DEPTHS = {"overlap_text": "the base's windows, joined", "adapter": "FIX-CLIP's pass"}
+NOT_YET = "Not measured yet."
 CAPTIONS = {
     "true": "true",
     "few_mistakes_filtered": "few mistakes, filtered",
@@ -90,6 +93,7 @@ MEASURES = {
     "objects_right": "objects right",
     "objects_colour_right": "colours right",
 }
+TIMED = ("chain", "controls", "evaluations")
 RECALLS = tuple(f"{c}_{d}_recall_at_1" for c in ("long", "short") for d in ("image_to_text", "text_to_image"))
 
 
@@ -100,8 +104,14 @@ def collect() -> None:
     """Copy what has been measured into the repository; what is not there yet stays as it was."""
     for file in sorted((OUT / "evaluation").glob("*.json")):
         (RESULTS / file.name).write_text(file.read_text())
-    if found := collect_deltas():
-        (RESULTS / "deltas.json").write_text(json.dumps(found, indent=1) + "\n")
+    for name, found in {"deltas": collect_deltas(), "depths": collect_depths()}.items():
+        if found:
+            (RESULTS / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+    if times := collect_times():
+        file = RESULTS / "times.json"
+        earlier = json.loads(file.read_text()) if file.exists() else {}
+        merged = {part: earlier.get(part, {}) | values for part, values in times.items()}
+        file.write_text(json.dumps(merged, indent=1) + "\n")
     runs = {}
     for folder in sorted((OUT / "ablations").glob("*")):
         if (folder / "model" / "config.json").exists():
@@ -263,7 +273,7 @@ def seeds_table() -> str:
         ]
         rows.append([SYSTEMS[system], str(len(seeds)), *cells])
     header = ["system", "training seeds", "right, before 77", "right, after 77", "references from 77 tokens on"]
-    return table([*header, "short"], rows) if rows else "Not measured yet."
+    return table([*header, "short"], rows) if rows else NOT_YET
 
 
 def seeds_differences_table() -> str:
@@ -275,7 +285,7 @@ def seeds_differences_table() -> str:
             if len(seeds) > 1:
                 cells = differences(one, other, seeds)
                 rows.append([f"{SYSTEMS[one]} - {SYSTEMS[other]}", str(len(seeds)), *cells])
-    return table(["difference, points", "training seeds", *SIDES], rows) if rows else "Not measured yet."
+    return table(["difference, points", "training seeds", *SIDES], rows) if rows else NOT_YET
 
 
 def by_prompt(system: str, after: bool, seeds: Sequence[int] = (0,)) -> np.ndarray:
@@ -357,7 +367,7 @@ def references_table(name: str = "references") -> str:
     found = {system: load_references(name, system) for system in SYSTEMS}
     found = {system: rows for system, rows in found.items() if rows}
     if not found:
-        return "Not measured yet."
+        return NOT_YET
     columns: dict[str, tuple[str, str]] = {bucket: ("bucket", bucket) for bucket in scenes.DISTANCES} | {
         kind: ("kind", kind) for kind in scenes.KINDS
     }
@@ -506,9 +516,37 @@ def deltas_table() -> str:
             cells = [f"{values['bytes'] / 1e6:.1f} MB", *(f"{values[recall]:.3f}" for recall in RECALLS)]
             rows.append([label, *cells, *(percent(*by_seed(part)) for part in nine)])
     if len(rows) < 2:
-        return "Not measured yet."
+        return NOT_YET
     header = ["trained", "file", "long i2t", "long t2i", "short i2t", "short t2i"]
     return table([*header, "right, before 77", "right, after 77"], rows)
+
+
+# -- how deep an adapter is ----------------------------------------------------------------------------------
+
+LAST_ROWS = 5  # of the metrics, 100 steps
+
+
+def collect_depths() -> dict[str, dict[str, float]]:
+    """{READING-LAYERS: what an adapter of so many layers leaves unexplained at the end of a short start}."""
+    found = {}
+    for folder in sorted((OUT / "depths").glob("*")):
+        if (folder / "adapter" / "adapter.safetensors").exists():
+            rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][-LAST_ROWS:]
+            losses = ("loss_windows", "loss_plain")
+            found[folder.name] = {name: statistics.mean(row[name] for row in rows) for name in losses}
+    return found
+
+
+def depths_table() -> str:
+    file = RESULTS / "depths.json"
+    if not file.exists():
+        return NOT_YET
+    found: dict[str, dict[str, float]] = json.loads(file.read_text())
+    rows = []
+    for reading in dict.fromkeys(name.rsplit("-", 1)[0] for name in found):
+        own = sorted((int(n.rsplit("-", 1)[1]), v) for n, v in found.items() if n.rsplit("-", 1)[0] == reading)
+        rows += [[DEPTHS[reading], str(n), *(f"{value:.3f}" for value in v.values())] for n, v in own]
+    return table(["adapter on", "layers", "of all states", "of those that refer"], rows)
 
 
 # -- retrieval -----------------------------------------------------------------------------------------------
@@ -517,7 +555,7 @@ def deltas_table() -> str:
 def retrieval_table() -> str:
     file = RESULTS / "retrieval.json"
     if not file.exists():
-        return "Not measured yet."
+        return NOT_YET
     names = {"base": "base, cut at 77", "stretched": "stretched only", "trained": "FIX-CLIP"}
     kinds = ("long", "short", "long_heldout_templates", "long_heldout_words")
     rows = []
@@ -556,7 +594,7 @@ def ablations_table() -> str:
         cells = [mean_spread([values[name] for values in seeds.values()]) for name in RECALLS]
         rows.append([label, rate, str(len(seeds)), *cells])
     if not rows:
-        return "Not measured yet."
+        return NOT_YET
     header = ["method", "lr", "seeds", "long i2t", "long t2i", "short i2t", "short t2i"]
     return table(header, rows)
 
@@ -574,32 +612,32 @@ def tuning_table() -> str:
         cells = [f"{score(runs[method, r][0]):.3f}" if 0 in runs.get((method, r), {}) else "-" for r in rates]
         if any(cell != "-" for cell in cells):
             rows.append([METHODS[method], *cells])
-    return table(["learning rate", *rates], rows) if rows else "Not measured yet."
+    return table(["learning rate", *rates], rows) if rows else NOT_YET
 
 
 def rivals_table() -> str:
     found = rivals.read(RESULTS)
     if not found:
-        return rivals.NOT_YET
+        return NOT_YET
     rivals.plot_curves(found, IMAGES / "results_rivals.png")
     return table(*rivals.methods_rows(found)) + "\n\n![R@1 over the steps](images/results_rivals.png)"
 
 
 def choices_table() -> str:
     found = rivals.read(RESULTS)
-    return table(*rivals.choices_rows(found)) if found else rivals.NOT_YET
+    return table(*rivals.choices_rows(found)) if found else NOT_YET
 
 
 def verdicts_table() -> str:
     found = rivals.read(RESULTS)
-    return table(*rivals.verdict_rows(found)) if found.get("differences") else rivals.NOT_YET
+    return table(*rivals.verdict_rows(found)) if found.get("differences") else NOT_YET
 
 
 def noise_table() -> str:
     """pipelines/captions/noise.py: what became of the captions, and the recalls after a training on them."""
     file = RESULTS / "caption_noise.json"
     if not file.exists():
-        return "Not measured yet."
+        return NOT_YET
     rows = []
     for name, found in json.loads(file.read_text()).items():
         rejected = 1 - found["answers"].get("accepted", 0) / sum(found["answers"].values())
@@ -613,7 +651,7 @@ def noise_table() -> str:
 def training_table() -> str:
     file = RESULTS / "training.json"
     if not file.exists():
-        return "Not measured yet."
+        return NOT_YET
     names = {
         "clip": "CLIP",
         "vae": "VAE",
@@ -627,6 +665,45 @@ def training_table() -> str:
         shown = ", ".join(f"{measure(key)} {value:.3f}" for key, value in last.items())
         rows.append([names[name], str(found[-1]["step"]), shown])
     return table(["part", "steps", "on held-out scenes"], rows)
+
+
+def collect_times() -> dict[str, Any]:
+    """Minutes of each stage that is done, over all its starts, and of the groups in which all are: of the wall clock,
+    two stages at a time."""
+    spans: dict[str, list[list[float]]] = {}
+    found: dict[str, Any] = {"stages": {}, "groups": {}}
+    for stage in run.stages():
+        file = run.log_of(stage).with_suffix(".times.json")
+        if file.exists() and (run.ROOT / stage.result).exists():
+            content = json.loads(file.read_text())
+            spans[stage.name] = content["times"]
+            minutes = sum(end - start for start, end in content["times"]) / 60
+            found["stages"][stage.name] = {"minutes": round(minutes, 1), "processes": content["processes"]}
+    for group in TIMED:
+        names = [stage.name for stage in run.GROUPS[group]()]
+        if set(names) <= spans.keys():
+            found["groups"][group] = round(covered([span for name in names for span in spans[name]]) / 60, 1)
+    return found if spans else {}
+
+
+def covered(spans: Iterable[list[float]]) -> float:
+    """Seconds in which at least one of the [start, end] lasted."""
+    total, until = 0.0, -math.inf
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return total
+
+
+def times_table() -> str:
+    file = RESULTS / "times.json"
+    if not file.exists():
+        return NOT_YET
+    found = json.loads(file.read_text())
+    names = [stage.name for stage in run.chain() if stage.name in found["stages"]]
+    rows = [[f"`{n}`", f"{found['stages'][n]['minutes']:.0f}", str(found["stages"][n]["processes"])] for n in names]
+    groups = [[f"all of `{g}`, two processes at a time", f"{m:.0f}", "-"] for g, m in found["groups"].items()]
+    return table(["stage", "minutes", "processes"], [*rows, *groups])
 
 
 def measure(key: str) -> str:
@@ -660,7 +737,9 @@ TABLES = {
     "differences": differences_table,
     "seeds": seeds_table,
     "seeds differences": seeds_differences_table,
+    "times": times_table,
     "deltas": deltas_table,
+    "depths": depths_table,
     "colours": colours_table,
     "counts": counts_table,
     "lengths": lengths_table,

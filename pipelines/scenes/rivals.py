@@ -56,7 +56,6 @@ ZONES = (*DIFFERENCE_ZONES, "all")
 BEHIND = list(DIFFERENCE_ZONES)[-1]
 SHORT_SCENES = 1000  # on which trainings measure short R@1, eval.source of encoder.yaml
 EIGHTHS = 8  # a pair asks four questions, of which a tie counts half
-NOT_YET = "Not measured yet."
 
 
 # -- collecting ----------------------------------------------------------------------------------------------

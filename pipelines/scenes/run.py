@@ -14,9 +14,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from fixclip_core.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path("pipelines/scenes")
@@ -160,6 +162,25 @@ def deltas() -> list[Stage]:
     return found
 
 
+DEPTHS = (2, 4, 6)
+DEPTH_STEPS = 500
+
+
+def depths() -> list[Stage]:
+    """Adapters of several depths: a short start on text states, on windows that are joined and on FIX-CLIP's pass."""
+    readings = {
+        "overlap_text": (["base"], (*OVERLAP, "adapter.scope=text")),
+        "adapter": (["base", "encoder_diffusers"], ("encoder",)),
+    }
+    found: list[Stage] = []
+    for reading, (needs, (cache, *overrides)) in readings.items():
+        for layers in DEPTHS:
+            own = (f"features.folder={OUT}/cache/{cache}_references", f"train.steps={DEPTH_STEPS}", *overrides)
+            name, depth = f"depths/{reading}-{layers}", f"adapter.num_layers={layers}"
+            found += [adapter(name, needs, *own, depth, recipe="adapter_start")]
+    return found
+
+
 METHODS: dict[str, tuple[str, ...]] = {
     "fixclip": (),
     "longclip": ("method=longclip",),
@@ -294,7 +315,8 @@ def evaluations() -> list[Stage]:
     }
     script, folder = f"{HERE}/evaluate.py", OUT / "evaluation"
     retrieval = Stage("retrieval", (script, "retrieval"), ("encoder",), folder / "retrieval.json")
-    return [*(pictures_of(system, stage) for system, stage in needs.items()), retrieval]
+    paddings = Stage("paddings", (script, "paddings"), ("encoder_diffusers",), folder / "paddings.json")
+    return [*(pictures_of(system, stage) for system, stage in needs.items()), retrieval, paddings]
 
 
 GROUPS: dict[str, Callable[[], list[Stage]]] = {
@@ -302,6 +324,7 @@ GROUPS: dict[str, Callable[[], list[Stage]]] = {
     "controls": controls,
     "seeds": seeds,
     "deltas": deltas,
+    "depths": depths,
     "evaluations": evaluations,
     "tuning": tuning,
     "ablations": ablations,
@@ -336,6 +359,35 @@ def select(names: Sequence[str]) -> list[Stage]:
 # -- running -------------------------------------------------------------------------------------------------
 
 
+class Stopwatch:
+    """When a stage ran, in logs/STAGE.times.json: [start, end] in seconds since 1970 for each time that it was started.
+
+    The end is brought up to date while the stage runs, so that a run that is cut off counts too.
+    """
+
+    def __init__(self, stage: Stage):
+        self.file = log_of(stage).with_suffix(".times.json")
+        before = json.loads(self.file.read_text())["times"] if self.file.exists() else []
+        self.content: dict[str, Any] = {"processes": stage.processes, "times": [*before, [time.time(), time.time()]]}
+        self.write(again_after=0)
+
+    @property
+    def minutes(self) -> float:
+        """In all, over every start."""
+        return sum(end - start for start, end in self.content["times"]) / 60
+
+    def write(self, again_after: float = 20) -> None:
+        """Record that the stage runs still; at once, or where the last record is so many seconds old."""
+        last = self.content["times"][-1]
+        if time.time() - last[1] >= again_after:
+            last[1] = time.time()
+            write_atomically(self.file, (json.dumps(self.content) + "\n").encode())
+
+
+def log_of(stage: Stage) -> Path:
+    return ROOT / OUT / "logs" / f"{stage.name.replace('/', '-')}.log"
+
+
 def run(chosen: Sequence[Stage], jobs: int) -> None:
     """Run what is not done, in `jobs` processes of one thread: two such processes beat one with two threads.
 
@@ -344,7 +396,7 @@ def run(chosen: Sequence[Stage], jobs: int) -> None:
     """
     waiting = [stage for stage in chosen if not (ROOT / stage.result).exists()]
     done = {stage.name for stage in stages() if (ROOT / stage.result).exists()}
-    running: dict[subprocess.Popen[bytes], tuple[Stage, float]] = {}
+    running: dict[subprocess.Popen[bytes], tuple[Stage, Stopwatch]] = {}
     failed: list[str] = []
     settings = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     environment = {**os.environ, **settings, "ACCELERATE_USE_CPU": "true"}
@@ -354,22 +406,25 @@ def run(chosen: Sequence[Stage], jobs: int) -> None:
             if failed or (running and busy + stage.processes > jobs):
                 break
             waiting.remove(stage)
-            log = ROOT / OUT / "logs" / f"{stage.name.replace('/', '-')}.log"
+            log = log_of(stage)
             log.parent.mkdir(parents=True, exist_ok=True)
             typer.echo(f"{stage.name}: started, log in {log.relative_to(ROOT)}")
             with log.open("ab") as file:
                 process = subprocess.Popen(
                     [sys.executable, *stage.command], cwd=ROOT, env=environment, stdout=file, stderr=file
                 )
-            running[process] = (stage, time.monotonic())
+            running[process] = (stage, Stopwatch(stage))
         if not running:
             break
         time.sleep(1)
+        for _, stopwatch in running.values():
+            stopwatch.write()
         for process in [process for process in running if process.poll() is not None]:
-            stage, since = running.pop(process)
+            stage, stopwatch = running.pop(process)
+            stopwatch.write(again_after=0)
             if process.returncode == 0 and (ROOT / stage.result).exists():
                 done.add(stage.name)
-                typer.echo(f"{stage.name}: done after {(time.monotonic() - since) / 60:.1f} min")
+                typer.echo(f"{stage.name}: done after {stopwatch.minutes:.1f} min")
             else:
                 failed.append(stage.name)
     if failed:
