@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from scenes import report, run
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "pipelines" / "scenes"))
@@ -237,3 +239,16 @@ def test_reports_of_other_pairs_are_refused(measured):
     (measured / "twins" / "stretched.json").write_text(json.dumps(other))
     with pytest.raises(ValueError, match=r"stretched\.json: its pairs are not those of the reports before it"):
         rivals.collect(measured)
+
+
+def test_runs_that_began_with_another_clip_are_refused(measured, tmp_path):
+    """Weights as published, in half precision, count as those that they were shortened from."""
+    weights = torch.randn(3, 4)
+    save_file({"x": weights}, tmp_path / "model.safetensors")
+    kept = rivals.collect(measured, clip=tmp_path)
+    save_file({"x": weights.half()}, tmp_path / "model.safetensors")
+    assert rivals.collect(measured, kept, tmp_path) == kept
+    assert rivals.collect(tmp_path / "nothing here", kept, tmp_path / "nor here") == kept
+    save_file({"x": weights + 1}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="what was kept with another CLIP; train all anew"):
+        rivals.collect(measured, kept, tmp_path)

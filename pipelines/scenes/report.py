@@ -118,7 +118,7 @@ def collect() -> None:
             runs[folder.name] = last_evaluation(folder)
     if runs:
         (RESULTS / "ablations.json").write_text(json.dumps(runs, indent=1) + "\n")
-    if compared := rivals.collect(OUT / "rivals", rivals.read(RESULTS)):
+    if compared := rivals.collect(OUT / "rivals", rivals.read(RESULTS), OUT / "clip" / "model"):
         (RESULTS / "rivals.json").write_text(json.dumps(compared, indent=1) + "\n")
     parts = {name: OUT / name for name in ("clip", "vae", "robust", "unet", "encoder")}
     training = {name: evaluations(folder) for name, folder in parts.items() if (folder / "metrics.jsonl").exists()}

@@ -10,6 +10,7 @@ interval is smaller than it.
 
 import base64
 import copy
+import hashlib
 import json
 import math
 import statistics
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib import pyplot
+from safetensors.torch import load_file
 
 from fixclip_core.evaluation.twins import QUANTILES, smallest_difference
 from fixclip_core.scenes import CHANGES, DIFFERENCE_ZONES
@@ -61,7 +63,7 @@ EIGHTHS = 8  # a pair asks four questions, of which a tie counts half
 # -- collecting ----------------------------------------------------------------------------------------------
 
 
-def collect(folder: Path, before: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def collect(folder: Path, before: Mapping[str, Any] | None = None, clip: Path | None = None) -> dict[str, Any]:
     """What report.py keeps of `outputs/scenes/rivals`: figures and answers of each run, and verdicts.
 
     The trainings take hours, so what was kept before stays, and runs of other seeds or methods join it.
@@ -69,16 +71,25 @@ def collect(folder: Path, before: Mapping[str, Any] | None = None) -> dict[str, 
     Args:
         folder: of the runs, their hard sets in twins/METHOD-lrRATE-seedN.json.
         before: what was kept.
+        clip: folder of the CLIP that the runs began with.
 
     Returns:
         {} before there is any run. "pairs" has change and zone of each pair and "answers" the share of right choices,
-        both as `packed`.
+        both as `packed`; "clip" is the digest of the CLIP's weights.
 
     Raises:
-        ValueError: runs that cannot be compared with the others: other pairs, or another number of steps.
+        ValueError: runs that cannot be compared with the others: other pairs, another number of steps, or another CLIP
+            that they began with.
     """
     found = {"pairs": {}, "runs": {}} | copy.deepcopy(dict(before or {}))
-    for file in sorted((folder / "twins").glob("*.json")):
+    files = sorted((folder / "twins").glob("*.json"))
+    if files and clip is not None:
+        own = half_digest(clip / "model.safetensors")
+        if found.setdefault("clip", own) != own:
+            raise ValueError(
+                f"{folder}: its runs began with {clip}, and what was kept with another CLIP; train all anew"
+            )
+    for file in files:
         method, lr, seed = named(file.stem)
         report = json.loads(file.read_text())
         changes, zones = ([pair[n] for pair in report["pairs"]] for n in (0, 1))
@@ -86,8 +97,8 @@ def collect(folder: Path, before: Mapping[str, Any] | None = None) -> dict[str, 
         if found["pairs"] and found["pairs"] != pairs:
             raise ValueError(f"{file}: its pairs are not those of the reports before it; evaluate all with one version")
         found["pairs"] = pairs
-        own = found["runs"].get(method, {"lr": lr, "seeds": {}})
-        found["runs"][method] = own if own["lr"] == lr else {"lr": lr, "seeds": {}}
+        kept = found["runs"].get(method, {"lr": lr, "seeds": {}})
+        found["runs"][method] = kept if kept["lr"] == lr else {"lr": lr, "seeds": {}}
         answers = packed(round(EIGHTHS * statistics.mean(pair[2:])) for pair in report["pairs"])
         figures_of_run = {**figures(report), **trained_figures(folder / file.stem), "answers": answers}
         found["runs"][method]["seeds"][str(seed)] = figures_of_run
@@ -97,6 +108,15 @@ def collect(folder: Path, before: Mapping[str, Any] | None = None) -> dict[str, 
     if len(steps) > 1:
         raise ValueError(f"trainings of {' and '.join(map(str, sorted(steps)))} steps cannot be compared; see {folder}")
     return found | {"differences": answered(found)} if found["runs"] else {}
+
+
+def half_digest(file: Path) -> str:
+    """SHA-256 of a file's weights in half precision, as they are published, names included."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(load_file(file).items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.half().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def answered(found: Mapping[str, Any]) -> dict[str, Any]:
