@@ -697,10 +697,10 @@ def covered(spans: Iterable[list[float]]) -> float:
 
 def times_table() -> str:
     file = RESULTS / "times.json"
-    if not file.exists():
-        return NOT_YET
-    found = json.loads(file.read_text())
+    found = json.loads(file.read_text()) if file.exists() else {"stages": {}}
     names = [stage.name for stage in run.chain() if stage.name in found["stages"]]
+    if not names:
+        return NOT_YET
     rows = [[f"`{n}`", f"{found['stages'][n]['minutes']:.0f}", str(found["stages"][n]["processes"])] for n in names]
     groups = [[f"all of `{g}`, two processes at a time", f"{m:.0f}", "-"] for g, m in found["groups"].items()]
     return table(["stage", "minutes", "processes"], [*rows, *groups])
