@@ -273,6 +273,19 @@ def test_a_system_draws_with_what_its_stage_trained_and_reads_as_it_was_trained(
         assert (model.encoder, model.conditioning) == (system.encoder, system.conditioning)
 
 
+def test_a_misspelt_stage_is_told():
+    with pytest.raises(SystemExit, match="no stage 'rivls'; did you mean 'rivals'"):
+        run.select(["rivls"])
+    with pytest.raises(SystemExit, match=r"run 'fixclp': there is no .*fixclp; "):
+        evaluation.twins(["base", "fixclp"], folder=Path("nowhere"))
+
+
+def test_what_is_published_can_start_later_stages(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    with pytest.raises(SystemExit, match=r"and others: first run clip.*package.py restore"):
+        run.run(run.rivals(), 1)
+
+
 def test_stages_run_in_order_once_and_resume_after_a_failure(tmp_path, monkeypatch, capsys):
     def stage(name, needs=(), code="open(sys.argv[1], 'a').write('x')"):
         return run.Stage(name, ("-c", f"import sys; {code}", str(tmp_path / name)), needs, tmp_path / name)

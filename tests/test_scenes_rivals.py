@@ -74,22 +74,42 @@ def test_every_method_trains_on_the_embedded_clip(overrides, tmp_path):
     assert (EncoderTrainer(recipe).train() / "config.json").is_file()
 
 
-def test_the_interval_takes_pairs_and_seeds():
-    one, other = np.full((3, 50), 0.75), np.full((3, 50), 0.5)
-    found = rivals.difference(one, other, draws=20)
-    assert (found["mean"], found["interval"]) == (0.25, [0.25, 0.25])
-    # Pairs alone: the standard error of the mean of 400 differences that are 0 or 1 is 0.5 / 20.
-    pairs = np.tile([0.0, 1.0], 200)[None]
-    low, high = rivals.difference(pairs, np.zeros((1, 400)))["interval"]
-    assert (high - low) / 2 == pytest.approx(1.96 * 0.5 / math.sqrt(400), rel=0.15)
-    # Seeds alone: three of either method, each at 0 or 1 as a whole; the means of three drawn anew reach from 0 to 1.
-    seeds = np.repeat([[0.0], [0.0], [1.0]], 10, axis=1)
-    low, high = rivals.difference(seeds, np.zeros((3, 10)))["interval"]
-    assert (low, high) == (0.0, 1.0)
-    related = np.random.default_rng(1).random((3, 200))
-    low, high = rivals.difference(related, related - 0.01)["interval"]
-    assert low < 0.01 < high
-    assert high - low < 0.1
+def test_the_interval_takes_seeds_and_questions():
+    """t sqrt(s_1^2 / S_1 + s_2^2 / S_2 + v), by hand."""
+    found = rivals.difference([0.6, 0.62, 0.64], [0.5, 0.5, 0.5], 0.0001)
+    half = 2.776 * math.sqrt(0.02**2 / 3 + 0.0001)  # 4 degrees of freedom
+    assert found["mean"] == pytest.approx(0.12)
+    assert found["interval"] == pytest.approx([0.12 - half, 0.12 + half])
+    low, high = rivals.difference([0.6, 0.62, 0.64], [0.5], 0.0)["interval"]  # 2 degrees, one of them untrained
+    assert (high - low) / 2 == pytest.approx(4.303 * 0.02 / math.sqrt(3))
+    assert rivals.difference([0.5, 0.6], [0.5], 0.0) == rivals.difference([0.5], [0.5], 0.0) == {}
+
+
+def test_the_interval_holds_what_it_should():
+    """Of 2,000 comparisons without a difference, three seeds of each, in about 95 %; seeds, pairs or both spread."""
+    rng = np.random.default_rng(0)
+    for of_seed, of_pair in ((0.02, 0.0), (0.0, 0.02), (0.02, 0.02)):
+        held = 0
+        for _ in range(2000):
+            one, other = rng.normal(0, of_seed, (2, 3)) + np.array([[rng.normal(0, of_pair)], [0.0]])
+            low, high = rivals.difference(one.tolist(), other.tolist(), of_pair**2)["interval"]
+            held += low <= 0 <= high
+        assert 0.935 <= held / 2000 <= 1.0
+        assert of_pair or held / 2000 <= 0.98  # without pairs, seeds of one spread: neither too narrow nor too wide
+
+
+def test_differences_by_zone():
+    """Pairs alone: the standard error of the mean of 400 differences that are 0 or 1 is 0.5 / 20."""
+    zone_P = np.array(["before 20"] * 400 + ["77 to 248"])
+    one = np.tile([*np.tile([0.0, 1.0], 200), 0.5], (3, 1))
+    found = rivals.differences(one, np.zeros((3, 401)), zone_P)
+    assert set(found) == {"before 20", "77 to 248", "all"}
+    assert found["before 20"]["mean"] == 0.5
+    low, high = found["before 20"]["interval"]
+    assert (high - low) / 2 == pytest.approx(2.776 * 0.5 / 20, rel=0.01)
+    assert found["before 20"]["smallest"] == smallest_difference(400)
+    assert found["77 to 248"]["interval"] == [0.5, 0.5]
+    assert rivals.differences(one[:1], np.zeros((1, 401)), zone_P) == {}
 
 
 @pytest.mark.parametrize(
@@ -102,17 +122,30 @@ def test_the_interval_takes_pairs_and_seeds():
     ],
 )
 def test_verdicts(interval, wanted):
-    assert rivals.verdict({"interval": interval, "smallest": 0.015}) == wanted
+    assert rivals.verdict({"interval": interval}, margin=0.015) == wanted
 
 
-def test_the_interval_of_short_recalls_by_hand():
-    found = rivals.short_difference([0.6, 0.62, 0.64], [0.5, 0.5, 0.5])["short"]
-    assert found["mean"] == pytest.approx(0.12)
-    # p = 0.56 of 1,000 scenes; seeds of one spread by 0.02, of the other not at all; Student's quantile of 4 degrees.
+def test_an_effect_of_half_the_training_is_none():
+    brought = {rivals.TRAINING: {"all": {"mean": 0.02}, "before 20": {"mean": 0.03}}}
+    assert rivals.margins(brought) == {"all": 0.01, "before 20": 0.015}
+    assert rivals.margins({}) == {}
+
+
+def test_the_interval_of_recalls_by_hand():
+    def runs(shorts, longs):
+        seeds = enumerate(zip(shorts, longs, strict=True))
+        return {"seeds": {str(n): {"short": short, "scenes": [long, long]} for n, (short, long) in seeds}}
+
+    one, other = runs([0.6, 0.62, 0.64], [0.8, 0.8, 0.8]), runs([0.5, 0.5, 0.5], [0.7, 0.7, 0.7])
+    found = rivals.recall_differences(one, other)
+    # p = 0.56 of 1,000 scenes; seeds of one spread by 0.02, of the other not at all.
     half = 2.776 * math.sqrt(2 * 0.56 * 0.44 / 1000 + 0.02**2 / 3)
-    assert found["interval"] == pytest.approx([0.12 - half, 0.12 + half])
-    assert found["smallest"] == pytest.approx(3.717 * math.sqrt(0.5 / 1000))
-    assert rivals.short_difference([0.6], [0.5, 0.5]) == rivals.short_difference([], []) == {}
+    assert found["short"]["interval"] == pytest.approx([0.12 - half, 0.12 + half])
+    assert found["short"]["smallest"] == pytest.approx(3.717 * math.sqrt(0.5 / 1000))
+    half = 2.776 * math.sqrt(2 * 0.75 * 0.25 / 5000)
+    assert found["scenes"]["interval"] == pytest.approx([0.1 - half, 0.1 + half])
+    assert rivals.recall_differences(runs([0.6], [0.8]), runs([0.5], [0.7])) == {}
+    assert set(rivals.recall_differences(one, {"seeds": {"0": {"scenes": [0.5, 0.5]}}})) == {"scenes"}  # not trained
 
 
 def twins_json(share, pairs=40):
@@ -184,15 +217,17 @@ def test_choices_by_zone_and_by_what_differs(measured):
 
 def test_verdicts_by_zone_and_of_short_captions(measured):
     rows = table_rows(report.verdicts_table())
-    assert rows["question"][1:] == ["choices, all", *(f"choices, {zone}" for zone in DIFFERENCE_ZONES), "short R@1"]
-    every, before, middle, behind, short = rows["hierarchical alignment"][1:]
+    choices = ["choices, all", *(f"choices, {zone}" for zone in DIFFERENCE_ZONES)]
+    assert rows["question"][1:] == [*choices, "R@1 of 5,000", "short R@1"]
+    every, before, middle, behind, long, short = rows["hierarchical alignment"][1:]
     assert middle.startswith("gains: +40.0 (")
     assert every.startswith("gains: +37.2 (")  # 40 of the 43 pairs
-    assert before == behind == "no gain: +0.0 (+0.0 to +0.0)"
+    assert before == behind == "cannot be told: +0.0 (+0.0 to +0.0)"  # no margin is known
+    assert long.startswith("gains: +40.0 (")
     half = 277.6 * math.sqrt(2 * 0.7 * 0.3 / 1000)
     assert short == f"gains: +40.0 ({40 - half:+.1f} to {40 + half:+.1f})"
     assert rows["smallest that could be shown"][1:] == [
-        f"{100 * smallest_difference(pairs):.1f}" for pairs in (43, 1, 40, 2, rivals.SHORT_SCENES)
+        f"{100 * smallest_difference(pairs):.1f}" for pairs in (43, 1, 40, 2, 5000, rivals.SHORT_SCENES)
     ]
 
 
@@ -213,12 +248,26 @@ def test_what_was_kept_stays_and_other_runs_join_it(measured, tmp_path):
     assert {k: v["seeds"] for k, v in joined["runs"].items()} == {
         k: v["seeds"] for k, v in kept["runs"].items() if k != "base"
     }
-    for file in (measured / "twins").glob("fixclip-*.json"):
-        file.unlink()
-    other = measured / "twins" / "fixclip-lr0.0001-seed1.json"  # another rate than before: those runs are no longer it
-    other.write_text(twins_json(0.5))
-    runs = rivals.collect(measured, first)["runs"]["fixclip"]
-    assert (runs["lr"], list(runs["seeds"])) == ("0.0001", ["1"])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("fixclip-lr0.0001-seed1", "a run at 0.0001, where runs of fixclip at 1e-05 were kept"),
+        ("mine-lr1e-05-seed0", "LABELS of rivals.py has no words for the method 'mine'"),
+    ],
+)
+def test_runs_that_the_table_has_no_place_for_are_refused(measured, name, message, tmp_path):
+    kept = rivals.read(tmp_path / "results")
+    (measured / "twins" / f"{name}.json").write_text(twins_json(0.5))
+    with pytest.raises(ValueError, match=message):
+        rivals.collect(measured, kept)
+    assert rivals.read(tmp_path / "results") == kept
+
+
+def test_a_method_without_a_rate_is_told(monkeypatch):
+    with pytest.raises(ValueError, match="method 'mine_too': TUNED_RATES has no learning rate for 'mine'"):
+        run.rival_lr("mine_too")
 
 
 def test_trainings_of_other_lengths_are_refused(measured):

@@ -307,12 +307,18 @@ def twins(
     batch_size: int = 256,
 ) -> None:
     """Retrieval among 5,000 scenes, and choices between each and its near twins; the scenes are drawn once for all."""
+    for name in names:
+        if name != "base" and not (folder / name).is_dir():
+            raise SystemExit(
+                f"Error: run {name!r}: there is no {folder / name}; pipelines/scenes/run.py --list names them"
+            )
     files = {name: folder / "twins" / f"{name}.json" for name in names}
     left = [name for name, file in files.items() if not file.exists()]
     encoders = [load_encoder(base if name == "base" else folder / name) for name in left]
     options: dict[str, Any] = {"batch_size": batch_size, "precision": choose_precision("auto", "cpu")}
     for name, report in zip(left, twins_reports(encoders, number, **options) if encoders else [], strict=True):
         write_json(report, files[name])
+        typer.echo(str(files[name]))
 
 
 def to_pil(image_CHW: torch.Tensor) -> Any:

@@ -5,6 +5,7 @@ call. Every stage is a recipe of this folder with its overrides, so each can be 
 prints.
 """
 
+import difflib
 import json
 import os
 import shlex
@@ -253,10 +254,10 @@ RIVALS: dict[str, tuple[str, ...]] = {
 }
 RIVALS_LAST = ("fixclip_debias_three",)  # in no paper's table
 UNTRAINED = ("base", "stretched")
-RIVAL_RATES = (1e-5, *LEARNING_RATES)  # plain fine-tuning is best at the second lowest
+RIVAL_RATES = (1e-5, *LEARNING_RATES)  # plain fine-tuning is best at the lowest, DeBias sampling at the highest
 TUNING_SEED = 100  # of the runs that choose the learning rates; it is in no table
 TUNED_RATES = {"finetune": 1e-5, "longclip": 1e-4, "debias": 3e-4, "fixclip": 1e-4}  # what `rival_tuning` found
-RIVAL_STEPS = 200  # a third of the recipe's: R@1 is nearly flat from here on, see docs/results.md
+RIVAL_STEPS = 200  # a third of the recipe's: FIX-CLIP's R@1 is nearly flat from here on, see docs/results.md
 
 
 def rival_run(method: str, lr: float, seed: int) -> Stage:
@@ -278,6 +279,10 @@ def rival_lr(method: str) -> float:
     A method with a module less or more takes that of the method itself.
     """
     own = method.partition("_")[0]
+    if own not in TUNED_RATES:
+        raise ValueError(
+            f"method {method!r}: TUNED_RATES has no learning rate for {own!r}; give it one, or a rival's name"
+        )
     tuning = {lr: rival_run(own, lr, TUNING_SEED) for lr in RIVAL_RATES}
     if not all((ROOT / stage.result).exists() for stage in tuning.values()):
         return TUNED_RATES[own]
@@ -331,7 +336,7 @@ GROUPS: dict[str, Callable[[], list[Stage]]] = {
     "rivals": rivals,
     "rival_tuning": rival_tuning,
 }
-STAGES_HELP = f"Stages or groups ({', '.join(GROUPS)}); default: all but rivals."
+STAGES_HELP = f"Stages or groups ({', '.join(GROUPS)}); default: all but rivals and rival_tuning."
 BY_NAME_ONLY = ("rivals", "rival_tuning")  # 30 trainings of 200 steps and 32 evaluations: about 5 hours of one core
 
 
@@ -350,7 +355,11 @@ def select(names: Sequence[str]) -> list[Stage]:
     chosen: dict[str, Stage] = {}
     for name in names or [group for group in GROUPS if group not in BY_NAME_ONLY]:
         if name not in known and name not in GROUPS:
-            raise SystemExit(f"no stage {name!r}: valid are {', '.join([*GROUPS, *known])}")
+            near = difflib.get_close_matches(name, [*GROUPS, *known], n=1)
+            raise SystemExit(
+                f"no stage {name!r}{''.join(f'; did you mean {other!r}?' for other in near)} Groups are "
+                f"{', '.join(GROUPS)}; --list names the stages"
+            )
         for stage in GROUPS[name]() if name in GROUPS else [known[name]]:
             chosen[stage.name] = stage
     return list(chosen.values())
@@ -431,7 +440,10 @@ def run(chosen: Sequence[Stage], jobs: int) -> None:
         raise SystemExit(f"failed: {', '.join(failed)}; see {OUT}/logs")
     if waiting:
         missing = sorted({need for stage in waiting for need in stage.needs} - done)
-        raise SystemExit(f"{', '.join(stage.name for stage in waiting)}: first run {', '.join(missing)}")
+        restore = f"; `python {HERE}/package.py restore` lays out what is published of the chain"
+        published = restore if set(missing) & {stage.name for stage in chain()} else ""
+        names = ", ".join(stage.name for stage in waiting[:3]) + (" and others" if len(waiting) > 3 else "")
+        raise SystemExit(f"{names}: first run {', '.join(missing)}{published}")
 
 
 def main(
