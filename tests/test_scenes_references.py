@@ -278,10 +278,25 @@ def test_luck_of_a_reader_that_follows_no_reference():
     scene = Scene("white", (star, ring, cross))
     span = Span(0, 1, "top left")
     same, again = Reference("same", "centre", ("colour",), span), Reference("again", "centre", ("shape", "size"), span)
-    assert blind_guess(scene, Caption("", (), (same,)), same) == (1 / 8, 1 / 2)
-    assert blind_guess(scene, Caption("", (), (again,)), again) == (1 / 12, 0)
+    spans = tuple(replace(span, place=place) for place in (None, "top right", "centre", "top left"))
+    assert blind_guess(scene, Caption("", spans, (same,)), same) == (1 / 8, 1 / 2, 0)
+    assert blind_guess(scene, Caption("", spans[::-1], (same,)), same) == (1 / 8, 1 / 2, 1)
+    assert blind_guess(scene, Caption("", spans, (again,)), again) == (1 / 12, 0, 0)
     everywhere = tuple(Reference("remainder", item.place, ("colour",), span) for item in scene.objects)
-    assert blind_guess(scene, Caption("", (), everywhere), everywhere[0]) == (1 / 8, 1 / 8)
+    assert blind_guess(scene, Caption("", spans, everywhere), everywhere[0]) == (1 / 8, 1 / 8, 1 / 8)
+
+
+@pytest.mark.parametrize("kind", ["same", "again"])
+def test_a_distance_does_not_say_what_is_referred_to(kind):
+    """Of what is referred to from 77 to 150 tokens away, about half is not the first object: no habit follows these."""
+    first = []
+    for index in range(60):
+        scene = reference_scene(index, kind, num_objects=(6, 9))
+        caption = reference_caption(scene, index, kinds=(kind,), distances=("77 to 150",))
+        objects = [span.place for span in caption.spans if span.place]
+        first.append(objects.index(caption.references[0].antecedent.place) == 0)
+        assert objects.index(caption.references[0].place) > 0
+    assert 0.2 <= sum(first) / len(first) <= 0.65
 
 
 # Bad input

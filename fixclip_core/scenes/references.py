@@ -29,7 +29,7 @@ import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from fixclip_core.scenes.captions import (
     Caption,
@@ -220,18 +220,27 @@ class _Writer:
     ) -> list[_Sentence] | None:
         """All sentences in an order that puts `distance` tokens between the two `ends`, others before or after them.
 
-        Objects come between them first, then fillers; what is too long for the gap is passed over. None where no
-        more than `distance.start` tokens are there to be put between, or the draw misses the range.
+        How many objects stand outside is drawn first, so that not the distance alone says where the ends are: were all
+        objects put between, whatever is referred to from far away would be the first. The rest comes between, then
+        fillers; what is too long for the gap is passed over. None where no more than `distance.start` tokens are there
+        to be put between, or the draw misses the range.
         """
         rng = self.words.rng
         rng.shuffle(others)
         fillers = [_Sentence(capitalised(text)) for text in rng.sample(self.grammar.fillers, len(self.grammar.fillers))]
         lengths = {sentence: self.tokens(sentence.text) for sentence in (*others, *fillers)}
-        reach = min(distance.stop, 2 + sum(lengths.values()))
+        about = scene_words(self.scene, self.words)
+        frame = [fill(templates[0], about) for templates in (self.grammar.openings, self.grammar.closings)]
+        objects = sum(lengths[sentence] for sentence in others)
+        rest = self.max_tokens - objects - sum(self.tokens(text) for text in (*frame, ends[0].text, ends[1].text))
+        apart, filled = rng.randint(0, len(others)), min(rest, sum(lengths[sentence] for sentence in fillers))
+        while apart and filled + sum(lengths[sentence] for sentence in others[apart:]) <= distance.start:
+            apart = rng.randrange(apart)
+        reach = min(distance.stop, 2 + filled + sum(lengths[sentence] for sentence in others[apart:]))
         if reach <= distance.start:
             return None
         wanted, gap, between = rng.randrange(distance.start, reach), 1, []
-        for sentence in (*others, *fillers):
+        for sentence in (*others[apart:], *fillers):
             if gap < wanted and gap + lengths[sentence] < distance.stop:
                 between.append(sentence)
                 gap += lengths[sentence]
@@ -334,7 +343,15 @@ def reference_at(
     return scene, caption
 
 
-def blind_guess(scene: Scene, caption: Caption, reference: Reference, world: World = WORLD) -> tuple[float, float]:
+class Guess(NamedTuple):
+    """Shares in which a reader who follows no reference is right, see `blind_guess`."""
+
+    uniform: float
+    named: float
+    first: float
+
+
+def blind_guess(scene: Scene, caption: Caption, reference: Reference, world: World = WORLD) -> Guess:
     """How often a reader that cannot follow a reference has its properties right by luck.
 
     Args:
@@ -344,17 +361,18 @@ def blind_guess(scene: Scene, caption: Caption, reference: Reference, world: Wor
         world: the world of the scene.
 
     Returns:
-        Two shares: of a draw from all values that the world has (1/8 for a colour, 1/48 for shape and colour, 1/12
-        for shape and size); and of taking the values of an object of this caption that names its own, drawn at
-        random, which is the better guess of one who has read all but the reference.
+        Three shares. uniform: a draw from all values that the world has (1/8 for a colour, 1/48 for shape and colour,
+        1/12 for shape and size). named: the values of an object of this caption that names its own, drawn at random,
+        which is the better guess of one who has read all but the reference. first: those of the first such object, 0
+        or 1: a habit that pays, as what is referred to from far away stands early.
     """
     values = {"shape": len(world.shapes), "colour": len(world.colours), "size": len(world.sizes)}
     uniform = 1 / math.prod(values[kind] for kind in reference.properties)
     objects = {item.place: item for item in scene.objects}
     refer = {other.place for other in caption.references}
-    named = [item for place, item in objects.items() if place not in refer]
+    named = [objects[span.place] for span in caption.spans if span.place in objects and span.place not in refer]
     if not named:
-        return uniform, uniform
+        return Guess(uniform, uniform, uniform)
     meant = objects[reference.place]
     alike = [all(getattr(item, kind) == getattr(meant, kind) for kind in reference.properties) for item in named]
-    return uniform, sum(alike) / len(alike)
+    return Guess(uniform, sum(alike) / len(alike), float(alike[0]))

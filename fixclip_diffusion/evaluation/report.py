@@ -126,7 +126,11 @@ def _references(systems: Mapping[str, Any], guesses: Mapping[str, Mapping[str, f
     if not guesses:
         return []
     rows = [[name, *(percent(values["question"].get(key)) for key in guesses)] for name, values in systems.items()]
-    luck = {"guess: any value": "uniform", "guess: one that the prompt names": "named"}
+    luck = {
+        "guess: any value": "uniform",
+        "guess: one that the prompt names": "named",
+        "guess: the first that it names": "first",
+    }
     rows += [[name, *(f"{100 * values[field]:.1f}" for values in guesses.values())] for name, field in luck.items()]
     intro = (
         "What another sentence of the prompt says of an object, by the distance in tokens between the two sentences."

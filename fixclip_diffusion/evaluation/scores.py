@@ -182,10 +182,10 @@ def _order(group: str, key: str) -> tuple[int, str]:
 def reference_guesses(prompts: Sequence[Prompt]) -> dict[str, dict[str, float]]:
     """How often questions about references are right by luck, by their category: {"reference over 150": ...}.
 
-    "uniform" is a draw from all values of the world, "named" the values of an object of the prompt that names its own;
-    see `scenes.blind_guess`. Each prompt counts once, as in `scores`.
+    "uniform" is a draw from all values of the world, "named" the values of an object of the prompt that names its own,
+    "first" those of the first such object; see `scenes.blind_guess`. Each prompt counts once, as in `scores`.
     """
-    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    found: dict[str, dict[str, list[scenes.Guess]]] = {}
     for prompt in prompts:
         if prompt.scene is None or not any(q.category.startswith("reference ") for q in prompt.questions):
             continue
@@ -200,7 +200,7 @@ def reference_guesses(prompts: Sequence[Prompt]) -> dict[str, dict[str, float]]:
     }
     ordered = [f"reference {bucket}" for bucket in scenes.DISTANCES]
     return {
-        name: dict(zip(("uniform", "named"), means[name].tolist(), strict=True)) for name in ordered if name in means
+        name: dict(zip(scenes.Guess._fields, means[name].tolist(), strict=True)) for name in ordered if name in means
     }
 
 

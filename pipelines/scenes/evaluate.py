@@ -178,13 +178,14 @@ def judged_references(prompt: Prompt, pictures: list[Any], tokenizer: FixClipTok
         marks = [
             all(getattr(own[reference.place], f"{kind}_right") for kind in reference.properties) for own in verdicts
         ]
-        chance, named = scenes.blind_guess(prompt.scene, caption, reference)
+        guess = scenes.blind_guess(prompt.scene, caption, reference)
         found.append(
             {
                 "kind": reference.kind,
                 "distance": distance,
-                "chance": round(chance, 4),
-                "named": round(named, 4),
+                "chance": round(guess.uniform, 4),
+                "named": round(guess.named, 4),
+                "first": guess.first,
                 "right": "".join(str(int(mark)) for mark in marks),
             }
         )
