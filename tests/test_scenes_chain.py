@@ -400,13 +400,15 @@ def test_references_are_judged_at_the_object_that_refers(parts):
 def test_references_are_reported_by_distance_and_kind(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     assert report.references_table() == "Not measured yet."
-    one = {"kind": "same", "distance": 39, "chance": 0.125, "named": 0.25, "right": "11"}
+    one = {"kind": "same", "distance": 39, "chance": 0.125, "named": 0.25, "first": 1.0, "right": "11"}
     rows = [
         {"references": [one, one | {"distance": 150, "right": "10"}]},
         {"references": [one | {"kind": "default", "distance": 150, "chance": 0.025, "right": "00"}]},
     ]
     (tmp_path / "references-adapter.json").write_text(json.dumps({"prompts": rows}))
-    header, _, lora, chance, named = (line.strip("| ").split(" | ") for line in report.references_table().splitlines())
+    header, _, lora, chance, named, first = (
+        line.strip("| ").split(" | ") for line in report.references_table().splitlines()
+    )
     assert header[1:5] == ["under 40 (1)", "40 to 77 (0)", "77 to 150 (0)", "over 150 (2)"]
     assert dict(zip(header[1:], lora[1:], strict=True)) == {
         "under 40 (1)": "100.0", "40 to 77 (0)": "-", "77 to 150 (0)": "-", "over 150 (2)": "25.0",
@@ -414,6 +416,7 @@ def test_references_are_reported_by_distance_and_kind(tmp_path, monkeypatch):
     }  # fmt: skip
     assert chance[4] == "7.5"
     assert named[1] == "25.0"
+    assert first[1] == "100.0"
     report.plot_references(tmp_path / "references.png")
     assert (tmp_path / "references.png").stat().st_size > 5000
 
@@ -452,7 +455,7 @@ def test_the_report_puts_training_seeds_together(tmp_path, monkeypatch):
         row |= {"right": [right], "shape": [right], "colour": [right]}
         distances = (76, 77) if system.startswith("adapter") else (77, 120)
         row["references"] = [{"kind": "same", "distance": d, "right": right[-1]} for d in distances]
-        for name in ("nine", "short", "references"):
+        for name in ("nine", "short", report.OLDER):
             (tmp_path / f"{name}-{system}.json").write_text(json.dumps({"prompts": [row]}))
     _, _, text_adapter, adapter = [line.strip("| ").split(" | ") for line in report.seeds_table().splitlines()]
     assert text_adapter[1:] == ["2", "100.0 ± 0.0", "50.0 ± 70.7", "50.0 ± 70.7", "75.0 ± 35.4"]

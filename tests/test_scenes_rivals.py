@@ -125,9 +125,9 @@ def test_verdicts(interval, wanted):
     assert rivals.verdict({"interval": interval}, margin=0.015) == wanted
 
 
-def test_an_effect_of_half_the_training_is_none():
-    brought = {rivals.TRAINING: {"all": {"mean": 0.02}, "before 20": {"mean": 0.03}}}
-    assert rivals.margins(brought) == {"all": 0.01, "before 20": 0.015}
+def test_an_effect_of_a_third_of_the_training_is_none():
+    brought = {rivals.TRAINING: {"all": {"mean": 0.03}, "before 20": {"mean": 0.045}}}
+    assert rivals.margins(brought) == pytest.approx({"all": 0.01, "before 20": 0.015})
     assert rivals.margins({}) == {}
 
 

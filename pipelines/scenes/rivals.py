@@ -263,9 +263,9 @@ def verdict(found: Mapping[str, Any], margin: float) -> str:
 
 
 def margins(differences: Mapping[str, Any]) -> dict[str, float]:
-    """{zone: half of what training at all brings there}, the largest effect that counts as none; {} before that is
+    """{zone: a third of what training at all brings there}, the largest effect that counts as none; {} before that is
     known."""
-    return {zone: own["mean"] / 2 for zone, own in differences.get(TRAINING, {}).items()}
+    return {zone: own["mean"] / 3 for zone, own in differences.get(TRAINING, {}).items()}
 
 
 # -- tables --------------------------------------------------------------------------------------------------
