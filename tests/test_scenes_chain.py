@@ -421,6 +421,20 @@ def test_references_are_reported_by_distance_and_kind(tmp_path, monkeypatch):
     assert (tmp_path / "references.png").stat().st_size > 5000
 
 
+def test_the_report_tells_references_from_the_habit_of_the_first_object(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    assert report.pointing_table() == report.NOT_YET
+    one = {"kind": "same", "distance": 77, "chance": 0.1, "named": 0.2, "first": 1.0, "right": "1"}
+    other = one | {"kind": "again", "first": 0.0, "right": "0"}
+    rule, near = one | {"kind": "default", "first": 0.0, "right": "0"}, other | {"distance": 76, "right": "1"}
+    rows = [{"references": [one, other]}, {"references": [near]}, {"references": [rule, rule | {"right": "1"}]}]
+    for name in ("references", "references_heldout"):
+        (tmp_path / f"{name}-adapter.json").write_text(json.dumps({"prompts": rows}))
+    header, _, cells = (line.strip("| ").split(" | ") for line in report.pointing_table().splitlines())
+    assert cells[1:] == ["50.0", "100.0", "0.0"] * 2
+    assert header[2] == "a sentence of the first object, train forms (1)"
+
+
 def test_the_report_counts_what_the_json_says(tmp_path, monkeypatch):
     rows = [
         {"tokens": 150, "ends": [40, 120], "zones": "ef", "right": ["10", "11"], "shape": ["10", "11"],

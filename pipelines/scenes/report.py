@@ -391,6 +391,32 @@ def references_table(name: str = "references") -> str:
     return table(["references right, % (how many)", *header], rows)
 
 
+POINTING = {
+    "a rule (`default`, `remainder`)": lambda row: row["kind"] in ("default", "remainder"),
+    "a sentence of the first object": lambda row: row["kind"] in ("same", "again") and row["first"],
+    "a sentence of another object": lambda row: row["kind"] in ("same", "again") and not row["first"],
+}
+
+
+def pointing_table() -> str:
+    """References followed from 77 tokens on, by what they refer to: is it more than taking the first object?"""
+    found: dict[str, list[list[dict[str, Any]]]] = {}
+    for system, label in SYSTEMS.items():
+        sets = [load_references(name, system) for name in ("references", "references_heldout")]
+        if all(sets):
+            found[label] = [[row for row in rows if row["distance"] >= 77] for rows in sets]
+    if not found:
+        return NOT_YET
+    header = ["right from 77 tokens on, %"]
+    for forms, rows in zip(("train", "held-out"), next(iter(found.values())), strict=True):
+        header += [f"{what}, {forms} forms ({sum(map(bool, map(test, rows)))})" for what, test in POINTING.items()]
+    lines = []
+    for label, sets in found.items():
+        parts = [[row["right"] for row in rows if test(row)] for rows in sets for test in POINTING.values()]
+        lines.append([label, *(percent(mean(part)) for part in parts)])
+    return table(header, lines)
+
+
 def load_references(name: str, system: str) -> list[dict[str, Any]]:
     """Every reference of a set with its prompt and bucket, and the share of its pictures that are right."""
     file = RESULTS / f"{name}-{system}.json"
@@ -482,7 +508,7 @@ def plot_references(path: Path) -> None:
             label = "_" if number else GUESSES[field]  # one line in the legend
             axis.hlines(guess, number - 0.45, number + 0.45, "black", linewidth=0.8, linestyle=style, label=label)
     axis.set_xticks(range(len(buckets)), scenes.DISTANCES)
-    axis.set(xlabel="tokens between a reference and what it refers to", ylabel="followed, %", ylim=(0, 100))
+    axis.set(xlabel="tokens between a reference and what it refers to", ylabel="right, %", ylim=(0, 100))
     figure.legend(fontsize=7, loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
@@ -754,6 +780,7 @@ TABLES = {
     "held-out": held_out_table,
     "references": references_table,
     "held-out references": lambda: references_table("references_heldout"),
+    "pointing": pointing_table,
     "older references": lambda: references_table(OLDER),
     "retrieval": retrieval_table,
     "ablations": ablations_table,
