@@ -1,11 +1,10 @@
 """FIX-CLIP's modules against its rivals: what the stages `rivals` of run.py measured, as tables, curves and verdicts.
 
 Every method has three seeds at a learning rate that was chosen on a fourth. Two methods are compared on the same
-pairs of a scene and its near twin, all of them and those of each zone of the caption; the interval is a bootstrap over
-pairs and over the seeds of both, 95 %. They are compared on short captions too, of which trainings keep no more than
-R@1, so that its interval is computed from seeds and the number of scenes. The smallest difference that could be shown
-was stated before any model was looked at (`evaluation.twins`), and a verdict says "no gain" only where the whole
-interval is smaller than it.
+pairs of a scene and its near twin, all of them and those of each zone of the caption, and by R@1 of long and of short
+captions; the 95 % interval is Student's, over the seeds of both and over the pairs or scenes. "No gain" is said only
+where the whole interval is smaller than a third of what training brings at all. The smallest difference that could be
+shown, by the same test without pairing and spread, was stated before any model was looked at (`evaluation.twins`).
 """
 
 import base64
