@@ -507,19 +507,19 @@ def test_the_report_sets_low_rank_changes_beside_the_whole_tower(tmp_path, monke
 
 def test_the_report_says_how_long_stages_took(tmp_path, monkeypatch):
     """Over all starts; a group once all of it is done, where two at a time count once; older times stay."""
-    monkeypatch.setattr(report.run, "ROOT", tmp_path)
+    monkeypatch.setattr(run, "ROOT", tmp_path)
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     monkeypatch.setattr(report, "OUT", tmp_path / "outputs")
     first, second = (
-        report.run.Stage("a/b", (), (), Path("one")),
-        report.run.Stage("unet", (), (), Path("two"), processes=2),
+        run.Stage("a/b", (), (), Path("one")),
+        run.Stage("unet", (), (), Path("two"), processes=2),
     )
-    monkeypatch.setattr(report.run, "GROUPS", {name: lambda: [first, second] for name in report.TIMED})
-    monkeypatch.setattr(report.run, "chain", lambda: [first, second])
+    monkeypatch.setattr(run, "GROUPS", {name: lambda: [first, second] for name in report.TIMED})
+    monkeypatch.setattr(run, "chain", lambda: [first, second])
     assert report.collect_times() == {}
     assert report.times_table() == report.NOT_YET
     for stage, times in ((first, [[0, 600], [1000, 1300]]), (second, [[300, 1200]])):
-        stopwatch = report.run.log_of(stage).with_suffix(".times.json")
+        stopwatch = run.log_of(stage).with_suffix(".times.json")
         stopwatch.parent.mkdir(parents=True, exist_ok=True)
         stopwatch.write_text(json.dumps({"processes": stage.processes, "times": times}))
     (tmp_path / "one").touch()

@@ -1,9 +1,7 @@
-"""The table of methods: stages at the rates of the tuning, a bootstrap against numbers by hand, verdicts."""
+"""The table of methods: stages at the rates of the tuning, intervals against numbers by hand, verdicts."""
 
 import json
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from scenes import report, run
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "pipelines" / "scenes"))
-import rivals
+from scenes import report, rivals, run
 
 from fixclip_core.evaluation.twins import smallest_difference, summarize_choices
 from fixclip_core.scenes import CHANGES, DIFFERENCE_ZONES

@@ -21,11 +21,10 @@ import numpy as np
 import typer
 
 matplotlib.use("Agg")
-sys.path.insert(0, str(Path(__file__).parent))  # for those who import this file; a script has it there
-import rivals
-import run
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # other pipelines have files of the same names
 from matplotlib import pyplot
 from safetensors import safe_open
+from scenes import rivals, run
 
 from fixclip_core import scenes
 
