@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from fixclip_core.scenes import (
     DISTANCES,
     KINDS,
+    POINTERS,
     WORLD,
     Caption,
     Reference,
@@ -34,7 +35,8 @@ from fixclip_core.scenes import (
     token_ranges,
     vocabulary,
 )
-from fixclip_core.scenes.grammar import ORDINALS
+from fixclip_core.scenes.grammar import ORDINALS, word_pools
+from fixclip_core.scenes.reader import antecedent_words
 
 seeds = st.integers(0, 2**32)
 kinds = st.sampled_from(KINDS)
@@ -66,10 +68,16 @@ def test_an_object_takes_the_colour_of_another():
     assert described(text)["bottom right"] == SceneObject("bottom right", "ring", "red", "small")
     (reference,) = annotate_caption(text).references
     assert (reference.kind, reference.place, reference.properties) == ("same", "bottom right", ("colour",))
+    assert reference.pointer == "name"
     antecedent = reference.antecedent
     assert text[antecedent.start : antecedent.end] == "At the top left lies a large crimson heart."
-    by_order = text.replace("the love heart.", "the second shape.")
-    assert described(by_order)["bottom right"].colour == "yellow"
+    for pointer, colour in (("second shape", "yellow"), ("shape at the top left", "red"), ("shape centre", "yellow")):
+        changed = text.replace("the love heart.", f"the {pointer}.")
+        assert described(changed)["bottom right"].colour == colour
+        (found,) = annotate_caption(changed).references
+        assert found.pointer == ("order" if pointer == "second shape" else "place")
+    two = text.replace("and has the same colour as the love heart.", "too. Its colour is that of the shape top left.")
+    assert described(two)["bottom right"] == SceneObject("bottom right", "ring", "red", "small")
 
 
 def test_the_example_of_the_page():
@@ -83,9 +91,11 @@ def test_the_example_of_the_page():
 def test_an_object_comes_again_but_for_one_property():
     text = (
         "There is a large blue heart at the top left. A tiny lemon star sits in the very centre. "
-        "The second shape is drawn again at the bottom right, only {}. White background."
+        "The {} is drawn again at the bottom right, only {}. White background."
     )
-    size, colour = text.format("huge"), text.format("red")
+    placed = text.format("shape right in the middle", "huge")
+    assert described(placed)["bottom right"] == SceneObject("bottom right", "star", "yellow", "large")
+    size, colour = text.format("second shape", "huge"), text.format("second shape", "red")
     assert described(size)["bottom right"] == SceneObject("bottom right", "star", "yellow", "large")
     assert described(colour)["bottom right"] == SceneObject("bottom right", "star", "red", "small")
     assert annotate_caption(size).references[0].properties == ("shape", "colour")
@@ -155,12 +165,15 @@ def test_captions_are_plain_english_of_the_vocabulary(seed, index, split):
 @given(seed=seeds, index=st.integers(0, 2**20), split=splits)
 @settings(max_examples=60, deadline=None)
 def test_every_reference_is_unambiguous(seed, index, split):
-    """Resolved by the plain rules alone: order of mention, the only one of a shape, names its own before the rule."""
+    """Resolved by the plain rules alone: order of mention, place, the only one of a shape, names its own before the
+    rule."""
     scene, caption = reference_at(seed, index, split=split)
     objects = {item.place: item for item in scene.objects}
     sentences = {span.place: caption.text[span.start : span.end].lower() for span in caption.spans if span.place}
     order = list(sentences)
     colours = {word: c.name for c in WORLD.colours for word in c.words + c.heldout}
+    phrases = {phrase: place for place, found in word_pools(WORLD, "all")["place"].items() for phrase in found}
+    placed = "|".join(sorted(phrases, key=len, reverse=True))
     for reference in caption.references:
         item = objects[reference.place]
         source = reference.antecedent
@@ -172,6 +185,8 @@ def test_every_reference_is_unambiguous(seed, index, split):
             counted = re.search(rf"the ({'|'.join(ORDINALS)}) (shape|figure)", sentences[reference.place])
             if counted:
                 assert ORDINALS.index(counted[1]) == order.index(source.place)
+            elif there := re.search(rf"the (?:shape|figure) ({placed})", sentences[reference.place]):
+                assert phrases[there[1]] == source.place
             else:
                 assert [other.shape for other in scene.objects].count(antecedent.shape) == 1
         else:
@@ -180,6 +195,38 @@ def test_every_reference_is_unambiguous(seed, index, split):
             meant = [o for o in scene.objects if reference.kind == "remainder" or o.shape == item.shape]
             unnamed = {o.place for o in meant if not set(re.findall(r"\w+", sentences[o.place])) & set(colours)}
             assert unnamed == {other.place for other in caption.references}
+
+
+@given(seed=seeds, kind=st.sampled_from(["same", "again"]), pointer=st.sampled_from(POINTERS), split=splits)
+@settings(max_examples=60, deadline=None)
+def test_objects_are_pointed_to_as_asked_for(seed, kind, pointer, split):
+    scene = sample_scene(seed, num_objects=9)
+    try:
+        caption = reference_caption(scene, seed, kinds=(kind,), pointers=(pointer,), max_pointing=2, split=split)
+    except ValueError:
+        assert pointer == "name", "two objects of nine have always something in common"
+        return
+    assert 1 <= len(caption.references) <= 2
+    for reference in caption.references:
+        assert reference.pointer == pointer
+        own = next(span for span in caption.spans if span.place == reference.place)
+        text = caption.text[own.start : own.end]
+        start, end = antecedent_words(text)
+        ordinal = re.search(rf"{'|'.join(ORDINALS)}", text[start:end])
+        noun = re.search(r"shape|figure", text[start:end])
+        assert (ordinal is not None, noun is not None) == (pointer == "order", pointer != "name")
+        assert pointer != "name" or reference.kind == "same"
+
+
+def test_several_objects_may_point_to_others_or_to_the_same():
+    numbers, shared = Counter(), 0
+    for index in range(100):
+        _, caption = reference_at(0, 4 * index + index % 2)  # same, again
+        numbers[len(caption.references)] += 1
+        shared += len({reference.antecedent for reference in caption.references}) < len(caption.references)
+    assert set(numbers) == {1, 2, 3}
+    assert min(numbers.values()) > 5
+    assert 0 < shared < 50
 
 
 @given(seed=seeds, kind=kinds)
@@ -312,6 +359,8 @@ ONE = "There is a large blue heart at the top left. White background. "
         (lambda: reference_caption(sample_scene(0), 0, kinds=("like",)), r"kinds=\('like',\).*same"),
         (lambda: reference_caption(sample_scene(0), 0, distances=()), r"distances=\(\).*over 150"),
         (lambda: reference_caption(sample_scene(0, num_objects=1), 0, kinds=("again",)), "1 object.*again.*more"),
+        (lambda: reference_caption(sample_scene(0), 0, pointers=("size",)), r"pointers=\('size',\).*place, order"),
+        (lambda: reference_caption(sample_scene(0), 0, max_pointing=0), "max_pointing=0.*at least 1"),
         (lambda: reference_scene(0, "like"), "kind='like'.*again"),
         (lambda: reference_scene(0, "same", num_objects=1), "num_objects=1.*at least 2"),
         (
@@ -324,6 +373,10 @@ ONE = "There is a large blue heart at the top left. White background. "
                 "There is a tiny red heart in the very centre."
             ),
             "the heart': the text describes 2 of that shape",
+        ),
+        (
+            lambda: read_caption(ONE + "The shape in the very centre is drawn again at the top right, only blue."),
+            "shape in the very centre.*nothing there before it",
         ),
         (
             lambda: read_caption(ONE + "At the top right there is the second shape again, only that it is small."),

@@ -24,6 +24,7 @@ from fixclip_core.scenes.reader import annotate_caption, read_caption
 from fixclip_core.scenes.references import (
     DISTANCES,
     KINDS,
+    POINTERS,
     Distance,
     Guess,
     blind_guess,
@@ -62,6 +63,7 @@ __all__ = [
     "GRID",
     "KINDS",
     "PLACES",
+    "POINTERS",
     "SHAPES",
     "SIZES",
     "WORLD",

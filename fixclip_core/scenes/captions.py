@@ -24,6 +24,7 @@ from fixclip_core.scenes.world import WORLD, Scene, World, check_known
 
 Zone = Literal["before", "across", "after", "past"]
 ReferenceKind = Literal["same", "again", "default", "remainder"]
+Pointer = Literal["place", "order", "name"]
 Tokens = Callable[[str], int] | Sequence[tuple[int, int]]
 
 
@@ -41,19 +42,22 @@ class Reference:
     """Properties of an object that another sentence of the caption gives; references.py has the rules.
 
     "The star in the centre is small and has the same colour as the heart." is
-    `Reference("same", "centre", ("colour",), antecedent=the span of the heart's sentence)`.
+    `Reference("same", "centre", ("colour",), antecedent=the span of the heart's sentence, pointer="name")`.
 
     Attributes:
         kind: "same" (colour), "again" (all but size or colour), "default" or "remainder".
         place: where the object is whose properties are meant.
         properties: which of "shape", "colour" and "size" the antecedent gives.
         antecedent: the sentence that gives them: its `place` is None for a default and a remainder.
+        pointer: how "same" and "again" say which object they mean: by its "place" ("the shape in the very centre"),
+            "order" ("the second shape") or "name" ("the heart"); None for a default and a remainder.
     """
 
     kind: ReferenceKind
     place: str
     properties: tuple[str, ...]
     antecedent: Span
+    pointer: Pointer | None = None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
-from fixclip_core.scenes.captions import Caption, Reference, ReferenceKind, Span
+from fixclip_core.scenes.captions import Caption, Pointer, Reference, ReferenceKind, Span
 from fixclip_core.scenes.grammar import ORDINALS, grammar_of, word_pools
 from fixclip_core.scenes.world import PLACES, WORLD, Scene, SceneObject, World
 
@@ -56,12 +56,17 @@ class _Rule:
 
 @dataclass(frozen=True)
 class _Pointer:
-    """A phrase that points to an earlier object, by its number (from 0) or as the only one of a shape."""
+    """A phrase that points to an earlier object, by its number (from 0), its place, or as the only one of a shape."""
 
     kind: Literal["same", "again"]
     number: int | None
+    place: str | None
     shape: str | None
     phrase: str
+
+    @property
+    def how(self) -> Pointer:
+        return "order" if self.number is not None else "place" if self.place is not None else "name"
 
 
 def _descriptions(text: str, world: World) -> tuple[list[tuple[Span, str]], list[_Rule]]:
@@ -74,7 +79,8 @@ def _descriptions(text: str, world: World) -> tuple[list[tuple[Span, str]], list
         if rule is not None:
             rules.append(rule)
             continue
-        places = find_words(sentence, "place", world)
+        start, end = antecedent_words(sentence, world) or (0, 0)
+        places = [(span, place) for span, place in find_words(sentence, "place", world) if not start <= span[0] < end]
         if not places and found and re.match(r"its?\b", sentence, flags=re.IGNORECASE):
             span, said = found[-1]
             found[-1] = replace(span, end=match.end()), f"{said} {sentence}"
@@ -115,11 +121,11 @@ def _resolve(
         else:
             number = _pointed_at(pointer, objects)
             item, properties = _read_pointing(str(span.place), said, pointer, objects[number], world)
-            references.append(Reference(pointer.kind, item.place, properties, described[number][0]))
+            references.append(Reference(pointer.kind, item.place, properties, described[number][0], pointer.how))
             pointers.append(pointer)
         objects.append(item)
     for pointer in pointers:
-        alike = sum(item.shape == pointer.shape for item in objects)
+        alike = sum(pointer.shape == item.shape for item in objects)
         if alike > 1:
             raise ValueError(f"{pointer.phrase!r}: the text describes {alike} of that shape")
     if None in colour_rules and not any(reference.kind == "remainder" for reference in references):
@@ -133,6 +139,11 @@ def _pointed_at(pointer: _Pointer, before: Sequence[SceneObject]) -> int:
         if pointer.number >= len(before):
             raise ValueError(f"{pointer.phrase!r}: the text describes {len(before)} object(s) before it")
         return pointer.number
+    if pointer.place is not None:
+        there = [number for number, item in enumerate(before) if item.place == pointer.place]
+        if not there:
+            raise ValueError(f"{pointer.phrase!r}: the text describes nothing there before it")
+        return there[0]
     fits = [number for number, item in enumerate(before) if item.shape == pointer.shape]
     if len(fits) != 1:
         raise ValueError(f"{pointer.phrase!r}: the text describes {len(fits)} of that shape before it")
@@ -183,13 +194,15 @@ def _pointer(said: str, world: World) -> _Pointer | None:
         match = pattern.search(said)
         if match:
             number = ORDINALS.index(match["ordinal"].lower()) if match["ordinal"] else None
-            shape = _phrases(world, "shape")[1][match["shape"].lower()] if match["shape"] else None
-            return _Pointer(kind, number, shape, match[0].strip())
+            owners = {of: _phrases(world, of)[1] for of in ("place", "shape")}
+            place, shape = (names[match[of].lower()] if match[of] else None for of, names in owners.items())
+            return _Pointer(kind, number, place, shape, match[0].strip())
     return None
 
 
 def antecedent_words(sentence: str, world: World = WORLD) -> tuple[int, int] | None:
-    """Which characters of a sentence point to another object ("the second shape"), None if none do."""
+    """Which characters of a sentence point to another object ("the second shape", "the shape in the very centre"),
+    None if none do."""
     matches = (pattern.search(sentence) for _, pattern in _pointer_patterns(world))
     return next((match.span("antecedent") for match in matches if match), None)
 
@@ -207,8 +220,10 @@ def _rule(sentence: str, span: Span, world: World) -> _Rule | None:
 def _pointer_patterns(world: World) -> tuple[tuple[Literal["same", "again"], re.Pattern[str]], ...]:
     """{antecedent} of each template with the words around it, up to the next gap or punctuation mark."""
     grammar = grammar_of("all")
-    counted = rf"the (?P<ordinal>{'|'.join(ORDINALS)}) (?:{'|'.join(grammar.counted)})"
-    antecedent = rf"(?P<antecedent>{counted}|the (?P<shape>{_any_of(world, 'shape')}))"
+    noun = rf"(?:{'|'.join(grammar.counted)})"
+    counted = rf"the (?P<ordinal>{'|'.join(ORDINALS)}) {noun}"
+    placed = rf"the {noun} (?P<place>{_any_of(world, 'place')})"
+    antecedent = rf"(?P<antecedent>{counted}|{placed}|the (?P<shape>{_any_of(world, 'shape')}))"
     kinds: dict[Literal["same", "again"], tuple[tuple[str, str], ...]] = {"same": grammar.same, "again": grammar.again}
     patterns = []
     for kind, templates in kinds.items():

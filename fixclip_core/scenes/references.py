@@ -3,7 +3,7 @@
 Four kinds, here as training captions word them:
 
 - same: "In the very centre there is a small ring of the same colour as the heart." The ring is as blue as it is.
-- again: "The second shape is drawn again at the top left, only small." All is as with the second shape but the
+- again: "The shape in the very centre is drawn again at the top left, only small." All is as with that shape but the
   size, or the colour where that is what the sentence names.
 - default: "Every star is red unless its own sentence says otherwise." comes before the objects. A star whose
   sentence names no colour is red; a star whose sentence names one is an exception.
@@ -11,13 +11,14 @@ Four kinds, here as training captions word them:
 
 What makes each of them unambiguous:
 
+- "The shape in the very centre" is the one that was described there; a place holds one object.
 - Objects are counted in the order in which they are described: "the second shape" is the second to be described.
 - "The heart" stands only for the one heart of the whole scene, whichever word it was described by.
-- Both point back, to an object described earlier whose own sentence names what is meant.
+- All three point back, to an object described earlier whose own sentence names what is meant.
 - A colour in an object's own sentence, or that it shares, comes before a default, and a default before the remainder.
 - A shape has one default at most, a caption one remainder, and something is left for it.
 
-A caption has one kind of reference: one object for "same" and "again", one to nine for the other two.
+A caption has one kind of reference: one to three objects for "same" and "again", one to nine for the other two.
 
 Beside its text it has `Caption.plain`, the same without references: the ring "is small and blue", every star says that
 it is red, and the sentence with the rule is left out. Order, words and all other sentences are those of the text.
@@ -33,6 +34,7 @@ from typing import Literal, NamedTuple, get_args
 
 from fixclip_core.scenes.captions import (
     Caption,
+    Pointer,
     Reference,
     ReferenceKind,
     join,
@@ -55,6 +57,7 @@ from fixclip_core.scenes.world import WORLD, Scene, SceneObject, World, check_kn
 Distance = Literal["under 40", "40 to 77", "77 to 150", "over 150"]
 
 KINDS: tuple[ReferenceKind, ...] = get_args(ReferenceKind)
+POINTERS: tuple[Pointer, ...] = get_args(Pointer)
 DISTANCES: dict[Distance, range] = {
     "under 40": range(1, 40),
     "40 to 77": range(40, 77),
@@ -81,6 +84,8 @@ def reference_caption(
     *,
     kinds: Sequence[ReferenceKind] = KINDS,
     distances: Sequence[Distance] = tuple(DISTANCES),
+    pointers: Sequence[Pointer] = POINTERS,
+    max_pointing: int = 3,
     tokens: Callable[[str], int] = count_words,
     max_tokens: int = _MAX_TOKENS,
     split: Split = "train",
@@ -98,20 +103,28 @@ def reference_caption(
         seed: any integer or string; the same seed words the same scene alike.
         kinds: see the top of this file.
         distances: names of `DISTANCES`, in tokens as `reference_distances` counts them.
+        pointers: how "same" and "again" say which object they mean: by its place ("the shape in the very centre"), its
+            order ("the second shape"), or its name ("the heart") where no other object has its shape; "again" has
+            no names. One is drawn for each reference among those that serve.
+        max_pointing: how many objects of "same" and "again" may refer at most, where the scene has such pairs.
         tokens: counts a text's tokens without special ones.
         max_tokens: longest caption, without the two special tokens.
         split, synonyms, world: as in `long_caption`.
 
     Raises:
-        ValueError: an unknown kind or distance, a scene of another world, or one that has no such reference or too
-            few objects for the distance.
+        ValueError: an unknown kind, distance or pointer, none that may point, a scene of another world, or one that has
+            no such reference or too few objects for the distance.
     """
-    for name, given, valid in (("kinds", kinds, KINDS), ("distances", distances, tuple(DISTANCES))):
+    named = (("kinds", kinds, KINDS), ("distances", distances, tuple(DISTANCES)), ("pointers", pointers, POINTERS))
+    for name, given, valid in named:
         if not given or not set(given) <= set(valid):
             raise ValueError(f"{name}={tuple(given)}: choose from {', '.join(valid)}")
+    if max_pointing < 1:
+        raise ValueError(f"max_pointing={max_pointing}: it must be at least 1")
     check_known(scene, world)
     rng = random.Random(f"reference caption/{seed}")
-    writer = _Writer(scene, grammar_of(split), Words(word_pools(world, synonyms or split), rng), tokens, max_tokens)
+    words = Words(word_pools(world, synonyms or split), rng)
+    writer = _Writer(scene, grammar_of(split), words, tokens, max_tokens, tuple(pointers), max_pointing)
     wanted = list(itertools.product(kinds, distances))
     for kind, distance in rng.sample(wanted, len(wanted)):
         for _ in range(_TRIES):
@@ -142,6 +155,8 @@ class _Writer:
     words: Words
     tokens: Callable[[str], int]
     max_tokens: int
+    pointers: tuple[Pointer, ...]
+    max_pointing: int
 
     def draw(self, kind: ReferenceKind, distance: range) -> Caption | None:
         """A caption with one kind of reference, or None where this draw finds none that fits."""
@@ -155,20 +170,55 @@ class _Writer:
         if not pairs:
             return None
         antecedent, item = self.words.rng.choice(pairs)
-        template, plain = self.words.rng.choice(self.grammar.same if kind == "same" else self.grammar.again)
+        templates = self.grammar.same if kind == "same" else self.grammar.again
+        wordings = {item.place: self.words.rng.choice(templates)}
         others = self._describe([other for other in self.scene.objects if other != item], self._objects)
-        ends = others.pop(antecedent.place), _Sentence(template, item.place)
+        ends = others.pop(antecedent.place), _Sentence(wordings[item.place][0], item.place)
         order = self._arrange(ends, list(others.values()), distance, before=True, after=True)
         if order is None:
             return None
-        number = [sentence.place for sentence in order if sentence.place].index(antecedent.place)
-        words = {**self.words.of(item), "antecedent": self._antecedent(kind, antecedent, number)}
-        properties: tuple[str, ...] = ("colour",)
-        if kind == "again":
-            properties = ("shape", "colour") if _same_colour(antecedent, item) else ("shape", "size")
-            words["change"] = words["size" if "colour" in properties else "colour"]
-        order[order.index(ends[1])] = _Sentence(fill(template, words), item.place, fill(plain, words))
-        return self._finish(order, kind, {item.place: properties}, ends[0], distance)
+        places = [sentence.place for sentence in order if sentence.place]
+        properties: dict[str, tuple[str, ...]] = {}
+        sources: dict[str, _Sentence] = {}
+        pointers: dict[str, Pointer] = {}
+        for source, pointing in self._pointing(pairs, (antecedent, item), places):
+            template, plain = wordings.get(pointing.place) or self.words.rng.choice(templates)
+            words = self.words.of(pointing)
+            pointer = self._pointer(kind, source)
+            if pointer is None:
+                return None
+            words["antecedent"] = self._antecedent(pointer, source, places.index(source.place))
+            taken: tuple[str, ...] = ("colour",)
+            if kind == "again":
+                taken = ("shape", "colour") if _same_colour(source, pointing) else ("shape", "size")
+                words["change"] = words["size" if "colour" in taken else "colour"]
+            order[_number_of(pointing, order)] = _Sentence(fill(template, words), pointing.place, fill(plain, words))
+            properties[pointing.place], sources[pointing.place] = taken, order[_number_of(source, order)]
+            pointers[pointing.place] = pointer
+        return self._finish(order, kind, properties, sources, distance, pointers)
+
+    def _pointing(
+        self,
+        pairs: Sequence[tuple[SceneObject, SceneObject]],
+        main: tuple[SceneObject, SceneObject],
+        places: Sequence[str],
+    ) -> list[tuple[SceneObject, SceneObject]]:
+        """`main` and further pairs of an antecedent and what points to it, none of which is both."""
+        found = [main]
+        number = self.words.rng.randint(1, self.max_pointing) if self.max_pointing > 1 else 1
+        while len(found) < number:
+            sources, pointing = ([pair[end] for pair in found] for end in (0, 1))
+            free = [
+                (source, item)
+                for source, item in pairs
+                if source not in pointing
+                and item not in (*sources, *pointing)
+                and places.index(source.place) < places.index(item.place)
+            ]
+            if not free:
+                break
+            found.append(self.words.rng.choice(free))
+        return found
 
     def _set_by_rule(self, kind: ReferenceKind, distance: range) -> Caption | None:
         main = self.words.rng.choice(self.scene.objects)
@@ -187,7 +237,8 @@ class _Writer:
         order = self._arrange(ends, list(others.values()), distance, before=not first, after=first)
         if order is None:
             return None
-        return self._finish(order, kind, {item.place: ("colour",) for item in meant}, rule, distance)
+        properties = {item.place: ("colour",) for item in meant}
+        return self._finish(order, kind, properties, dict.fromkeys(properties, rule), distance)
 
     @property
     def _objects(self) -> list[tuple[str, str]]:
@@ -202,12 +253,23 @@ class _Writer:
             described[item.place] = _Sentence(fill(text, words), item.place, fill(plain, words))
         return described
 
-    def _antecedent(self, kind: ReferenceKind, item: SceneObject, number: int) -> str:
-        """ "the heart" or "the second shape": what points to object `number` (from 0) of the caption."""
-        alone = [other.shape for other in self.scene.objects].count(item.shape) == 1
-        if kind == "same" and alone and self.words.rng.random() < 0.5:
+    def _pointer(self, kind: ReferenceKind, item: SceneObject) -> Pointer | None:
+        """One of `pointers` that can point to an object; None where none can."""
+        has_name = kind == "same" and [other.shape for other in self.scene.objects].count(item.shape) == 1
+        choices = [pointer for pointer in self.pointers if pointer != "name" or has_name]
+        if not choices:
+            return None
+        return choices[int(self.words.rng.random() * len(choices))] if len(choices) > 1 else choices[0]
+
+    def _antecedent(self, pointer: Pointer, item: SceneObject, number: int) -> str:
+        """What points to object `number` (from 0) of the caption: "the heart", "the second shape", "the shape in the
+        very centre"."""
+        if pointer == "name":
             return f"the {self.words.choose('shape', item.shape)}"
-        return f"the {ORDINALS[number]} {self.words.rng.choice(self.grammar.counted)}"
+        counted = self.words.rng.choice(self.grammar.counted)
+        if pointer == "order":
+            return f"the {ORDINALS[number]} {counted}"
+        return f"the {counted} {self.words.choose('place', item.place)}"
 
     def _arrange(
         self,
@@ -254,10 +316,15 @@ class _Writer:
         order: Sequence[_Sentence],
         kind: ReferenceKind,
         properties: Mapping[str, tuple[str, ...]],
-        antecedent: _Sentence,
+        antecedents: Mapping[str, _Sentence],
         distance: range,
+        pointers: Mapping[str, Pointer] | None = None,
     ) -> Caption | None:
-        """Opening, sentences, closing; None where that is too long, or the first of `properties` too near or far."""
+        """Opening, sentences, closing; None where that is too long, or the first of `properties` too near or far.
+
+        `properties`, `antecedents` and `pointers` have, by the place of each object that refers, what is given, which
+        sentence gives it, and how that is said.
+        """
         about = scene_words(self.scene, self.words)
         opening = _Sentence(fill(self.words.rng.choice(self.grammar.openings), about))
         closing = _Sentence(fill(self.words.rng.choice(self.grammar.closings), about))
@@ -266,8 +333,12 @@ class _Writer:
         if len(self.scene.objects) > 4 and kind != "remainder" and length <= self.max_tokens:
             sentences.append(closing)
         caption = join([(sentence.place, capitalised(sentence.text)) for sentence in sentences], " ")
-        given_by = caption.spans[sentences.index(antecedent)]
-        found = {place: Reference(kind, place, properties[place], given_by) for place in properties}
+        given_by = {place: caption.spans[sentences.index(sentence)] for place, sentence in antecedents.items()}
+        pointers = pointers or dict[str, Pointer]()
+        found = {
+            place: Reference(kind, place, given, given_by[place], pointers.get(place))
+            for place, given in properties.items()
+        }
         plain = [sentence.text if sentence.plain is None else sentence.plain for sentence in sentences]
         caption = replace(caption, plain=" ".join(capitalised(text) for text in plain if text))
         main = replace(caption, references=(found[next(iter(found))],))
@@ -275,6 +346,10 @@ class _Writer:
             return None
         ordered = tuple(found[span.place] for span in caption.spans if span.place in found)
         return replace(caption, references=ordered)
+
+
+def _number_of(item: SceneObject, sentences: Sequence[_Sentence]) -> int:
+    return next(number for number, sentence in enumerate(sentences) if sentence.place == item.place)
 
 
 def _same_colour(one: SceneObject, other: SceneObject) -> bool:
@@ -291,7 +366,8 @@ def reference_scene(
 ) -> Scene:
     """Draw a scene of at least two objects that has something to refer to in `kind`; the same seed, the same scene.
 
-    One to three objects of a scene of `sample_scene` are made like another one in what such a reference shares.
+    Objects of a scene of `sample_scene` are made like another one in what such a reference shares: one to three pairs
+    of objects for "same" and "again", else one to three objects like the same one.
 
     Raises:
         ValueError: an unknown kind, less than two or more than nine objects, or "again" in a world of one size.
@@ -302,9 +378,11 @@ def reference_scene(
         raise ValueError(f"num_objects={num_objects}: a reference takes at least 2 objects")
     scene = sample_scene(f"references/{seed}", num_objects=num_objects, world=world)
     rng = random.Random(f"reference scene/{seed}")
-    model, *others = rng.sample(scene.objects, len(scene.objects))
-    number = rng.randint(1, min(3, len(others))) if kind in ("default", "remainder") else 1
-    changed = {item.place: _made_like(item, model, kind, rng, world) for item in others[:number]}
+    drawn = rng.sample(scene.objects, len(scene.objects))
+    points = kind in ("same", "again")
+    pairs = zip(drawn[0::2], drawn[1::2], strict=False) if points else zip(itertools.repeat(drawn[0]), drawn[1:])
+    chosen = itertools.islice(pairs, rng.randint(1, 3))
+    changed = {item.place: _made_like(item, model, kind, rng, world) for model, item in chosen}
     return replace(scene, objects=tuple(changed.get(item.place, item) for item in scene.objects))
 
 

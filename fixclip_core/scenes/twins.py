@@ -7,7 +7,7 @@ is chosen evenly, so that a reader of 20 or of 77 tokens can be told from one of
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from fixclip_core.scenes.captions import Caption, long_caption
 from fixclip_core.scenes.grammar import ORDINALS, Split, grammar_of, with_articles, word_pools
@@ -66,9 +66,9 @@ def near_twins(
     """One twin for each `Change` that the scene allows; the same seed gives the same twins.
 
     The captions are `long_caption(scene, seed)` and, for the change "reference", `reference_caption` of the kinds
-    "same" and "again". A place changes where one is free, colours are swapped between two that differ, and a
-    reference changes where another object before it would make a difference. For each change the zone of the
-    difference is drawn first, evenly among those that have one, then the object.
+    "same" and "again" with one reference, by name or order. A place changes where one is free, colours are swapped
+    between two that differ, and a reference changes where another object before it would make a difference. For each
+    change the zone of the difference is drawn first, evenly among those that have one, then the object.
 
     Raises:
         ValueError: as `long_caption`.
@@ -79,7 +79,8 @@ def near_twins(
     changes = [change for change in CHANGES if change != "reference"]
     twins = [editor.choose(change, plain.text, editor.edits(change, plain)) for change in changes]
     try:
-        referring = reference_caption(scene, seed, kinds=("same", "again"), split=split, synonyms=synonyms, world=world)
+        options: dict[str, Any] = {"kinds": ("same", "again"), "pointers": ("name", "order"), "max_pointing": 1}
+        referring = reference_caption(scene, seed, **options, split=split, synonyms=synonyms, world=world)
     except ValueError:  # no two objects have anything in common
         pass
     else:

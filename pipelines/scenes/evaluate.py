@@ -163,7 +163,7 @@ def judged(prompt: Prompt, pictures: list[Any], tokenizer: FixClipTokenizer) -> 
 
 
 def judged_references(prompt: Prompt, pictures: list[Any], tokenizer: FixClipTokenizer) -> list[dict[str, Any]]:
-    """For each reference: its kind, its distance in tokens, how good guessing is, and a mark for each picture.
+    """For each reference: its kind and pointer, its distance in tokens, how good guessing is, a mark for each picture.
 
     A mark is 1 where all properties that the reference gives are right at the object's place.
     """
@@ -182,6 +182,7 @@ def judged_references(prompt: Prompt, pictures: list[Any], tokenizer: FixClipTok
         found.append(
             {
                 "kind": reference.kind,
+                "pointer": reference.pointer,
                 "distance": distance,
                 "chance": round(guess.uniform, 4),
                 "named": round(guess.named, 4),

@@ -394,6 +394,9 @@ POINTING = {
     "a rule (`default`, `remainder`)": lambda row: row["kind"] in ("default", "remainder"),
     "a sentence of the first object": lambda row: row["kind"] in ("same", "again") and row["first"],
     "a sentence of another object": lambda row: row["kind"] in ("same", "again") and not row["first"],
+    "named by its place": lambda row: row.get("pointer") == "place",
+    "by its order": lambda row: row.get("pointer") == "order",
+    "by its shape": lambda row: row.get("pointer") == "name",
 }
 
 
@@ -406,12 +409,15 @@ def pointing_table() -> str:
             found[label] = [[row for row in rows if row["distance"] >= 77] for rows in sets]
     if not found:
         return NOT_YET
-    header = ["right from 77 tokens on, %"]
-    for forms, rows in zip(("train", "held-out"), next(iter(found.values())), strict=True):
-        header += [f"{what}, {forms} forms ({sum(map(bool, map(test, rows)))})" for what, test in POINTING.items()]
+    header, columns = ["right from 77 tokens on, %"], []
+    for number, (forms, rows) in enumerate(zip(("train", "held-out"), next(iter(found.values())), strict=True)):
+        for what, test in POINTING.items():
+            if count := sum(map(bool, map(test, rows))):
+                header.append(f"{what}, {forms} forms ({count})")
+                columns.append((number, test))
     lines = []
     for label, sets in found.items():
-        parts = [[row["right"] for row in rows if test(row)] for rows in sets for test in POINTING.values()]
+        parts = [[row["right"] for row in sets[number] if test(row)] for number, test in columns]
         lines.append([label, *(percent(mean(part)) for part in parts)])
     return table(header, lines)
 
