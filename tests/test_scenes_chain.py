@@ -380,7 +380,7 @@ def test_paddings_are_drawn_from_the_same_noise(parts, tmp_path, monkeypatch):
 def test_references_are_judged_at_the_object_that_refers(parts):
     tokenizer = FixClipTokenizer.from_pretrained(parts["unet"], subfolder="tokenizer")
     prompts = evaluation.references(16)
-    kinds = {}
+    kinds, pointers = {}, set()
     for prompt in prompts:
         (first, *_) = scenes.annotate_caption(prompt.text).references
         objects = tuple(
@@ -392,8 +392,11 @@ def test_references_are_judged_at_the_object_that_refers(parts):
         assert judged["right"] == ("10" if "colour" in first.properties else "11")
         assert {other["right"] for other in others} <= {"11"}
         assert judged["chance"] in (0.125, 0.0208, 0.0833)
-        kinds.setdefault(judged["kind"], []).append(scenes.distance_bucket(judged["distance"]))
+        found = [scenes.distance_bucket(row["distance"]) for row in (judged, *others)]
+        kinds.setdefault(judged["kind"], []).extend(found)
+        pointers |= {row["pointer"] for row in (judged, *others)}
     assert set(kinds) == set(scenes.KINDS)
+    assert pointers >= {"place", "order", None}
     assert len(set(kinds["same"])) == 4
 
 
