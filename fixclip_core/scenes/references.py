@@ -146,6 +146,14 @@ class _Sentence:
     plain: str | None = None
 
 
+class _Given(NamedTuple):
+    """Which properties of an object another sentence gives, that sentence, and how it is pointed to."""
+
+    properties: tuple[str, ...]
+    sentence: _Sentence
+    pointer: Pointer | None = None
+
+
 @dataclass(frozen=True)
 class _Writer:
     """Words one scene; every draw takes new choices from the generator of `words`."""
@@ -178,9 +186,7 @@ class _Writer:
         if order is None:
             return None
         places = [sentence.place for sentence in order if sentence.place]
-        properties: dict[str, tuple[str, ...]] = {}
-        sources: dict[str, _Sentence] = {}
-        pointers: dict[str, Pointer] = {}
+        given: dict[str, _Given] = {}
         for source, pointing in self._pointing(pairs, (antecedent, item), places):
             template, plain = wordings.get(pointing.place) or self.words.rng.choice(templates)
             words = self.words.of(pointing)
@@ -193,9 +199,8 @@ class _Writer:
                 taken = ("shape", "colour") if _same_colour(source, pointing) else ("shape", "size")
                 words["change"] = words["size" if "colour" in taken else "colour"]
             order[_number_of(pointing, order)] = _Sentence(fill(template, words), pointing.place, fill(plain, words))
-            properties[pointing.place], sources[pointing.place] = taken, order[_number_of(source, order)]
-            pointers[pointing.place] = pointer
-        return self._finish(order, kind, properties, sources, distance, pointers)
+            given[pointing.place] = _Given(taken, order[_number_of(source, order)], pointer)
+        return self._finish(order, kind, given, distance)
 
     def _pointing(
         self,
@@ -237,8 +242,7 @@ class _Writer:
         order = self._arrange(ends, list(others.values()), distance, before=not first, after=first)
         if order is None:
             return None
-        properties = {item.place: ("colour",) for item in meant}
-        return self._finish(order, kind, properties, dict.fromkeys(properties, rule), distance)
+        return self._finish(order, kind, {item.place: _Given(("colour",), rule) for item in meant}, distance)
 
     @property
     def _objects(self) -> list[tuple[str, str]]:
@@ -312,18 +316,11 @@ class _Writer:
         return [*outside[:cut], ends[0], *between, ends[1], *outside[cut:]]
 
     def _finish(
-        self,
-        order: Sequence[_Sentence],
-        kind: ReferenceKind,
-        properties: Mapping[str, tuple[str, ...]],
-        antecedents: Mapping[str, _Sentence],
-        distance: range,
-        pointers: Mapping[str, Pointer] | None = None,
+        self, order: Sequence[_Sentence], kind: ReferenceKind, given: Mapping[str, _Given], distance: range
     ) -> Caption | None:
-        """Opening, sentences, closing; None where that is too long, or the first of `properties` too near or far.
+        """Opening, sentences, closing; None where that is too long, or the first of `given` too near or far.
 
-        `properties`, `antecedents` and `pointers` have, by the place of each object that refers, what is given, which
-        sentence gives it, and how that is said.
+        `given` has what other sentences give, by the place of each object that refers.
         """
         about = scene_words(self.scene, self.words)
         opening = _Sentence(fill(self.words.rng.choice(self.grammar.openings), about))
@@ -333,11 +330,9 @@ class _Writer:
         if len(self.scene.objects) > 4 and kind != "remainder" and length <= self.max_tokens:
             sentences.append(closing)
         caption = join([(sentence.place, capitalised(sentence.text)) for sentence in sentences], " ")
-        given_by = {place: caption.spans[sentences.index(sentence)] for place, sentence in antecedents.items()}
-        pointers = pointers or dict[str, Pointer]()
         found = {
-            place: Reference(kind, place, given, given_by[place], pointers.get(place))
-            for place, given in properties.items()
+            place: Reference(kind, place, properties, caption.spans[sentences.index(sentence)], pointer)
+            for place, (properties, sentence, pointer) in given.items()
         }
         plain = [sentence.text if sentence.plain is None else sentence.plain for sentence in sentences]
         caption = replace(caption, plain=" ".join(capitalised(text) for text in plain if text))
