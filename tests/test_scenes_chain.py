@@ -528,12 +528,18 @@ def test_the_report_says_how_long_stages_took(tmp_path, monkeypatch):
     (tmp_path / "one").touch()
     assert report.collect_times()["groups"] == {}  # the other is being trained
     (tmp_path / "two").touch()
+    training = tmp_path / run.OUT / "unet"
+    training.mkdir(parents=True)
+    speeds = [32.0, 32.0, 0.5]  # the last holds a pause
+    lines = [json.dumps({"step": 20 * i, "samples_per_second": speed}) for i, speed in enumerate(speeds)]
+    (training / "metrics.jsonl").write_text("\n".join([*lines, json.dumps({"step": 60, "recall": 0.5})]))
+    (training / "recipe.yaml").write_text("train: {steps: 960, batch_size: 16}\n")
     (tmp_path / "times.json").write_text(json.dumps({"stages": {"old": {"minutes": 1, "processes": 1}}, "groups": {}}))
     report.collect()
     assert set(json.loads((tmp_path / "times.json").read_text())["stages"]) == {"old", "a/b", "unet"}
     rows = [line.strip("| ").split(" | ") for line in report.times_table().splitlines()[2:]]
-    assert rows[:2] == [["`a/b`", "15", "1"], ["`unet`", "15", "2"]]
-    assert rows[2] == ["all of `chain`, two processes at a time", "22", "-"]  # 0 to 1300 seconds, without a gap
+    assert rows[:2] == [["`a/b`", "15", "-", "1"], ["`unet`", "15", "8", "2"]]
+    assert rows[2] == ["all of `chain`, two processes at a time", "22", "-", "-"]  # 0 to 1300 seconds, without a gap
 
 
 def test_the_report_compares_depths(tmp_path, monkeypatch):

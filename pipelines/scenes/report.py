@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import matplotlib
 import numpy as np
 import typer
+import yaml
 
 matplotlib.use("Agg")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # other pipelines have files of the same names
@@ -708,7 +709,7 @@ def training_table() -> str:
 
 def collect_times() -> dict[str, Any]:
     """Minutes of each stage that is done, over all its starts, and of the groups in which all are: of the wall clock,
-    two stages at a time."""
+    two stages at a time. Of a training also its steps at their median speed, which no pause is in."""
     spans: dict[str, list[list[float]]] = {}
     found: dict[str, Any] = {"stages": {}, "groups": {}}
     for stage in run.stages():
@@ -717,12 +718,23 @@ def collect_times() -> dict[str, Any]:
             content = json.loads(file.read_text())
             spans[stage.name] = content["times"]
             minutes = sum(end - start for start, end in content["times"]) / 60
-            found["stages"][stage.name] = {"minutes": round(minutes, 1), "processes": content["processes"]}
+            row = {"minutes": round(minutes, 1), "processes": content["processes"]}
+            found["stages"][stage.name] = row | steady_minutes(run.ROOT / run.OUT / stage.name)
     for group in TIMED:
         names = [stage.name for stage in run.GROUPS[group]()]
         if set(names) <= spans.keys():
             found["groups"][group] = round(covered([span for name in names for span in spans[name]]) / 60, 1)
     return found if spans else {}
+
+
+def steady_minutes(folder: Path) -> dict[str, float]:
+    """{"steady": minutes} that a training's steps take at the median speed of its log, {} of what is no training."""
+    if not (folder / "metrics.jsonl").exists():
+        return {}
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    speed = statistics.median(row["samples_per_second"] for row in rows if "samples_per_second" in row)
+    section = yaml.safe_load((folder / "recipe.yaml").read_text())["train"]
+    return {"steady": round(section["steps"] * section["batch_size"] / speed / 60, 1)}
 
 
 def covered(spans: Iterable[list[float]]) -> float:
@@ -740,9 +752,13 @@ def times_table() -> str:
     names = [stage.name for stage in run.chain() if stage.name in found["stages"]]
     if not names:
         return NOT_YET
-    rows = [[f"`{n}`", f"{found['stages'][n]['minutes']:.0f}", str(found["stages"][n]["processes"])] for n in names]
-    groups = [[f"all of `{g}`, two processes at a time", f"{m:.0f}", "-"] for g, m in found["groups"].items()]
-    return table(["stage", "minutes", "processes"], [*rows, *groups])
+    rows = []
+    for name in names:
+        row = found["stages"][name]
+        steady = f"{row['steady']:.0f}" if "steady" in row else "-"
+        rows.append([f"`{name}`", f"{row['minutes']:.0f}", steady, str(row["processes"])])
+    groups = [[f"all of `{g}`, two processes at a time", f"{m:.0f}", "-", "-"] for g, m in found["groups"].items()]
+    return table(["stage", "minutes", "its steps at their median speed", "processes"], [*rows, *groups])
 
 
 def measure(key: str) -> str:
