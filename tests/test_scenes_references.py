@@ -115,6 +115,27 @@ def test_a_default_gives_way_to_what_a_sentence_says_and_wins_over_the_remainder
     assert found == {"top left": "default", "centre": "remainder", "bottom left": "same"}
 
 
+@pytest.mark.parametrize(
+    ("pointer", "colour"),
+    [
+        ("the shape right in the middle", "red"),
+        ("the shape in the centre", "red"),
+        ("the SHAPE centre", "red"),
+        ("the shape in the middle of the top row", "blue"),
+        ("the shape at the top centre", "blue"),
+        ("the shape\nhalfway along the top edge", "blue"),
+        ("the figure at the centre of the upper edge", "blue"),
+        ("the five-pointed star", "blue"),
+    ],
+)
+def test_words_that_point(pointer, colour):
+    text = (
+        "On white. A big red heart sits in the very centre. A big blue star sits in the middle of the top row. A small "
+        f"ring sits at the bottom left. Its colour is that of {pointer}."
+    )
+    assert described(text)["bottom left"].colour == colour
+
+
 # Properties of what is generated
 
 
@@ -279,8 +300,15 @@ def test_ordinary_scenes_can_be_described_by_reference_too():
         assert read_caption(caption.text) == scene.described()
 
 
+def test_a_world_of_one_size_has_all_kinds():
+    world = replace(WORLD, sizes=WORLD.sizes[:1])
+    for i in range(16):
+        scene, caption = reference_at(0, i, world=world)
+        assert read_caption(caption.text, world) == scene.described()
+
+
 def test_a_world_of_ones_own():
-    orb = Shape("orb", lambda x, y: x * x + y * y <= 0.9, ("orb",), ("globe",))
+    orb = Shape("orb", lambda x, y: x * x + y * y <= 0.9, ("Orb",), ("globe",))
     world = replace(WORLD, shapes=(*WORLD.shapes, orb))
     for i in range(32):
         scene, caption = reference_at(1, i, world=world)
@@ -373,6 +401,53 @@ ONE = "There is a large blue heart at the top left. White background. "
                 "There is a tiny red heart in the very centre."
             ),
             "the heart': the text describes 2 of that shape",
+        ),
+        (
+            lambda: read_caption(TWO + "At the top right there is a small ring of the same colour as the first shape "
+                                 "and the second shape."),
+            "top right: 'the second shape' in.*more than 'of the same colour as the first shape'.*say it once",
+        ),
+        (
+            lambda: read_caption(TWO + "A small ring sits at the top right. Its colour is that of the first shape. Its "
+                                 "colour is that of the second shape."),
+            "top right: 'the second shape' in.*more than",
+        ),
+        (
+            lambda: read_caption(ONE + "A small ring sits at the top right. It has the same colour as the heart. "
+                                 "Everything that is left is red."),
+            "top right: 'same colour' in.*no pointer that is understood.*second shape",
+        ),
+        (
+            lambda: read_caption(TWO + "A small ring sits at the top right. Its colour is that of the last shape. "
+                                 "Everything that is left is red."),
+            "top right: 'the last shape'.*no pointer that is understood",
+        ),
+        (
+            lambda: read_caption(ONE + "There is a tiny ring in the very centre of the same colour as the first shape "
+                                 "and a big star at the bottom left. Everything that is left is red."),
+            "describes 2 at places that this world knows: it must be one",
+        ),
+        (
+            lambda: read_caption(ONE + "The first shape is drawn again in the lower right, only small."),
+            "describes 0 at places that this world knows",
+        ),
+        (
+            lambda: read_caption(TWO + "A small ring sits at the top right. Its colour is that of the shape right in "
+                                 "the middle of the left row."),
+            "top right.*must name one colour",
+        ),
+        (
+            lambda: read_caption(TWO + "A small ring sits at the top right. Its colour is that of the hearts."),
+            "top right.*must name one colour",
+        ),
+        (lambda: reference_caption(Scene("white", ()), 0), "without objects has no caption"),
+        (
+            lambda: reference_caption(reference_scene(0, "again"), 0, kinds=("again",), pointers=("name",)),
+            "no reference of again by name.*'again' has no name",
+        ),
+        (
+            lambda: reference_scene(0, "again", world=replace(WORLD, sizes=WORLD.sizes[:1], colours=WORLD.colours[:1])),
+            "one size and one colour only",
         ),
         (
             lambda: read_caption(ONE + "The shape in the very centre is drawn again at the top right, only blue."),

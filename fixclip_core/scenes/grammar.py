@@ -258,7 +258,7 @@ HELDOUT = Grammar(
     ),
     fillers=(
         "no figure is placed over the others, as one can see.",
-        "the artist has put nothing else on the paper.",
+        "the artist has drawn all of this on one sheet of paper.",
         "around each figure some of the paper has been left empty.",
         "as one notices, all of the figures are entirely plain.",
         "the artist has painted them with care, and only once.",

@@ -17,12 +17,14 @@ def read_caption(text: str, world: World = WORLD) -> Scene:
 
     It also reads free text made of this world's words, as long as every object comes with shape, colour, size
     and place ("a big red star in the top left corner and a tiny blue ring in the centre, on white") and a
-    later sentence about the same object starts with "it" or "its".
+    later sentence about the same object starts with "it" or "its". What points to another object must do so in the
+    words of a template (grammar.py), with any of this world's words in its gaps.
 
     Raises:
-        ValueError: an object lacks a property, a place is described twice, no background is named, or a reference
-            points to no object or to more than one.
+        ValueError: an object lacks a property, a place is described twice, no background is named, a reference points
+            to no object, to more than one or in words that are not understood, or an object has several.
     """
+    text = re.sub(r"\s", " ", text)
     background = {name for _, name in find_words(text, "background", world)}
     if len(background) != 1:
         raise ValueError(f"caption {text[:60]!r}...: it must name one background, it names {sorted(background)}")
@@ -43,6 +45,10 @@ def annotate_caption(text: str, world: World = WORLD) -> Caption:
     spans = tuple(span for span, _ in described)
     refers = bool(rules) or any(_pointer(said, world) for _, said in described)
     return Caption(text, spans, tuple(_resolve(described, rules, world)[1]) if refers else ())
+
+
+# "centre" is a place, "the centre of the top row" another: no match is better than a wrong one.
+_NO_LONGER_PLACE = r"(?! (?:of the (?:top|upper|middle|central|bottom|lower|left|right)|left|right)\b)"
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,8 @@ def _descriptions(text: str, world: World) -> tuple[list[tuple[Span, str]], list
         if rule is not None:
             rules.append(rule)
             continue
-        start, end = antecedent_words(sentence, world) or (0, 0)
+        pointing = antecedent_words(sentence, world)
+        start, end = pointing or (0, 0)
         places = [(span, place) for span, place in find_words(sentence, "place", world) if not start <= span[0] < end]
         if not places and found and re.match(r"its?\b", sentence, flags=re.IGNORECASE):
             span, said = found[-1]
@@ -89,6 +96,11 @@ def _descriptions(text: str, world: World) -> tuple[list[tuple[Span, str]], list
             (start, end), place = places[0]
             found.append((Span(offset, match.end(), place), f"{sentence[:start]} {sentence[end:]}"))
             continue
+        if pointing:
+            raise ValueError(
+                f"{sentence!r} points to another object, but describes {len(places)} at places that this world knows: "
+                "it must be one"
+            )
         previous = 0
         for (start, end), place in places:  # a list: each noun phrase ends with its place
             found.append((Span(offset + previous, offset + end, place), sentence[previous:start]))
@@ -114,6 +126,7 @@ def _resolve(
     for span, said in described:
         pointer = _pointer(said, world)
         if pointer is None:
+            _refuse_loose_pointer(said, str(span.place), "no pointer that is understood")
             item, given_by = _read_object(str(span.place), said, colour_rules, world)
             if given_by is not None:
                 kind: ReferenceKind = "remainder" if given_by.shape is None else "default"
@@ -167,7 +180,8 @@ def _read_pointing(
     place: str, said: str, pointer: _Pointer, antecedent: SceneObject, world: World
 ) -> tuple[SceneObject, tuple[str, ...]]:
     """An object that points to another, and which properties it takes from that one."""
-    said = said.replace(pointer.phrase, " ")
+    said = said.replace(pointer.phrase, " ", 1)
+    _refuse_loose_pointer(said, place, f"more than {pointer.phrase!r}")
     named = _properties(said, world)
     own = ["shape", "size"] if pointer.kind == "same" else [kind for kind in ("colour", "size") if named[kind]]
     taken = tuple(kind for kind in ("shape", "colour", "size") if kind not in own)
@@ -177,6 +191,16 @@ def _read_pointing(
     values = {kind: _only(named, kind, place, said) for kind in own}
     values |= {kind: getattr(antecedent, kind) for kind in taken}
     return SceneObject(place, values["shape"], values["colour"], values["size"]), taken
+
+
+def _refuse_loose_pointer(said: str, place: str, what: str) -> None:
+    """Words that point to another object where none do that a template has."""
+    match = re.search(rf"\bsame colou?r\b|\bthe (?:{'|'.join(ORDINALS)}|last) (?:shape|figure|one|object)\b", said)
+    if match:
+        raise ValueError(
+            f"{place}: {match[0]!r} in {said.strip()!r} may point to another object, but there is {what}; say it once, "
+            'as in "it is small and has the same colour as the second shape"'
+        )
 
 
 def _properties(said: str, world: World) -> dict[str, set[str]]:
@@ -221,9 +245,9 @@ def _pointer_patterns(world: World) -> tuple[tuple[Literal["same", "again"], re.
     """{antecedent} of each template with the words around it, up to the next gap or punctuation mark."""
     grammar = grammar_of("all")
     noun = rf"(?:{'|'.join(grammar.counted)})"
-    counted = rf"the (?P<ordinal>{'|'.join(ORDINALS)}) {noun}"
-    placed = rf"the {noun} (?P<place>{_any_of(world, 'place')})"
-    antecedent = rf"(?P<antecedent>{counted}|{placed}|the (?P<shape>{_any_of(world, 'shape')}))"
+    counted = rf"the (?P<ordinal>{'|'.join(ORDINALS)}) {noun}\b"
+    placed = rf"the {noun} (?:(?:in|at|on) (?:the )?)?(?P<place>{_any_of(world, 'place')})\b{_NO_LONGER_PLACE}"
+    antecedent = rf"(?P<antecedent>{counted}|{placed}|the (?P<shape>{_any_of(world, 'shape')})\b)"
     kinds: dict[Literal["same", "again"], tuple[tuple[str, str], ...]] = {"same": grammar.same, "again": grammar.again}
     patterns = []
     for kind, templates in kinds.items():
@@ -256,13 +280,12 @@ def _any_of(world: World, kind: str) -> str:
 @lru_cache(maxsize=32)
 def _phrases(world: World, kind: str) -> tuple[re.Pattern[str], dict[str, str]]:
     """A pattern that finds the longest of a kind's words, and whose word each is; places also go by their names."""
-    owners = {word: name for name, words in word_pools(world, "all")[kind].items() for word in words}
+    owners = {word.lower(): name for name, words in word_pools(world, "all")[kind].items() for word in words}
     if kind == "place":
         owners |= {place: place for place in PLACES}
     longest_first = sorted(map(re.escape, owners), key=len, reverse=True)
-    # "centre" is a place, "the centre of the top row" another: no match is better than a wrong one.
-    goes_on = r"(?! of the (?:top|upper|middle|central|bottom|lower|left|right)\b)"
-    return re.compile(rf"\b(?:{'|'.join(longest_first)})\b{goes_on}", re.IGNORECASE), owners
+    end = _NO_LONGER_PLACE if kind == "place" else ""
+    return re.compile(rf"\b(?:{'|'.join(longest_first)})\b{end}", re.IGNORECASE), owners
 
 
 def find_words(text: str, kind: str, world: World = WORLD) -> list[tuple[tuple[int, int], str]]:

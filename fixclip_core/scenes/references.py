@@ -18,7 +18,7 @@ What makes each of them unambiguous:
 - A colour in an object's own sentence, or that it shares, comes before a default, and a default before the remainder.
 - A shape has one default at most, a caption one remainder, and something is left for it.
 
-A caption has one kind of reference: one to three objects for "same" and "again", one to nine for the other two.
+A caption has one kind of reference: up to `max_pointing` objects for "same" and "again", one to nine for the other two.
 
 Beside its text it has `Caption.plain`, the same without references: the ring "is small and blue", every star says that
 it is red, and the sentence with the rule is left out. Order, words and all other sentences are those of the text.
@@ -95,8 +95,8 @@ def reference_caption(
     """Describe everything that is in a scene, some of it by reference to another sentence.
 
     Which kind and which distance is drawn from those asked for that the scene allows. Between an object and what
-    it refers to stand other objects and, where they do not suffice, sentences that are true of every scene. With
-    several objects that refer to the same sentence, one of them is at that distance and the others anywhere.
+    it refers to stand other objects and, where they do not suffice, sentences that are true of every scene. Where
+    several objects refer, one of them is at that distance and the others at any.
 
     Args:
         scene: what to describe; see `reference_scene` for scenes that have something to refer to.
@@ -112,8 +112,8 @@ def reference_caption(
         split, synonyms, world: as in `long_caption`.
 
     Raises:
-        ValueError: an unknown kind, distance or pointer, none that may point, a scene of another world, or one that has
-            no such reference or too few objects for the distance.
+        ValueError: an unknown kind, distance or pointer, `max_pointing` below 1, a scene of another world, or one that
+            has no such reference or too few objects for the distance.
     """
     named = (("kinds", kinds, KINDS), ("distances", distances, tuple(DISTANCES)), ("pointers", pointers, POINTERS))
     for name, given, valid in named:
@@ -122,6 +122,8 @@ def reference_caption(
     if max_pointing < 1:
         raise ValueError(f"max_pointing={max_pointing}: it must be at least 1")
     check_known(scene, world)
+    if not scene.objects:
+        raise ValueError("a scene without objects has no caption")
     rng = random.Random(f"reference caption/{seed}")
     words = Words(word_pools(world, synonyms or split), rng)
     writer = _Writer(scene, grammar_of(split), words, tokens, max_tokens, tuple(pointers), max_pointing)
@@ -132,8 +134,9 @@ def reference_caption(
             if caption is not None:
                 return caption
     raise ValueError(
-        f"a scene of {len(scene.objects)} object(s) has no reference of {', '.join(kinds)} at a distance of "
-        f"{', '.join(distances)} within {max_tokens} tokens: take a reference_scene, more objects or more distances"
+        f"a scene of {len(scene.objects)} object(s) has no reference of {', '.join(kinds)} by {', '.join(pointers)} at "
+        f"a distance of {', '.join(distances)} within {max_tokens} tokens: take a reference_scene, more objects, "
+        "distances or pointers ('again' has no name)"
     )
 
 
@@ -174,7 +177,11 @@ class _Writer:
 
     def _point_back(self, kind: ReferenceKind, distance: range) -> Caption | None:
         fits = _same_colour if kind == "same" else _differ_once
-        pairs = [pair for pair in itertools.permutations(self.scene.objects, 2) if fits(*pair)]
+        pairs = [
+            (source, item)
+            for source, item in itertools.permutations(self.scene.objects, 2)
+            if fits(source, item) and self._pointers_to(source, kind)
+        ]
         if not pairs:
             return None
         antecedent, item = self.words.rng.choice(pairs)
@@ -190,9 +197,8 @@ class _Writer:
         for source, pointing in self._pointing(pairs, (antecedent, item), places):
             template, plain = wordings.get(pointing.place) or self.words.rng.choice(templates)
             words = self.words.of(pointing)
-            pointer = self._pointer(kind, source)
-            if pointer is None:
-                return None
+            choices = self._pointers_to(source, kind)
+            pointer = choices[int(self.words.rng.random() * len(choices))] if len(choices) > 1 else choices[0]
             words["antecedent"] = self._antecedent(pointer, source, places.index(source.place))
             taken: tuple[str, ...] = ("colour",)
             if kind == "again":
@@ -231,7 +237,7 @@ class _Writer:
         rules = self.grammar.remainders
         if kind == "default":
             alike, rules = [item for item in alike if item.shape == main.shape], self.grammar.defaults
-        # Some of those alike name their colour all the same: were it named nowhere, it could be guessed by exclusion.
+        # Some of those alike name their colour all the same: else the rule's would be a colour that no object names.
         meant = [main, *self.words.rng.sample(alike, self.words.rng.randint(0, len(alike)))]
         rule = _Sentence(fill(self.words.rng.choice(rules), self.words.of(main)), plain="")
         coloured = [item for item in self.scene.objects if item not in meant]
@@ -257,13 +263,10 @@ class _Writer:
             described[item.place] = _Sentence(fill(text, words), item.place, fill(plain, words))
         return described
 
-    def _pointer(self, kind: ReferenceKind, item: SceneObject) -> Pointer | None:
-        """One of `pointers` that can point to an object; None where none can."""
+    def _pointers_to(self, item: SceneObject, kind: ReferenceKind) -> list[Pointer]:
+        """Those of `pointers` that can point to an object."""
         has_name = kind == "same" and [other.shape for other in self.scene.objects].count(item.shape) == 1
-        choices = [pointer for pointer in self.pointers if pointer != "name" or has_name]
-        if not choices:
-            return None
-        return choices[int(self.words.rng.random() * len(choices))] if len(choices) > 1 else choices[0]
+        return [pointer for pointer in self.pointers if pointer != "name" or has_name]
 
     def _antecedent(self, pointer: Pointer, item: SceneObject, number: int) -> str:
         """What points to object `number` (from 0) of the caption: "the heart", "the second shape", "the shape in the
@@ -289,7 +292,7 @@ class _Writer:
         How many objects stand outside is drawn first, so that not the distance alone says where the ends are: were all
         objects put between, whatever is referred to from far away would be the first. The rest comes between, then
         fillers; what is too long for the gap is passed over. None where no more than `distance.start` tokens are there
-        to be put between, or the draw misses the range.
+        to be put between. A draw may miss the range all the same.
         """
         rng = self.words.rng
         rng.shuffle(others)
@@ -318,7 +321,9 @@ class _Writer:
     def _finish(
         self, order: Sequence[_Sentence], kind: ReferenceKind, given: Mapping[str, _Given], distance: range
     ) -> Caption | None:
-        """Opening, sentences, closing; None where that is too long, or the first of `given` too near or far.
+        """Opening, sentences and, where there is room, closing.
+
+        None where that is too long, or the first of `given` too near or far.
 
         `given` has what other sentences give, by the place of each object that refers.
         """
@@ -365,7 +370,8 @@ def reference_scene(
     of objects for "same" and "again", else one to three objects like the same one.
 
     Raises:
-        ValueError: an unknown kind, less than two or more than nine objects, or "again" in a world of one size.
+        ValueError: an unknown kind, less than two or more than nine objects, or "again" in a world of one size and one
+            colour.
     """
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r}: it must be one of {', '.join(KINDS)}")
@@ -388,11 +394,15 @@ def _made_like(
         return replace(item, colour=model.colour)
     if kind == "default":
         return replace(item, shape=model.shape, colour=model.colour)
-    field, entries = rng.choice((("size", world.sizes), ("colour", world.colours)))
-    names = [entry.name for entry in entries if entry.name != getattr(model, field)]
-    if not names:
-        raise ValueError(f"kind='again': this world has one {field} only")
-    return replace(model, place=item.place, jitter=item.jitter, **{field: rng.choice(names)})
+    others = {
+        field: [entry.name for entry in entries if entry.name != getattr(model, field)]
+        for field, entries in (("size", world.sizes), ("colour", world.colours))
+    }
+    fields = [field for field, names in others.items() if names]
+    if not fields:
+        raise ValueError("kind='again': this world has one size and one colour only")
+    field = rng.choice(fields)
+    return replace(model, place=item.place, jitter=item.jitter, **{field: rng.choice(others[field])})
 
 
 def reference_at(
@@ -437,7 +447,8 @@ def blind_guess(scene: Scene, caption: Caption, reference: Reference, world: Wor
         Three shares. uniform: a draw from all values that the world has (1/8 for a colour, 1/48 for shape and colour,
         1/12 for shape and size). named: the values of an object of this caption that names its own, drawn at random,
         which is the better guess of one who has read all but the reference. first: those of the first such object, 0
-        or 1: a habit that pays, as what is referred to from far away stands early.
+        or 1: a habit that pays, as what is referred to from far away stands early. Where no object names its own, all
+        three are `uniform`.
     """
     values = {"shape": len(world.shapes), "colour": len(world.colours), "size": len(world.sizes)}
     uniform = 1 / math.prod(values[kind] for kind in reference.properties)
