@@ -377,6 +377,23 @@ def test_paddings_are_drawn_from_the_same_noise(parts, tmp_path, monkeypatch):
         assert np.abs(one - other).mean() > 1
 
 
+def test_the_nearest_wording_is_the_one_that_is_said(parts, tmp_path, monkeypatch):
+    base = FixClipStableDiffusionPipeline.from_pretrained(parts["unet"], conditioning="overlap")
+    for index in (0, 1, 4, 5, 8, 9):  # same and again, at three distances
+        scene, caption = scenes.reference_at(4, index)
+        candidates = scenes.plain_wordings(scene, caption, caption.references[0])
+        for values, wording in candidates.items():
+            assert evaluation.nearest_wording(base, base, wording, candidates) == values
+    monkeypatch.setattr(evaluation, "BASE", str(parts["unet"]))
+    output = CliRunner().invoke(evaluation.app, ["wordings", "overlap", "--number", "16", "--output", str(tmp_path)])
+    assert "overlap: right 0." in output.output, output.output
+    rows = json.loads((tmp_path / "wordings-overlap.json").read_text())["rows"]
+    assert {row["kind"] for row in rows} == {"same", "again"}
+    assert all(row["pointer"] and row["right"] in (0, 1) and 0 < row["named"] < 1 for row in rows)
+    refused = CliRunner().invoke(evaluation.app, ["wordings", "windows"])
+    assert "system 'windows': valid are" in str(refused.exception)
+
+
 def test_references_are_judged_at_the_object_that_refers(parts):
     tokenizer = FixClipTokenizer.from_pretrained(parts["unet"], subfolder="tokenizer")
     prompts = evaluation.references(16)
@@ -398,6 +415,24 @@ def test_references_are_judged_at_the_object_that_refers(parts):
     assert set(kinds) == set(scenes.KINDS)
     assert pointers >= {"place", "order", None}
     assert len(set(kinds["same"])) == 4
+
+
+def test_wordings_are_reported_by_pointer_and_distance(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    assert report.wordings_table() == report.NOT_YET
+    near = {"kind": "same", "pointer": "place", "distance": 76, "named": 0.25, "first": 1.0, "right": 1}
+    rows = [near, near | {"pointer": "order", "distance": 77, "right": 0}, near | {"pointer": "name", "named": 0.5}]
+    (tmp_path / "wordings-adapter.json").write_text(json.dumps({"rows": rows}))
+    header, _, own, guess, first = (line.strip("| ").split(" | ") for line in report.wordings_table().splitlines())
+    assert first[1:] == ["100.0"] * 6
+    assert header[1:] == [
+        f"{n} ({m})"
+        for n, m in zip(
+            ("by place", "by order", "by name", "under 77 tokens", "from 77 on", "all"), (1, 1, 1, 2, 1, 3), strict=True
+        )
+    ]
+    assert own[1:] == ["100.0", "0.0", "100.0", "100.0", "0.0", "66.7"]
+    assert guess[1:] == ["25.0", "25.0", "50.0", "37.5", "25.0", "33.3"]
 
 
 def test_references_are_reported_by_distance_and_kind(tmp_path, monkeypatch):

@@ -25,6 +25,7 @@ from fixclip_core.scenes import (
     check,
     count_words,
     distance_bucket,
+    plain_wordings,
     read_caption,
     reference_at,
     reference_caption,
@@ -237,6 +238,25 @@ def test_objects_are_pointed_to_as_asked_for(seed, kind, pointer, split):
         noun = re.search(r"shape|figure", text[start:end])
         assert (ordinal is not None, noun is not None) == (pointer == "order", pointer != "name")
         assert pointer != "name" or reference.kind == "same"
+
+
+@given(seed=seeds, index=st.integers(0, 2**20), split=splits)
+@settings(max_examples=60, deadline=None)
+def test_plain_wordings_say_what_could_be_meant(seed, index, split):
+    scene, caption = reference_at(seed, index, split=split)
+    objects = {item.place: item for item in scene.objects}
+    refer = {reference.place for reference in caption.references}
+    for reference in caption.references:
+        found = plain_wordings(scene, caption, reference)
+        named = [item for place, item in objects.items() if place not in refer]
+        assert set(found) == {tuple(getattr(item, kind) for kind in reference.properties) for item in named}
+        meant = objects[reference.place]
+        own = tuple(getattr(meant, kind) for kind in reference.properties)
+        assert reference.pointer is None or found[own] == caption.plain
+        for values, text in found.items():
+            changed = replace(meant, **dict(zip(reference.properties, values, strict=True)))
+            objects_then = tuple(changed if item == meant else item for item in scene.objects)
+            assert read_caption(text) == replace(scene, objects=objects_then).described()
 
 
 def test_several_objects_may_point_to_others_or_to_the_same():

@@ -50,8 +50,10 @@ from fixclip_core.scenes.grammar import (
     deal,
     fill,
     grammar_of,
+    with_articles,
     word_pools,
 )
+from fixclip_core.scenes.reader import annotate_caption, find_words
 from fixclip_core.scenes.world import WORLD, Scene, SceneObject, World, check_known, sample_scene
 
 Distance = Literal["under 40", "40 to 77", "77 to 150", "over 150"]
@@ -424,6 +426,41 @@ def reference_at(
         world=world,
     )
     return scene, caption
+
+
+def plain_wordings(
+    scene: Scene, caption: Caption, reference: Reference, world: World = WORLD
+) -> dict[tuple[str, ...], str]:
+    """What a caption would say plainly if a reference meant any of the objects that name their own properties.
+
+    Args:
+        scene: what `caption` describes.
+        caption: of `reference_caption`.
+        reference: one of the caption's.
+        world: the world of the scene.
+
+    Returns:
+        {values of `reference.properties`, such as ("star", "blue"): `caption.plain` with these values for the object
+        that refers}, in the order of the caption. The scene's own values have `caption.plain` itself.
+    """
+    assert caption.plain is not None
+    objects = {item.place: item for item in scene.objects}
+    refer = {other.place for other in caption.references}
+    named = [objects[span.place] for span in caption.spans if span.place in objects and span.place not in refer]
+    own = next(span for span in annotate_caption(caption.plain, world).spans if span.place == reference.place)
+    before, after = caption.plain[: own.start], caption.plain[own.end :]
+    meant = objects[reference.place]
+    found = {}
+    for item in named:
+        sentence = caption.plain[own.start : own.end]
+        for kind in reference.properties:
+            ((start, end), value), *_ = find_words(sentence, kind, world)
+            if getattr(item, kind) != value:
+                word = word_pools(world, "train")[kind][getattr(item, kind)][0]
+                sentence = with_articles(sentence[:start] + word + sentence[end:])
+        found[tuple(getattr(item, kind) for kind in reference.properties)] = before + sentence + after
+    own_values = tuple(getattr(meant, kind) for kind in reference.properties)
+    return found | ({own_values: caption.plain} if own_values in found else {})
 
 
 class Guess(NamedTuple):

@@ -1,4 +1,5 @@
-"""What the parts of the scenes miniature can do, as JSON: `images SYSTEM`, `paddings`, `retrieval` and `twins RUN`.
+"""What the parts of the scenes miniature can do, as JSON: `images SYSTEM`, `wordings SYSTEM`, `paddings`, `retrieval`
+and `twins RUN`.
 
 Scenes and captions here are never trained on: FIX-CLIP and the adapter take scenes from number 1000 of seed 0 on, the
 base draws its own, and these are the first 1000 of seed 0 (retrieval) and those of seed 1 (images).
@@ -18,6 +19,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from fixclip_core import scenes
+from fixclip_core.data.captions import shared_tokens
 from fixclip_core.device import choose_precision
 from fixclip_core.evaluation.encoders import load_encoder
 from fixclip_core.evaluation.report import write_json
@@ -191,6 +193,77 @@ def judged_references(prompt: Prompt, pictures: list[Any], tokenizer: FixClipTok
             }
         )
     return found
+
+
+# -- what a reader takes a pointer for --------------------------------------------------------------------------
+
+
+@app.command()
+def wordings(
+    system: Annotated[str, typer.Argument(help=f"One of {', '.join(SYSTEMS)}, with a hidden state for each token.")],
+    number: Annotated[int, typer.Option(min=1, help="Captions that refer, half of which point.")] = 640,
+    output: Annotated[Path, typer.Option(help="Folder of wordings-SYSTEM.json.")] = OUT / "evaluation",
+) -> None:
+    """Whom does a sentence point to, by its hidden states alone? Minutes, where pictures take ten times as long.
+
+    For each object that could be meant, the base reads a plain wording of the caption in which this one is, in
+    overlapping windows; the system is right where its hidden states of the caption are nearest to those of the object
+    that is meant. Tokens are compared as far as the wordings' states differ: squared distances, weighted by the
+    variance over the wordings.
+    """
+    if system not in SYSTEMS or SYSTEMS[system].conditioning in ("stock", "chunks"):
+        raise SystemExit(f"Error: system {system!r}: valid are {', '.join(SYSTEMS)}, but for stock and windows")
+    own = SYSTEMS[system]
+    reader, base = (
+        FixClipStableDiffusionPipeline.from_pretrained(BASE, **options)
+        for options in (
+            {"encoder": own.encoder, "adapter": own.adapter, "conditioning": own.conditioning},
+            {"conditioning": "overlap"},
+        )
+    )
+    rows: list[dict[str, Any]] = []
+    for index in tqdm(range(number), system):
+        scene, caption = scenes.reference_at(4, index)
+        for reference, distance in zip(
+            caption.references, scenes.reference_distances(caption, scenes.count_words), strict=True
+        ):
+            candidates = scenes.plain_wordings(scene, caption, reference) if reference.pointer else {}
+            if len(candidates) > 1:
+                item = next(item for item in scene.objects if item.place == reference.place)
+                meant = tuple(getattr(item, kind) for kind in reference.properties)
+                nearest = nearest_wording(reader, base, caption.text, candidates)
+                row = {"kind": reference.kind, "pointer": reference.pointer, "distance": distance}
+                guess = scenes.blind_guess(scene, caption, reference)
+                row |= {"named": round(guess.named, 4), "first": guess.first}
+                rows.append({"caption": index, **row, "right": int(nearest == meant)})
+    output.mkdir(parents=True, exist_ok=True)
+    write_atomically(output / f"wordings-{system}.json", (json.dumps({"rows": rows}) + "\n").encode())
+    share, guess = (sum(row[key] for row in rows) / len(rows) for key in ("right", "named"))
+    typer.echo(f"{system}: right {share:.3f} of {len(rows)}, by chance {guess:.3f}")
+
+
+@torch.no_grad()
+def nearest_wording(reader: Any, base: Any, text: str, candidates: dict[Any, str]) -> Any:
+    """The key of the candidate whose hidden states by `base` are nearest to those of the text by `reader`."""
+    ids, states_LD = states_of(reader, text)
+    compared = list(range(len(ids)))
+    read = []
+    for wording in candidates.values():
+        other_ids, other_LD = states_of(base, wording)
+        row_of = dict(zip(*shared_tokens(ids, other_ids), strict=True))
+        compared = [token for token in compared if token in row_of]
+        read.append((row_of, other_LD))
+    wanted_CTD = torch.stack([other_LD[[row_of[token] for token in compared]] for row_of, other_LD in read])
+    weight_T = wanted_CTD.var(0).mean(-1)
+    error_CT = (states_LD[compared] - wanted_CTD).square().mean(-1)
+    return list(candidates)[int((error_CT * weight_T).sum(1).argmin())]
+
+
+def states_of(pipe: Any, text: str) -> tuple[tuple[int, ...], torch.Tensor]:
+    """The tokens of a text, without start and end, and their hidden states (tokens, D) as the UNet reads them."""
+    ids = tuple(pipe.tokenizer(pipe.tokenizer.clean(text), add_special_tokens=False).input_ids)
+    embeds_1LD, _ = pipe.encode_prompt(text, "cpu", 1, False)
+    return ids, embeds_1LD[0, 1 : 1 + len(ids)].float()
 
 
 # -- what stands behind a text ------------------------------------------------------------------------------

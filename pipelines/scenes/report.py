@@ -423,6 +423,30 @@ def pointing_table() -> str:
     return table(header, lines)
 
 
+def wordings_table() -> str:
+    """Which object the hidden states of a sentence that points to another take it for, see `evaluate.py wordings`."""
+    tests = {
+        "by place": lambda row: row["pointer"] == "place",
+        "by order": lambda row: row["pointer"] == "order",
+        "by name": lambda row: row["pointer"] == "name",
+        "under 77 tokens": lambda row: row["distance"] < 77,
+        "from 77 on": lambda row: row["distance"] >= 77,
+        "all": lambda row: True,
+    }
+    files = {system: RESULTS / f"wordings-{system}.json" for system in SYSTEMS}
+    found = {system: json.loads(file.read_text())["rows"] for system, file in files.items() if file.exists()}
+    if not found:
+        return NOT_YET
+    some = next(iter(found.values()))
+    lines = [(SYSTEMS[system], rows, "right") for system, rows in found.items()]
+    header = [f"{name} ({sum(map(test, some))})" for name, test in tests.items()]
+    rows = [
+        [label, *(percent(mean([row[field] for row in own if test(row)])) for test in tests.values())]
+        for label, own, field in [*lines, *((GUESSES[name], some, name) for name in ("named", "first"))]
+    ]
+    return table(["the object that is meant, %", *header], rows)
+
+
 def load_references(name: str, system: str) -> list[dict[str, Any]]:
     """Every reference of a set with its prompt and bucket, and the share of its pictures that are right."""
     file = RESULTS / f"{name}-{system}.json"
@@ -802,6 +826,7 @@ TABLES = {
     "references": references_table,
     "held-out references": lambda: references_table("references_heldout"),
     "pointing": pointing_table,
+    "wordings": wordings_table,
     "older references": lambda: references_table(OLDER),
     "retrieval": retrieval_table,
     "ablations": ablations_table,

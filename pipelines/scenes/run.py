@@ -321,7 +321,17 @@ def evaluations() -> list[Stage]:
     script, folder = f"{HERE}/evaluate.py", OUT / "evaluation"
     retrieval = Stage("retrieval", (script, "retrieval"), ("encoder",), folder / "retrieval.json")
     paddings = Stage("paddings", (script, "paddings"), ("encoder_diffusers",), folder / "paddings.json")
-    return [*(pictures_of(system, stage) for system, stage in needs.items()), retrieval, paddings]
+    wordings = [
+        Stage(
+            f"wordings-{system}",
+            (script, "wordings", system),
+            ("base", *([stage] if stage else [])),
+            folder / f"wordings-{system}.json",
+        )
+        for system, stage in needs.items()
+        if system not in ("stock", "windows", "lora")  # the LoRA is the UNet's
+    ]
+    return [*(pictures_of(system, stage) for system, stage in needs.items()), *wordings, retrieval, paddings]
 
 
 GROUPS: dict[str, Callable[[], list[Stage]]] = {
