@@ -232,7 +232,7 @@ def wordings(
                 item = next(item for item in scene.objects if item.place == reference.place)
                 meant = tuple(getattr(item, kind) for kind in reference.properties)
                 nearest = nearest_wording(reader, base, caption.text, candidates)
-                row = {"kind": reference.kind, "pointer": reference.pointer, "distance": distance}
+                row: dict[str, Any] = {"kind": reference.kind, "pointer": reference.pointer, "distance": distance}
                 guess = scenes.blind_guess(scene, caption, reference)
                 row |= {"named": round(guess.named, 4), "first": guess.first}
                 rows.append({"caption": index, **row, "right": int(nearest == meant)})
