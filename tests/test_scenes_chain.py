@@ -379,9 +379,12 @@ def test_paddings_are_drawn_from_the_same_noise(parts, tmp_path, monkeypatch):
 
 def test_the_nearest_wording_is_the_one_that_is_said(parts, tmp_path, monkeypatch):
     base = FixClipStableDiffusionPipeline.from_pretrained(parts["unet"], conditioning="overlap")
-    for index in (0, 1, 4, 5, 8, 9):  # same and again, at three distances
+    far = []
+    for index in (0, 1, 4, 5, 8, 9, 12, 13):  # same and again, at all distances
         scene, caption = scenes.reference_at(4, index)
-        candidates = scenes.plain_wordings(scene, caption, caption.references[0])
+        candidates = scenes.plain_wordings(scene, caption, caption.references[-1])
+        if index >= 12:
+            far.append((scene, caption, candidates))
         for values, wording in candidates.items():
             assert evaluation.nearest_wording(base, base, wording, candidates) == values
     monkeypatch.setattr(evaluation, "BASE", str(parts["unet"]))
@@ -390,8 +393,13 @@ def test_the_nearest_wording_is_the_one_that_is_said(parts, tmp_path, monkeypatc
     rows = json.loads((tmp_path / "wordings-overlap.json").read_text())["rows"]
     assert {row["kind"] for row in rows} == {"same", "again"}
     assert all(row["pointer"] and row["right"] in (0, 1) and 0 < row["named"] < 1 for row in rows)
-    refused = CliRunner().invoke(evaluation.app, ["wordings", "windows"])
-    assert "system 'windows': valid are" in str(refused.exception)
+    cut = FixClipStableDiffusionPipeline.from_pretrained(parts["unet"], conditioning="stock")
+    chunks = FixClipStableDiffusionPipeline.from_pretrained(parts["unet"], conditioning="chunks")
+    unread = [evaluation.nearest_wording(cut, base, caption.text, candidates) for _, caption, candidates in far]
+    assert unread == [None] * len(far)  # what points stands behind token 77
+    assert None not in [evaluation.nearest_wording(chunks, base, caption.text, found) for _, caption, found in far]
+    refused = CliRunner().invoke(evaluation.app, ["wordings", "nothing"])
+    assert "system 'nothing': valid are" in str(refused.exception)
 
 
 def test_references_are_judged_at_the_object_that_refers(parts):

@@ -33,6 +33,7 @@ from fixclip_diffusion import FixClipStableDiffusionPipeline
 from fixclip_diffusion.evaluation.generate import Drawing, Painter, System
 from fixclip_diffusion.evaluation.judges import as_tensor, scene_verdicts
 from fixclip_diffusion.evaluation.prompts import Prompt
+from fixclip_diffusion.prompt_tokens import tokenize_prompt
 from fixclip_diffusion.tokenizer import FixClipTokenizer
 
 OUT = Path("outputs/scenes")
@@ -200,7 +201,7 @@ def judged_references(prompt: Prompt, pictures: list[Any], tokenizer: FixClipTok
 
 @app.command()
 def wordings(
-    system: Annotated[str, typer.Argument(help=f"One of {', '.join(SYSTEMS)}, with a hidden state for each token.")],
+    system: Annotated[str, typer.Argument(help=f"One of {', '.join(SYSTEMS)}.")],
     number: Annotated[int, typer.Option(min=1, help="Captions that refer, half of which point.")] = 640,
     output: Annotated[Path, typer.Option(help="Folder of wordings-SYSTEM.json.")] = OUT / "evaluation",
 ) -> None:
@@ -209,10 +210,10 @@ def wordings(
     For each object that could be meant, the base reads a plain wording of the caption in which this one is, in
     overlapping windows; the system is right where its hidden states of the caption are nearest to those of the object
     that is meant. Tokens are compared as far as the wordings' states differ: squared distances, weighted by the
-    variance over the wordings.
+    variance over the wordings. Where the system has read none of them, it is wrong.
     """
-    if system not in SYSTEMS or SYSTEMS[system].conditioning in ("stock", "chunks"):
-        raise SystemExit(f"Error: system {system!r}: valid are {', '.join(SYSTEMS)}, but for stock and windows")
+    if system not in SYSTEMS:
+        raise SystemExit(f"Error: system {system!r}: valid are {', '.join(SYSTEMS)}")
     own = SYSTEMS[system]
     reader, base = (
         FixClipStableDiffusionPipeline.from_pretrained(BASE, **options)
@@ -244,26 +245,35 @@ def wordings(
 
 @torch.no_grad()
 def nearest_wording(reader: Any, base: Any, text: str, candidates: dict[Any, str]) -> Any:
-    """The key of the candidate whose hidden states by `base` are nearest to those of the text by `reader`."""
-    ids, states_LD = states_of(reader, text)
-    compared = list(range(len(ids)))
+    """The key of the candidate whose hidden states by `base` are nearest to those of the text by `reader`.
+
+    None where `reader` has read no token that tells the candidates apart.
+    """
+    ids, own_row_of, states_LD = states_of(reader, text)
+    compared = list(own_row_of)
     read = []
     for wording in candidates.values():
-        other_ids, other_LD = states_of(base, wording)
-        row_of = dict(zip(*shared_tokens(ids, other_ids), strict=True))
+        other_ids, other_row_of, other_LD = states_of(base, wording)
+        shared = zip(*shared_tokens(ids, other_ids), strict=True)
+        row_of = {token: other_row_of[other] for token, other in shared if other in other_row_of}
         compared = [token for token in compared if token in row_of]
         read.append((row_of, other_LD))
     wanted_CTD = torch.stack([other_LD[[row_of[token] for token in compared]] for row_of, other_LD in read])
     weight_T = wanted_CTD.var(0).mean(-1)
-    error_CT = (states_LD[compared] - wanted_CTD).square().mean(-1)
+    if not weight_T.any():
+        return None
+    error_CT = (states_LD[[own_row_of[token] for token in compared]] - wanted_CTD).square().mean(-1)
     return list(candidates)[int((error_CT * weight_T).sum(1).argmin())]
 
 
-def states_of(pipe: Any, text: str) -> tuple[tuple[int, ...], torch.Tensor]:
-    """The tokens of a text, without start and end, and their hidden states (tokens, D) as the UNet reads them."""
-    ids = tuple(pipe.tokenizer(pipe.tokenizer.clean(text), add_special_tokens=False).input_ids)
+def states_of(pipe: Any, text: str) -> tuple[tuple[int, ...], dict[int, int], torch.Tensor]:
+    """The tokens of a text, the first row that each token read has, and all rows (L, D) as the UNet reads them."""
+    encoding = pipe.prompt_encoder.encodings[0]
+    tokens = tokenize_prompt(encoding.tokenizer, text)
+    token_L = pipe.prompt_encoder.conditioning.lay_out(tokens, encoding.context).token_L.tolist()
+    row_of = {token: row for row, token in reversed(list(enumerate(token_L))) if token >= 0}
     embeds_1LD, _ = pipe.encode_prompt(text, "cpu", 1, False)
-    return ids, embeds_1LD[0, 1 : 1 + len(ids)].float()
+    return tokens.ids, row_of, embeds_1LD[0].float()
 
 
 # -- what stands behind a text ------------------------------------------------------------------------------

@@ -329,7 +329,7 @@ def evaluations() -> list[Stage]:
             folder / f"wordings-{system}.json",
         )
         for system, stage in needs.items()
-        if system not in ("stock", "windows", "lora")  # the LoRA is the UNet's
+        if system != "lora"  # which is the UNet's
     ]
     return [*(pictures_of(system, stage) for system, stage in needs.items()), *wordings, retrieval, paddings]
 
