@@ -443,6 +443,10 @@ ONE = "There is a large blue heart at the top left. White background. "
             "top right: 'the last shape'.*no pointer that is understood",
         ),
         (
+            lambda: read_caption(ONE + "The last shape comes again at the top right, only small and blue."),
+            "top right: 'The last shape'.*no pointer that is understood",
+        ),
+        (
             lambda: read_caption(ONE + "There is a tiny ring in the very centre of the same colour as the first shape "
                                  "and a big star at the bottom left. Everything that is left is red."),
             "describes 2 at places that this world knows: it must be one",

@@ -195,7 +195,8 @@ def _read_pointing(
 
 def _refuse_loose_pointer(said: str, place: str, what: str) -> None:
     """Words that point to another object where none do that a template has."""
-    match = re.search(rf"\bsame colou?r\b|\bthe (?:{'|'.join(ORDINALS)}|last) (?:shape|figure|one|object)\b", said)
+    counted = rf"\bthe (?:{'|'.join(ORDINALS)}|last) (?:shape|figure|one|object)\b"
+    match = re.search(rf"\bsame colou?r\b|{counted}", said, re.IGNORECASE)
     if match:
         raise ValueError(
             f"{place}: {match[0]!r} in {said.strip()!r} may point to another object, but there is {what}; say it once, "
