@@ -200,6 +200,7 @@ class _Writer:
             template, plain = wordings.get(pointing.place) or self.words.rng.choice(templates)
             words = self.words.of(pointing)
             choices = self._pointers_to(source, kind)
+            # Not rng.choice: the captions of near twins stay those that docs/results.md has figures of.
             pointer = choices[int(self.words.rng.random() * len(choices))] if len(choices) > 1 else choices[0]
             words["antecedent"] = self._antecedent(pointer, source, places.index(source.place))
             taken: tuple[str, ...] = ("colour",)
@@ -445,8 +446,7 @@ def plain_wordings(
     """
     assert caption.plain is not None
     objects = {item.place: item for item in scene.objects}
-    refer = {other.place for other in caption.references}
-    named = [objects[span.place] for span in caption.spans if span.place in objects and span.place not in refer]
+    named = _naming_their_own(objects, caption)
     own = next(span for span in annotate_caption(caption.plain, world).spans if span.place == reference.place)
     before, after = caption.plain[: own.start], caption.plain[own.end :]
     meant = objects[reference.place]
@@ -461,6 +461,13 @@ def plain_wordings(
         found[tuple(getattr(item, kind) for kind in reference.properties)] = before + sentence + after
     own_values = tuple(getattr(meant, kind) for kind in reference.properties)
     return found | ({own_values: caption.plain} if own_values in found else {})
+
+
+def _naming_their_own(objects: Mapping[str, SceneObject], caption: Caption) -> list[SceneObject]:
+    """The objects, given by their places, that do not refer, in the order of the caption."""
+    refer = {reference.place for reference in caption.references}
+    places = (span.place for span in caption.spans if span.place is not None and span.place not in refer)
+    return [objects[place] for place in places if place in objects]
 
 
 class Guess(NamedTuple):
@@ -490,8 +497,7 @@ def blind_guess(scene: Scene, caption: Caption, reference: Reference, world: Wor
     values = {"shape": len(world.shapes), "colour": len(world.colours), "size": len(world.sizes)}
     uniform = 1 / math.prod(values[kind] for kind in reference.properties)
     objects = {item.place: item for item in scene.objects}
-    refer = {other.place for other in caption.references}
-    named = [objects[span.place] for span in caption.spans if span.place in objects and span.place not in refer]
+    named = _naming_their_own(objects, caption)
     if not named:
         return Guess(uniform, uniform, uniform)
     meant = objects[reference.place]
