@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from diffusers.models.embeddings import apply_rotary_emb, get_1d_rotary_pos_embed
 from huggingface_hub import hf_hub_download
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -56,10 +57,15 @@ class TextAdapter(nn.Module):
         short_texts: whether it acts on texts that fit into the base's 77 tokens. False where training has shown it
             none but the empty one: such prompts then have the base's own hidden states, to the bit. The empty prompt
             goes through it where it is the negative of a longer one, as in training.
+        rotary: whether the `attention` kind turns queries and keys by their positions (RoFormer, section 3.2), too, so
+            that what a token attends to can depend on how far away it stands.
+        causal_heads: heads of each block that read only what stands before a token, and the token itself; the others
+            read on both sides. Such a head can tell how much of something came before.
 
     Raises:
-        ValueError: an unknown kind or scope, a size below 1, heads that do not divide the width, or the scope "text"
-            of an adapter that sees a token at a time or attends to padding.
+        ValueError: an unknown kind or scope, a size below 1, heads that do not divide the width, more causal heads than
+            heads, the scope "text" of an adapter that sees a token at a time or attends to padding, or rotary positions
+            or causal heads of one that sees a token at a time.
     """
 
     def __init__(
@@ -74,6 +80,8 @@ class TextAdapter(nn.Module):
         mask_padding: bool = False,
         scope: Literal["window", "text"] = "window",
         short_texts: bool = True,
+        rotary: bool = False,
+        causal_heads: int = 0,
     ):
         super().__init__()
         if scope not in SCOPES:
@@ -92,6 +100,17 @@ class TextAdapter(nn.Module):
             )
         if kind == "attention" and width % num_heads:
             raise ValueError(f"adapter num_heads={num_heads} does not divide the width {width}")
+        if kind == "mlp" and (rotary or causal_heads):
+            raise ValueError(
+                f"adapter rotary={rotary}, causal_heads={causal_heads} with kind='mlp': only kind='attention' has them"
+            )
+        if not 0 <= causal_heads <= num_heads:
+            raise ValueError(f"adapter causal_heads={causal_heads}: valid are 0 to num_heads={num_heads}")
+        if rotary and width // num_heads % 2:
+            raise ValueError(
+                f"adapter rotary=True with {num_heads} heads of width {width // num_heads}: it turns pairs of numbers, "
+                "so that their width must be even"
+            )
         self.folder: str | None = None  # that it was loaded from, where it is said what encoder it was made for
         self.config: dict[str, Any] = {
             "width": width,
@@ -104,11 +123,15 @@ class TextAdapter(nn.Module):
             "mask_padding": mask_padding,
             "scope": scope,
             "short_texts": short_texts,
+            "rotary": rotary,
+            "causal_heads": causal_heads,
         }
         hidden_width = self.config["hidden_width"]
         if kind == "attention":
             self.position_embedding = nn.Parameter(torch.zeros(max_tokens, width))
-            self.blocks = nn.ModuleList(_AttentionBlock(width, hidden_width, num_heads) for _ in range(num_layers))
+            self.blocks = nn.ModuleList(
+                _AttentionBlock(width, hidden_width, num_heads, causal_heads) for _ in range(num_layers)
+            )
         else:
             self.blocks = nn.ModuleList(_FeedForward(width, hidden_width) for _ in range(num_layers))
         self.reset_parameters()
@@ -145,8 +168,13 @@ class TextAdapter(nn.Module):
         if self.config["mask_padding"] and text_BT is not None:
             # Where there is no text at all, as in padding behind a cut at `max_tokens`, attention to none would be NaN.
             mask_B11T = (text_BT | ~text_BT.any(1, keepdim=True))[:, None, None]
+        angles_Td = None
+        if self.config["rotary"]:
+            position_T = torch.arange(num_tokens, device=states_BTD.device)
+            width = self.config["width"] // self.config["num_heads"]
+            angles_Td = get_1d_rotary_pos_embed(width, position_T, use_real=True, repeat_interleave_real=False)
         for block in self.blocks:
-            delta_BTD = block(stream_BTD, mask_B11T)
+            delta_BTD = block(stream_BTD, mask_B11T, angles_Td)
             stream_BTD = stream_BTD + delta_BTD
             change_BTD = change_BTD + delta_BTD
         return states_BTD + change_BTD
@@ -296,9 +324,9 @@ class _FeedForward(nn.Module):
 
 
 class _AttentionBlock(nn.Module):
-    def __init__(self, width: int, hidden_width: int, num_heads: int):
+    def __init__(self, width: int, hidden_width: int, num_heads: int, causal_heads: int = 0):
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.causal_heads = num_heads, causal_heads
         self.norm = nn.LayerNorm(width)
         self.in_proj = nn.Linear(width, 3 * width)
         self.out_proj = nn.Linear(width, width)
@@ -311,9 +339,24 @@ class _AttentionBlock(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
         self.feed_forward.reset_parameters()
 
-    def forward(self, states_BTD: Tensor, mask_B11T: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        states_BTD: Tensor,
+        mask_B11T: Tensor | None = None,
+        angles_Td: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """(B, T, D) to what is added to it; the mask has True for the text, `angles_Td` cosines and sines."""
         qkv = self.in_proj(self.norm(states_BTD)).chunk(3, dim=-1)
         query, key, value = (split_heads(part, self.num_heads) for part in qkv)
-        mixed = attend(query, key, value, attn_mask=mask_B11T)
+        if angles_Td is not None:
+            query, key = (apply_rotary_emb(part, angles_Td, use_real_unbind_dim=-2) for part in (query, key))
+        causal, both_sides, parts = slice(self.causal_heads), slice(self.causal_heads, None), []
+        if self.causal_heads:
+            before_TT = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool, device=query.device).tril()
+            mask_B1TT = before_TT if mask_B11T is None else mask_B11T & before_TT
+            parts += [attend(query[:, causal], key[:, causal], value[:, causal], attn_mask=mask_B1TT)]
+        if self.causal_heads < self.num_heads:
+            parts += [attend(query[:, both_sides], key[:, both_sides], value[:, both_sides], attn_mask=mask_B11T)]
+        mixed = torch.cat(parts, dim=1)
         delta_BTD = self.out_proj(mixed.transpose(1, 2).flatten(2))
         return delta_BTD + self.feed_forward(states_BTD + delta_BTD)

@@ -36,9 +36,77 @@ def test_mlp_is_token_wise_and_attention_is_not():
         assert torch.equal(adapter(states)[:, :5], adapter(changed)[:, :5]) == token_wise
 
 
-@pytest.mark.parametrize("kind", ["mlp", "attention"])
-def test_save_and_load(tmp_path, kind):
-    adapter = TextAdapter(16, kind, num_heads=4, num_layers=3, hidden_width=10, max_tokens=99)
+def plain_block(block, states, text, num_causal, rotary):
+    """A block of the attention kind for one text (T, D), head by head and query by query."""
+    query, key, value = block.in_proj(block.norm(states)).chunk(3, dim=-1)
+    width, heads = states.shape[1] // block.num_heads, []
+    for head in range(block.num_heads):
+        q, k, v = (part[:, head * width : (head + 1) * width] for part in (query, key, value))
+        if rotary:
+            q, k = (torch.stack([turned(row, place) for place, row in enumerate(part)]) for part in (q, k))
+        mixed = []
+        for place in range(len(states)):
+            last = place + 1 if head < num_causal else len(states)
+            read = [other for other in range(last) if text[other]]
+            weights = (k[read] @ q[place] / width**0.5).softmax(0)
+            mixed.append(weights @ v[read])
+        heads.append(torch.stack(mixed))
+    delta = block.out_proj(torch.cat(heads, dim=1))
+    return delta + block.feed_forward(states + delta)
+
+
+def turned(row, place):
+    """Number i of the first half and of the second are a complex number, which is turned by place / 10000^(2 i / d)."""
+    first, second = row.chunk(2)
+    angle = place * 10000.0 ** (-torch.arange(len(first)) * 2 / len(row))
+    number = torch.complex(first, second) * torch.polar(torch.ones_like(angle), angle)
+    return torch.cat([number.real, number.imag])
+
+
+@pytest.mark.parametrize("rotary", [False, True])
+@pytest.mark.parametrize("num_causal", [0, 2, 4])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_is_the_plain_formula(rotary, num_causal, masked):
+    torch.manual_seed(0)
+    options = {"mask_padding": masked, "rotary": rotary, "causal_heads": num_causal}
+    adapter = TextAdapter(16, "attention", num_heads=4, max_tokens=12, **options)
+    for parameter in adapter.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    states, text = torch.randn(2, 9, 16), torch.ones(2, 9, dtype=torch.bool)
+    text[1, 6:] = False
+    found = adapter(states, text)
+    found[text].square().mean().backward()
+    gradients = [parameter.grad.clone() for parameter in adapter.parameters()]
+    adapter.zero_grad()
+    wanted = []
+    for row, own in zip(states, text, strict=True):
+        stream = row + adapter.position_embedding[:9]
+        for block in adapter.blocks:
+            stream = stream + plain_block(block, stream, own if masked else torch.ones_like(own), num_causal, rotary)
+        wanted.append(stream - adapter.position_embedding[:9])
+    wanted = torch.stack(wanted)
+    torch.testing.assert_close(found[text], wanted[text], rtol=1e-4, atol=1e-5)
+    wanted[text].square().mean().backward()
+    for parameter, gradient in zip(adapter.parameters(), gradients, strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_causal_heads_alone_read_nothing_behind_a_token():
+    adapter = TextAdapter(16, "attention", num_heads=4, rotary=True, causal_heads=4)
+    for parameter in adapter.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    states = torch.randn(1, 6, 16)
+    changed = states.clone()
+    changed[:, 5] += 1
+    torch.testing.assert_close(adapter(states)[:, :5], adapter(changed)[:, :5])
+    assert not torch.allclose(adapter(states)[:, 5], adapter(changed)[:, 5])
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"), [("mlp", {}), ("attention", {}), ("attention", {"rotary": True, "causal_heads": 2})]
+)
+def test_save_and_load(tmp_path, kind, more):
+    adapter = TextAdapter(16, kind, num_heads=4, num_layers=3, hidden_width=10, max_tokens=99, **more)
     for parameter in adapter.parameters():
         torch.nn.init.normal_(parameter)
     adapter.save_pretrained(tmp_path)
@@ -55,6 +123,9 @@ def test_save_and_load(tmp_path, kind):
         ({"kind": "conv"}, "adapter kind 'conv': valid are mlp, attention"),
         ({"num_layers": 0}, "num_layers=0"),
         ({"kind": "attention", "num_heads": 3}, "num_heads=3 does not divide the width 16"),
+        ({"rotary": True}, "rotary=True, causal_heads=0 with kind='mlp'"),
+        ({"kind": "attention", "num_heads": 4, "causal_heads": 5}, "causal_heads=5: valid are 0 to num_heads=4"),
+        ({"kind": "attention", "num_heads": 16, "rotary": True}, "16 heads of width 1"),
     ],
 )
 def test_bad_sizes_are_named(arguments, message):

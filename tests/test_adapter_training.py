@@ -413,20 +413,24 @@ def test_an_encoder_of_another_width(recipe, tmp_path):
 
 
 def test_the_sizes_of_an_adapter_to_go_on_from_are_recorded_and_not_contradicted(recipe, encoder_folder, tmp_path):
-    made = recipe("start", "adapter.kind=attention", "adapter.num_layers=3", "adapter.scope=text")
+    sizes = ("adapter.num_layers=3", "adapter.scope=text", "adapter.rotary=true", "adapter.causal_heads=4")
+    made = recipe("start", "adapter.kind=attention", *sizes)
     train_again(made)
     start = f"adapter.start_from={tmp_path / 'start' / 'adapter'}"
     train_again(recipe("on", start, "adapter.kind=attention"))
     written = yaml.safe_load((tmp_path / "on" / "recipe.yaml").read_text())["adapter"]
     assert (written["kind"], written["num_layers"], written["scope"]) == ("attention", 3, "text")
+    assert (written["rotary"], written["causal_heads"]) == (True, 4)
     reset_accelerator()
     with pytest.raises(ValueError, match=r"adapter\.num_layers=2: adapter\.start_from=.* has 3; leave"):
         AdapterTrainer(recipe("other", start, "adapter.num_layers=2")).prepare()
     with pytest.raises(ValueError, match=r"adapter\.scope=text needs adapter\.kind=attention"):
         recipe("mlp", "adapter.kind=mlp", "adapter.scope=text")
-    for option in ("num_heads=4", "mask_padding=false"):
+    for option in ("num_heads=4", "mask_padding=false", "rotary=true", "causal_heads=2"):
         with pytest.raises(ValueError, match=rf"adapter\.{option} is of adapter\.kind=attention, and kind is mlp"):
             recipe("mlp", "adapter.kind=mlp", f"adapter.{option}")
+    with pytest.raises(ValueError, match=r"adapter\.causal_heads=9: it must be at most adapter\.num_heads=8"):
+        recipe("many", "adapter.kind=attention", "adapter.causal_heads=9")
 
 
 def test_captions_that_end_before_the_77th_token(recipe, tmp_path, caplog):

@@ -35,10 +35,12 @@ def test_bfloat16_attention_is_as_good_as_the_fused_kernel(queries, keys, masked
     assert (read - truth).norm() <= 2.5 * (fused[0].double() - truth).norm() + 1e-3 * truth.norm()
 
 
-def test_an_adapter_in_bfloat16_learns_as_in_float64():
+@pytest.mark.parametrize("more", [{}, {"rotary": True, "causal_heads": 2}], ids=["plain", "rotary"])
+def test_an_adapter_in_bfloat16_learns_as_in_float64(more):
     """Its output and all its gradients on masked texts, against float64; autocast to bfloat16 is all the difference."""
     torch.manual_seed(0)
-    adapter = TextAdapter(32, kind="attention", num_layers=2, num_heads=4, max_tokens=24, mask_padding=True)
+    sizes = {"num_layers": 2, "num_heads": 4, "max_tokens": 24}
+    adapter = TextAdapter(32, kind="attention", mask_padding=True, **sizes, **more)
     for parameter in adapter.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     states_BTD, weights_BTD = torch.randn(2, 3, 24, 32).double()

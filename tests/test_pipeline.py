@@ -243,6 +243,7 @@ def test_a_trained_encoder_draws_each_prompt_of_a_batch_as_if_alone(folder, trai
         {"kind": "attention"},  # as in version 0.1: it attends to padding
         {"kind": "attention", "mask_padding": True},
         {"kind": "attention", "mask_padding": True, "scope": "text"},
+        {"kind": "attention", "mask_padding": True, "scope": "text", "rotary": True, "causal_heads": 2},
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )

@@ -409,6 +409,7 @@ ONE = "There is a large blue heart at the top left. White background. "
         (lambda: reference_caption(sample_scene(0, num_objects=1), 0, kinds=("again",)), "1 object.*again.*more"),
         (lambda: reference_caption(sample_scene(0), 0, pointers=("size",)), r"pointers=\('size',\).*place, order"),
         (lambda: reference_caption(sample_scene(0), 0, max_pointing=0), "max_pointing=0.*at least 1"),
+        (lambda: reference_caption(sample_scene(0), 0, max_pointing=1.5), r"max_pointing=1\.5: .*a whole number"),
         (lambda: reference_scene(0, "like"), "kind='like'.*again"),
         (lambda: reference_scene(0, "same", num_objects=1), "num_objects=1.*at least 2"),
         (

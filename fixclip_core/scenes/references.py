@@ -121,8 +121,8 @@ def reference_caption(
     for name, given, valid in named:
         if not given or not set(given) <= set(valid):
             raise ValueError(f"{name}={tuple(given)}: choose from {', '.join(valid)}")
-    if max_pointing < 1:
-        raise ValueError(f"max_pointing={max_pointing}: it must be at least 1")
+    if not isinstance(max_pointing, int) or max_pointing < 1:
+        raise ValueError(f"max_pointing={max_pointing!r}: it must be a whole number, at least 1")
     check_known(scene, world)
     if not scene.objects:
         raise ValueError("a scene without objects has no caption")

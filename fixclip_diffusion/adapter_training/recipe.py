@@ -52,6 +52,8 @@ class AdapterSection(Section):
     scope: Literal["window", "text"] = Field(
         default="window", description="attention reads one window at a time, or the joined states of all: text"
     )
+    rotary: bool = Field(default=False, description="attention depends on how far away a token stands, too")
+    causal_heads: int = Field(default=0, ge=0, description="heads of attention that read what stands before alone")
     start_from: str | None = Field(default=None, description="adapter folder whose weights and sizes to go on from")
 
     @model_validator(mode="after")
@@ -61,7 +63,11 @@ class AdapterSection(Section):
                 f"adapter.scope=text needs adapter.kind=attention and adapter.mask_padding=true, got kind={self.kind}, "
                 f"mask_padding={str(self.mask_padding).lower()}; or set adapter.scope=window"
             )
-        for name in ("num_heads", "mask_padding"):
+        if self.kind == "attention" and self.causal_heads > self.num_heads:
+            raise ValueError(
+                f"adapter.causal_heads={self.causal_heads}: it must be at most adapter.num_heads={self.num_heads}"
+            )
+        for name in ("num_heads", "mask_padding", "rotary", "causal_heads"):
             value, default = getattr(self, name), type(self).model_fields[name].default
             if self.kind == "mlp" and self.start_from is None and value != default:
                 given, usual = str(value).lower(), str(default).lower()

@@ -206,6 +206,7 @@ def test_stable_diffusion_xl_with_a_long_first_encoder(core, encode, xl_clip, xl
             {"kind": "attention", "mask_padding": True, "scope": scope, "short_texts": False}
             for scope in ("window", "text")
         ),
+        {"kind": "attention", "mask_padding": True, "scope": "text", "rotary": True, "causal_heads": 2},
     ],
 )
 def test_adapters_act_as_in_the_pipeline(nodes, models_folder, sd1, sd1_clip, options, tmp_path):
