@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers.models.embeddings import apply_rotary_emb, get_1d_rotary_pos_embed
 from huggingface_hub import hf_hub_download
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -26,7 +25,7 @@ from fixclip_core.check import (
     refuse_stand_in,
 )
 from fixclip_core.files import parse_json, write_atomically
-from fixclip_core.model.attention import attend, split_heads
+from fixclip_core.model.attention import attend, rotate_by_position, split_heads
 from fixclip_core.weights.kinds import what_is_in
 from fixclip_diffusion import builtin
 
@@ -130,7 +129,7 @@ class TextAdapter(nn.Module):
         if kind == "attention":
             self.position_embedding = nn.Parameter(torch.zeros(max_tokens, width))
             self.blocks = nn.ModuleList(
-                _AttentionBlock(width, hidden_width, num_heads, causal_heads) for _ in range(num_layers)
+                _AttentionBlock(width, hidden_width, num_heads, causal_heads, rotary) for _ in range(num_layers)
             )
         else:
             self.blocks = nn.ModuleList(_FeedForward(width, hidden_width) for _ in range(num_layers))
@@ -168,13 +167,8 @@ class TextAdapter(nn.Module):
         if self.config["mask_padding"] and text_BT is not None:
             # Where there is no text at all, as in padding behind a cut at `max_tokens`, attention to none would be NaN.
             mask_B11T = (text_BT | ~text_BT.any(1, keepdim=True))[:, None, None]
-        angles_Td = None
-        if self.config["rotary"]:
-            position_T = torch.arange(num_tokens, device=states_BTD.device)
-            width = self.config["width"] // self.config["num_heads"]
-            angles_Td = get_1d_rotary_pos_embed(width, position_T, use_real=True, repeat_interleave_real=False)
         for block in self.blocks:
-            delta_BTD = block(stream_BTD, mask_B11T, angles_Td)
+            delta_BTD = block(stream_BTD, mask_B11T)
             stream_BTD = stream_BTD + delta_BTD
             change_BTD = change_BTD + delta_BTD
         return states_BTD + change_BTD
@@ -324,9 +318,9 @@ class _FeedForward(nn.Module):
 
 
 class _AttentionBlock(nn.Module):
-    def __init__(self, width: int, hidden_width: int, num_heads: int, causal_heads: int = 0):
+    def __init__(self, width: int, hidden_width: int, num_heads: int, causal_heads: int, rotary: bool):
         super().__init__()
-        self.num_heads, self.causal_heads = num_heads, causal_heads
+        self.num_heads, self.causal_heads, self.rotary = num_heads, causal_heads, rotary
         self.norm = nn.LayerNorm(width)
         self.in_proj = nn.Linear(width, 3 * width)
         self.out_proj = nn.Linear(width, width)
@@ -339,17 +333,12 @@ class _AttentionBlock(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
         self.feed_forward.reset_parameters()
 
-    def forward(
-        self,
-        states_BTD: Tensor,
-        mask_B11T: Tensor | None = None,
-        angles_Td: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        """(B, T, D) to what is added to it; the mask has True for the text, `angles_Td` cosines and sines."""
+    def forward(self, states_BTD: Tensor, mask_B11T: Tensor | None = None) -> Tensor:
+        """(B, T, D) to what is added to it; the mask has True for the text."""
         qkv = self.in_proj(self.norm(states_BTD)).chunk(3, dim=-1)
         query, key, value = (split_heads(part, self.num_heads) for part in qkv)
-        if angles_Td is not None:
-            query, key = (apply_rotary_emb(part, angles_Td, use_real_unbind_dim=-2) for part in (query, key))
+        if self.rotary:
+            query, key = rotate_by_position(query), rotate_by_position(key)
         causal, both_sides, parts = slice(self.causal_heads), slice(self.causal_heads, None), []
         if self.causal_heads:
             before_TT = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool, device=query.device).tril()

@@ -13,6 +13,20 @@ def split_heads(x_BTD: Tensor, num_heads: int) -> Tensor:
     return x_BTD.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
+def rotate_by_position(x_BHTd: Tensor) -> Tensor:
+    """Turn queries or keys by their positions, so that their products depend on how far apart they stand.
+
+    Numbers i and i + d/2 of the vector at position t are the two parts of a complex number, which is turned by
+    t / 10000^(2 i / d) (RoFormer, section 3.2.2; pairs as in GPT-NeoX). d is even.
+    """
+    half = x_BHTd.shape[-1] // 2
+    speed_d = 10000.0 ** (-torch.arange(half, device=x_BHTd.device) / half)
+    angle_Td = torch.outer(torch.arange(x_BHTd.shape[-2], device=x_BHTd.device), speed_d)
+    cos_Td, sin_Td = angle_Td.cos().to(x_BHTd.dtype), angle_Td.sin().to(x_BHTd.dtype)
+    first, second = x_BHTd.chunk(2, dim=-1)
+    return torch.cat([first * cos_Td - second * sin_Td, second * cos_Td + first * sin_Td], dim=-1)
+
+
 def attend(
     query_BHQd: Tensor,
     key_BHKd: Tensor,
