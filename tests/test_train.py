@@ -35,7 +35,7 @@ from fixclip_core.training.encoder.recipe import EncoderRecipe
 from fixclip_core.training.encoder.trainer import EncoderTrainer
 from fixclip_core.training.memory import activation_bytes
 from fixclip_core.training.metrics import plot_losses
-from fixclip_core.training.optim import lr_factor, optimizer_step, parameter_groups
+from fixclip_core.training.optim import Muon, lr_factor, optimizer_step, parameter_groups
 from fixclip_core.training.recipe import OptimSection, load_recipe
 from fixclip_core.training.trainer import TrainState, batches, count_step
 from fixclip_core.weights.load import load_fixclip
@@ -211,10 +211,10 @@ def test_trainings_on_other_short_captions_are_evaluated_alike(recipe):
     assert torch.equal(found["given", "first_sentence"], found["debiased", "null"])
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_resumed_run_ends_with_the_same_weights(recipe, tmp_path, workers):
+@pytest.mark.parametrize(("workers", "optimizer"), [(0, "adamw"), (2, "adamw"), (2, "muon")])
+def test_a_resumed_run_ends_with_the_same_weights(recipe, tmp_path, workers, optimizer):
     """Interrupted inside an epoch; with averaging, GradCache and bf16, or with fp16 and its gradient scaler."""
-    options = [f"data.workers={workers}"]
+    options = [f"data.workers={workers}", f"optim.optimizer={optimizer}"]
     options += ["train.ema_decay=0.5", "train.micro_batch_size=3"] if workers == 0 else []
     options += ["train.precision=bf16" if workers == 0 else "train.precision=fp16"]
     EncoderTrainer(recipe("whole", *options)).train()
@@ -275,6 +275,8 @@ def test_changes_and_conflicts_on_resume(recipe, tmp_path, caplog):
         run_until(recipe("run"), 3, resume=str(tmp_path / "run" / "checkpoints" / "step-00000002"))
     with pytest.raises(ValueError, match="does not fit this model"):
         run_until(recipe("run", "model.num_prompts=3"), 3)
+    with pytest.raises(ValueError, match="step-00000003: .* another optimizer|does not fit this model"):
+        run_until(recipe("run", "optim.optimizer=muon"), 4)
     elsewhere = run_until(recipe("other"), 3, resume=str(tmp_path / "run" / "checkpoints" / "step-00000002"))
     assert elsewhere.state.step == 3
     assert metrics(tmp_path / "other")[0]["step"] == 3
@@ -591,6 +593,81 @@ def test_groups_have_their_learning_rates_and_no_decay_where_none_belongs(recipe
         "visual.class_embedding": (1.0, 0.0),
     }
     assert {name: found[name] for name in expected} == expected
+
+
+def test_muon_moves_the_matrices_alone(recipe):
+    """Not embeddings, positions, prompts, convolutions, biases or norms; what is new keeps its own learning rate."""
+    run = EncoderTrainer(recipe())
+    run.module = train.build_clip(recipe())
+    optim = OptimSection(optimizer="muon", lr=1.0, lr_new=2.0)
+    groups = parameter_groups(run.module, run.is_new, run.no_decay, optim)
+    names = {id(parameter): name for name, parameter in run.module.named_parameters()}
+    moved = {names[id(p)]: group["lr"] for group in groups if group["muon"] for p in group["params"]}
+    assert sorted(names.values()) == sorted(names[id(p)] for group in groups for p in group["params"])
+    assert moved["image_groups.0.0.weight"] == 2.0
+    assert moved["text.transformer.resblocks.0.mlp.c_fc.weight"] == 1.0
+    assert {name for name in moved if "transformer" not in name and "groups" not in name} == {
+        "text.text_projection",
+        "visual.proj",
+    }
+    unmoved = {
+        "text.token_embedding.weight",
+        "text.stretched_positions",
+        "visual.positional_embedding",
+        "visual.prompts",
+        "visual.conv1.weight",
+        "text.ln_final.weight",
+        "logit_scale",
+    }
+    assert unmoved <= set(names.values()) - set(moved)
+    assert all(not group["muon"] for group in parameter_groups(run.module, run.is_new, run.no_decay, OptimSection()))
+
+
+def small_network():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(24, 48), torch.nn.GELU(), torch.nn.Linear(48, 8))
+
+
+def fit(network, *optimizers, steps=12):
+    """Weights after some steps of a regression, which leave the gradients where they are."""
+    torch.manual_seed(1)
+    inputs, wanted = torch.randn(64, 24), torch.randn(64, 8)
+    for _ in range(steps):
+        network.zero_grad()
+        (network(inputs) - wanted).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert all(parameter.grad is not None for parameter in network.parameters())
+    return [parameter.detach() for parameter in network.parameters()]
+
+
+def test_muon_is_torchs_beside_torchs_adamw():
+    """Torch's computes in bfloat16 on any device, ours only where a device multiplies in it."""
+    ours, theirs = small_network(), small_network()
+    groups = [
+        {"params": [p for p in ours.parameters() if (p.ndim == 2) == muon], "muon": muon} for muon in (True, False)
+    ]
+    found = fit(ours, Muon(groups, lr=0.01, weight_decay=0.1))
+    matrices, others = ([p for p in theirs.parameters() if (p.ndim == 2) == muon] for muon in (True, False))
+    muon = torch.optim.Muon(matrices, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    expected = fit(theirs, muon, torch.optim.AdamW(others, lr=0.01, weight_decay=0.1))
+    exact = supports_bf16(torch.device("cpu"))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0 if exact else 5e-3)
+
+
+def test_muon_moves_every_direction_of_a_matrix_equally_far():
+    """A first step against the product of the singular vectors of the gradient, whose singular values differ much."""
+    torch.manual_seed(0)
+    left, _, right = torch.linalg.svd(torch.randn(6, 9), full_matrices=False)
+    matrix = torch.nn.Parameter(torch.zeros(6, 9))
+    matrix.grad = left @ torch.diag(torch.tensor([1.0, 0.8, 0.6, 0.4, 0.2, 0.1])) @ right
+    Muon([{"params": [matrix], "muon": True}], lr=0.5, weight_decay=0.0).step()
+    moved = left.T @ matrix.detach() @ right.T / (-0.5 * 0.2 * 9**0.5)
+    lengths = moved.diagonal()
+    torch.testing.assert_close(moved, torch.diag(lengths), rtol=0, atol=0.02)
+    assert lengths.min() > 0.6
+    assert lengths.max() < 1.25
 
 
 def test_schedule():

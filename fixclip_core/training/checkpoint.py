@@ -68,7 +68,7 @@ def load_checkpoint(accelerator: Accelerator, path: Path) -> None:
     """
     try:
         accelerator.load_state(str(path))
-    except (RuntimeError, KeyError) as error:
+    except (RuntimeError, KeyError, ValueError) as error:
         raise ValueError(f"{path}: the checkpoint does not fit this model: {error}") from error
 
 

@@ -224,11 +224,15 @@ def recipe_yaml(recipe: BaseModel) -> str:
 
 
 class OptimSection(Section):
-    """AdamW, warm-up and decay. No weight decay on biases, norms, positions and the logit scale."""
+    """The optimiser, warm-up and decay. No weight decay on biases, norms, positions and the logit scale."""
 
+    optimizer: Literal["adamw", "muon"] = Field(
+        default="adamw",
+        description="muon: matrices, but for embeddings, move by their orthogonalised momentum, the rest by AdamW",
+    )
     lr: float = Field(default=1e-6, gt=0, description="peak learning rate of the pre-trained weights")
     lr_new: float = Field(default=1e-4, gt=0, description="peak learning rate of the new parameters")
-    weight_decay: float = Field(default=1e-2, ge=0, description="AdamW's; of matrices alone")
+    weight_decay: float = Field(default=1e-2, ge=0, description="of matrices alone")
     beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's")
     beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW's")
     eps: float = Field(default=1e-8, gt=0, description="AdamW's")

@@ -49,6 +49,7 @@ from fixclip_core.training.optim import (
     make_ema,
     make_optimizer,
     make_schedule,
+    moved_by_muon,
     optimizer_step,
     parameter_groups,
     set_hyperparameters,
@@ -193,7 +194,7 @@ class Trainer:
         if accelerator.state.deepspeed_plugin is not None:  # it cannot ask a loader that it does not prepare
             accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = self.batch_size
         groups = parameter_groups(self.module, self.is_new, self.no_decay, recipe.optim)
-        self.model, self.optimizer = accelerator.prepare(self.module, make_optimizer(groups, recipe.optim))
+        self.model, self.optimizer = accelerator.prepare(self.module, make_optimizer(accelerator, groups, recipe.optim))
         self.module = accelerator.unwrap_model(self.model)
         self.total_steps = self.count_steps()
         self.schedule = make_schedule(self.optimizer, recipe.optim, self.total_steps)
@@ -207,13 +208,19 @@ class Trainer:
         The learning rates, betas and weight decay are the recipe's, whatever they were when the checkpoint was written.
 
         Raises:
-            ValueError: the checkpoint is damaged or does not fit, or the folder holds another run's newer ones.
+            ValueError: the checkpoint is damaged, does not fit or is another optimizer's, or the folder holds another
+                run's newer ones.
         """
         checkpoints = self.folder / CHECKPOINTS
         path = find_resume(self.accelerator, resume, checkpoints)
         if path is not None:
-            wanted = hyperparameters(self.optimizer)
+            wanted, muon = hyperparameters(self.optimizer), moved_by_muon(self.optimizer)
             load_checkpoint(self.accelerator, path)
+            if moved_by_muon(self.optimizer) != muon:
+                raise ValueError(
+                    f"{path}: written with another optimizer than optim.optimizer={self.recipe.optim.optimizer}, whose "
+                    "state it lacks; set that one, or start anew from its weights in another output.folder"
+                )
             set_hyperparameters(self.optimizer, self.schedule, wanted)
             if self.accelerator.is_main_process:
                 logger.info("Resumed step %d from %s", self.state.step, path)
