@@ -249,11 +249,10 @@ def nearest_wording(reader: Any, base: Any, text: str, candidates: dict[Any, str
 
     None where `reader` has read no token that tells the candidates apart.
     """
-    ids, own_row_of, states_LD = states_of(reader, text)
+    ids, own_row_of, states_LD = states_of(reader, [text])[0]
     compared = list(own_row_of)
     read = []
-    for wording in candidates.values():
-        other_ids, other_row_of, other_LD = states_of(base, wording)
+    for other_ids, other_row_of, other_LD in states_of(base, list(candidates.values())):
         shared = zip(*shared_tokens(ids, other_ids), strict=True)
         row_of = {token: other_row_of[other] for token, other in shared if other in other_row_of}
         compared = [token for token in compared if token in row_of]
@@ -266,14 +265,17 @@ def nearest_wording(reader: Any, base: Any, text: str, candidates: dict[Any, str
     return list(candidates)[int((error_CT * weight_T).sum(1).argmin())]
 
 
-def states_of(pipe: Any, text: str) -> tuple[tuple[int, ...], dict[int, int], torch.Tensor]:
-    """The tokens of a text, the first row that each token read has, and all rows (L, D) as the UNet reads them."""
-    encoding = pipe.prompt_encoder.encodings[0]
-    tokens = tokenize_prompt(encoding.tokenizer, text)
-    token_L = pipe.prompt_encoder.conditioning.lay_out(tokens, encoding.context).token_L.tolist()
-    row_of = {token: row for row, token in reversed(list(enumerate(token_L))) if token >= 0}
-    embeds_1LD, _ = pipe.encode_prompt(text, "cpu", 1, False)
-    return tokens.ids, row_of, embeds_1LD[0].float()
+def states_of(pipe: Any, texts: list[str]) -> list[tuple[tuple[int, ...], dict[int, int], torch.Tensor]]:
+    """Of each text its tokens, the first row that each token read has, and all rows (L, D) as the UNet reads them."""
+    encoding, conditioning = pipe.prompt_encoder.encodings[0], pipe.prompt_encoder.conditioning
+    embeds_NLD, _ = pipe.encode_prompt(texts, "cpu", 1, False)
+    found = []
+    for text, states_LD in zip(texts, embeds_NLD.float(), strict=True):
+        tokens = tokenize_prompt(encoding.tokenizer, text)
+        token_L = conditioning.lay_out(tokens, encoding.context).token_L.tolist()
+        row_of = {token: row for row, token in reversed(list(enumerate(token_L))) if token >= 0}
+        found.append((tokens.ids, row_of, states_LD))
+    return found
 
 
 # -- what stands behind a text ------------------------------------------------------------------------------
