@@ -26,9 +26,9 @@ from test_files import full_disk
 from tiny_adapter import without_onednn  # noqa: F401
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from fixclip_core.training.checkpoint import list_checkpoints
+from fixclip_core.training.checkpoint import list_checkpoints, save_checkpoint
 from fixclip_core.training.recipe import builtin_recipes, load_recipe
-from fixclip_core.training.trainer import smoke
+from fixclip_core.training.trainer import CHECKPOINTS, smoke
 from fixclip_diffusion import FixClipStableDiffusionPipeline, TextAdapter
 from fixclip_diffusion.adapter_training import random_models
 from fixclip_diffusion.adapter_training import trainer as train
@@ -182,6 +182,7 @@ def picture_in_training(pipe):
     [
         ["train.ema_decay=0.5", "train.precision=bf16", "lora.rank=2", "train.micro_batch_size=3"],
         ["data.workers=2", "adapter.kind=attention", "captions.short_caption=random_sentences"],
+        ["adapter.kind=attention", "adapter.rotary=true", "adapter.causal_heads=1", "optim.optimizer=muon"],
     ],
 )
 def test_a_resumed_run_ends_with_the_same_weights(recipe, tmp_path, options):
@@ -193,6 +194,19 @@ def test_a_resumed_run_ends_with_the_same_weights(recipe, tmp_path, options):
     train_again(recipe("halves", *options))
     assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "halves"))
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "halves")
+
+
+@pytest.mark.parametrize(("before", "now"), [("adamw", "muon"), ("muon", "adamw")])
+def test_a_run_goes_on_with_the_optimizer_that_it_was_begun_with(recipe, before, now):
+    """Where both have the same parameter groups, too; a checkpoint older than Muon says nothing and is AdamW's."""
+    run = run_until(recipe("run", f"optim.optimizer={before}"), 1)
+    with pytest.raises(ValueError, match=f"step-00000001: written with another optim.optimizer than {now}, .* set"):
+        run_until(recipe("run", f"optim.optimizer={now}"), 2)
+    if before == "adamw":
+        for group in run.optimizer.param_groups:
+            del group["muon"]
+        save_checkpoint(run.accelerator, run.folder / CHECKPOINTS, 1, keep_last=1)
+        assert run_until(recipe("run"), 2).state.step == 2
 
 
 def test_training_with_a_cache_is_training_without(recipe, tmp_path):

@@ -68,8 +68,13 @@ def load_checkpoint(accelerator: Accelerator, path: Path) -> None:
     """
     try:
         accelerator.load_state(str(path))
-    except (RuntimeError, KeyError, ValueError) as error:
+    except (RuntimeError, KeyError) as error:
         raise ValueError(f"{path}: the checkpoint does not fit this model: {error}") from error
+    except ValueError as error:  # the optimizer's parameter groups are others
+        raise ValueError(
+            f"{path}: written with another optim.optimizer, or with other parameters in training ({error}); set what "
+            "it was begun with, or start anew in another output.folder"
+        ) from error
 
 
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:

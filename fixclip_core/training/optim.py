@@ -55,7 +55,7 @@ class Muon(torch.optim.AdamW):
     """
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; AdamW's own, which leaves parameters without gradient alone, for all other groups."""
         loss = None
         if closure is not None:

@@ -218,8 +218,8 @@ class Trainer:
             load_checkpoint(self.accelerator, path)
             if moved_by_muon(self.optimizer) != muon:
                 raise ValueError(
-                    f"{path}: written with another optimizer than optim.optimizer={self.recipe.optim.optimizer}, whose "
-                    "state it lacks; set that one, or start anew from its weights in another output.folder"
+                    f"{path}: written with another optim.optimizer than {self.recipe.optim.optimizer}, whose state it "
+                    "lacks; set what it was begun with, or start anew in another output.folder"
                 )
             set_hyperparameters(self.optimizer, self.schedule, wanted)
             if self.accelerator.is_main_process:
