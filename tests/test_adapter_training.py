@@ -200,13 +200,23 @@ def test_a_resumed_run_ends_with_the_same_weights(recipe, tmp_path, options):
 def test_a_run_goes_on_with_the_optimizer_that_it_was_begun_with(recipe, before, now):
     """Where both have the same parameter groups, too; a checkpoint older than Muon says nothing and is AdamW's."""
     run = run_until(recipe("run", f"optim.optimizer={before}"), 1)
-    with pytest.raises(ValueError, match=f"step-00000001: written with another optim.optimizer than {now}, .* set"):
+    with pytest.raises(ValueError, match=f"step-00000001: written with optim.optimizer={before}, not with {now}; set"):
         run_until(recipe("run", f"optim.optimizer={now}"), 2)
     if before == "adamw":
         for group in run.optimizer.param_groups:
             del group["muon"]
         save_checkpoint(run.accelerator, run.folder / CHECKPOINTS, 1, keep_last=1)
         assert run_until(recipe("run"), 2).state.step == 2
+
+
+@pytest.mark.parametrize("change", ["num_heads=4", "rotary=true", "causal_heads=1", "mask_padding=false"])
+def test_a_run_goes_on_with_the_adapter_that_it_was_begun_with(recipe, change):
+    """The weights' shapes do not tell these apart."""
+    options = ["adapter.kind=attention", "adapter.num_heads=2"]
+    run_until(recipe("run", *options), 1)
+    name, value = change.split("=")
+    with pytest.raises(ValueError, match=f"adapter.{name} was .* when this run started and is {value.title()} now: "):
+        run_until(recipe("run", *options, f"adapter.{change}"), 2)
 
 
 def test_training_with_a_cache_is_training_without(recipe, tmp_path):

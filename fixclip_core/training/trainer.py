@@ -216,10 +216,10 @@ class Trainer:
         if path is not None:
             wanted, muon = hyperparameters(self.optimizer), moved_by_muon(self.optimizer)
             load_checkpoint(self.accelerator, path)
-            if moved_by_muon(self.optimizer) != muon:
+            if (before := moved_by_muon(self.optimizer)) != muon:
                 raise ValueError(
-                    f"{path}: written with another optim.optimizer than {self.recipe.optim.optimizer}, whose state it "
-                    "lacks; set what it was begun with, or start anew in another output.folder"
+                    f"{path}: written with optim.optimizer={'muon' if any(before) else 'adamw'}, not with "
+                    f"{self.recipe.optim.optimizer}; set that, or start anew in another output.folder"
                 )
             set_hyperparameters(self.optimizer, self.schedule, wanted)
             if self.accelerator.is_main_process:
@@ -381,8 +381,8 @@ class Trainer:
         lines = self.describe() | {
             "batch": f"{recipe.train.batch_size} = {accelerator.num_processes} process(es) x {self.batch_size}, "
             f"{micro} at a time",
-            "steps": f"{self.total_steps}{epochs}, warm-up {recipe.optim.warmup_steps}, lr {recipe.optim.lr:g}, "
-            f"new parameters {recipe.optim.lr_new:g}",
+            "steps": f"{self.total_steps}{epochs} of {recipe.optim.optimizer}, warm-up {recipe.optim.warmup_steps}, "
+            f"lr {recipe.optim.lr:g}, new parameters {recipe.optim.lr_new:g}",
             "precision": f"{recipe.train.precision} on {accelerator.device.type}",
             "memory": self._describe_memory(),
             "disk": f"{self.needed_disk() / GIB:.2f} GiB for checkpoints and models in {self.folder}",

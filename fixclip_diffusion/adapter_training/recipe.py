@@ -72,7 +72,7 @@ class AdapterSection(Section):
             if self.kind == "mlp" and self.start_from is None and value != default:
                 given, usual = str(value).lower(), str(default).lower()
                 raise ValueError(
-                    f"adapter.{name}={given} is of adapter.kind=attention, and kind is mlp; leave it at {usual}"
+                    f"adapter.{name}={given} needs adapter.kind=attention, and kind is mlp; leave it at {usual}"
                 )
         return self
 

@@ -40,7 +40,8 @@ from fixclip_core.training.encoder.task import split_batch
 from fixclip_core.training.memory import activation_bytes
 from fixclip_core.training.metrics import MetricsLog
 from fixclip_core.training.optim import check_finite
-from fixclip_core.training.trainer import CHECKPOINTS, Trainer, batches, changed
+from fixclip_core.training.recipe import load_recipe
+from fixclip_core.training.trainer import CHECKPOINTS, RECIPE, Trainer, batches, changed
 from fixclip_diffusion import builtin
 from fixclip_diffusion.adapter import TextAdapter, check_fits
 from fixclip_diffusion.adapter_training.features import (
@@ -165,12 +166,13 @@ class AdapterTrainer(Trainer):
         """As any training, and write the fingerprint of encoder and tokenizer beside the results.
 
         Raises:
-            ValueError: see `Trainer.start`; the run was begun with another encoder or tokenizer.
+            ValueError: see `Trainer.start`; the run was begun with another encoder, tokenizer or kind of adapter.
         """
         first, *others = self.made_for
         made_for = first | {f"second {name}": digest for part in others for name, digest in part.items()}
         if list_checkpoints(self.folder / CHECKPOINTS):
             check_made_for(self.folder, made_for)
+            _check_sizes(self.recipe, self.folder / RECIPE)
         self.accelerator.wait_for_everyone()
         super().start(resume)
         if self.accelerator.is_main_process:
@@ -292,6 +294,8 @@ class AdapterTrainer(Trainer):
             + f"long captions {frozen.prompt_encoder.conditioning.summary}",
             "trained": f"{trained / 1e6:.2f}M parameters: {recipe.adapter.kind} adapter"
             + (" of each encoder" if len(frozen.encodings) > 1 else "")
+            + (", rotary positions" if recipe.adapter.rotary else "")
+            + (f", {recipe.adapter.causal_heads} causal heads" if recipe.adapter.causal_heads else "")
             + (f", LoRA of rank {recipe.lora.rank}" if recipe.lora.rank else ""),
             "data": f"{len(self.loader.batches.order)} samples, {len(self.loader)} batches an epoch, "
             f"{self.resolution} px",
@@ -487,6 +491,24 @@ def recorded_sizes(recipe: AdapterRecipe, adapter: TextAdapter | JoinedAdapter) 
                 f"adapter.{name} out, or start anew without adapter.start_from"
             )
     return recipe.model_copy(update={"adapter": section.model_copy(update=sizes)})
+
+
+def _check_sizes(recipe: AdapterRecipe, path: Path) -> None:
+    """Refuse to go on with weights that would be read otherwise, such as with another number of heads.
+
+    Raises:
+        ValueError: the recipe that a run was begun with, where it can be read, has another adapter.
+    """
+    try:
+        before = load_recipe(AdapterRecipe, path).adapter
+    except ValueError:  # which `Trainer.start` warns of
+        return
+    for name, value in recipe.adapter.model_dump(exclude={"start_from"}).items():
+        if value != getattr(before, name):
+            raise ValueError(
+                f"adapter.{name} was {getattr(before, name)!r} when this run started and is {value!r} now: its weights "
+                "would be read otherwise; set it back, or start anew in another output.folder"
+            )
 
 
 def _adapter_to_go_on_from(folder: Path, width: int, made_for: dict[str, str]) -> TextAdapter:
