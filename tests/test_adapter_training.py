@@ -451,7 +451,7 @@ def test_the_sizes_of_an_adapter_to_go_on_from_are_recorded_and_not_contradicted
     with pytest.raises(ValueError, match=r"adapter\.scope=text needs adapter\.kind=attention"):
         recipe("mlp", "adapter.kind=mlp", "adapter.scope=text")
     for option in ("num_heads=4", "mask_padding=false", "rotary=true", "causal_heads=2"):
-        with pytest.raises(ValueError, match=rf"adapter\.{option} is of adapter\.kind=attention, and kind is mlp"):
+        with pytest.raises(ValueError, match=rf"adapter\.{option} needs adapter\.kind=attention, and kind is mlp"):
             recipe("mlp", "adapter.kind=mlp", f"adapter.{option}")
     with pytest.raises(ValueError, match=r"adapter\.causal_heads=9: it must be at most adapter\.num_heads=8"):
         recipe("many", "adapter.kind=attention", "adapter.causal_heads=9")
