@@ -40,7 +40,7 @@ from fixclip_core.training.encoder.task import split_batch
 from fixclip_core.training.memory import activation_bytes
 from fixclip_core.training.metrics import MetricsLog
 from fixclip_core.training.optim import check_finite
-from fixclip_core.training.recipe import load_recipe
+from fixclip_core.training.recipe import load_recipe, recipe_diff
 from fixclip_core.training.trainer import CHECKPOINTS, RECIPE, Trainer, batches, changed
 from fixclip_diffusion import builtin
 from fixclip_diffusion.adapter import TextAdapter, check_fits
@@ -500,14 +500,14 @@ def _check_sizes(recipe: AdapterRecipe, path: Path) -> None:
         ValueError: the recipe that a run was begun with, where it can be read, has another adapter.
     """
     try:
-        before = load_recipe(AdapterRecipe, path).adapter
+        before = load_recipe(AdapterRecipe, path)
     except ValueError:  # which `Trainer.start` warns of
         return
-    for name, value in recipe.adapter.model_dump(exclude={"start_from"}).items():
-        if value != getattr(before, name):
+    for key, now, then in recipe_diff(recipe, before):
+        if key.startswith("adapter.") and key != "adapter.start_from":
             raise ValueError(
-                f"adapter.{name} was {getattr(before, name)!r} when this run started and is {value!r} now: its weights "
-                "would be read otherwise; set it back, or start anew in another output.folder"
+                f"{key} was {then!r} when this run started and is {now!r} now: its weights would be read otherwise; "
+                "set it back, or start anew in another output.folder"
             )
 
 
