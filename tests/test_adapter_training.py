@@ -200,8 +200,10 @@ def test_a_resumed_run_ends_with_the_same_weights(recipe, tmp_path, options):
 def test_a_run_goes_on_with_the_optimizer_that_it_was_begun_with(recipe, before, now):
     """Where both have the same parameter groups, too; a checkpoint older than Muon says nothing and is AdamW's."""
     run = run_until(recipe("run", f"optim.optimizer={before}"), 1)
-    with pytest.raises(ValueError, match=f"step-00000001: written with optim.optimizer={before}, not with {now}; set"):
+    with pytest.raises(ValueError, match=f"optim.optimizer was '{before}' when this run started and is '{now}' now"):
         run_until(recipe("run", f"optim.optimizer={now}"), 2)
+    with pytest.raises(ValueError, match=f"step-00000001: written with optim.optimizer={before}, not with {now}; set"):
+        run_until(recipe("other", f"optim.optimizer={now}"), 2, resume=str(run.folder / CHECKPOINTS / "step-00000001"))
     if before == "adamw":
         for group in run.optimizer.param_groups:
             del group["muon"]
@@ -210,13 +212,15 @@ def test_a_run_goes_on_with_the_optimizer_that_it_was_begun_with(recipe, before,
 
 
 @pytest.mark.parametrize("change", ["num_heads=4", "rotary=true", "causal_heads=1", "mask_padding=false"])
-def test_a_run_goes_on_with_the_adapter_that_it_was_begun_with(recipe, change):
-    """The weights' shapes do not tell these apart."""
+def test_a_run_goes_on_with_the_adapter_that_it_was_begun_with(recipe, tmp_path, change):
+    """The weights' shapes do not tell these apart. It is said before features are cached, and so by --dry-run."""
     options = ["adapter.kind=attention", "adapter.num_heads=2"]
     run_until(recipe("run", *options), 1)
     name, value = change.split("=")
-    with pytest.raises(ValueError, match=f"adapter.{name} was .* when this run started and is {value.title()} now: "):
-        run_until(recipe("run", *options, f"adapter.{change}"), 2)
+    cache = f"features.folder={tmp_path / 'cache'}"
+    with pytest.raises(ValueError, match=f"adapter.{name} was .* when this run started and is {value.title()} now, "):
+        AdapterTrainer(recipe("run", *options, f"adapter.{change}", cache)).prepare()
+    assert not (tmp_path / "cache").exists()
 
 
 def test_training_with_a_cache_is_training_without(recipe, tmp_path):

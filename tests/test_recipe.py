@@ -103,7 +103,11 @@ def test_interpolation(write):
         ("model: {}\ndata: {source: scenes}\n", r"yaml:1: model.name: missing"),
         ("- 1\n", r"a recipe is a mapping of sections"),
         ("", r"model: missing"),
-        (MINIMAL + "train: {batch_size: 4, micro_batch_size: 8}\n", r"micro_batch_size=8: .* at most .*=4"),
+        (
+            MINIMAL + "train: {batch_size: 4, micro_batch_size: 8}\n",
+            r"yaml:6: train.micro_batch_size=8: .* most .*=4",
+        ),
+        (MINIMAL + "train:\n  batch_size: 4\n  micro_batch_size: 8\n", r"yaml:8: train.micro_batch_size=8"),
         (MINIMAL + "train: {weight_mid: [1, 2, 3]}\n", r"weight_mid=.*give 1 weight, or 2 for groups 3..4"),
     ],
 )
@@ -118,6 +122,8 @@ def test_errors_name_file_line_key_and_what_is_valid(write, text, message):
     [
         ("optim.lrr=1", r"command line: optim.lrr: unknown key; did you mean optim.lr\?"),
         ("optim.lr=fast", r"command line: optim.lr='fast': .*valid number"),
+        ("train.micro_batch_size=999", r"^command line: train.micro_batch_size=999: it must be at most"),
+        ("model.first_group=9", r"^command line: model.first_group=9: it must lie between 1 and"),
         ("optim.lr", r"'optim.lr' is not of the form section.key=value"),
         ("=3", "is not of the form"),
         ("optim..lr=3", "is not of the form"),

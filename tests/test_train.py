@@ -282,9 +282,13 @@ def test_changes_and_conflicts_on_resume(recipe, tmp_path, caplog):
         run_until(recipe("run"), 3, resume=str(tmp_path / "run" / "checkpoints" / "step-00000002"))
     with pytest.raises(ValueError, match="does not fit this model"):
         run_until(recipe("run", "model.num_prompts=3"), 3)
-    with pytest.raises(ValueError, match=r"step-00000003: written with another optim\.optimizer"):
-        run_until(recipe("run", "optim.optimizer=muon"), 4)
-    elsewhere = run_until(recipe("other"), 3, resume=str(tmp_path / "run" / "checkpoints" / "step-00000002"))
+    for key, value in {"optim.optimizer": "muon", "model.positions": "kept", "model.prompt_flow": "replace"}.items():
+        with pytest.raises(ValueError, match=f"{key} was .* when this run started and is '{value}' now, which"):
+            run_until(recipe("run", f"{key}={value}"), 4)
+    older = str(tmp_path / "run" / "checkpoints" / "step-00000002")
+    with pytest.raises(ValueError, match=r"step-00000002: written with another optim\.optimizer"):
+        run_until(recipe("muon", "optim.optimizer=muon"), 4, resume=older)
+    elsewhere = run_until(recipe("other"), 3, resume=older)
     assert elsewhere.state.step == 3
     assert metrics(tmp_path / "other")[0]["step"] == 3
 

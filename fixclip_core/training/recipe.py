@@ -6,6 +6,7 @@ its file, or `builtin:NAME` for recipes/NAME.yaml beside the module of its schem
 
 import difflib
 import inspect
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -23,6 +24,8 @@ from fixclip_core.section import Section
 RecipeT = TypeVar("RecipeT", bound=BaseModel)
 Location = tuple[str | int, ...]
 BUILTIN = "builtin:"
+COMMAND_LINE = "command line"  # where a value comes from, as errors name it; else FILE:LINE
+KEYS = re.compile(r"\b[a-z]\w*(?:\.[a-z]\w*)+")  # dotted ones in an error's message, `train.steps`
 
 
 # -- the loader: any pydantic model -------------------------------------------------------------------------
@@ -66,7 +69,7 @@ def load_recipe(
     sources = {location: f"{name}:{line}" for location, line in _key_lines(yaml.compose(text))}
     for override in overrides:
         location = _apply_override(tree, override)
-        sources[location] = "command line"
+        sources[location] = COMMAND_LINE
     for key, value in (blanks or {}).items():
         if key in OmegaConf.missing_keys(tree):
             OmegaConf.update(tree, key, value)
@@ -75,8 +78,8 @@ def load_recipe(
     except OmegaConfBaseException as error:
         key = str(error.full_key)
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{sources.get(tuple(key.split('.')), name)}: {key}: {reason}") from None
-    left = [tuple(key.split(".")) for key in sorted(OmegaConf.missing_keys(tree))]
+        raise ValueError(f"{sources.get(_location(key), name)}: {key}: {reason}") from None
+    left = [_location(key) for key in sorted(OmegaConf.missing_keys(tree))]
     found: list[str] = []
     try:
         recipe = schema.model_validate(values)
@@ -116,11 +119,15 @@ def builtin_recipes(schema: type[BaseModel]) -> dict[str, Path]:
     return {BUILTIN + path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
+def _location(key: str) -> tuple[str, ...]:
+    return tuple(key.split("."))
+
+
 def _apply_override(tree: Any, override: str) -> Location:
     key, equals, text = override.partition("=")
-    location = tuple(key.split("."))
+    location = _location(key)
     if not equals or not all(location):
-        raise ValueError(f"command line: {override!r} is not of the form section.key=value")
+        raise ValueError(f"{COMMAND_LINE}: {override!r} is not of the form section.key=value")
     try:
         value = OmegaConf.from_dotlist([f"value={text}"])["value"]
     except (yaml.YAMLError, OmegaConfBaseException):
@@ -128,7 +135,7 @@ def _apply_override(tree: Any, override: str) -> Location:
     try:
         OmegaConf.update(tree, key, value, merge=False, force_add=True)
     except (OmegaConfBaseException, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"command line: {override!r} cannot be applied: {error}") from None
+        raise ValueError(f"{COMMAND_LINE}: {override!r} cannot be applied: {error}") from None
     return location
 
 
@@ -155,7 +162,10 @@ def _explain(schema: type[BaseModel], details: ErrorDetails, sources: dict[Locat
     if details["type"] == "missing":
         return f"{source}: {key}: missing; the recipe must set it"
     message = details["msg"].removeprefix("Value error, ").replace("Input should be", "it should be")
-    if details["type"] == "value_error":
+    if details["type"] == "value_error":  # of a section as a whole, whose message names the keys
+        named = [sources[found] for found in map(_location, KEYS.findall(message)) if found in sources]
+        if named:
+            return f"{COMMAND_LINE if COMMAND_LINE in named else named[0]}: {message}"
         return f"{source}: {key}: {message}" if key else f"{source}: {message}"
     return f"{source}: {key}={details['input']!r}: {message}"
 

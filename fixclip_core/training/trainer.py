@@ -189,6 +189,7 @@ class Trainer:
         self.open_data()
         with accelerator.local_main_process_first():  # the others find its download
             self.module = self.build_model()
+        self.check_goes_on()
         self.loader = self.build_data()
         self._on_main(lambda: prepare_folder(self.folder, self.needed_disk()))
         if accelerator.state.deepspeed_plugin is not None:  # it cannot ask a loader that it does not prepare
@@ -201,6 +202,25 @@ class Trainer:
         accelerator.register_for_checkpointing(self.state, self.schedule)
         self.ema = make_ema(accelerator, self.model, recipe.train.ema_decay)
         return self
+
+    def check_goes_on(self) -> None:
+        """Refuse a recipe that the checkpoints in the output folder do not fit, if there are any, before data are read.
+
+        Raises:
+            ValueError: a key that `is_fixed` has another value than when the run was begun.
+        """
+        if not list_checkpoints(self.folder / CHECKPOINTS):
+            return
+        try:
+            before = load_recipe(type(self.recipe), self.folder / RECIPE)
+        except ValueError:  # which `start` warns of
+            return
+        for key, now, then in recipe_diff(self.recipe, before):
+            if self.is_fixed(key):
+                raise ValueError(
+                    f"{key} was {then!r} when this run started and is {now!r} now, which its checkpoints do not fit; "
+                    "set it back, or start anew in another output.folder"
+                )
 
     def start(self, resume: str) -> None:
         """Load the checkpoint to go on from, if any, and write the recipe beside the results.
@@ -344,6 +364,10 @@ class Trainer:
     def no_decay(self, name: str, parameter: nn.Parameter) -> bool:
         """Whether a parameter has no weight decay: biases and norms have fewer than 2 dimensions."""
         return parameter.ndim < 2
+
+    def is_fixed(self, key: str) -> bool:
+        """Whether a run cannot go on once this dotted key of its recipe changes, whatever the shapes of its weights."""
+        return key == "optim.optimizer"
 
     def describe(self) -> dict[str, str]:
         """What is trained on what, for the plan: {heading: one line}."""

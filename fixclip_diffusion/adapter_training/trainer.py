@@ -40,8 +40,7 @@ from fixclip_core.training.encoder.task import split_batch
 from fixclip_core.training.memory import activation_bytes
 from fixclip_core.training.metrics import MetricsLog
 from fixclip_core.training.optim import check_finite
-from fixclip_core.training.recipe import load_recipe, recipe_diff
-from fixclip_core.training.trainer import CHECKPOINTS, RECIPE, Trainer, batches, changed
+from fixclip_core.training.trainer import CHECKPOINTS, Trainer, batches, changed
 from fixclip_diffusion import builtin
 from fixclip_diffusion.adapter import TextAdapter, check_fits
 from fixclip_diffusion.adapter_training.features import (
@@ -162,17 +161,20 @@ class AdapterTrainer(Trainer):
     def no_decay(self, name: str, parameter: nn.Parameter) -> bool:
         return super().no_decay(name, parameter) or "position" in name
 
+    def is_fixed(self, key: str) -> bool:
+        """An adapter's sizes too: with another number of heads, say, its weights would be read otherwise."""
+        return super().is_fixed(key) or (key.startswith("adapter.") and key != "adapter.start_from")
+
     def start(self, resume: str) -> None:
         """As any training, and write the fingerprint of encoder and tokenizer beside the results.
 
         Raises:
-            ValueError: see `Trainer.start`; the run was begun with another encoder, tokenizer or kind of adapter.
+            ValueError: see `Trainer.start`; the run was begun with another encoder or tokenizer.
         """
         first, *others = self.made_for
         made_for = first | {f"second {name}": digest for part in others for name, digest in part.items()}
         if list_checkpoints(self.folder / CHECKPOINTS):
             check_made_for(self.folder, made_for)
-            _check_sizes(self.recipe, self.folder / RECIPE)
         self.accelerator.wait_for_everyone()
         super().start(resume)
         if self.accelerator.is_main_process:
@@ -491,24 +493,6 @@ def recorded_sizes(recipe: AdapterRecipe, adapter: TextAdapter | JoinedAdapter) 
                 f"adapter.{name} out, or start anew without adapter.start_from"
             )
     return recipe.model_copy(update={"adapter": section.model_copy(update=sizes)})
-
-
-def _check_sizes(recipe: AdapterRecipe, path: Path) -> None:
-    """Refuse to go on with weights that would be read otherwise, such as with another number of heads.
-
-    Raises:
-        ValueError: the recipe that a run was begun with, where it can be read, has another adapter.
-    """
-    try:
-        before = load_recipe(AdapterRecipe, path)
-    except ValueError:  # which `Trainer.start` warns of
-        return
-    for key, now, then in recipe_diff(recipe, before):
-        if key.startswith("adapter.") and key != "adapter.start_from":
-            raise ValueError(
-                f"{key} was {then!r} when this run started and is {now!r} now: its weights would be read otherwise; "
-                "set it back, or start anew in another output.folder"
-            )
 
 
 def _adapter_to_go_on_from(folder: Path, width: int, made_for: dict[str, str]) -> TextAdapter:
