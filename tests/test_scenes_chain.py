@@ -515,7 +515,7 @@ def test_the_report_puts_training_seeds_together(tmp_path, monkeypatch):
         row |= {"right": [right], "shape": [right], "colour": [right]}
         distances = (76, 77) if system.startswith("adapter") else (77, 120)
         row["references"] = [{"kind": "same", "distance": d, "right": right[-1]} for d in distances]
-        for name in ("nine", "short", report.OLDER):
+        for name in ("nine", "short", "references"):
             (tmp_path / f"{name}-{system}.json").write_text(json.dumps({"prompts": [row]}))
     _, _, text_adapter, adapter = [line.strip("| ").split(" | ") for line in report.seeds_table().splitlines()]
     assert text_adapter[1:] == ["2", "100.0 ± 0.0", "50.0 ± 70.7", "50.0 ± 70.7", "75.0 ± 35.4"]

@@ -55,6 +55,10 @@ class AdapterSection(Section):
     rotary: bool = Field(default=False, description="attention depends on how far away a token stands, too")
     causal_heads: int = Field(default=0, ge=0, description="heads of attention that read what stands before alone")
     start_from: str | None = Field(default=None, description="adapter folder whose weights and sizes to go on from")
+    transfer: bool = Field(
+        default=False,
+        description="start_from may belong to another text encoder, such as the one whose states this one was taught",
+    )
 
     @model_validator(mode="after")
     def _check_scope(self) -> "AdapterSection":
@@ -62,6 +66,10 @@ class AdapterSection(Section):
             raise ValueError(
                 f"adapter.scope=text needs adapter.kind=attention and adapter.mask_padding=true, got kind={self.kind}, "
                 f"mask_padding={str(self.mask_padding).lower()}; or set adapter.scope=window"
+            )
+        if self.transfer and self.start_from is None:
+            raise ValueError(
+                "adapter.transfer=true is of an adapter to go on from: set adapter.start_from, or leave it out"
             )
         if self.kind == "attention" and self.causal_heads > self.num_heads:
             raise ValueError(

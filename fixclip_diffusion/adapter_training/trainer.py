@@ -70,6 +70,7 @@ logger = logging.getLogger(__name__)
 
 ADAPTER = "adapter"
 LORA = "lora"
+NO_SIZES = {"start_from", "transfer"}  # of the recipe's section; its other fields are the adapter's own
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 SAMPLES = "samples"
 CROSS_ATTENTION = r".*attn2\.(to_q|to_k|to_v|to_out\.0)"
@@ -163,7 +164,7 @@ class AdapterTrainer(Trainer):
 
     def is_fixed(self, key: str) -> bool:
         """An adapter's sizes too: with another number of heads, say, its weights would be read otherwise."""
-        return super().is_fixed(key) or (key.startswith("adapter.") and key != "adapter.start_from")
+        return super().is_fixed(key) or (key.startswith("adapter.") and key.removeprefix("adapter.") not in NO_SIZES)
 
     def start(self, resume: str) -> None:
         """As any training, and write the fingerprint of encoder and tokenizer beside the results.
@@ -450,7 +451,8 @@ def make_adapter(
     """New adapters for all text encoders, or those to go on from.
 
     Raises:
-        ValueError: sizes that do not fit, or an adapter that was made for another encoder or tokenizer.
+        ValueError: sizes that do not fit, or an adapter that was made for another tokenizer or, unless it is to be
+            transferred, another encoder.
     """
     start, conditioning = recipe.adapter.start_from, frozen.prompt_encoder.conditioning.name
     towers = [encoding.tower for encoding in frozen.encodings]
@@ -461,10 +463,10 @@ def make_adapter(
     for encoding, folder, digests in zip(frozen.encodings, folders, made_for, strict=True):
         encoder = encoding.encoder
         if folder is None:
-            sizes = recipe.adapter.model_dump(exclude={"start_from"})
+            sizes = recipe.adapter.model_dump(exclude=NO_SIZES)
             adapter = TextAdapter(encoder.config.hidden_size, max_tokens=encoder.context_length, **sizes)
         else:
-            adapter = _adapter_to_go_on_from(folder, encoder.config.hidden_size, digests)
+            adapter = _adapter_to_go_on_from(folder, encoder.config.hidden_size, digests, recipe.adapter.transfer)
         adapter.config["conditioning"] = conditioning
         if folder is None or recipe.optim.lr:
             # What it is never shown it leaves alone, where short texts have the original positions.
@@ -495,10 +497,10 @@ def recorded_sizes(recipe: AdapterRecipe, adapter: TextAdapter | JoinedAdapter) 
     return recipe.model_copy(update={"adapter": section.model_copy(update=sizes)})
 
 
-def _adapter_to_go_on_from(folder: Path, width: int, made_for: dict[str, str]) -> TextAdapter:
+def _adapter_to_go_on_from(folder: Path, width: int, made_for: dict[str, str], transfer: bool) -> TextAdapter:
     adapter = TextAdapter.from_pretrained(folder)
     check_fits(adapter.config, width, what=f"adapter.start_from={str(folder)!r}: an adapter")
-    check_made_for(folder, made_for)
+    check_made_for(folder, {"tokenizer": made_for["tokenizer"]} if transfer else made_for)
     return adapter
 
 
@@ -662,7 +664,7 @@ def smoke_recipe(recipe: AdapterRecipe, folder: str | Path, batch_size: int = 2)
     """
     changes: dict[str, dict[str, Any]] = {
         "model": {"encoder": None, "encoder_2": None},
-        "adapter": {"start_from": None},
+        "adapter": {"start_from": None, "transfer": False},
         # Captions with plain wordings: whatever the objectives, there is something to learn.
         "data": {**READ_SCENES, "source": "scenes-references", "stop": 2 * batch_size, "workers": 0},
         "captions": {"short_caption": "first_sentence", "filter_captions": False},

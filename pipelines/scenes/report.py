@@ -53,10 +53,7 @@ SYSTEMS = {
     "overlap_adapter": "`overlap`: base encoder + adapter on each window",
     "overlap_text_adapter": "`overlap`: base encoder + adapter on all windows, joined",
 }
-# Captions in which what is referred to from far away is always the first object, as the world worded them when the
-# controls and the further training seeds were measured. They go when those rows are measured anew.
-OLDER = "references_first"
-SIDES = ("before 77", "after 77", "older references from 77 tokens on")  # of differences
+SIDES = ("before 77", "after 77", "references from 77 tokens on")  # of differences
 SEEDED = ("overlap_text_adapter", "adapter", "stretched_adapter")  # with further training seeds
 TRAINING_SEEDS = (0, 1, 2)
 COLOURS = {
@@ -272,7 +269,7 @@ def seeds_table() -> str:
             nine = load("nine", name)
             measured["before"].append(share([item for item in nine if not item.after]))
             measured["after"].append(share([item for item in nine if item.after]))
-            far = [item["right"] for item in load_references(OLDER, name) if item["distance"] >= 77]
+            far = [item["right"] for item in load_references("references", name) if item["distance"] >= 77]
             measured["references"].append(mean(far))
             measured["short"].append(share(load("short", name)))
         cells = [
@@ -310,7 +307,7 @@ def by_prompt(system: str, after: bool, seeds: Sequence[int] = (0,)) -> np.ndarr
 def far_by_prompt(system: str, seeds: Sequence[int]) -> np.ndarray:
     """(prompts, 2): references over 77 tokens and more that are right, and how many there are."""
     counts: dict[int, list[float]] = {}
-    for item in (item for seed in seeds for item in load_references(OLDER, of_seed(system, seed))):
+    for item in (item for seed in seeds for item in load_references("references", of_seed(system, seed))):
         row = counts.setdefault(item["prompt"], [0, 0])
         if item["distance"] >= 77:
             row[0] += item["right"]
@@ -827,7 +824,6 @@ TABLES = {
     "held-out references": lambda: references_table("references_heldout"),
     "pointing": pointing_table,
     "wordings": wordings_table,
-    "older references": lambda: references_table(OLDER),
     "retrieval": retrieval_table,
     "ablations": ablations_table,
     "tuning": tuning_table,
