@@ -386,6 +386,22 @@ def test_going_on_from_an_adapter(recipe, encoder_folder, tmp_path, caplog):
     reset_accelerator()
     with pytest.raises(ValueError, match="it was made with another text encoder than the one given now"):
         AdapterTrainer(recipe("second", f"adapter.start_from={first}", f"model.encoder={encoder_folder}")).prepare()
+    reset_accelerator()
+    transfer = recipe(
+        "third", f"adapter.start_from={first}", f"model.encoder={encoder_folder}", "adapter.transfer=true"
+    )
+    run = AdapterTrainer(transfer).prepare()
+    assert_equal(run.module.adapter.state_dict(), TextAdapter.from_pretrained(first).state_dict())
+    made_for = json.loads((first / "made_for.json").read_text())
+    assert json.loads((run.save() / "made_for.json").read_text()) == run.made_for[0] != made_for
+    reset_accelerator()
+    (first / "made_for.json").write_text(json.dumps(made_for | {"tokenizer": "of another kind"}))
+    with pytest.raises(ValueError, match="it was made with another tokenizer than the one given now"):
+        AdapterTrainer(transfer).prepare()
+    with pytest.raises(
+        ValueError, match=r"^command line: adapter\.transfer=true .*: set adapter\.start_from, or leave"
+    ):
+        recipe("third", "adapter.transfer=true")
     (first / "made_for.json").unlink()
     reset_accelerator()
     with caplog.at_level(logging.WARNING):

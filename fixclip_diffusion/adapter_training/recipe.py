@@ -69,7 +69,7 @@ class AdapterSection(Section):
             )
         if self.transfer and self.start_from is None:
             raise ValueError(
-                "adapter.transfer=true is of an adapter to go on from: set adapter.start_from, or leave it out"
+                "adapter.transfer=true needs an adapter to go on from: set adapter.start_from, or leave it out"
             )
         if self.kind == "attention" and self.causal_heads > self.num_heads:
             raise ValueError(
