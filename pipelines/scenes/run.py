@@ -55,14 +55,27 @@ def adapter(name: str, needs: Sequence[str], *overrides: str, recipe: str = "ada
     return Stage(name, command, tuple(needs), OUT / name / "adapter" / "adapter.safetensors")
 
 
-def adapters(name: str, needs: Sequence[str], cache: str, *overrides: str) -> list[Stage]:
+def adapters(name: str, needs: Sequence[str], cache: str, *overrides: str, on: str | None = None) -> list[Stage]:
     """An adapter in two stages: a start on the text states of captions that refer, then with the UNet on all kinds.
 
     Adapters on the same encoder, read by the same conditioning, share both caches of features, whatever their seeds.
+
+    Args:
+        on: the adapter whose start this one's goes on from, on hidden states that are near to its own; None: it starts
+            from nothing.
     """
     start, folder = f"{name}_start", f"features.folder={OUT}/cache/{cache}"
+    before = [f"adapter.start_from={OUT / on}_start/adapter"] if on else []
+    recipe = "adapter_transfer" if on else "adapter_start"
     return [
-        adapter(start, needs, f"{folder}_references", *overrides, recipe="adapter_start"),
+        adapter(
+            start,
+            [*needs, *([f"{on}_start"] if on else [])],
+            f"{folder}_references",
+            *before,
+            *overrides,
+            recipe=recipe,
+        ),
         adapter(name, [start], folder, f"adapter.start_from={OUT / start}/adapter", *overrides),
     ]
 
@@ -79,7 +92,8 @@ def encoder(name: str, *overrides: str) -> list[Stage]:
     ]
 
 
-OVERLAP = ("overlap", "model.encoder=null", "model.conditioning=overlap")  # cache and overrides
+# Cache and overrides.
+OVERLAP = ("overlap", "model.encoder=null", "model.conditioning=overlap")
 STRETCHED = ("stretched", "model.encoder=null", "model.conditioning=one_pass")
 
 
@@ -93,16 +107,16 @@ def chain() -> list[Stage]:
         Stage("base", (f"{HERE}/package.py", "base"), ("unet",), OUT / "base" / "model_index.json"),
         *encoder("encoder"),
         *adapters("adapter_overlap_text", ["base"], *OVERLAP, "adapter.scope=text"),
-        *adapters("adapter", ["base", "encoder_diffusers"], "encoder"),
+        *adapters("adapter", ["base", "encoder_diffusers"], "encoder", on="adapter_overlap_text"),
     ]
 
 
 def controls() -> list[Stage]:
-    """The same adapter, trained the same way and as long, on single windows and on the base stretched to 248 tokens;
-    and a LoRA beside the adapter on FIX-CLIP."""
+    """An adapter on single windows trained as that on all of them, one on the base stretched to 248 tokens trained as
+    FIX-CLIP's, and a LoRA beside FIX-CLIP's."""
     return [
-        *adapters("adapter_overlap", ["base"], *OVERLAP),
-        *adapters("adapter_stretched", ["base"], *STRETCHED),
+        *adapters("adapter_overlap", ["base"], *OVERLAP, "adapter.scope=window"),
+        *adapters("adapter_stretched", ["base"], *STRETCHED, on="adapter_overlap_text"),
         adapter(
             "lora",
             ["adapter"],
@@ -140,9 +154,10 @@ def seeds() -> list[Stage]:
         name, own = f"encoder_seed{seed}", f"seed={seed}"
         found += encoder(name, own)
         fixclip = (name, own, f"model.encoder={OUT}/{name}_diffusers")
-        found += adapters(f"adapter_seed{seed}", ["base", f"{name}_diffusers"], *fixclip)
-        found += adapters(f"adapter_overlap_text_seed{seed}", ["base"], *OVERLAP, "adapter.scope=text", own)
-        found += adapters(f"adapter_stretched_seed{seed}", ["base"], *STRETCHED, own)
+        first = f"adapter_overlap_text_seed{seed}"
+        found += adapters(first, ["base"], *OVERLAP, "adapter.scope=text", own)
+        found += adapters(f"adapter_seed{seed}", ["base", f"{name}_diffusers"], *fixclip, on=first)
+        found += adapters(f"adapter_stretched_seed{seed}", ["base"], *STRETCHED, own, on=first)
         for system, needs in DECIDING.items():
             found += [pictures_of(f"{system}_seed{seed}", f"{needs}_seed{seed}", "nine", "short", "references")]
     return found
@@ -165,13 +180,14 @@ def deltas() -> list[Stage]:
 
 DEPTHS = (2, 4, 6)
 DEPTH_STEPS = 500
+ONE_PASS = ("model.conditioning=one_pass", "adapter.scope=window")
 
 
 def depths() -> list[Stage]:
     """Adapters of several depths: a short start on text states, on windows that are joined and on FIX-CLIP's pass."""
     readings = {
         "overlap_text": (["base"], (*OVERLAP, "adapter.scope=text")),
-        "adapter": (["base", "encoder_diffusers"], ("encoder",)),
+        "adapter": (["base", "encoder_diffusers"], ("encoder", f"model.encoder={OUT}/encoder_diffusers", *ONE_PASS)),
     }
     found: list[Stage] = []
     for reading, (needs, (cache, *overrides)) in readings.items():
