@@ -22,7 +22,6 @@ from fixclip_diffusion.tokenizer import FixClipTokenizer
 
 TRUTH = "ground truth"
 DRAWING = Drawing(steps=20, guidance_scale=2.0)
-NUM_PROMPTS = 3
 SIDE = 216  # of a picture in the sheet, in pixels: three times the world's own size
 CAPTION = (
     "Objects that are right (shape, colour and place), by where their sentences end. After token 77 includes the\n"
@@ -76,10 +75,19 @@ class Demo:
 
 
 def default_prompts() -> list[Prompt]:
-    """Nine objects each, in the words of the training captions; no training stream contains these scenes."""
-    names = [f"demo/{number}" for number in range(NUM_PROMPTS)]
-    drawn = [scenes.sample_scene(name, num_objects=len(scenes.PLACES)) for name in names]
-    return [Prompt(scenes.long_caption(s, name).text, s) for s, name in zip(drawn, names, strict=True)]
+    """Nine objects each, in the words of the training captions; no training stream contains these scenes.
+
+    Every sentence of the first can be read alone. In the second a rule ("each square is orange") colours an object, in
+    the third the sentence of another object does, more than 77 tokens away.
+    """
+    scene = scenes.sample_scene("demo/0", num_objects=len(scenes.PLACES))
+    prompts = [Prompt(scenes.long_caption(scene, "demo/0").text, scene)]
+    referring: dict[str, scenes.ReferenceKind] = {"demo/1": "default", "demo/89": "same"}
+    for name, kind in referring.items():
+        scene = scenes.reference_scene(name, kind)
+        caption = scenes.reference_caption(scene, name, kinds=(kind,), distances=("77 to 150", "over 150"))
+        prompts.append(Prompt(caption.text, scene))
+    return prompts
 
 
 def own_prompt(text: str) -> tuple[Prompt, str]:

@@ -28,8 +28,9 @@ from fixclip_diffusion.adapter_training import trainer as train
 from fixclip_diffusion.adapter_training.features import write_attention_out
 from fixclip_diffusion.evaluation.generate import Drawing, System
 
-# What the embedded weights must reach: objects right, of the nine of the demo's second prompt.
-RIGHT_AT_LEAST = {"overlap + adapter": 7, "overlapping windows": 6}
+# What the embedded weights must reach: objects right, of the nine of the demo's third prompt, one of which another's
+# sentence colours.
+RIGHT_AT_LEAST = {"overlap + adapter": 8, "overlapping windows": 5}
 SIZE_AT_MOST = 49e6  # bytes; what a wheel compresses them to is held to less in test_release.py
 ROOT = Path(__file__).parents[1]
 PROMPT = scenes.long_caption(scenes.sample_scene("a test", num_objects=9), 0).text
@@ -386,8 +387,9 @@ def test_embedded_weights_load_everywhere():
 @needs_weights
 def test_embedded_model_draws_what_is_asked():
     """The systems load with the fingerprints that they were trained with; those with adapters draw what is asked."""
-    shown = demo.draw("builtin:scenes", demo.default_prompts()[1:2])
+    shown = demo.draw("builtin:scenes", demo.default_prompts()[2:])
     right = {name: own[0].count(True)[0] + own[0].count(False)[0] for name, own in shown.rows.items()}
     assert right[demo.TRUTH] == 9
     for name, least in RIGHT_AT_LEAST.items():
         assert right[name] >= least > right["stock cut at 77"], right
+    assert right["overlap + adapter"] > right["overlapping windows"]

@@ -108,7 +108,7 @@ def restore(output: Annotated[Path, typer.Option(help="Where stages leave their 
     """Lay the package's parts out where the chain leaves them; what is there already stays.
 
     The stages behind them count as done, so that `run.py rivals`, say, begins with the published CLIP. Weights are
-    those of the package, in 16 bits; base and CLIP were trained by an earlier version of the chain.
+    those of the package, in 16 bits.
     """
     for name, source in PARTS.items():
         target = output / source.relative_to(OUT)
