@@ -98,7 +98,7 @@ class TextAdapter(nn.Module):
                 f"num_heads={num_heads}, max_tokens={max_tokens}, hidden_width={hidden_width}"
             )
         if kind == "attention" and width % num_heads:
-            raise ValueError(f"adapter num_heads={num_heads} does not divide the width {width}")
+            raise ValueError(f"adapter num_heads={num_heads} does not divide the width {width}; valid are its divisors")
         if kind == "mlp" and (rotary or causal_heads):
             raise ValueError(
                 f"adapter rotary={rotary}, causal_heads={causal_heads} with kind='mlp': only kind='attention' has them"

@@ -135,6 +135,12 @@ def test_errors_of_overrides_name_the_command_line(write, override, message):
         load(write(MINIMAL), override)
 
 
+def test_an_error_about_two_fields_says_where_each_stands(write):
+    text = MINIMAL + "train:\n  batch_size: 4\n  micro_batch_size: 2\n"
+    with pytest.raises(ValueError, match=r"yaml:8, command line: train\.micro_batch_size=2: .* train\.batch_size=1$"):
+        load(write(text), "train.batch_size=1")
+
+
 def test_all_errors_are_reported_at_once(write):
     with pytest.raises(ValueError, match="unknown key") as error:
         load(write(MINIMAL + "optim: {lrr: 1}\ntrain: {steps: 0}\n"), "eval.evry=3")

@@ -165,7 +165,8 @@ def _explain(schema: type[BaseModel], details: ErrorDetails, sources: dict[Locat
     if details["type"] == "value_error":  # of a section as a whole, whose message names the keys
         named = [sources[found] for found in map(_location, KEYS.findall(message)) if found in sources]
         if named:
-            return f"{COMMAND_LINE if COMMAND_LINE in named else named[0]}: {message}"
+            places = named[:1] if COMMAND_LINE not in named[1:] else dict.fromkeys([named[0], COMMAND_LINE])
+            return f"{', '.join(places)}: {message}"
         return f"{source}: {key}: {message}" if key else f"{source}: {message}"
     return f"{source}: {key}={details['input']!r}: {message}"
 

@@ -411,6 +411,8 @@ class Trainer:
             "memory": self._describe_memory(),
             "disk": f"{self.needed_disk() / GIB:.2f} GiB for checkpoints and models in {self.folder}",
         }
+        if checkpoints := list_checkpoints(self.folder / CHECKPOINTS):
+            lines["resumes"] = f"from step {checkpoints[-1][0]}, which {self.folder} holds"
         if self._is_too_short():
             lines["warning"] = f"the learning rate is still warming up at the end: {self._is_too_short()}"
         return "\n".join(f"{name:>10}  {text}" for name, text in lines.items())

@@ -163,23 +163,27 @@ class AdapterTrainer(Trainer):
         return super().no_decay(name, parameter) or "position" in name
 
     def is_fixed(self, key: str) -> bool:
-        """An adapter's sizes too: with another number of heads, say, its weights would be read otherwise."""
-        return super().is_fixed(key) or (key.startswith("adapter.") and key.removeprefix("adapter.") not in NO_SIZES)
+        """How captions are read, and an adapter's sizes: with other heads, say, its weights would be read otherwise."""
+        section, _, name = key.partition(".")
+        is_size = section == "adapter" and name not in NO_SIZES
+        return super().is_fixed(key) or key == "model.conditioning" or is_size
+
+    def check_goes_on(self) -> None:
+        """Encoder and tokenizer too must be those that the run was begun with; see `Trainer.check_goes_on`."""
+        if list_checkpoints(self.folder / CHECKPOINTS):
+            check_made_for(self.folder, self._made_for())
+        super().check_goes_on()
 
     def start(self, resume: str) -> None:
-        """As any training, and write the fingerprint of encoder and tokenizer beside the results.
-
-        Raises:
-            ValueError: see `Trainer.start`; the run was begun with another encoder or tokenizer.
-        """
-        first, *others = self.made_for
-        made_for = first | {f"second {name}": digest for part in others for name, digest in part.items()}
-        if list_checkpoints(self.folder / CHECKPOINTS):
-            check_made_for(self.folder, made_for)
-        self.accelerator.wait_for_everyone()
+        """As any training, and write the fingerprint of encoder and tokenizer beside the results."""
         super().start(resume)
         if self.accelerator.is_main_process:
-            _write_made_for(self.folder, made_for)
+            _write_made_for(self.folder, self._made_for())
+
+    def _made_for(self) -> dict[str, str]:
+        """Fingerprints of the encoder, or of both, and their tokenizers."""
+        first, *others = self.made_for
+        return first | {f"second {name}": digest for part in others for name, digest in part.items()}
 
     # -- the step --------------------------------------------------------------------------------------------
 
@@ -297,8 +301,10 @@ class AdapterTrainer(Trainer):
             + f"long captions {frozen.prompt_encoder.conditioning.summary}",
             "trained": f"{trained / 1e6:.2f}M parameters: {recipe.adapter.kind} adapter"
             + (" of each encoder" if len(frozen.encodings) > 1 else "")
+            + (f" of scope {recipe.adapter.scope}" if recipe.adapter.kind == "attention" else "")
             + (", rotary positions" if recipe.adapter.rotary else "")
             + (f", {recipe.adapter.causal_heads} causal heads" if recipe.adapter.causal_heads else "")
+            + (f", from {recipe.adapter.start_from}" if recipe.adapter.start_from else "")
             + (f", LoRA of rank {recipe.lora.rank}" if recipe.lora.rank else ""),
             "data": f"{len(self.loader.batches.order)} samples, {len(self.loader)} batches an epoch, "
             f"{self.resolution} px",
@@ -500,7 +506,11 @@ def recorded_sizes(recipe: AdapterRecipe, adapter: TextAdapter | JoinedAdapter) 
 def _adapter_to_go_on_from(folder: Path, width: int, made_for: dict[str, str], transfer: bool) -> TextAdapter:
     adapter = TextAdapter.from_pretrained(folder)
     check_fits(adapter.config, width, what=f"adapter.start_from={str(folder)!r}: an adapter")
-    check_made_for(folder, {"tokenizer": made_for["tokenizer"]} if transfer else made_for)
+    try:
+        check_made_for(folder, {"tokenizer": made_for["tokenizer"]} if transfer else made_for)
+    except ValueError as error:
+        way_out = "" if transfer else "; or go on from another encoder's by adapter.transfer=true"
+        raise ValueError(f"adapter.start_from: {error}{way_out}") from None
     return adapter
 
 

@@ -254,7 +254,13 @@ def of_seed(system: str, seed: int) -> str:
 
 
 def trained_seeds(system: str) -> list[int]:
-    return [seed for seed in TRAINING_SEEDS if load("nine", of_seed(system, seed))]
+    """Those of which every set is drawn that the tables of seeds need."""
+    sets = ("nine", "short", "references")
+    return [
+        seed
+        for seed in TRAINING_SEEDS
+        if all((RESULTS / f"{name}-{of_seed(system, seed)}.json").exists() for name in sets)
+    ]
 
 
 def seeds_table() -> str:
