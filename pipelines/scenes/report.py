@@ -487,7 +487,7 @@ def plot_zones(path: Path) -> None:
         axis.bar(places, [100 * m for m, _ in stats], 0.4, yerr=[100 * s for _, s in stats], color=colour, label=label)
     axis.set_xticks(range(len(shown)), [textwrap.fill(in_plot(s), 16) for s in shown])
     axis.tick_params(axis="x", labelsize=7)
-    axis.set(ylabel="objects right, %", ylim=(0, 110), title="Nine objects a prompt: shape, colour and place right")
+    axis.set(ylabel="objects right, %", ylim=(0, 119), title="Nine objects a prompt: shape, colour and place right")
     axis.legend(loc="upper center", ncols=2)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
