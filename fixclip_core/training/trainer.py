@@ -189,7 +189,8 @@ class Trainer:
         self.open_data()
         with accelerator.local_main_process_first():  # the others find its download
             self.module = self.build_model()
-        self.check_goes_on()
+        if list_checkpoints(self.folder / CHECKPOINTS):
+            self.check_goes_on()
         self.loader = self.build_data()
         self._on_main(lambda: prepare_folder(self.folder, self.needed_disk()))
         if accelerator.state.deepspeed_plugin is not None:  # it cannot ask a loader that it does not prepare
@@ -204,13 +205,11 @@ class Trainer:
         return self
 
     def check_goes_on(self) -> None:
-        """Refuse a recipe that the checkpoints in the output folder do not fit, if there are any, before data are read.
+        """Refuse a recipe that the checkpoints in the output folder do not fit, before data are read.
 
         Raises:
             ValueError: a key that `is_fixed` has another value than when the run was begun.
         """
-        if not list_checkpoints(self.folder / CHECKPOINTS):
-            return
         try:
             before = load_recipe(type(self.recipe), self.folder / RECIPE)
         except ValueError:  # which `start` warns of

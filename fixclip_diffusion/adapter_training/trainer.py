@@ -35,12 +35,11 @@ from fixclip_core.data.samples import Sample
 from fixclip_core.data.sources import Source
 from fixclip_core.files import write_atomically
 from fixclip_core.scenes import sheet
-from fixclip_core.training.checkpoint import list_checkpoints
 from fixclip_core.training.encoder.task import split_batch
 from fixclip_core.training.memory import activation_bytes
 from fixclip_core.training.metrics import MetricsLog
 from fixclip_core.training.optim import check_finite
-from fixclip_core.training.trainer import CHECKPOINTS, Trainer, batches, changed
+from fixclip_core.training.trainer import Trainer, batches, changed
 from fixclip_diffusion import builtin
 from fixclip_diffusion.adapter import TextAdapter, check_fits
 from fixclip_diffusion.adapter_training.features import (
@@ -170,8 +169,7 @@ class AdapterTrainer(Trainer):
 
     def check_goes_on(self) -> None:
         """Encoder and tokenizer too must be those that the run was begun with; see `Trainer.check_goes_on`."""
-        if list_checkpoints(self.folder / CHECKPOINTS):
-            check_made_for(self.folder, self._made_for())
+        check_made_for(self.folder, self._made_for())
         super().check_goes_on()
 
     def start(self, resume: str) -> None:

@@ -65,19 +65,13 @@ def adapters(name: str, needs: Sequence[str], cache: str, *overrides: str, on: s
             from nothing.
     """
     start, folder = f"{name}_start", f"features.folder={OUT}/cache/{cache}"
-    before = [f"adapter.start_from={OUT / on}_start/adapter"] if on else []
-    recipe = "adapter_transfer" if on else "adapter_start"
-    return [
-        adapter(
-            start,
-            [*needs, *([f"{on}_start"] if on else [])],
-            f"{folder}_references",
-            *before,
-            *overrides,
-            recipe=recipe,
-        ),
-        adapter(name, [start], folder, f"adapter.start_from={OUT / start}/adapter", *overrides),
-    ]
+    read = (f"{folder}_references", *overrides)
+    if on is None:
+        first = adapter(start, needs, *read, recipe="adapter_start")
+    else:
+        before = f"adapter.start_from={OUT / on}_start/adapter"
+        first = adapter(start, [*needs, f"{on}_start"], *read, before, recipe="adapter_transfer")
+    return [first, adapter(name, [start], folder, f"adapter.start_from={OUT / start}/adapter", *overrides)]
 
 
 def encoder(name: str, *overrides: str) -> list[Stage]:
