@@ -122,10 +122,10 @@ def command(kind: Kind) -> Callable[..., None]:
             refuse(ctx, "does not act beside --samples-per-second", "utilisation")
         if diff:
             refuse(ctx, "does not act beside --recipe-diff, which trains nothing", "resume", "dry_run", "smoke")
-        if dry_run or smoke:
-            refuse(ctx, "does not act beside --dry-run or --smoke, which begin anew", "resume")
+        if smoke:
+            refuse(ctx, "does not act beside --smoke, which begins anew", "resume")
         with training_errors():
-            from fixclip_core.training.recipe import load_recipe, recipe_diff
+            from fixclip_core.training.recipe import load_recipe, naming_places, recipe_diff
 
             schema = imported(kind.schema)
             refuse_another_kind(recipe, kind)
@@ -141,7 +141,8 @@ def command(kind: Kind) -> Callable[..., None]:
                 typer.echo("Building the model and measuring memory, which takes up to a minute ...", err=True)
                 echo(format_columns(cluster_plan(chosen, cluster)))
             else:
-                run(imported(kind.trainer), chosen, resume=resume, dry_run=dry_run, smoke=smoke)
+                with naming_places(schema, recipe, overrides or []):
+                    run(imported(kind.trainer), chosen, resume=resume, dry_run=dry_run, smoke=smoke)
 
     train.__doc__ = kind.help
     return train
@@ -195,7 +196,7 @@ def run(trainer: "type[Trainer]", recipe: "Section", *, resume: str, dry_run: bo
         raise ValueError("--dry-run trains nothing and --smoke trains two steps; give one of the two")
     if dry_run:
         with leaving_no_folder(Path(cast(Any, recipe).output.folder)):
-            echo(trainer(recipe).prepare().plan())
+            echo(trainer(recipe).prepare(resume).plan())
     elif smoke:
         training.smoke(trainer, recipe)
         echo("Smoke test passed: two steps on generated data, a checkpoint, and the files that come out.")

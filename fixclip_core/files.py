@@ -94,12 +94,15 @@ def prepare_output(path: Path) -> None:
         raise ValueError(f"output {str(path)!r} cannot be written: {path.parent}: {error.strerror}") from error
 
 
-def prepare_folder(folder: Path, needed_bytes: int = 0, *, empty: bool = False) -> None:
+def prepare_folder(
+    folder: Path, needed_bytes: int = 0, *, way_out: str = "choose another folder", empty: bool = False
+) -> None:
     """Make an output folder, try it out and compare its free space: before the work, not at hour nine.
 
     Args:
         folder: to write into.
         needed_bytes: that will be written.
+        way_out: what to do where the disk has less.
         empty: refuse a folder that holds anything.
 
     Raises:
@@ -122,7 +125,7 @@ def prepare_folder(folder: Path, needed_bytes: int = 0, *, empty: bool = False) 
     if free < needed_bytes:
         raise ValueError(
             f"{folder}: too little disk space: {free / _GIB:.2f} GiB free, {needed_bytes / _GIB:.2f} GiB needed; "
-            "keep fewer checkpoints or choose another output folder"
+            f"{way_out}"
         )
 
 

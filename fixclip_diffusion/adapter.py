@@ -292,6 +292,8 @@ def _find_file(source: str, name: str, hub_kwargs: dict[str, Any]) -> Path:
     if path.exists():
         towers = [part for part in ("text_encoder", "text_encoder_2") if is_adapter(path / part)]
         found = f"; {' and '.join(towers)} there: adapters of Stable Diffusion XL's text encoders" if towers else None
+        if is_adapter(path / "adapter"):  # as a training leaves it
+            found = f"; did you mean {str(path / 'adapter')!r}?"
         raise LoadError(f"{_what(source)}{found or what_is_in(path)}")
     check_folder_or_hub_name("adapter", source)
     try:

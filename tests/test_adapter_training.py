@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -81,8 +82,8 @@ def fresh_accelerator():
 def run_until(recipe, step, resume="auto"):
     """Train, with the whole run's schedule, and stop after some steps as if the power went."""
     reset_accelerator()
-    trainer = AdapterTrainer(recipe).prepare()
-    trainer.start(resume)
+    trainer = AdapterTrainer(recipe).prepare(resume)
+    trainer.start()
     trainer.total_steps = step
     trainer.fit()
     return trainer
@@ -125,7 +126,7 @@ def test_a_run_trains_the_adapter_alone_and_writes_everything(recipe, sd1, tmp_p
     run = AdapterTrainer(chosen).prepare()
     before = [copy.deepcopy(module.state_dict()) for module in run.frozen.modules]
     new = {name: p.detach().clone() for name, p in run.module.named_parameters()}
-    run.start("auto")
+    run.start()
     run.fit()
     run.save()
     run.accelerator.end_training()
@@ -197,13 +198,14 @@ def test_a_resumed_run_ends_with_the_same_weights(recipe, tmp_path, options):
 
 
 @pytest.mark.parametrize(("before", "now"), [("adamw", "muon"), ("muon", "adamw")])
-def test_a_run_goes_on_with_the_optimizer_that_it_was_begun_with(recipe, before, now):
+def test_a_run_goes_on_with_the_optimizer_that_it_was_begun_with(recipe, tmp_path, before, now):
     """Where both have the same parameter groups, too; a checkpoint older than Muon says nothing and is AdamW's."""
     run = run_until(recipe("run", f"optim.optimizer={before}"), 1)
     with pytest.raises(ValueError, match=f"optim.optimizer was '{before}' when this run started and is '{now}' now"):
         run_until(recipe("run", f"optim.optimizer={now}"), 2)
+    (tmp_path / "run" / "recipe.yaml").unlink()
     with pytest.raises(ValueError, match=f"step-00000001: written with optim.optimizer={before}, not with {now}; set"):
-        run_until(recipe("other", f"optim.optimizer={now}"), 2, resume=str(run.folder / CHECKPOINTS / "step-00000001"))
+        run_until(recipe("run", f"optim.optimizer={now}"), 2)
     if before == "adamw":
         for group in run.optimizer.param_groups:
             del group["muon"]
@@ -218,8 +220,12 @@ def test_a_run_goes_on_with_the_adapter_that_it_was_begun_with(recipe, tmp_path,
     run_until(recipe("run", *options), 1)
     name, value = change.split("=")
     cache = f"features.folder={tmp_path / 'cache'}"
-    with pytest.raises(ValueError, match=f"adapter.{name} was .* when this run started and is {value.title()} now, "):
-        AdapterTrainer(recipe("run", *options, f"adapter.{change}", cache)).prepare()
+    checkpoint = str(tmp_path / "run" / CHECKPOINTS / "step-00000001")
+    for folder, resume in (("run", "auto"), ("other", checkpoint)):
+        changed = recipe(folder, *options, f"adapter.{change}", cache)
+        expected = f"adapter.{name} was .* when this run started and is {value.title()} now, "
+        with pytest.raises(ValueError, match=expected):
+            AdapterTrainer(changed).prepare(resume)
     assert not (tmp_path / "cache").exists()
 
 
@@ -411,6 +417,8 @@ def test_going_on_from_an_adapter(recipe, encoder_folder, tmp_path, caplog):
     assert "it is not known which text encoder it belongs to" in caplog.text
     TextAdapter(48).save_pretrained(tmp_path / "wide")
     reset_accelerator()
+    with pytest.raises(ValueError, match=f"did you mean '{first}'"):
+        AdapterTrainer(recipe("second", f"adapter.start_from={first.parent}")).prepare()
     with pytest.raises(ValueError, match="an adapter of width 48 on a text encoder of width 32"):
         AdapterTrainer(recipe("second", f"adapter.start_from={tmp_path / 'wide'}")).prepare()
 
@@ -452,7 +460,10 @@ def test_a_run_is_not_resumed_with_another_encoder(recipe, encoder_folder):
         AdapterTrainer(recipe("run", f"model.encoder={encoder_folder}")).prepare()
     with pytest.raises(ValueError, match=r"model\.conditioning was None when this run started and is 'chunks' now"):
         AdapterTrainer(recipe("run", "model.conditioning=chunks")).prepare()
-    assert "resumes  from step 2" in AdapterTrainer(recipe("run")).prepare().plan()
+    assert "resumes  from step 2, " in AdapterTrainer(recipe("run")).prepare().plan()
+    checkpoint = recipe("run").output.folder + "/checkpoints/step-00000002"
+    with pytest.raises(ValueError, match="it was made with another text encoder than the one given now"):
+        AdapterTrainer(recipe("other", f"model.encoder={encoder_folder}")).prepare(checkpoint)
 
 
 def test_an_encoder_of_another_width(recipe, tmp_path):
@@ -543,6 +554,11 @@ def test_a_weight_of_plain_wordings_needs_captions_that_have_one(recipe):
             ["objectives.short_share=0", "objectives.weight_short=0"],
             r"objectives\.weight_states=0\.1 with short_share=0",
         ),
+        (
+            ["features.text=true"],
+            r"^command line: features\.text=true is of the cache .*: set features\.folder, or leave",
+        ),
+        (["features.shard_size=4"], r"features\.shard_size=4 is of the cache of features, and there is none"),
         (["train.micro_batch_size=9"], "micro_batch_size=9: it must be at most"),
         (["objectives.weight_shrt=1"], r"unknown key; did you mean objectives\.weight_short\?"),
     ],
@@ -554,6 +570,10 @@ def test_bad_input_is_named_before_the_first_step(recipe_file, tmp_path, overrid
         overrides = [override.replace(name, place) for override in overrides]
     with pytest.raises(ValueError, match=message):
         AdapterTrainer(tiny_adapter.read(recipe_file(), *overrides)).prepare()
+
+
+def test_a_cache_is_turned_off_by_its_folder_alone(recipe):
+    assert recipe("run", "features.folder=null", "features.text=true").features.text
 
 
 def test_inpainting_models_are_refused(recipe, sd1, tmp_path):
@@ -593,6 +613,49 @@ def test_command(recipe_file, tmp_path):
     wrong = run_command(recipe_file(), "optim.learning_rate=1")
     assert wrong.exit_code == 2
     assert "did you mean optim.lr" in wrong.output
+
+
+def test_a_dry_run_says_what_it_would_cache_and_go_on_from(recipe_file, tmp_path):
+    cache = [f"features.folder={tmp_path / 'new' / 'cache'}", "features.shard_size=4", "features.text=true"]
+    planned = run_command(recipe_file(), *cache, "--dry-run")
+    assert re.search(r"cache  .*/new/cache, with text states: 12 samples to add, about 0\.00 GiB", planned.output)
+    assert "resumes" not in planned.output
+    assert not (tmp_path / "new").exists()
+    assert run_command(recipe_file(), *cache, "train.steps=2").exit_code == 0
+    size = sum(file.stat().st_size for file in (tmp_path / "new" / "cache").glob("*.safetensors"))
+    planned = run_command(recipe_file(), *cache, "optim.lr=2e-4", "output.save_every=1", "--dry-run")
+    assert "cache, with text states: complete" in planned.output
+    assert f"resumes  from step 2, {tmp_path / 'run' / 'checkpoints' / 'step-00000002'}" in planned.output
+    changed = r"changed  since the run started optim\.lr from [0-9.]* to 0\.0002, train\.steps from 2 to 4$"
+    assert re.search(changed, planned.output, re.MULTILINE)
+    elsewhere = (f"output.folder={tmp_path / 'other'}", "--resume", str(tmp_path / "run" / "checkpoints"), "--dry-run")
+    assert "resumes  from step 2" in run_command(recipe_file(), *cache, *elsewhere).output
+    (tmp_path / "new" / "cache" / "shard-00001.safetensors").unlink()
+    reset_accelerator()
+    run = AdapterTrainer(tiny_adapter.read(recipe_file(), *cache)).prepare()
+    assert len(run.cache.missing_samples) == 4
+    assert run.cache_bytes == pytest.approx(size / 3, rel=0.2)
+
+
+def test_a_cache_that_the_disk_cannot_hold_is_refused_before_it_is_made(recipe_file, tmp_path):
+    few = ("data.source=scenes", "data.stop=100000", "data.resolution=1024", "features.batch_size=1")
+    error = command_line.error_of(run_command(recipe_file(), *few, f"features.folder={tmp_path / 'cache'}"))
+    assert re.search(r"too little disk space: .*; choose another features\.folder than '.*', or leave it out", error)
+    assert error.startswith("command line: ")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_an_error_says_where_the_recipe_sets_what_it_names(recipe_file):
+    """Errors of loading models and data too, which the recipe alone does not show."""
+    file = recipe_file()
+    text, count = re.subn(r"batch_size: \d+", "batch_size: 13", file.read_text())
+    assert count == 1
+    file.write_text(text)
+    line = next(number for number, row in enumerate(text.splitlines(), 1) if "batch_size" in row)
+    reason = "12 samples do not fill one batch of {} on 1 rank(s)"
+    assert command_line.error_of(run_command(file)).startswith(f"{file}:{line}: {reason.format(13)}")
+    error = command_line.error_of(run_command(file, "train.batch_size=14"))
+    assert error.startswith(f"command line: {reason.format(14)}")
 
 
 def test_a_full_disk_while_caching_keeps_what_is_there(recipe_file, tmp_path):

@@ -227,7 +227,7 @@ def test_a_run_lowers_the_loss_and_the_pipeline_loads_what_it_saves(recipe, sdxl
     features = encode_batch(run.frozen, batch, objectives)
     with torch.no_grad():
         before = adapter_losses(run.module.adapter, features, run.denoiser, objectives)
-    run.start("auto")
+    run.start()
     run.fit()
     folder = run.save()
     with torch.no_grad():

@@ -65,7 +65,13 @@ def setup(sd1, models, tmp_path):
         recipe = tiny_adapter.read(path, *overrides)
         accelerator = make_accelerator(recipe.train, recipe.output)
         source = open_source(train.data_config(recipe, 4))
-        return train.make_loader(recipe, dataclasses.replace(models, **changes), accelerator, 4, 16, source)
+        frozen = dataclasses.replace(models, **changes)
+        reader = train.make_loader(recipe, frozen, accelerator, 4, 16, source)
+        cache = train.make_cache(recipe, frozen, reader, 16)
+        if cache is None:
+            return reader
+        cache.build(reader.batches, frozen)
+        return train.cached_loader(reader, cache)
 
     return setup
 

@@ -500,7 +500,7 @@ def test_a_run_learns_the_states_and_resumes_with_the_same_base(recipe, tmp_path
     assert rows[-1]["loss_states"] < 0.6 * rows[0]["loss_states"]
     halves = EncoderTrainer(recipe("halves", *states_alone)).prepare()
     assert halves.describe()["state alignment"] == "last states of the base's windows, weight 1"
-    halves.start("auto")
+    halves.start()
     halves.total_steps = 6
     halves.fit()
     assert not [name for name in halves.model.state_dict() if "base" in name]

@@ -136,8 +136,8 @@ def fresh_accelerator():
 def run_until(recipe, step, resume="auto"):
     """Train, with the whole run's schedule, and stop after some steps as if the power went."""
     reset_accelerator()
-    run = EncoderTrainer(recipe).prepare()
-    run.start(resume)
+    run = EncoderTrainer(recipe).prepare(resume)
+    run.start()
     run.total_steps = step
     run.fit()
     return run
@@ -243,14 +243,14 @@ def test_a_resumed_run_ends_with_the_same_weights(recipe, tmp_path, workers, opt
 
 def test_a_resumed_run_knows_how_many_processes_took_its_steps(recipe):
     """Where shards are remote, the loader needs it to read every sample once (tests/test_sampler.py)."""
-    run = EncoderTrainer(recipe()).prepare()
-    run.start("none")
+    run = EncoderTrainer(recipe()).prepare("none")
+    run.start()
     assert run.loader.batches.history == [(0, 1)]
     run.state.history, run.state.step = [(0, 4)], 2  # as four processes leave it
     save_checkpoint(run.accelerator, run.folder / trainer.CHECKPOINTS, 2, keep_last=1)
     reset_accelerator()
     again = EncoderTrainer(recipe()).prepare()
-    again.start("auto")
+    again.start()
     assert again.loader.batches.history == again.state.history == [(0, 4), (2, 1)]
 
 
@@ -280,17 +280,34 @@ def test_changes_and_conflicts_on_resume(recipe, tmp_path, caplog):
         run_until(recipe("run"), 3, resume="none")
     with pytest.raises(ValueError, match=r"newer checkpoints \(step-00000003\)"):
         run_until(recipe("run"), 3, resume=str(tmp_path / "run" / "checkpoints" / "step-00000002"))
-    with pytest.raises(ValueError, match="does not fit this model"):
+    since = r"since the run started .*model\.num_prompts from 2 to 3"
+    with pytest.raises(ValueError, match=f"(?s)does not fit this model: .*; {since}"):
         run_until(recipe("run", "model.num_prompts=3"), 3)
     for key, value in {"optim.optimizer": "muon", "model.positions": "kept", "model.prompt_flow": "replace"}.items():
         with pytest.raises(ValueError, match=f"{key} was .* when this run started and is '{value}' now, which"):
             run_until(recipe("run", f"{key}={value}"), 4)
-    older = str(tmp_path / "run" / "checkpoints" / "step-00000002")
+    older = tmp_path / "run" / "checkpoints" / "step-00000002"
+    with pytest.raises(ValueError, match=r"optim\.optimizer was 'adamw' when this run started"):
+        run_until(recipe("muon", "optim.optimizer=muon"), 4, resume=str(older))
+    alone = shutil.copytree(older, tmp_path / "alone" / older.name)  # without its run's recipe
     with pytest.raises(ValueError, match=r"step-00000002: written with another optim\.optimizer"):
-        run_until(recipe("muon", "optim.optimizer=muon"), 4, resume=older)
-    elsewhere = run_until(recipe("other"), 3, resume=older)
-    assert elsewhere.state.step == 3
-    assert metrics(tmp_path / "other")[0]["step"] == 3
+        run_until(recipe("muon", "optim.optimizer=muon"), 4, resume=str(alone))
+    for number, start in enumerate((older, alone)):
+        elsewhere = run_until(recipe(f"other{number}"), 3, resume=str(start))
+        assert elsewhere.state.step == 3
+        assert metrics(tmp_path / f"other{number}")[0]["step"] == 3
+
+
+def test_a_checkpoint_is_found_from_inside_its_folder_and_by_its_own_name_only(recipe, tmp_path, monkeypatch):
+    run_until(recipe("run"), 2)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    monkeypatch.chdir(checkpoints)
+    reset_accelerator()
+    run = EncoderTrainer(recipe("other", "optim.lr=5e-4")).prepare("step-00000002")
+    assert run.changes() == [("optim.lr", 5e-4, 1e-3)]
+    shutil.copytree(checkpoints / "step-00000002", tmp_path / "the best")
+    with pytest.raises(ValueError, match=r"the best: the folder of a checkpoint is named step-XXXXXXXX"):
+        run_until(recipe("third"), 3, resume=str(tmp_path / "the best"))
 
 
 # -- processes -----------------------------------------------------------------------------------------------
@@ -357,7 +374,7 @@ def test_two_processes(recipe, recipe_file, tmp_path):
                 run = EncoderTrainer(recipe).prepare()
                 assert "2 process(es) x 4, 3 at a time" in run.plan()
                 assert run.accelerator.num_processes == 2 and len(run.eval_loader) == 1
-                run.start("auto")
+                run.start()
                 run.total_steps = until or run.total_steps
                 run.fit()
                 if until is None:

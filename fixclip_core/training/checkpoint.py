@@ -83,6 +83,17 @@ def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
+def step_of(path: Path) -> int:
+    """The step of a checkpoint's folder, which its name says.
+
+    Raises:
+        ValueError: it has no such name.
+    """
+    if not (match := _NAME.fullmatch(path.name)):
+        raise ValueError(f"{path}: the folder of a checkpoint is named step-XXXXXXXX; give it its name back")
+    return int(match[1])
+
+
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint (a missing, short or altered file), or None if it is whole."""
     try:
@@ -147,13 +158,14 @@ def _find_resume(resume: str, folder: Path) -> Path | None:
         return None
     if resume == "auto":
         return latest_valid(folder)
-    path = Path(resume)
+    path = Path(resume).absolute()  # what its run wrote beside it lies above it
     if not (path / MANIFEST).is_file():
         if list_checkpoints(path):
             return latest_valid(path)
         raise ValueError(f"--resume {resume}: no checkpoint there; pass auto, none or a step-XXXXXXXX folder")
     if (reason := damage(path)) is not None:
         raise ValueError(f"--resume {resume}: the checkpoint is damaged: {reason}")
+    step_of(path)
     return path
 
 

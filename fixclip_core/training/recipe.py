@@ -8,6 +8,7 @@ import difflib
 import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -66,10 +67,9 @@ def load_recipe(
         raise ValueError(f"{name}: not a valid recipe: {error}") from None
     if not OmegaConf.is_dict(tree):
         raise ValueError(f"{name}:1: a recipe is a mapping of sections, e.g. `model:` and `train:`")
-    sources = {location: f"{name}:{line}" for location, line in _key_lines(yaml.compose(text))}
     for override in overrides:
-        location = _apply_override(tree, override)
-        sources[location] = COMMAND_LINE
+        _apply_override(tree, override)
+    sources = _sources(name, text, overrides)
     for key, value in (blanks or {}).items():
         if key in OmegaConf.missing_keys(tree):
             OmegaConf.update(tree, key, value)
@@ -95,6 +95,22 @@ def load_recipe(
     if found:
         raise ValueError("\n".join(found))
     return recipe
+
+
+@contextmanager
+def naming_places(schema: type[BaseModel], path: str | Path, overrides: Sequence[str] = ()) -> Iterator[None]:
+    """Errors of the block that name a key of a recipe say where it is set, too: `my.yaml:12: train.batch_size=7: ...`.
+
+    Args:
+        schema, path, overrides: as `load_recipe` was given them.
+    """
+    try:
+        yield
+    except ValueError as error:
+        text = find_recipe(schema, path).read_text(encoding="utf-8")
+        if places := _places_of(str(error), _sources(str(path), text, overrides)):
+            error.args = (f"{places}: {error}",)
+        raise
 
 
 def find_recipe(schema: type[BaseModel], name: str | Path) -> Path:
@@ -123,7 +139,7 @@ def _location(key: str) -> tuple[str, ...]:
     return tuple(key.split("."))
 
 
-def _apply_override(tree: Any, override: str) -> Location:
+def _apply_override(tree: Any, override: str) -> None:
     key, equals, text = override.partition("=")
     location = _location(key)
     if not equals or not all(location):
@@ -136,7 +152,18 @@ def _apply_override(tree: Any, override: str) -> Location:
         OmegaConf.update(tree, key, value, merge=False, force_add=True)
     except (OmegaConfBaseException, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{COMMAND_LINE}: {override!r} cannot be applied: {error}") from None
-    return location
+
+
+def _sources(name: str, text: str, overrides: Sequence[str]) -> dict[Location, str]:
+    """Where a recipe's keys are set: `FILE:LINE`, or on the command line."""
+    lines = {location: f"{name}:{line}" for location, line in _key_lines(yaml.compose(text))}
+    return lines | {_location(override.partition("=")[0]): COMMAND_LINE for override in overrides}
+
+
+def _places_of(message: str, sources: Mapping[Location, str]) -> str:
+    """Where the first key that a message names is set, and the command line where that sets another; else ""."""
+    named = [sources[found] for found in map(_location, KEYS.findall(message)) if found in sources]
+    return ", ".join(named[:1] if COMMAND_LINE not in named[1:] else dict.fromkeys([named[0], COMMAND_LINE]))
 
 
 def _key_lines(node: yaml.Node | None, prefix: Location = ()) -> Iterator[tuple[Location, int]]:
@@ -163,10 +190,8 @@ def _explain(schema: type[BaseModel], details: ErrorDetails, sources: dict[Locat
         return f"{source}: {key}: missing; the recipe must set it"
     message = details["msg"].removeprefix("Value error, ").replace("Input should be", "it should be")
     if details["type"] == "value_error":  # of a section as a whole, whose message names the keys
-        named = [sources[found] for found in map(_location, KEYS.findall(message)) if found in sources]
-        if named:
-            places = named[:1] if COMMAND_LINE not in named[1:] else dict.fromkeys([named[0], COMMAND_LINE])
-            return f"{', '.join(places)}: {message}"
+        if places := _places_of(message, sources):
+            return f"{places}: {message}"
         return f"{source}: {key}: {message}" if key else f"{source}: {message}"
     return f"{source}: {key}={details['input']!r}: {message}"
 

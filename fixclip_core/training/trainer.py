@@ -1,6 +1,6 @@
 """One trainer for everything that is trained here: it owns the order, and a training fills in the parts.
 
-    train = prepare -> start or resume -> steps -> save
+    train = prepare -> start or go on -> steps -> save
     step  = seed -> forward and backward -> clip, optimise, average -> log -> evaluate -> checkpoint
 
 A subclass overrides what differs: `build_model`, `build_data`, `forward_backward`, `evaluate`, `save`, and `describe`,
@@ -23,7 +23,6 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, LoggerType, broadcast_object_list
-from pydantic import BaseModel
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
@@ -39,6 +38,7 @@ from fixclip_core.training.checkpoint import (
     load_checkpoint,
     remove_unfinished,
     save_checkpoint,
+    step_of,
     training_state_bytes,
 )
 from fixclip_core.training.memory import device_memory
@@ -126,6 +126,8 @@ class Trainer:
         state: where the run stands.
         batch_size: samples a step of this process.
         total_steps: of the whole run.
+        checkpoint: the folder of the checkpoint that the run goes on from; None: it begins anew.
+        begun_with: the recipe that the checkpoint's run was last started with; None: there is none, or it is not known.
 
     Raises:
         ValueError: a tracker is not installed, or the batch does not divide among the processes.
@@ -139,6 +141,8 @@ class Trainer:
     schedule: LambdaLR
     ema: AveragedModel | None
     total_steps: int
+    checkpoint: Path | None = None
+    begun_with: Any = None
     cpu = False  # True: whatever else the machine has
     has_begun = False  # True from the first step on
 
@@ -169,30 +173,35 @@ class Trainer:
             OSError: the disk is full or gone.
         """
         with self._folder_locked():
-            self.prepare()
-            self.start(resume)
+            self.prepare(resume)
+            self.start()
             self.fit()
             with self._saying_what_is_whole():
                 result = self.save()
             self.accelerator.end_training()
         return result
 
-    def prepare(self) -> Self:
-        """Build model, data, optimizer and schedule, and check folder and disk before the first step.
+    def prepare(self, resume: str = "auto") -> Self:
+        """Build model, data, optimizer and schedule, and check checkpoint, folder and disk before the first step.
+
+        Args:
+            resume: see `train`.
 
         Raises:
             ValueError: see `train`.
         """
         recipe, accelerator = self.recipe, self.accelerator
         self._on_main(lambda: prepare_folder(self.folder))
+        self._find_checkpoint(resume)
         torch.manual_seed(recipe.seed)
         self.open_data()
         with accelerator.local_main_process_first():  # the others find its download
             self.module = self.build_model()
-        if list_checkpoints(self.folder / CHECKPOINTS):
-            self.check_goes_on()
+        if self.checkpoint is not None:
+            self.check_goes_on(self.checkpoint.parent.parent)
         self.loader = self.build_data()
-        self._on_main(lambda: prepare_folder(self.folder, self.needed_disk()))
+        way_out = "keep fewer checkpoints (output.keep_last) or choose another output.folder"
+        self._on_main(lambda: prepare_folder(self.folder, self.needed_disk(), way_out=way_out))
         if accelerator.state.deepspeed_plugin is not None:  # it cannot ask a loader that it does not prepare
             accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = self.batch_size
         groups = parameter_groups(self.module, self.is_new, self.no_decay, recipe.optim)
@@ -204,37 +213,66 @@ class Trainer:
         self.ema = make_ema(accelerator, self.model, recipe.train.ema_decay)
         return self
 
-    def check_goes_on(self) -> None:
-        """Refuse a recipe that the checkpoints in the output folder do not fit, before data are read.
+    def _find_checkpoint(self, resume: str) -> None:
+        """Raises:
+        ValueError: the checkpoint is damaged, or the output folder holds another run's newer ones.
+        """
+        checkpoints = self.folder / CHECKPOINTS
+        self.checkpoint = path = find_resume(self.accelerator, resume, checkpoints)
+        newer = [other.name for step, other in list_checkpoints(checkpoints) if path is None or step > step_of(path)]
+        if newer and resume != "auto":
+            raise ValueError(
+                f"--resume {resume}: {checkpoints} holds newer checkpoints ({', '.join(newer)}); delete them or "
+                "choose another output.folder"
+            )
+        if path is not None and (path.parent.parent / RECIPE).exists():
+            try:
+                self.begun_with = load_recipe(type(self.recipe), path.parent.parent / RECIPE)
+            except ValueError as error:
+                logger.warning("The recipe that the run was started with cannot be compared: %s", error)
+
+    def changes(self) -> list[tuple[str, Any, Any]]:
+        """(key, value now, value then) for what differs from the recipe that the checkpoint's run was started with.
+
+        Where a run writes may change as one likes.
+        """
+        if self.begun_with is None:
+            return []
+        found = recipe_diff(self.recipe, self.begun_with)
+        return [(key, now, then) for key, now, then in found if not key.startswith("output.")]
+
+    def check_goes_on(self, run: Path) -> None:
+        """Refuse a recipe that the checkpoint does not fit, before data are read.
+
+        Args:
+            run: the folder of the run that wrote the checkpoint.
 
         Raises:
             ValueError: a key that `is_fixed` has another value than when the run was begun.
         """
-        try:
-            before = load_recipe(type(self.recipe), self.folder / RECIPE)
-        except ValueError:  # which `start` warns of
-            return
-        for key, now, then in recipe_diff(self.recipe, before):
+        for key, now, then in self.changes():
             if self.is_fixed(key):
                 raise ValueError(
                     f"{key} was {then!r} when this run started and is {now!r} now, which its checkpoints do not fit; "
                     "set it back, or start anew in another output.folder"
                 )
 
-    def start(self, resume: str) -> None:
-        """Load the checkpoint to go on from, if any, and write the recipe beside the results.
+    def start(self) -> None:
+        """Load the checkpoint that `prepare` found, if any, and write the recipe beside the results.
 
         The learning rates, betas and weight decay are the recipe's, whatever they were when the checkpoint was written.
 
         Raises:
-            ValueError: the checkpoint is damaged, does not fit or is another optimizer's, or the folder holds another
-                run's newer ones.
+            ValueError: the checkpoint does not fit or is another optimizer's.
         """
-        checkpoints = self.folder / CHECKPOINTS
-        path = find_resume(self.accelerator, resume, checkpoints)
+        path = self.checkpoint
         if path is not None:
             wanted, muon = hyperparameters(self.optimizer), moved_by_muon(self.optimizer)
-            load_checkpoint(self.accelerator, path)
+            try:
+                load_checkpoint(self.accelerator, path)
+            except ValueError as error:
+                since = f"; since the run started {self._describe_changes()}" if self.changes() else ""
+                raise ValueError(f"{error}{since}") from error
             if (before := moved_by_muon(self.optimizer)) != muon:
                 raise ValueError(
                     f"{path}: written with optim.optimizer={'muon' if any(before) else 'adamw'}, not with "
@@ -246,17 +284,11 @@ class Trainer:
         self.state.share_among(self.accelerator.num_processes, self.recipe.train.batch_size)
         if isinstance(self.loader, Loader):
             self.loader.batches.history = self.state.history
-        newer = [other.name for step, other in list_checkpoints(checkpoints) if step > self.state.step]
-        if newer and resume != "auto":
-            raise ValueError(
-                f"--resume {resume}: {checkpoints} holds newer checkpoints ({', '.join(newer)}); delete them or "
-                "choose another output.folder"
-            )
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            remove_unfinished(checkpoints)
-            if path is not None and (self.folder / RECIPE).exists():
-                _warn_of_changes(self.recipe, self.folder / RECIPE)
+            remove_unfinished(self.folder / CHECKPOINTS)
+            for key, now, then in self.changes():
+                logger.warning("%s was %r when this run started and is %r now", key, then, now)
             write_atomically(self.folder / RECIPE, recipe_yaml(self.recipe).encode())
         self._start_trackers()
 
@@ -410,11 +442,16 @@ class Trainer:
             "memory": self._describe_memory(),
             "disk": f"{self.needed_disk() / GIB:.2f} GiB for checkpoints and models in {self.folder}",
         }
-        if checkpoints := list_checkpoints(self.folder / CHECKPOINTS):
-            lines["resumes"] = f"from step {checkpoints[-1][0]}, which {self.folder} holds"
+        if self.checkpoint is not None:
+            lines["resumes"] = f"from step {step_of(self.checkpoint)}, {self.checkpoint}"
+            if self.changes():
+                lines["changed"] = f"since the run started {self._describe_changes()}"
         if self._is_too_short():
             lines["warning"] = f"the learning rate is still warming up at the end: {self._is_too_short()}"
         return "\n".join(f"{name:>10}  {text}" for name, text in lines.items())
+
+    def _describe_changes(self) -> str:
+        return ", ".join(f"{key} from {then!r} to {now!r}" for key, now, then in self.changes())
 
     def _describe_memory(self) -> str:
         parts, have = self.memory(), device_memory(self.accelerator.device)
@@ -568,14 +605,3 @@ def count_step(state: TrainState, applied: bool, limit: int) -> None:
     state.skipped_in_a_row = 0 if applied else state.skipped_in_a_row + 1
     if state.skipped_in_a_row >= limit:
         raise FloatingPointError(f"step {state.step}: {limit} steps in a row without a finite gradient")
-
-
-def _warn_of_changes(recipe: BaseModel, path: Path) -> None:
-    try:
-        before = load_recipe(type(recipe), path)
-    except ValueError as error:
-        logger.warning("The recipe that the run was started with cannot be compared: %s", error)
-        return
-    for key, now, then in recipe_diff(recipe, before):
-        if not key.startswith("output."):
-            logger.warning("%s was %r when this run started and is %r now", key, then, now)

@@ -510,39 +510,48 @@ class FeatureCache:
             )
         return True
 
-    def build(
-        self,
-        batches: Batches,
-        frozen: FrozenModels,
-        rank: int = 0,
-        world_size: int = 1,
-        workers: int = 0,
-    ) -> None:
-        """Make the files that are missing, every `world_size`-th of them.
+    @property
+    def missing_samples(self) -> list[int]:
+        return [index for number in self.missing for index in self._range(number)]
+
+    def missing_bytes(self, reader: Batches, frozen: FrozenModels) -> int:
+        """About what `build` will write, by the first samples that are missing."""
+        indices = self.missing_samples
+        samples = _Samples(reader, indices[: self.section.batch_size])
+        found = [samples[position] for position in range(len(samples))]
+        rows = [row for row in found if not isinstance(row, Skipped)]
+        if not rows:
+            return 0
+        size = sum(t.numel() * t.element_size() for t in self._encode(rows, reader, frozen).values())
+        return len(indices) * size // len(rows)
+
+    def build(self, reader: Batches, frozen: FrozenModels) -> None:
+        """Make the files that are missing; processes that build together make every n-th of them each.
 
         Args:
-            batches: reads and transforms the samples.
+            reader: reads and transforms the samples; it says which process this one is.
             frozen: encodes them.
-            rank, world_size: this process among those that build together.
-            workers: loading processes.
         """
+        if not self.missing:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
-        if rank == 0:
+        if reader.rank == 0:
             write_atomically(self.folder / KEY_FILE, json.dumps(self.key, indent=1).encode())
-        mine = self.missing[rank::world_size]
+        mine = self.missing[reader.rank :: reader.world_size]
         loader = DataLoader(
-            _Samples(batches, [index for number in mine for index in self._range(number)]),
+            _Samples(reader, [index for number in mine for index in self._range(number)]),
             batch_size=None,
-            num_workers=loading_workers(workers),
+            num_workers=loading_workers(reader.config.workers),
             generator=torch.Generator().manual_seed(0),  # leaves the global one alone
         )
-        with tqdm(loader, "caching", unit="sample", disable=rank != 0 or not mine) as bar:
+        with tqdm(loader, "caching", unit="sample", disable=reader.rank != 0 or not mine) as bar:
             samples = iter(bar)
             for number in mine:
-                self._write(number, samples, batches, frozen)
+                self._write(number, samples, reader, frozen)
+        self.missing = []
 
     def _write(
-        self, number: int, samples: Iterator[LoadedSample | Skipped], batches: Batches, frozen: FrozenModels
+        self, number: int, samples: Iterator[LoadedSample | Skipped], reader: Batches, frozen: FrozenModels
     ) -> None:
         """Encode one file's samples as they come; only `batch_size` pictures are in memory at a time."""
         parts: list[dict[str, Tensor]] = []
@@ -559,10 +568,10 @@ class FeatureCache:
             keys.append(row[4])
             pending.append(row)
             if len(pending) == self.section.batch_size:
-                parts.append(self._encode(pending, batches, frozen))
+                parts.append(self._encode(pending, reader, frozen))
                 pending = []
         if pending:
-            parts.append(self._encode(pending, batches, frozen))
+            parts.append(self._encode(pending, reader, frozen))
         tensors = {"row": torch.tensor(row_of)}
         for name in parts[0] if parts else ():
             tensors[name] = _stacked([row for part in parts for row in part[name]]).contiguous()
@@ -575,20 +584,20 @@ class FeatureCache:
                 "goes on from them"
             ) from error
 
-    def _encode(self, rows: Sequence[LoadedSample], batches: Batches, frozen: FrozenModels) -> dict[str, Tensor]:
+    def _encode(self, rows: Sequence[LoadedSample], reader: Batches, frozen: FrozenModels) -> dict[str, Tensor]:
         pictures, longs, shorts = ([row[i] for row in rows] for i in range(3))
         images, sizes = stack_pictures(cast(list[Picture], pictures))
         mean, logvar = encode_pictures(frozen.vae, images)
         tensors = {"mean": mean, "logvar": logvar}
         if self.section.text:
-            packed_B4S = batches.tokenizer(cast(list[str], longs + shorts))
+            packed_B4S = reader.tokenizer(cast(list[str], longs + shorts))
             long_ids, short_ids = packed_B4S[: len(rows)], packed_B4S[len(rows) :]
             tensors |= encode_captions(frozen, long_ids).tensors("long")
             tensors |= encode_captions(frozen, short_ids).tensors("short")
             tensors["teacher"], pooled, tensors["teacher_fits"] = encode_for_teacher(frozen, short_ids)
             tensors |= {} if pooled is None else {"teacher_pooled": pooled}
             if self.key.get("window states"):
-                plain_ids = batches.tokenizer([row[5] for row in rows])
+                plain_ids = reader.tokenizer([row[5] for row in rows])
                 windows = encode_windows_for_teacher(frozen, long_ids, plain_ids)
                 tensors |= dict(zip(WINDOWS, windows, strict=True))
         dtype = DTYPES[self.section.dtype]
@@ -630,8 +639,8 @@ def _stacked(rows: list[Tensor]) -> Tensor:
 class _Samples(Dataset):
     """Samples by their number, loaded and transformed as in the first epoch."""
 
-    def __init__(self, batches: Batches, indices: Sequence[int]):
-        self.batches, self.indices = batches, indices
+    def __init__(self, reader: Batches, indices: Sequence[int]):
+        self.reader, self.indices = reader, indices
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -639,15 +648,29 @@ class _Samples(Dataset):
     def __getitem__(self, position: int) -> LoadedSample | Skipped:
         index = self.indices[position]
         try:
-            return self.batches.load(0, index)
+            return self.reader.load(0, index)
         except BadSampleError as error:
             return error.skipped
 
 
-class CachedLatents(Batches):
-    """Batches whose `image` holds a cache's mean and log variance (B, 2 C, H, W); captions come from the source."""
+class CachedBatches(Batches):
+    """The samples of `reader` in the same order, read from a cache that is complete by then."""
 
-    cache: FeatureCache
+    def __init__(self, reader: Batches, cache: FeatureCache):
+        self.cache = cache
+        super().__init__(
+            reader.source,
+            reader.config,
+            reader.transform,
+            reader.tokenizer,
+            reader.rank,
+            reader.world_size,
+            reader.draft_size,
+        )
+
+
+class CachedLatents(CachedBatches):
+    """Batches whose `image` holds a cache's mean and log variance (B, 2 C, H, W); captions come from the source."""
 
     def load(self, epoch: int, index: int) -> LoadedSample:
         tensors, key = self.cache.read(index)
@@ -658,10 +681,8 @@ class CachedLatents(Batches):
         return picture, long, short, seed, key, plain_wording(sample, long)
 
 
-class CachedFeatures(Batches):
+class CachedFeatures(CachedBatches):
     """Batches of features that a cache holds completely: `Features` instead of `Batch`."""
-
-    cache: FeatureCache
 
     def __getitem__(self, item: tuple[int, int]) -> Any:
         epoch, number = item

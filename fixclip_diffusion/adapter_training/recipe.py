@@ -165,6 +165,17 @@ class FeaturesSection(Section):
     shard_size: int = Field(default=512, ge=1, description="samples a file")
     batch_size: int = Field(default=8, ge=1, description="samples encoded at a time")
 
+    @model_validator(mode="after")
+    def _check_folder(self) -> "FeaturesSection":
+        """With `folder: null`, said in so many words, the rest may stand: it is how a recipe's cache is turned off."""
+        for name in sorted(self.model_fields_set):
+            if "folder" not in self.model_fields_set and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"features.{name}={str(getattr(self, name)).lower()} is of the cache of features, and there is "
+                    f"none: set features.folder, or leave features.{name} out"
+                )
+        return self
+
 
 class AdapterOptimSection(OptimSection):
     """`OptimSection` with the adapter's learning rates."""

@@ -33,13 +33,13 @@ from fixclip_core.data.loader import (
 )
 from fixclip_core.data.samples import Sample
 from fixclip_core.data.sources import Source
-from fixclip_core.files import write_atomically
+from fixclip_core.files import prepare_folder, write_atomically
 from fixclip_core.scenes import sheet
 from fixclip_core.training.encoder.task import split_batch
 from fixclip_core.training.memory import activation_bytes
 from fixclip_core.training.metrics import MetricsLog
 from fixclip_core.training.optim import check_finite
-from fixclip_core.training.trainer import Trainer, batches, changed
+from fixclip_core.training.trainer import GIB, Trainer, batches, changed
 from fixclip_diffusion import builtin
 from fixclip_diffusion.adapter import TextAdapter, check_fits
 from fixclip_diffusion.adapter_training.features import (
@@ -115,6 +115,9 @@ class AdapterTrainer(Trainer):
     denoiser: Denoiser
     resolution: int
     made_for: list[dict[str, str]]  # for each text encoder
+    reader: Loader  # of pictures and captions, which `loader` is too where there is no cache
+    cache: FeatureCache | None
+    cache_bytes = 0  # that the cache lacks
 
     def __init__(self, recipe: AdapterRecipe, models: FrozenModels | None = None):
         super().__init__(recipe)
@@ -145,15 +148,30 @@ class AdapterTrainer(Trainer):
         self.data = open_samples(data_config(self.recipe, self.batch_size))
 
     def build_data(self) -> Loader:
-        self.resolution = self.recipe.data.resolution or _own_resolution(self.frozen)
-        loader = make_loader(self.recipe, self.frozen, self.accelerator, self.batch_size, self.resolution, self.data)
+        recipe, frozen = self.recipe, self.frozen
+        self.resolution = recipe.data.resolution or _own_resolution(frozen)
+        self.reader = make_loader(recipe, frozen, self.accelerator, self.batch_size, self.resolution, self.data)
+        self.cache = make_cache(recipe, frozen, self.reader, self.resolution)
+        if self.cache is not None:
+            self.cache_bytes = self._on_main(self._check_cache_fits)
         if self.accelerator.is_main_process:
-            captions = some_captions(loader.batches)
-            if self.recipe.objectives.weight_plain:
-                check_wordings(captions, "objectives.weight_plain", self.recipe.data.source)
-            check_targets(captions, self.frozen, self.recipe)
-            check_lengths([long for _, long in captions], self.frozen, self.recipe)
-        return loader
+            captions = some_captions(self.reader.batches)
+            if recipe.objectives.weight_plain:
+                check_wordings(captions, "objectives.weight_plain", recipe.data.source)
+            check_targets(captions, frozen, recipe)
+            check_lengths([long for _, long in captions], frozen, recipe)
+        return self.reader if self.cache is None else cached_loader(self.reader, self.cache)
+
+    def _check_cache_fits(self) -> int:
+        """The bytes that it lacks. The folder is not made: this is asked by --dry-run, too."""
+        assert self.cache is not None
+        if not self.cache.missing:
+            return 0
+        folder = self.cache.folder.absolute()
+        needed = self.cache.missing_bytes(self.reader.batches, self.frozen)
+        way_out = f"choose another features.folder than {str(self.cache.folder)!r}, or leave it out"
+        prepare_folder(next(path for path in (folder, *folder.parents) if path.exists()), needed, way_out=way_out)
+        return needed
 
     def is_new(self, name: str) -> bool:
         return name.startswith("lora")
@@ -167,16 +185,20 @@ class AdapterTrainer(Trainer):
         is_size = section == "adapter" and name not in NO_SIZES
         return super().is_fixed(key) or key == "model.conditioning" or is_size
 
-    def check_goes_on(self) -> None:
+    def check_goes_on(self, run: Path) -> None:
         """Encoder and tokenizer too must be those that the run was begun with; see `Trainer.check_goes_on`."""
-        check_made_for(self.folder, self._made_for())
-        super().check_goes_on()
+        check_made_for(run, self._made_for())
+        super().check_goes_on(run)
 
-    def start(self, resume: str) -> None:
-        """As any training, and write the fingerprint of encoder and tokenizer beside the results."""
-        super().start(resume)
+    def start(self) -> None:
+        """As any training; write the fingerprint of encoder and tokenizer beside the results, and fill the cache."""
+        super().start()
         if self.accelerator.is_main_process:
             _write_made_for(self.folder, self._made_for())
+        if self.cache is not None:
+            self.accelerator.wait_for_everyone()  # all have seen the same files missing
+            self.cache.build(self.reader.batches, self.frozen)
+            self.accelerator.wait_for_everyone()
 
     def _made_for(self) -> dict[str, str]:
         """Fingerprints of the encoder, or of both, and their tokenizers."""
@@ -292,7 +314,6 @@ class AdapterTrainer(Trainer):
     def describe(self) -> dict[str, str]:
         recipe, frozen = self.recipe, self.frozen
         trained = sum(p.numel() for p in self.module.parameters())
-        cache = "none" if recipe.features.folder is None else recipe.features.folder
         return {
             "base": f"{recipe.model.base}, {cast(Any, frozen.scheduler.config).prediction_type}",
             "encoder": f"{' and '.join(self._encoders())}, "
@@ -306,8 +327,15 @@ class AdapterTrainer(Trainer):
             + (f", LoRA of rank {recipe.lora.rank}" if recipe.lora.rank else ""),
             "data": f"{len(self.loader.batches.order)} samples, {len(self.loader)} batches an epoch, "
             f"{self.resolution} px",
-            "cache": f"{cache}{', with text states' if recipe.features.text and recipe.features.folder else ''}",
+            "cache": self._describe_cache(),
         }
+
+    def _describe_cache(self) -> str:
+        if self.cache is None:
+            return "none"
+        text, missing = ", with text states" if self.recipe.features.text else "", len(self.cache.missing_samples)
+        left = f"{missing} samples to add, about {self.cache_bytes / GIB:.2f} GiB" if missing else "complete"
+        return f"{self.cache.folder}{text}: {left}"
 
     def _encoders(self) -> list[str]:
         towers = [encoding.tower.encoder for encoding in self.frozen.encodings]
@@ -328,7 +356,8 @@ class AdapterTrainer(Trainer):
 
     def _activations(self) -> int:
         """Bytes that autograd keeps of a pass, measured on one and two samples and extrapolated along a line."""
-        batch = next(batches(self.loader, 0, 1)).to(self.accelerator.device)
+        loader = self.reader if self.cache is not None and self.cache.missing else self.loader
+        batch = next(batches(loader, 0, 1)).to(self.accelerator.device)
         micro = min(self.recipe.train.micro_batch_size or len(batch), len(batch))
 
         def measured(count: int) -> int:
@@ -576,28 +605,35 @@ def make_loader(
     resolution: int,
     source: Source,
 ) -> Loader:
-    """Batches of pictures, or of cached features, which are made first where they are missing.
-
-    `source` is what `data_config` names, opened.
+    """Batches of pictures and captions of `source`, which is what `data_config` names, opened.
 
     Raises:
-        ValueError: the data cannot be used, or the cache was made with something else.
+        ValueError: the data cannot be used.
     """
     section, config = recipe.data, data_config(recipe, batch_size)
     rank, world_size = accelerator.process_index, accelerator.num_processes
     transform = picture_transform(resolution, section.random_crop, section.flip, frozen.reads_sizes)
     draft_size = 2 * resolution if config.draft else None
-    arguments = (source, config, transform, frozen.caption_ids, rank, world_size, draft_size)
-    result = Batches(*arguments)
-    if recipe.features.folder is not None:
-        folder, key = Path(recipe.features.folder), cache_key(recipe, frozen, resolution)
-        cache = FeatureCache(folder, key, source, config, recipe.features)
-        accelerator.wait_for_everyone()  # all have seen the same files missing
-        cache.build(result, frozen, rank, world_size, config.workers)
-        accelerator.wait_for_everyone()
-        result = (CachedFeatures if recipe.features.text else CachedLatents)(*arguments)
-        result.cache = cache
-    return Loader(result, pin_memory=accelerator.device.type == "cuda")
+    found = Batches(source, config, transform, frozen.caption_ids, rank, world_size, draft_size)
+    return Loader(found, pin_memory=accelerator.device.type == "cuda")
+
+
+def make_cache(recipe: AdapterRecipe, frozen: FrozenModels, reader: Loader, resolution: int) -> FeatureCache | None:
+    """The cache of what `reader` reads, as far as it is made, or None where the recipe has none.
+
+    Raises:
+        ValueError: it was made with something else.
+    """
+    if recipe.features.folder is None:
+        return None
+    key = cache_key(recipe, frozen, resolution)
+    return FeatureCache(Path(recipe.features.folder), key, reader.batches.source, reader.config, recipe.features)
+
+
+def cached_loader(reader: Loader, cache: FeatureCache) -> Loader:
+    """Batches of a cache's latents and of captions, or of its features where it holds text states."""
+    kind = CachedFeatures if cache.section.text else CachedLatents
+    return Loader(kind(reader.batches, cache), reader.pin_memory)
 
 
 def check_targets(captions: list[tuple[Sample, str]], frozen: FrozenModels, recipe: AdapterRecipe) -> None:

@@ -48,7 +48,7 @@ from fixclip_core.training.encoder.losses.contrastive import contrastive_loss
 from fixclip_core.training.memory import activation_bytes
 from fixclip_core.training.metrics import MetricsLog
 from fixclip_core.training.optim import check_finite
-from fixclip_core.training.recipe import OptimSection, OutputSection, RunSection, Section, load_recipe
+from fixclip_core.training.recipe import OptimSection, OutputSection, RunSection, Section, load_recipe, naming_places
 from fixclip_core.training.trainer import Trainer, changed
 from fixclip_diffusion import tiny
 from fixclip_diffusion.adapter_training.objectives import noise_target
@@ -718,7 +718,8 @@ def command(schema: type[StageRecipe]) -> Callable[..., None]:
     ) -> None:
         with training_errors():
             chosen = load_recipe(schema, recipe, overrides or [])
-            run(StageTrainer, chosen, resume=resume, dry_run=dry_run, smoke=smoke)
+            with naming_places(schema, recipe, overrides or []):
+                run(StageTrainer, chosen, resume=resume, dry_run=dry_run, smoke=smoke)
 
     return pretrain
 

@@ -51,8 +51,8 @@ class EncoderTrainer(Trainer):
 
     # -- building --------------------------------------------------------------------------------------------
 
-    def prepare(self) -> Self:
-        super().prepare()
+    def prepare(self, resume: str = "auto") -> Self:
+        super().prepare(resume)
         if self.accelerator.is_fsdp2:
             from torch.distributed.fsdp import register_fsdp_forward_method
 
