@@ -141,6 +141,23 @@ def test_an_error_about_two_fields_says_where_each_stands(write):
         load(write(text), "train.batch_size=1")
 
 
+def test_all_contradictions_of_a_section_are_reported_each_with_its_line(write):
+    text = MINIMAL + "captions:\n  min_words: 3\n  num_short: 2\n  short_caption: given\n"
+    with pytest.raises(ValueError, match="min_words") as error:
+        load(write(text), "captions.max_short_sentences=5")
+    same, idle, limit = str(error.value).splitlines()
+    assert re.search(r"encoder\.yaml:8: captions\.num_short=2: short_caption=given gives the same one each time", same)
+    assert idle.startswith("command line: captions.max_short_sentences=5: short_caption=given takes no such number")
+    assert re.search(
+        r"yaml:7: captions\.min_words=3 is a limit of filter_captions, which is off; set that to true", limit
+    )
+    two = MINIMAL + "eval: {held_out: 0.1, source: scenes}\ntrain: {align_state: penultimate, weight_plain: 1}\n"
+    with pytest.raises(ValueError, match="held_out") as error:
+        load(write(two))
+    lines = [line.split("yaml:")[1].split(" ")[0] for line in str(error.value).splitlines()]
+    assert lines == ["6:", "7:", "7:"]
+
+
 def test_all_errors_are_reported_at_once(write):
     with pytest.raises(ValueError, match="unknown key") as error:
         load(write(MINIMAL + "optim: {lrr: 1}\ntrain: {steps: 0}\n"), "eval.evry=3")

@@ -1,8 +1,9 @@
 """What to train on and in which order: the sections `data` and `captions` of a recipe, and what a loader needs."""
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from fixclip_core.data.captions import CaptionFilters, ShortCaptions, ShortPolicy
 from fixclip_core.section import Section
@@ -28,11 +29,10 @@ class SourceSection(Section):
     start: int = Field(default=0, ge=0, description="first sample")
     stop: int | None = Field(default=None, ge=1, description="sample after the last; the number of `scenes`")
 
-    @model_validator(mode="after")
-    def _check_part(self) -> "SourceSection":
+    def contradictions(self) -> Iterator[str]:
+        yield from super().contradictions()
         if self.stop is not None and self.stop <= self.start:
-            raise ValueError(f"stop={self.stop}: it must be larger than start={self.start}")
-        return self
+            yield f"stop={self.stop}: it must be larger than start={self.start}"
 
     def refuse(self, kind: str, *names: str) -> None:
         """Raise ValueError if any of these fields is set: it would not act on this kind of source."""
@@ -91,14 +91,25 @@ class CaptionsSection(Section):
     min_letter_share: float | None = Field(default=CaptionFilters.min_letter_share, ge=0, le=1)
     min_words_per_clause: float | None = Field(default=CaptionFilters.min_words_per_clause, gt=0)
 
-    @model_validator(mode="after")
-    def _check_number(self) -> "CaptionsSection":
+    def contradictions(self) -> Iterator[str]:
+        yield from super().contradictions()
         if self.num_short > 1 and self.short_caption in ("given", "first_sentence"):
-            raise ValueError(
+            yield (
                 f"num_short={self.num_short}: short_caption={self.short_caption} gives the same one each time; choose "
                 "random_sentence, random_sentences or debiased"
             )
-        return self
+        if self._is_changed("max_short_sentences") and self.short_caption != "random_sentences":
+            yield (
+                f"max_short_sentences={self.max_short_sentences}: short_caption={self.short_caption} takes no such "
+                "number; choose random_sentences, or leave it out"
+            )
+        for name in CaptionFilters.__dataclass_fields__:
+            if self._is_changed(name) and not self.filter_captions:
+                value = "null" if getattr(self, name) is None else getattr(self, name)
+                yield f"{name}={value} is a limit of filter_captions, which is off; set that to true, or leave it out"
+
+    def _is_changed(self, name: str) -> bool:
+        return bool(getattr(self, name) != type(self).model_fields[name].default)
 
     def short_captions(self) -> ShortCaptions:
         return ShortCaptions(self.short_caption, self.max_short_sentences, self.drop_short_from_long)

@@ -179,7 +179,7 @@ def _key_lines(node: yaml.Node | None, prefix: Location = ()) -> Iterator[tuple[
 
 
 def _explain(schema: type[BaseModel], details: ErrorDetails, sources: dict[Location, str], default_source: str) -> str:
-    """One line for one of pydantic's errors: source, key, value and what is valid."""
+    """One line for one of pydantic's errors, or for each contradiction in it: source, key, value and what is valid."""
     location = tuple(str(part) for part in details["loc"])
     known = [location[:end] for end in range(len(location), 0, -1) if location[:end] in sources]
     source = sources[known[0]] if known else default_source
@@ -189,11 +189,17 @@ def _explain(schema: type[BaseModel], details: ErrorDetails, sources: dict[Locat
     if details["type"] == "missing":
         return f"{source}: {key}: missing; the recipe must set it"
     message = details["msg"].removeprefix("Value error, ").replace("Input should be", "it should be")
-    if details["type"] == "value_error":  # of a section as a whole, whose message names the keys
-        if places := _places_of(message, sources):
-            return f"{places}: {message}"
-        return f"{source}: {key}: {message}" if key else f"{source}: {message}"
+    if details["type"] == "value_error":  # of a section as a whole, whose messages name the keys
+        return "\n".join(_located(line, key, sources, source) for line in message.splitlines())
     return f"{source}: {key}={details['input']!r}: {message}"
+
+
+def _located(message: str, section: str, sources: Mapping[Location, str], default_source: str) -> str:
+    """A section's message about its fields, which it may name without the section: `data.stop=5` or `stop=5`."""
+    for named in (message, f"{section}.{message}"):
+        if places := _places_of(named, sources):
+            return f"{places}: {named}"
+    return f"{default_source}: {section}: {message}" if section else f"{default_source}: {message}"
 
 
 def _nearest_key(schema: type[BaseModel], location: Sequence[str]) -> str:

@@ -1,5 +1,6 @@
 """The recipe of `train_adapter.py`: what `load_recipe` checks an adapter.yaml against."""
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -60,29 +61,22 @@ class AdapterSection(Section):
         description="start_from may belong to another text encoder, such as the one whose states this one was taught",
     )
 
-    @model_validator(mode="after")
-    def _check_scope(self) -> "AdapterSection":
+    def contradictions(self) -> Iterator[str]:
+        yield from super().contradictions()
         if self.scope == "text" and self.start_from is None and not (self.kind == "attention" and self.mask_padding):
-            raise ValueError(
+            yield (
                 f"adapter.scope=text needs adapter.kind=attention and adapter.mask_padding=true, got kind={self.kind}, "
                 f"mask_padding={str(self.mask_padding).lower()}; or set adapter.scope=window"
             )
         if self.transfer and self.start_from is None:
-            raise ValueError(
-                "adapter.transfer=true needs an adapter to go on from: set adapter.start_from, or leave it out"
-            )
+            yield ("adapter.transfer=true needs an adapter to go on from: set adapter.start_from, or leave it out")
         if self.kind == "attention" and self.causal_heads > self.num_heads:
-            raise ValueError(
-                f"adapter.causal_heads={self.causal_heads}: it must be at most adapter.num_heads={self.num_heads}"
-            )
+            yield (f"adapter.causal_heads={self.causal_heads}: it must be at most adapter.num_heads={self.num_heads}")
         for name in ("num_heads", "mask_padding", "rotary", "causal_heads"):
             value, default = getattr(self, name), type(self).model_fields[name].default
             if self.kind == "mlp" and self.start_from is None and value != default:
                 given, usual = str(value).lower(), str(default).lower()
-                raise ValueError(
-                    f"adapter.{name}={given} needs adapter.kind=attention, and kind is mlp; leave it at {usual}"
-                )
-        return self
+                yield (f"adapter.{name}={given} needs adapter.kind=attention, and kind is mlp; leave it at {usual}")
 
 
 class LoraSection(Section):
@@ -114,16 +108,15 @@ class ObjectivesSection(Section):
         default=0.0, ge=0, le=1, description="draws taken from the noisiest 40 % of the timesteps; 0: uniform"
     )
 
-    @model_validator(mode="after")
-    def _check_short(self) -> "ObjectivesSection":
+    def contradictions(self) -> Iterator[str]:
+        yield from super().contradictions()
         for name in ("weight_short", "weight_prediction", "weight_states"):
             value = getattr(self, name)
             if not self.reads_short and value not in (0, type(self).model_fields[name].default):
-                raise ValueError(
+                yield (
                     f"objectives.{name}={value:g} with short_share=0: no draw reads a short caption; set {name}=0, or "
                     "a share above 0"
                 )
-        return self
 
     @property
     def reads_short(self) -> bool:
@@ -165,16 +158,15 @@ class FeaturesSection(Section):
     shard_size: int = Field(default=512, ge=1, description="samples a file")
     batch_size: int = Field(default=8, ge=1, description="samples encoded at a time")
 
-    @model_validator(mode="after")
-    def _check_folder(self) -> "FeaturesSection":
+    def contradictions(self) -> Iterator[str]:
         """With `folder: null`, said in so many words, the rest may stand: it is how a recipe's cache is turned off."""
+        yield from super().contradictions()
         for name in sorted(self.model_fields_set):
             if "folder" not in self.model_fields_set and getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(
+                yield (
                     f"features.{name}={str(getattr(self, name)).lower()} is of the cache of features, and there is "
                     f"none: set features.folder, or leave features.{name} out"
                 )
-        return self
 
 
 class AdapterOptimSection(OptimSection):
@@ -225,15 +217,15 @@ class AdapterRecipe(Section):
     samples: SamplesSection = SamplesSection()
     output: AdapterOutputSection = AdapterOutputSection()
 
-    @model_validator(mode="after")
-    def _check(self) -> "AdapterRecipe":
+    def contradictions(self) -> Iterator[str]:
+        yield from super().contradictions()
         train, objectives = self.train, self.objectives
         if self.captions.num_short > 1:
-            raise ValueError(f"captions.num_short={self.captions.num_short}: an adapter's training reads one at a time")
+            yield f"captions.num_short={self.captions.num_short}: an adapter's training reads one at a time"
         if self.captions.pad_short:
-            raise ValueError("captions.pad_short=true: an adapter's training would take that padding for text")
+            yield "captions.pad_short=true: an adapter's training would take that padding for text"
         if train.micro_batch_size and train.micro_batch_size > train.batch_size:
-            raise ValueError(
+            yield (
                 f"train.micro_batch_size={train.micro_batch_size}: it must be at most "
                 f"train.batch_size={train.batch_size}"
             )
@@ -241,22 +233,21 @@ class AdapterRecipe(Section):
         if objectives.short_share:
             weights += [objectives.weight_short, objectives.weight_prediction, objectives.weight_states]
         if not any(weights):
-            raise ValueError("objectives: every weight that counts is 0, so there is nothing to learn")
+            yield "objectives: every weight that counts is 0, so there is nothing to learn"
         if self.lora.rank and not objectives.reads_noise:
-            raise ValueError(
+            yield (
                 f"lora.rank={self.lora.rank}: a LoRA learns from noise predictions, and every objectives.weight_long, "
                 "weight_short and weight_prediction that counts is 0; set lora.rank=0"
             )
         if self.features.folder is not None:
-            self._check_cache()
-        return self
+            yield from self._cached_otherwise()
 
-    def _check_cache(self) -> None:
+    def _cached_otherwise(self) -> Iterator[str]:
         data, captions = self.data, self.captions
         if data.random_crop or data.flip:
-            raise ValueError("features.folder: a cache holds one view of a picture; set data.random_crop and data.flip")
+            yield "features.folder: a cache holds one view of a picture; set data.random_crop and data.flip"
         if self.features.text and captions.short_caption not in ("given", "first_sentence"):
-            raise ValueError(
+            yield (
                 f"features.text: a cache holds one short caption a picture, captions.short_caption="
                 f"{captions.short_caption} draws new ones; set it to given or first_sentence, or features.text=false"
             )

@@ -1,8 +1,9 @@
 """The recipe of the encoder's training: what `load_recipe` checks an encoder.yaml against."""
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from fixclip_core.data.config import CaptionsSection, DataSection, SourceSection
@@ -101,50 +102,41 @@ class EncoderRecipe(Section):
     eval: EvalSection = EvalSection()
     output: OutputSection = OutputSection()
 
-    @model_validator(mode="after")
-    def _check(self) -> "EncoderRecipe":
+    def contradictions(self) -> Iterator[str]:
+        yield from super().contradictions()
+        yield from self._idle_short_captions()
         train, model = self.train, self.model
         if self.eval.held_out is not None and self.eval.source is not None:
-            raise ValueError(f"eval.held_out={self.eval.held_out}: it is a share of the data; set eval.source=null")
+            yield f"eval.held_out={self.eval.held_out}: it is a share of the data; set eval.source=null"
         if train.align_state != "last" and not train.weight_states:
-            raise ValueError(
-                f"train.align_state={train.align_state}: it is a part of state alignment; set weight_states"
-            )
+            yield (f"train.align_state={train.align_state}: it is a part of state alignment; set weight_states")
         if train.weight_plain and not train.weight_states:
-            raise ValueError(
-                f"train.weight_plain={train.weight_plain}: it is a part of state alignment; set weight_states"
-            )
+            yield (f"train.weight_plain={train.weight_plain}: it is a part of state alignment; set weight_states")
         if not train.weight_himo and train.himo_variance != TrainSection.model_fields["himo_variance"].default:
-            raise ValueError(
-                f"train.himo_variance={train.himo_variance}: it is a part of HiMo-CLIP's loss; set weight_himo"
-            )
+            yield (f"train.himo_variance={train.himo_variance}: it is a part of HiMo-CLIP's loss; set weight_himo")
         aligned = model.num_groups - model.first_group + 1
         if self.method == "fixclip" and model.num_groups and aligned < 1:
-            raise ValueError(f"model.first_group={model.first_group}: it must lie between 1 and {model.num_groups}")
+            yield f"model.first_group={model.first_group}: it must lie between 1 and {model.num_groups}"
         if self.method == "fixclip" and model.num_groups and len(train.weight_mid) not in (1, aligned):
-            raise ValueError(
+            yield (
                 f"train.weight_mid={train.weight_mid}: give 1 weight, or {aligned} for groups "
                 f"{model.first_group}..{model.num_groups}"
             )
         if train.micro_batch_size and train.micro_batch_size > train.batch_size:
-            raise ValueError(
+            yield (
                 f"train.micro_batch_size={train.micro_batch_size}: it must be at most "
                 f"train.batch_size={train.batch_size}"
             )
-        return self
 
-    @model_validator(mode="after")
-    def _check_short_captions(self) -> "EncoderRecipe":
+    def _idle_short_captions(self) -> Iterator[str]:
         captions, states = self.captions, self.train.weight_states
         if captions.num_short > 1 and states:
-            raise ValueError(f"captions.num_short={captions.num_short}: state alignment reads one short caption")
+            yield f"captions.num_short={captions.num_short}: state alignment reads one short caption"
         if captions.pad_short and states:
-            raise ValueError(
-                "captions.pad_short=true: state alignment would take this padding for text; set it to false"
-            )
+            yield ("captions.pad_short=true: state alignment would take this padding for text; set it to false")
         off = self.method == "finetune" or (self.method == "fixclip" and self.model.short_branch == "off")
         if not off or states:
-            return self
+            return
         # Where the short caption's sentences are left out of the long one, their choice acts on that.
         idle = {
             "num_short": captions.num_short > 1,
@@ -154,8 +146,7 @@ class EncoderRecipe(Section):
         why = "method=finetune" if self.method == "finetune" else "model.short_branch=off"
         for name, is_set in idle.items():
             if is_set:
-                raise ValueError(
+                yield (
                     f"captions.{name}={getattr(captions, name)}: {why} reads no short caption, so it would not act; "
                     "leave it out, or choose another method or short branch"
                 )
-        return self
