@@ -1,8 +1,9 @@
 """The command `fixclip`: the app that the commands join, the one way errors are shown, options that commands share.
 
 An error is one line on stderr, `error: ...`, never wrapped and never in a box: it can be searched for, copied and read
-in a log. Exit codes: 0 done; 2 wrong usage or input; 1 work that ran for hours failed, or a check found nothing usable
-(`errors_exit_with`); 130 interrupted. A bug keeps its traceback, and `--traceback` shows that of an error too.
+in a log. Mistakes in a recipe have a line each. Exit codes: 0 done; 2 wrong usage or input; 1 work that ran for hours
+failed, or a check found nothing usable (`errors_exit_with`); 130 interrupted. A bug keeps its traceback, and
+`--traceback` shows that of an error too.
 """
 
 import io
@@ -56,10 +57,11 @@ def _with_one_line_errors(
         refuse_other_encodings(args)
         code = main(args, standalone_mode=False, **kwargs)
     except (*USER_ERRORS, ModuleNotFoundError) as error:
-        message = describe(error)
+        messages = getattr(error, "problems", None) or [describe(error)]
         if with_traceback:
             traceback.print_exc()
-        typer.echo(f"error: {message}", err=True)
+        for message in messages:
+            typer.echo(f"error: {message}", err=True)
         code = getattr(error, "exit_code", 2)
     except typer.Abort as error:
         code, interrupted = 130, str(error) or interrupted

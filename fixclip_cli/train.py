@@ -150,14 +150,18 @@ def command(kind: Kind) -> Callable[..., None]:
 
 def refuse_another_kind(recipe: str, kind: Kind) -> None:
     """Raises:
-    ValueError: it is the name of a built-in recipe of the other kind, and of none of this one.
+    ValueError: it is a built-in recipe of the other kind and none of this one, or a file with sections of the other
+        kind alone.
     """
-    from fixclip_core.training.recipe import builtin_recipes
+    from fixclip_core.training.recipe import builtin_recipes, sections_of
 
-    if not recipe.startswith("builtin:") or recipe in builtin_recipes(imported(kind.schema)):
+    own = imported(kind.schema)
+    if recipe in builtin_recipes(own):
         return
+    foreign = sections_of(own, recipe) - own.model_fields.keys()
     for name, other in KINDS.items():
-        if recipe in builtin_recipes(imported(other.schema)):
+        schema = imported(other.schema)
+        if recipe in builtin_recipes(schema) or (foreign and foreign <= schema.model_fields.keys()):
             raise ValueError(f"{recipe} is a recipe of fixclip train {name}")
 
 

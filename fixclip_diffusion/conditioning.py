@@ -11,14 +11,18 @@ which token" reads the Layout. This file needs torch alone.
 Shapes: n tokens of the prompt without start and end, N passes, P positions of a pass, L rows of the embeds, D width.
 """
 
+import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from enum import IntEnum
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 CLIP_CONTEXT_LENGTH = 77
 WINDOW_STRIDE = 35  # tokens between the starts of two overlapping windows
@@ -310,10 +314,19 @@ def get_conditioning(name: "str | Conditioning") -> Conditioning:
     """
     if isinstance(name, Conditioning):
         return name
+    if name == "windows":
+        _warn_of_windows()
     found = CONDITIONINGS.get(ALIASES.get(name, name))
     if found is None:
         raise ValueError(f"conditioning={name!r}: valid are {', '.join(CONDITIONINGS)}")
     return found
+
+
+@cache
+def _warn_of_windows() -> None:
+    logger.warning(
+        "conditioning='windows' is version 0.1's name of 'one_pass'; windows of 77 tokens are 'overlap' or 'chunks'"
+    )
 
 
 def default_conditioning(config: Any) -> str:

@@ -56,8 +56,8 @@ def check_made_for(folder: Path, made_for: dict[str, str]) -> None:
     other = [name for name, digest in made_for.items() if found.get(name) != digest]
     if other:
         raise ValueError(
-            f"{folder}: it was made with another {' and another '.join(other)} than the one given now; name those that "
-            "it was made with, in training by model.encoder (null: the base's own)"
+            f"{folder}: it was made with another {' and another '.join(other)} than the one given now; give what it "
+            "was made with, in training by model.encoder (null: the base's own)"
         )
 
 

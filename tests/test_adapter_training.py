@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -23,6 +24,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from PIL import Image
 from safetensors.torch import load_file
+from test_checkpoint import forget_recipe
 from test_files import full_disk
 from tiny_adapter import without_onednn  # noqa: F401
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -201,8 +203,9 @@ def test_a_resumed_run_ends_with_the_same_weights(recipe, tmp_path, options):
 def test_a_run_goes_on_with_the_optimizer_that_it_was_begun_with(recipe, tmp_path, before, now):
     """Where both have the same parameter groups, too; a checkpoint older than Muon says nothing and is AdamW's."""
     run = run_until(recipe("run", f"optim.optimizer={before}"), 1)
-    with pytest.raises(ValueError, match=f"optim.optimizer was '{before}' when this run started and is '{now}' now"):
+    with pytest.raises(ValueError, match=f"optim.optimizer was '{before}' when step-.* was written and is '{now}' now"):
         run_until(recipe("run", f"optim.optimizer={now}"), 2)
+    forget_recipe(tmp_path / "run" / CHECKPOINTS / "step-00000001")
     (tmp_path / "run" / "recipe.yaml").unlink()
     with pytest.raises(ValueError, match=f"step-00000001: written with optim.optimizer={before}, not with {now}; set"):
         run_until(recipe("run", f"optim.optimizer={now}"), 2)
@@ -223,7 +226,7 @@ def test_a_run_goes_on_with_the_adapter_that_it_was_begun_with(recipe, tmp_path,
     checkpoint = str(tmp_path / "run" / CHECKPOINTS / "step-00000001")
     for folder, resume in (("run", "auto"), ("other", checkpoint)):
         changed = recipe(folder, *options, f"adapter.{change}", cache)
-        expected = f"adapter.{name} was .* when this run started and is {value.title()} now, "
+        expected = f"adapter.{name} was .* when step-00000001 was written and is {value.title()} now, "
         with pytest.raises(ValueError, match=expected):
             AdapterTrainer(changed).prepare(resume)
     assert not (tmp_path / "cache").exists()
@@ -456,9 +459,9 @@ def test_windows_need_original_positions(recipe, encoder_folder):
 
 def test_a_run_is_not_resumed_with_another_encoder(recipe, encoder_folder):
     run_until(recipe("run"), 2)
-    with pytest.raises(ValueError, match="it was made with another text encoder than the one given now"):
+    with pytest.raises(ValueError, match=r"made with another text encoder than the one given now; .*; or start anew"):
         AdapterTrainer(recipe("run", f"model.encoder={encoder_folder}")).prepare()
-    with pytest.raises(ValueError, match=r"model\.conditioning was None when this run started and is 'chunks' now"):
+    with pytest.raises(ValueError, match=r"model\.conditioning was None when step-.* was written and is 'chunks' now"):
         AdapterTrainer(recipe("run", "model.conditioning=chunks")).prepare()
     assert "resumes  from step 2, " in AdapterTrainer(recipe("run")).prepare().plan()
     checkpoint = recipe("run").output.folder + "/checkpoints/step-00000002"
@@ -576,6 +579,34 @@ def test_a_cache_is_turned_off_by_its_folder_alone(recipe):
     assert recipe("run", "features.folder=null", "features.text=true").features.text
 
 
+def test_names_of_windows(recipe):
+    """Version 0.1 called one pass of 248 tokens `windows`, under another key; here it is refused."""
+    assert recipe("run", "model.long_prompt=windows").model.conditioning == "one_pass"
+    assert recipe("run", "model.long_prompt=windows_77").model.conditioning == "chunks"
+    with pytest.raises(ValueError, match=r"model\.conditioning='windows': valid are stock, chunks, overlap, one_pass"):
+        recipe("run", "model.conditioning=windows")
+
+
+def test_a_checkpoint_of_another_kind_of_training(recipe, tmp_path, caplog):
+    run_until(recipe("run"), 2)
+    (tmp_path / "encoder.yaml").write_text("model: {name: ViT-B-32}\ndata: {source: scenes}\nmethod: longclip\n")
+    reset_accelerator()
+    checkpoint = tmp_path / "run" / CHECKPOINTS / "step-00000002"
+    shutil.copy(tmp_path / "encoder.yaml", tmp_path / "run" / "recipe.yaml")
+    forget_recipe(checkpoint)
+    with caplog.at_level(logging.WARNING), pytest.raises(ValueError, match="the checkpoint does not fit this model"):
+        AdapterTrainer(recipe("run", "adapter.num_layers=3")).prepare()
+    assert re.search(r"The recipe that .* was written with cannot be compared: .* \(and \d+ more\)$", caplog.text, re.M)
+
+
+def test_a_recipe_of_the_other_kind(recipe_file, tmp_path):
+    encoder = tmp_path / "encoder.yaml"
+    encoder.write_text("model: {name: ViT-B-32}\ndata: {source: scenes}\nmethod: longclip\noptim: {lrr: 1}\n")
+    assert command_line.error_of(run_command(encoder)) == f"{encoder} is a recipe of fixclip train encoder"
+    result = command_line.run("train", "encoder", recipe_file())
+    assert command_line.error_of(result) == f"{recipe_file()} is a recipe of fixclip train adapter"
+
+
 def test_inpainting_models_are_refused(recipe, sd1, tmp_path):
     models = train.load_frozen(recipe("run").model)
     with pytest.raises(ValueError, match="its UNet takes 9 channels, its VAE makes 4: not a text-to-image model"):
@@ -618,7 +649,7 @@ def test_command(recipe_file, tmp_path):
 def test_a_dry_run_says_what_it_would_cache_and_go_on_from(recipe_file, tmp_path):
     cache = [f"features.folder={tmp_path / 'new' / 'cache'}", "features.shard_size=4", "features.text=true"]
     planned = run_command(recipe_file(), *cache, "--dry-run")
-    assert re.search(r"cache  .*/new/cache, with text states: 12 samples to add, about 0\.00 GiB", planned.output)
+    assert re.search(r"cache  .*/new/cache, with text states: 12 samples to add, about \d+ MiB\n", planned.output)
     assert "resumes" not in planned.output
     assert not (tmp_path / "new").exists()
     assert run_command(recipe_file(), *cache, "train.steps=2").exit_code == 0
@@ -626,7 +657,7 @@ def test_a_dry_run_says_what_it_would_cache_and_go_on_from(recipe_file, tmp_path
     planned = run_command(recipe_file(), *cache, "optim.lr=2e-4", "output.save_every=1", "--dry-run")
     assert "cache, with text states: complete" in planned.output
     assert f"resumes  from step 2, {tmp_path / 'run' / 'checkpoints' / 'step-00000002'}" in planned.output
-    changed = r"changed  since the run started optim\.lr from [0-9.]* to 0\.0002, train\.steps from 2 to 4$"
+    changed = r"changed  optim\.lr was [0-9.]* and is 0\.0002 now, train\.steps was 2 and is 4 now$"
     assert re.search(changed, planned.output, re.MULTILINE)
     elsewhere = (f"output.folder={tmp_path / 'other'}", "--resume", str(tmp_path / "run" / "checkpoints"), "--dry-run")
     assert "resumes  from step 2" in run_command(recipe_file(), *cache, *elsewhere).output
@@ -656,6 +687,23 @@ def test_an_error_says_where_the_recipe_sets_what_it_names(recipe_file):
     assert command_line.error_of(run_command(file)).startswith(f"{file}:{line}: {reason.format(13)}")
     error = command_line.error_of(run_command(file, "train.batch_size=14"))
     assert error.startswith(f"command line: {reason.format(14)}")
+    # Where no key is named, but what one is set to.
+    error = command_line.error_of(run_command(file, "data.source=scnes"))
+    assert error.startswith("command line: data.source: source 'scnes' does not exist; did you mean scenes?")
+    wrong = re.sub(r"base: .*?([,}\n])", r"base: runs/nowhere\1", text, count=1)
+    file.write_text(wrong)
+    line = next(number for number, row in enumerate(wrong.splitlines(), 1) if "runs/nowhere" in row)
+    assert command_line.error_of(run_command(file)).startswith(f"{file}:{line}: model.base: ")
+
+
+def test_every_mistake_in_a_recipe_has_a_line(recipe_file):
+    result = run_command(recipe_file(), "optim.lrr=1", "train.steps=0", "features.text=true", "features.dtype=fp32")
+    assert result.exit_code == 2
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert [re.search(r"(optim\.lrr|train\.steps|features\.\w+)", line)[1] for line in errors] == [
+        *("features.dtype", "features.text", "optim.lrr", "train.steps")
+    ]
+    assert not [line for line in result.stderr.splitlines() if not line.startswith("error: ")]
 
 
 def test_a_full_disk_while_caching_keeps_what_is_there(recipe_file, tmp_path):

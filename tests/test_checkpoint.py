@@ -1,5 +1,6 @@
 """Checkpoints: whole or not there, and a damaged one is passed over."""
 
+import json
 import logging
 import os
 import shutil
@@ -20,11 +21,12 @@ from fixclip_core.training.checkpoint import (
     latest_valid,
     list_checkpoints,
     load_checkpoint,
+    misfit,
     remove_unfinished,
     save_checkpoint,
     training_state_bytes,
 )
-from fixclip_core.training.trainer import TrainState
+from fixclip_core.training.trainer import RECIPE, TrainState
 
 
 @pytest.fixture
@@ -39,6 +41,14 @@ def run():
     take_step(accelerator, model, optimizer)
     yield accelerator, model, optimizer, state
     accelerator.free_memory()
+
+
+def forget_recipe(checkpoint):
+    """As version 0.1 wrote it, whose recipe lay beside it alone."""
+    (checkpoint / RECIPE).unlink()
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    del manifest[RECIPE]
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
 
 
 def take_step(accelerator, model, optimizer):
@@ -120,6 +130,32 @@ def test_resume_paths(run, tmp_path):
     path = save_checkpoint(accelerator, tmp_path, 5, keep_last=1)
     assert find_resume(accelerator, str(path), tmp_path / "elsewhere") == path
     assert find_resume(accelerator, str(tmp_path), tmp_path / "elsewhere") == path
+    run_folder = tmp_path / "run"
+    inside = save_checkpoint(accelerator, run_folder / "checkpoints", 7, keep_last=1)
+    assert find_resume(accelerator, str(run_folder), tmp_path / "elsewhere") == inside
+    with pytest.raises(
+        ValueError, match=r"no checkpoint there, but step-00000005; pass auto, none, the folder of a run"
+    ):
+        find_resume(accelerator, str(tmp_path / "step-00000003"), tmp_path)
+
+
+def test_what_lies_in_a_checkpoint_beside_its_state_is_whole_with_it(run, tmp_path):
+    path = save_checkpoint(run[0], tmp_path, 1, keep_last=1, files={"recipe.yaml": b"seed: 3"})
+    assert (path / "recipe.yaml").read_bytes() == b"seed: 3"
+    (path / "recipe.yaml").write_bytes(b"seed: 4")
+    assert damage(path) == "recipe.yaml has changed since it was written"
+
+
+def test_weights_that_do_not_fit_are_named_before_they_are_loaded(run, tmp_path):
+    path = save_checkpoint(run[0], tmp_path, 1, keep_last=1)
+    assert misfit(path, torch.nn.Linear(4, 3)) is None
+    assert misfit(path, torch.nn.Linear(4, 5)) == "weight is (3, 4) there and (5, 4) here, and 1 more"
+    assert misfit(path, torch.nn.Linear(4, 3, bias=False)) == "there is a bias, and none here"
+    tied = torch.nn.Linear(4, 3)
+    tied.register_parameter("twin", tied.weight)  # a file holds one of the two
+    assert misfit(path, tied) is None
+    tied.register_parameter("other", torch.nn.Parameter(torch.zeros(2)))
+    assert misfit(path, tied) == "there is no other"
 
 
 def test_a_checkpoint_of_another_model_is_refused(run, tmp_path):

@@ -319,7 +319,7 @@ def test_window_states_are_cached_too(setup, models, tmp_path):
     for batch, stored in zip(plain.epoch(0), loader.epoch(0), strict=True):
         live = encode_batch(models, batch, section)
         torch.testing.assert_close(stored.windows, live.windows, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="this cache was made with another window states; delete it"):
+    with pytest.raises(ValueError, match=r"made with another window states \(True, now None\); delete it"):
         setup(*cached(tmp_path, "features.text=true"))
 
 
@@ -397,7 +397,8 @@ def test_stale_caches_are_refused(setup, models, sd1, tmp_path):
         ({"teachers": (dataclasses.replace(own, encoder=encoder),)}, (), "base text_encoder"),
         ({"encodings": (dataclasses.replace(own, tokenizer=tokenizer),)}, (), "tokenizer"),
         ({}, ("captions.drop_short_from_long=true",), "captions"),
-        ({}, ("features.dtype=fp16",), "dtype"),
+        ({}, ("features.dtype=fp16",), r"dtype \(fp32, now fp16\)"),
+        ({}, ("features.text=false",), r"text \(True, now False\)"),
     ):
         with pytest.raises(ValueError, match=f"this cache was made with another {named}; delete it"):
             setup(*options, *overrides, **changes)
@@ -406,6 +407,20 @@ def test_stale_caches_are_refused(setup, models, sd1, tmp_path):
     (tmp_path / "data" / "data.jsonl").write_text(rows)
     with pytest.raises(ValueError, match=r"shard-00001\.safetensors: stale: .* among samples 5 to 9 of .*data\.jsonl"):
         setup(*options)
+
+
+def test_a_cache_grows_and_shrinks_with_the_data(setup, tmp_path):
+    """Its last file is made anew for another `data.stop`; the others stay."""
+    folder = tmp_path / "cache"
+    setup(*cached(tmp_path, "features.text=true"))
+    before = {file.name: file.stat().st_mtime_ns for file in folder.glob("shard-*")}
+    loader = setup(*cached(tmp_path, "features.text=true", "data.stop=9"))
+    assert len(loader.batches.order) == 9
+    after = {file.name: file.stat().st_mtime_ns for file in folder.glob("shard-*")}
+    assert [name for name in before if after[name] != before[name]] == ["shard-00001.safetensors"]
+    plain, loader = setup(), setup(*cached(tmp_path, "features.text=true"))
+    for one, other in zip(plain.epoch(0), loader.epoch(0), strict=True):
+        assert one.keys == other.keys
 
 
 def test_changed_pictures_and_damaged_files_are_refused(setup, tmp_path):
@@ -431,7 +446,7 @@ def test_latents_alone_allow_new_captions_every_epoch(setup, tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        (("data.flip=true",), "features.folder: a cache holds one view of a picture"),
+        (("data.flip=true",), "data.flip=true: a cache of features holds one view of a picture; set it to false"),
         (("features.text=true", "captions.short_caption=random_sentence"), "a cache holds one short caption a picture"),
         (("features.text=true", "captions.short_caption=debiased"), "a cache holds one short caption a picture"),
     ],

@@ -20,6 +20,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from accelerator import reset_accelerator
 from safetensors.torch import load_file, save_file
+from test_checkpoint import forget_recipe
 from test_files import full_disk
 
 from fixclip_core import files, scenes
@@ -273,29 +274,67 @@ def test_changes_and_conflicts_on_resume(recipe, tmp_path, caplog):
     run_until(recipe("run", "eval.source=null"), 2)
     with caplog.at_level(logging.WARNING):
         run_until(recipe("run", "optim.lr=5e-4", "eval.source=null"), 3)
-    assert "optim.lr was 0.001 when this run started and is 0.0005 now" in caplog.text
+    assert "Since step-00000002 was written: optim.lr was 0.001 and is 0.0005 now" in caplog.text
     rows = metrics(tmp_path / "run")  # and it counts: two steps of warm-up, then a cosine over six
     assert [row["lr"] for row in rows] == pytest.approx([5e-4, 1e-3, 5e-4])
-    with pytest.raises(ValueError, match=r"--resume none: .* newer checkpoints \(step-00000002, step-00000003\)"):
+    with pytest.raises(ValueError, match=r"--resume none: .* holds checkpoints \(step-00000002, step-00000003\)"):
         run_until(recipe("run"), 3, resume="none")
-    with pytest.raises(ValueError, match=r"newer checkpoints \(step-00000003\)"):
+    with pytest.raises(ValueError, match=r"checkpoints newer than step-00000002 \(step-00000003\)"):
         run_until(recipe("run"), 3, resume=str(tmp_path / "run" / "checkpoints" / "step-00000002"))
-    since = r"since the run started .*model\.num_prompts from 2 to 3"
-    with pytest.raises(ValueError, match=f"(?s)does not fit this model: .*; {since}"):
-        run_until(recipe("run", "model.num_prompts=3"), 3)
+    shapes = r"visual\.prompts is \(2, 2, 32\) there and \(2, 3, 32\) here"
+    was = r"model\.num_prompts was 2 and is 3 now, .*; set it back, or start anew in another output\.folder"
+    with pytest.raises(ValueError, match=f"does not fit this model: {shapes}; {was}"):
+        EncoderTrainer(recipe("run", "eval.source=null", "model.num_prompts=3")).prepare()
+    reset_accelerator()
+    for change in ("train.ema_decay=0.9", "train.precision=fp16"):
+        with pytest.raises(ValueError, match=f"{change.split('=')[0]} was .* when step-00000003 was written and is"):
+            EncoderTrainer(recipe("run", "eval.source=null", change)).prepare()
+        reset_accelerator()
     for key, value in {"optim.optimizer": "muon", "model.positions": "kept", "model.prompt_flow": "replace"}.items():
-        with pytest.raises(ValueError, match=f"{key} was .* when this run started and is '{value}' now, which"):
+        with pytest.raises(ValueError, match=f"{key} was .* when step-.* was written and is '{value}' now, which"):
             run_until(recipe("run", f"{key}={value}"), 4)
     older = tmp_path / "run" / "checkpoints" / "step-00000002"
-    with pytest.raises(ValueError, match=r"optim\.optimizer was 'adamw' when this run started"):
+    with pytest.raises(ValueError, match=r"optim\.optimizer was 'adamw' when step-00000002 was written"):
         run_until(recipe("muon", "optim.optimizer=muon"), 4, resume=str(older))
-    alone = shutil.copytree(older, tmp_path / "alone" / older.name)  # without its run's recipe
+    alone = shutil.copytree(older, tmp_path / "alone" / older.name)
+    forget_recipe(alone)
     with pytest.raises(ValueError, match=r"step-00000002: written with another optim\.optimizer"):
         run_until(recipe("muon", "optim.optimizer=muon"), 4, resume=str(alone))
     for number, start in enumerate((older, alone)):
         elsewhere = run_until(recipe(f"other{number}"), 3, resume=str(start))
         assert elsewhere.state.step == 3
         assert metrics(tmp_path / f"other{number}")[0]["step"] == 3
+
+
+def test_each_checkpoint_says_what_it_was_written_with(recipe, tmp_path):
+    """Whatever the run did since; the run's own recipe stands in for one of version 0.1."""
+    run_until(recipe("run"), 2)
+    run_until(recipe("run", "optim.lr=5e-4"), 4)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    found = []
+    for name in ("step-00000002", "step-00000004"):
+        reset_accelerator()
+        found.append(EncoderTrainer(recipe("other", "optim.lr=1e-4")).prepare(str(checkpoints / name)).changes())
+    assert found == [[("optim.lr", 1e-4, 1e-3)], [("optim.lr", 1e-4, 5e-4)]]
+    forget_recipe(checkpoints / "step-00000002")
+    reset_accelerator()
+    other = EncoderTrainer(recipe("other", "optim.lr=1e-4")).prepare(str(checkpoints / "step-00000002"))
+    assert other.changes() == [("optim.lr", 1e-4, 5e-4)]
+
+
+def test_a_run_whose_steps_are_all_taken_says_so(recipe, tmp_path, caplog):
+    EncoderTrainer(recipe("run", "train.steps=2")).train()
+    caplog.clear()
+    reset_accelerator()
+    assert (
+        "step 2 of 2 is taken, so none is left; raise"
+        in EncoderTrainer(recipe("run", "train.steps=2")).prepare().plan()
+    )
+    reset_accelerator()
+    with caplog.at_level(logging.WARNING):
+        EncoderTrainer(recipe("run", "train.steps=2")).train(resume=str(tmp_path / "run"))
+    assert "step 2 of 2 is taken, so none is left; raise train.steps or train.epochs for more" in caplog.text
+    assert "warming up" not in caplog.text
 
 
 def test_a_checkpoint_is_found_from_inside_its_folder_and_by_its_own_name_only(recipe, tmp_path, monkeypatch):
@@ -514,7 +553,7 @@ def test_a_second_training_into_a_folder_is_refused(recipe_file, tmp_path, monke
     result = command(recipe_file())
     lock.release()
     assert result.exit_code == 2
-    assert result.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'run'}: process {os.getpid()} on ")
+    assert f"output.folder: {tmp_path / 'run'}: process {os.getpid()} on " in result.stderr.splitlines()[-1]
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
@@ -828,18 +867,16 @@ def test_traceback_shows_where_an_error_arose(recipe_file):
     result = command(recipe_file(), "data.source=missing.jsonl", "--traceback")
     assert result.exit_code == 2
     assert "Traceback (most recent call last)" in result.stderr
-    assert result.stderr.splitlines()[-1].startswith("error: missing.jsonl: ")
+    assert result.stderr.splitlines()[-1].startswith("error: command line: data.source: missing.jsonl: ")
 
 
 def test_one_s_own_data_needs_no_override_but_its_source(tmp_path, clip_folder, monkeypatch):
     result = command("builtin:own_data")
     assert result.exit_code == 2
     assert ": data.source: the recipe leaves it to you: data.source=..." in result.stderr
-    wrong = command_line.error_of(command("builtin:own_data", "optim.learning_rate=1", "train.batch_size=-1"))
-    assert [word in wrong for word in ("did you mean optim.lr?", "train.batch_size=-1", "leaves it to you")] == [
-        True
-    ] * 3
-    assert wrong.index("optim.lr") < wrong.index("leaves it to you"), "what is misspelt comes first"
+    wrong = command("builtin:own_data", "optim.learning_rate=1", "train.batch_size=-1").stderr.splitlines()
+    words = ("did you mean optim.lr?", "train.batch_size=-1", "leaves it to you")  # what is misspelt comes first
+    assert all(word in line and line.startswith("error: ") for word, line in zip(words, wrong, strict=True))
     monkeypatch.chdir(tmp_path)
     base = [f"model.name={clip_folder}", "model.pretrained=null", "model.num_groups=2", "model.first_group=1"]
     result = command("builtin:own_data", "data.source=scenes", "data.stop=300", *base, "--dry-run")

@@ -11,24 +11,38 @@ import logging
 import os
 import re
 import shutil
+from collections import Counter
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
-from safetensors import SafetensorError
+from accelerate.utils import SAFE_WEIGHTS_NAME, broadcast_object_list
+from safetensors import SafetensorError, safe_open
 
 logger = logging.getLogger(__name__)
 
+CHECKPOINTS = "checkpoints"  # in the folder of a run
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8,})")
 
 
-def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, *, keep_last: int) -> Path:
+def save_checkpoint(
+    accelerator: Accelerator,
+    folder: Path,
+    step: int,
+    *,
+    keep_last: int,
+    files: Mapping[str, bytes] = MappingProxyType({}),
+) -> Path:
     """Write `folder/step-XXXXXXXX` atomically from all processes, then delete all but the newest `keep_last`.
 
     Every process calls this, on a file system that all of them see.
+
+    Args:
+        files: what else is to lie in it, by name.
 
     Raises:
         ValueError: `keep_last` is below 1.
@@ -46,6 +60,8 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, *, keep_l
         accelerator.save_state(str(temporary))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
+            for name, content in files.items():
+                (temporary / name).write_bytes(content)
             _seal(temporary)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
         shutil.rmtree(temporary, ignore_errors=True)
@@ -75,6 +91,34 @@ def load_checkpoint(accelerator: Accelerator, path: Path) -> None:
             f"{path}: written with another optim.optimizer, or with other parameters in training ({error}); set what "
             "it was begun with, or start anew in another output.folder"
         ) from error
+
+
+def misfit(path: Path, module: torch.nn.Module) -> str | None:
+    """How the weights in a checkpoint differ from a module's in names or shapes, or None, before anything is loaded.
+
+    The files of FSDP and DeepSpeed are not looked into: `load_checkpoint` finds out.
+    """
+    file = path / SAFE_WEIGHTS_NAME
+    if not file.is_file():
+        return None
+    with safe_open(file, framework="pt") as opened:
+        there = {
+            name.removeprefix("module."): tuple(opened.get_slice(name).get_shape())
+            for name in opened.keys()  # noqa: SIM118
+        }
+    state = module.state_dict()
+    here = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    # A file holds one of several names of the same memory.
+    memory = Counter(tensor.data_ptr() for tensor in state.values())
+    new = [name for name in here.keys() - there.keys() if memory[state[name].data_ptr()] == 1]
+    found = [
+        f"{name} is {there[name]} there and {shape} here"
+        for name, shape in here.items()
+        if there.get(name, shape) != shape
+    ]
+    found += [f"there is a {name}, and none here" for name in there if name not in here]
+    found += [f"there is no {name}" for name in here if name in new]
+    return found[0] + (f", and {len(found) - 1} more" if len(found) > 1 else "") if found else None
 
 
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
@@ -160,9 +204,14 @@ def _find_resume(resume: str, folder: Path) -> Path | None:
         return latest_valid(folder)
     path = Path(resume).absolute()  # what its run wrote beside it lies above it
     if not (path / MANIFEST).is_file():
-        if list_checkpoints(path):
-            return latest_valid(path)
-        raise ValueError(f"--resume {resume}: no checkpoint there; pass auto, none or a step-XXXXXXXX folder")
+        for place in (path, path / CHECKPOINTS):
+            if list_checkpoints(place):
+                return latest_valid(place)
+        others = ", ".join(other.name for _, other in list_checkpoints(path.parent))
+        raise ValueError(
+            f"--resume {resume}: no checkpoint there{f', but {others}' if others else ''}; pass auto, none, the folder "
+            "of a run, or of one of its checkpoints"
+        )
     if (reason := damage(path)) is not None:
         raise ValueError(f"--resume {resume}: the checkpoint is damaged: {reason}")
     step_of(path)

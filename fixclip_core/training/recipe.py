@@ -29,6 +29,18 @@ COMMAND_LINE = "command line"  # where a value comes from, as errors name it; el
 KEYS = re.compile(r"\b[a-z]\w*(?:\.[a-z]\w*)+")  # dotted ones in an error's message, `train.steps`
 
 
+class RecipeError(ValueError):
+    """A recipe with one or several problems.
+
+    Args:
+        problems: one line each.
+    """
+
+    def __init__(self, problems: Sequence[str]):
+        super().__init__("\n".join(problems))
+        self.problems = list(problems)
+
+
 # -- the loader: any pydantic model -------------------------------------------------------------------------
 
 
@@ -48,8 +60,9 @@ def load_recipe(
         blanks: {key: value} for keys that the recipe leaves to whoever uses it (`???`) and that `overrides` leave out.
 
     Raises:
-        ValueError: the file cannot be read or is no YAML mapping, or keys or values are wrong. Every wrong
-            one is named in one line each: file and line, key, value, and what is valid.
+        ValueError: the file cannot be read or is no YAML mapping.
+        RecipeError: keys or values are wrong. Every wrong one is named in one line each: file and line, key, value,
+            and what is valid.
     """
     name, path = str(path), find_recipe(schema, path)
     try:
@@ -93,24 +106,42 @@ def load_recipe(
         key = ".".join(location)
         found.append(f"{sources.get(location, name)}: {key}: the recipe leaves it to you: {key}=...")
     if found:
-        raise ValueError("\n".join(found))
+        raise RecipeError("\n".join(found).splitlines())
     return recipe
 
 
 @contextmanager
 def naming_places(schema: type[BaseModel], path: str | Path, overrides: Sequence[str] = ()) -> Iterator[None]:
-    """Errors of the block that name a key of a recipe say where it is set, too: `my.yaml:12: train.batch_size=7: ...`.
+    """Errors of the block that name a key of a recipe, or a string that it sets, say where: `my.yaml:7: data.stop=...`.
 
     Args:
-        schema, path, overrides: as `load_recipe` was given them.
+        schema, path, overrides: of a recipe that `load_recipe` has read.
     """
     try:
         yield
     except ValueError as error:
-        text = find_recipe(schema, path).read_text(encoding="utf-8")
-        if places := _places_of(str(error), _sources(str(path), text, overrides)):
-            error.args = (f"{places}: {error}",)
+        message, recipe = str(error), flatten(load_recipe(schema, path, overrides))
+        sources = _sources(str(path), find_recipe(schema, path).read_text(encoding="utf-8"), overrides)
+        given = [key for key, value in recipe.items() if _location(key) in sources and _speaks_of(message, value)]
+        if places := _places_of(message, sources):
+            error.args = (f"{places}: {message}",)
+        elif given:
+            error.args = (f"{sources[_location(given[0])]}: {given[0]}: {message}",)
         raise
+
+
+def _speaks_of(message: str, value: Any) -> bool:
+    """Whether a message begins with a string, a file's name above all, or quotes it."""
+    return isinstance(value, str) and bool(value) and (message.startswith(f"{value}:") or repr(value) in message)
+
+
+def sections_of(schema: type[BaseModel], name: str | Path) -> set[str]:
+    """The top-level keys of a recipe, whatever else is wrong with it; none of one that cannot be read."""
+    try:
+        found = yaml.safe_load(find_recipe(schema, name).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return set()
+    return {str(key) for key in found} if isinstance(found, dict) else set()
 
 
 def find_recipe(schema: type[BaseModel], name: str | Path) -> Path:
@@ -196,7 +227,8 @@ def _explain(schema: type[BaseModel], details: ErrorDetails, sources: dict[Locat
 
 def _located(message: str, section: str, sources: Mapping[Location, str], default_source: str) -> str:
     """A section's message about its fields, which it may name without the section: `data.stop=5` or `stop=5`."""
-    for named in (message, f"{section}.{message}"):
+    parent = section.rpartition(".")[0]
+    for named in (message, f"{section}.{message}", f"{parent}.{message}"):
         if places := _places_of(named, sources):
             return f"{places}: {named}"
     return f"{default_source}: {section}: {message}" if section else f"{default_source}: {message}"

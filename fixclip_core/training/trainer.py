@@ -33,9 +33,11 @@ from fixclip_core.data.samples import describe_skipped
 from fixclip_core.device import choose_precision
 from fixclip_core.files import lock_folder, prepare_folder, write_atomically
 from fixclip_core.training.checkpoint import (
+    CHECKPOINTS,
     find_resume,
     list_checkpoints,
     load_checkpoint,
+    misfit,
     remove_unfinished,
     save_checkpoint,
     step_of,
@@ -69,8 +71,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RECIPE = "recipe.yaml"
-CHECKPOINTS = "checkpoints"
-GIB = 2**30
+START_ANEW = "start anew in another output.folder"
+MIB, GIB = 2**20, 2**30
 T = TypeVar("T")
 
 
@@ -127,7 +129,7 @@ class Trainer:
         batch_size: samples a step of this process.
         total_steps: of the whole run.
         checkpoint: the folder of the checkpoint that the run goes on from; None: it begins anew.
-        begun_with: the recipe that the checkpoint's run was last started with; None: there is none, or it is not known.
+        written_with: the recipe that it was written with; None: there is no checkpoint, or it does not say.
 
     Raises:
         ValueError: a tracker is not installed, or the batch does not divide among the processes.
@@ -142,7 +144,7 @@ class Trainer:
     ema: AveragedModel | None
     total_steps: int
     checkpoint: Path | None = None
-    begun_with: Any = None
+    written_with: Any = None
     cpu = False  # True: whatever else the machine has
     has_begun = False  # True from the first step on
 
@@ -198,7 +200,7 @@ class Trainer:
         with accelerator.local_main_process_first():  # the others find its download
             self.module = self.build_model()
         if self.checkpoint is not None:
-            self.check_goes_on(self.checkpoint.parent.parent)
+            self.check_goes_on(self.checkpoint)
         self.loader = self.build_data()
         way_out = "keep fewer checkpoints (output.keep_last) or choose another output.folder"
         self._on_main(lambda: prepare_folder(self.folder, self.needed_disk(), way_out=way_out))
@@ -221,41 +223,47 @@ class Trainer:
         self.checkpoint = path = find_resume(self.accelerator, resume, checkpoints)
         newer = [other.name for step, other in list_checkpoints(checkpoints) if path is None or step > step_of(path)]
         if newer and resume != "auto":
+            held = "checkpoints" if path is None else f"checkpoints newer than {path.name}"
             raise ValueError(
-                f"--resume {resume}: {checkpoints} holds newer checkpoints ({', '.join(newer)}); delete them or "
-                "choose another output.folder"
+                f"--resume {resume}: {checkpoints} holds {held} ({', '.join(newer)}); delete them or choose another "
+                "output.folder"
             )
-        if path is not None and (path.parent.parent / RECIPE).exists():
+        places = [] if path is None else [path / RECIPE, path.parent.parent / RECIPE]  # the second: of version 0.1
+        if found := [place for place in places if place.exists()]:
             try:
-                self.begun_with = load_recipe(type(self.recipe), path.parent.parent / RECIPE)
+                self.written_with = load_recipe(type(self.recipe), found[0])
             except ValueError as error:
-                logger.warning("The recipe that the run was started with cannot be compared: %s", error)
+                first, *others = str(error).splitlines()
+                more = f" (and {len(others)} more)" if others else ""
+                logger.warning("The recipe that %s was written with cannot be compared: %s%s", path, first, more)
 
     def changes(self) -> list[tuple[str, Any, Any]]:
-        """(key, value now, value then) for what differs from the recipe that the checkpoint's run was started with.
+        """(key, value now, value then) for what differs from the recipe that the checkpoint was written with.
 
         Where a run writes may change as one likes.
         """
-        if self.begun_with is None:
+        if self.written_with is None:
             return []
-        found = recipe_diff(self.recipe, self.begun_with)
+        found = recipe_diff(self.recipe, self.written_with)
         return [(key, now, then) for key, now, then in found if not key.startswith("output.")]
 
-    def check_goes_on(self, run: Path) -> None:
-        """Refuse a recipe that the checkpoint does not fit, before data are read.
-
-        Args:
-            run: the folder of the run that wrote the checkpoint.
+    def check_goes_on(self, checkpoint: Path) -> None:
+        """Refuse a checkpoint that does not fit the recipe, before data are read.
 
         Raises:
-            ValueError: a key that `is_fixed` has another value than when the run was begun.
+            ValueError: a key that `is_fixed` has another value than when the checkpoint was written, or its weights
+                have other names or shapes.
         """
+        way_out = f"set it back, or {START_ANEW}"
         for key, now, then in self.changes():
-            if self.is_fixed(key):
+            if self.is_fixed(key, now, then):
                 raise ValueError(
-                    f"{key} was {then!r} when this run started and is {now!r} now, which its checkpoints do not fit; "
-                    "set it back, or start anew in another output.folder"
+                    f"{key} was {then!r} when {checkpoint.name} was written and is {now!r} now, which it does not fit; "
+                    f"{way_out}"
                 )
+        if problem := misfit(checkpoint, self.module):
+            since = f"{self._describe_changes()}; {way_out}" if self.changes() else START_ANEW
+            raise ValueError(f"{checkpoint}: the checkpoint does not fit this model: {problem}; {since}")
 
     def start(self) -> None:
         """Load the checkpoint that `prepare` found, if any, and write the recipe beside the results.
@@ -268,11 +276,7 @@ class Trainer:
         path = self.checkpoint
         if path is not None:
             wanted, muon = hyperparameters(self.optimizer), moved_by_muon(self.optimizer)
-            try:
-                load_checkpoint(self.accelerator, path)
-            except ValueError as error:
-                since = f"; since the run started {self._describe_changes()}" if self.changes() else ""
-                raise ValueError(f"{error}{since}") from error
+            load_checkpoint(self.accelerator, path)
             if (before := moved_by_muon(self.optimizer)) != muon:
                 raise ValueError(
                     f"{path}: written with optim.optimizer={'muon' if any(before) else 'adamw'}, not with "
@@ -287,8 +291,8 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             remove_unfinished(self.folder / CHECKPOINTS)
-            for key, now, then in self.changes():
-                logger.warning("%s was %r when this run started and is %r now", key, then, now)
+            if path is not None and self.changes():
+                logger.warning("Since %s was written: %s", path.name, self._describe_changes())
             write_atomically(self.folder / RECIPE, recipe_yaml(self.recipe).encode())
         self._start_trackers()
 
@@ -300,7 +304,9 @@ class Trainer:
             OSError: the disk is full or gone.
             KeyboardInterrupt: Ctrl-C; the message says how to go on.
         """
-        if self._is_too_short() and self.accelerator.is_main_process:
+        if self.state.step >= self.total_steps and self.accelerator.is_main_process:
+            logger.warning("%s", self._all_taken(self.state.step))
+        elif self._is_too_short() and self.accelerator.is_main_process:
             logger.warning("The learning rate is still warming up at the end of the run: %s", self._is_too_short())
         self.has_begun = True
         with self._saying_what_is_whole():
@@ -336,7 +342,9 @@ class Trainer:
             log.restart_clock()
         if last or state.step % recipe.output.save_every == 0:
             check_finite(self.model)
-            save_checkpoint(accelerator, self.folder / CHECKPOINTS, state.step, keep_last=recipe.output.keep_last)
+            files = {RECIPE: recipe_yaml(recipe).encode()}
+            folder, keep_last = self.folder / CHECKPOINTS, recipe.output.keep_last
+            save_checkpoint(accelerator, folder, state.step, keep_last=keep_last, files=files)
             log.plot()
             log.restart_clock()
         bar.update()
@@ -396,9 +404,11 @@ class Trainer:
         """Whether a parameter has no weight decay: biases and norms have fewer than 2 dimensions."""
         return parameter.ndim < 2
 
-    def is_fixed(self, key: str) -> bool:
-        """Whether a run cannot go on once this dotted key of its recipe changes, whatever the shapes of its weights."""
-        return key == "optim.optimizer"
+    def is_fixed(self, key: str, now: Any, then: Any) -> bool:
+        """Whether a run cannot go on once this dotted key of its recipe changes so, whatever its weights' shapes."""
+        if key == "train.ema_decay":
+            return None in (now, then)  # averages come into being with the run
+        return key == "optim.optimizer" or (key, now) == ("train.precision", "fp16")  # whose scale a checkpoint holds
 
     def describe(self) -> dict[str, str]:
         """What is trained on what, for the plan: {heading: one line}."""
@@ -443,15 +453,22 @@ class Trainer:
             "disk": f"{self.needed_disk() / GIB:.2f} GiB for checkpoints and models in {self.folder}",
         }
         if self.checkpoint is not None:
-            lines["resumes"] = f"from step {step_of(self.checkpoint)}, {self.checkpoint}"
+            step = step_of(self.checkpoint)
+            taken = f": {self._all_taken(step)}" if step >= self.total_steps else ""
+            lines["resumes"] = f"from step {step}, {self.checkpoint}{taken}"
             if self.changes():
-                lines["changed"] = f"since the run started {self._describe_changes()}"
+                lines["changed"] = self._describe_changes()
         if self._is_too_short():
             lines["warning"] = f"the learning rate is still warming up at the end: {self._is_too_short()}"
         return "\n".join(f"{name:>10}  {text}" for name, text in lines.items())
 
     def _describe_changes(self) -> str:
-        return ", ".join(f"{key} from {then!r} to {now!r}" for key, now, then in self.changes())
+        return ", ".join(f"{key} was {then!r} and is {now!r} now" for key, now, then in self.changes())
+
+    def _all_taken(self, step: int) -> str:
+        return (
+            f"step {step} of {self.total_steps} is taken, so none is left; raise train.steps or train.epochs for more"
+        )
 
     def _describe_memory(self) -> str:
         parts, have = self.memory(), device_memory(self.accelerator.device)

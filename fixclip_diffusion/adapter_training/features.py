@@ -486,24 +486,30 @@ class FeatureCache:
             return
         except (OSError, ValueError) as error:
             raise ValueError(f"{path}: cannot be read: {error}") from None
-        other = sorted(name for name in key.keys() | found.keys() if key.get(name) != found.get(name))
+        other = [name for name in key if key[name] != found.get(name)]
+        other += [name for name in found if name not in key]
+        if "text" in other:  # and all that belongs to it
+            other = ["text"]
         if other:
             raise ValueError(
-                f"features.folder={str(self.folder)!r}: this cache was made with another {', another '.join(other)}; "
-                "delete it or choose another folder"
+                f"features.folder={str(self.folder)!r}: this cache was made with another "
+                f"{', another '.join(_with_values(name, found.get(name), key.get(name)) for name in other)}; delete it "
+                "or choose another folder"
             )
 
     def _is_done(self, number: int) -> bool:
         path = self._path(number)
         if not path.exists():
             return False
+        samples = self._range(number)
         try:
             with safe_open(path, framework="pt") as file:
-                found = file.metadata()["key"]
+                found, (count,) = file.metadata()["key"], file.get_slice("row").get_shape()
         except Exception as error:
             raise ValueError(f"{path}: damaged ({error}); delete it, and it will be made again") from None
+        if count != len(samples):  # the last file, of another `data.stop`
+            return False
         if found != self._sample_keys[number]:
-            samples = self._range(number)
             raise ValueError(
                 f"{path}: stale: captions or pictures among samples {samples.start} to {samples.stop - 1} of "
                 f"{self.key['source']} have changed since; delete it, and it will be made again"
@@ -624,6 +630,12 @@ class FeatureCache:
         tensors = {name: file.get_slice(name)[row : row + 1][0] for name in file.keys() if name != "row"}  # noqa: SIM118
         floats = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
         return floats, json.loads(file.metadata()["keys"])[row]
+
+
+def _with_values(name: str, then: Any, now: Any) -> str:
+    """A part of a cache's key with what it was and is, where that is not a digest or all of a section."""
+    short = not any(isinstance(value, dict) or len(str(value)) == 64 for value in (then, now))
+    return f"{name} ({then}, now {now})" if short else name
 
 
 def _digest(value: Any) -> str:

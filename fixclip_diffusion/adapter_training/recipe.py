@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from fixclip_core.data.config import CaptionsSection, DataSection
 from fixclip_core.section import Section
 from fixclip_core.training.recipe import OptimSection, OutputSection, RunSection
-from fixclip_diffusion.conditioning import get_conditioning
+from fixclip_diffusion.conditioning import ALIASES, CONDITIONINGS
 
 
 class BaseSection(Section):
@@ -30,14 +30,16 @@ class BaseSection(Section):
     def _read_old_name(cls, values: Any) -> Any:
         """`long_prompt` is the name of `conditioning` in recipes of version 0.1."""
         if isinstance(values, dict) and "long_prompt" in values:
-            values = {**values, "conditioning": values["long_prompt"]}
+            values = {**values, "conditioning": ALIASES.get(values["long_prompt"], values["long_prompt"])}
             del values["long_prompt"]
         return values
 
     @field_validator("conditioning")
     @classmethod
     def _check_conditioning(cls, name: str | None) -> str | None:
-        return None if name is None else get_conditioning(name).name
+        if name is not None and name not in CONDITIONINGS:  # version 0.1's "windows" was its name of one_pass
+            raise ValueError(f"conditioning={name!r}: valid are {', '.join(CONDITIONINGS)}")
+        return name
 
 
 class AdapterSection(Section):
@@ -227,7 +229,7 @@ class AdapterRecipe(Section):
         if train.micro_batch_size and train.micro_batch_size > train.batch_size:
             yield (
                 f"train.micro_batch_size={train.micro_batch_size}: it must be at most "
-                f"train.batch_size={train.batch_size}"
+                f"train.batch_size={train.batch_size}, or null: the whole batch at a time"
             )
         weights = [objectives.weight_long, objectives.weight_windows, objectives.weight_plain]
         if objectives.short_share:
@@ -244,8 +246,12 @@ class AdapterRecipe(Section):
 
     def _cached_otherwise(self) -> Iterator[str]:
         data, captions = self.data, self.captions
-        if data.random_crop or data.flip:
-            yield "features.folder: a cache holds one view of a picture; set data.random_crop and data.flip"
+        for name in ("random_crop", "flip"):
+            if getattr(data, name):
+                yield (
+                    f"data.{name}=true: a cache of features holds one view of a picture; set it to false, or "
+                    "features.folder to null"
+                )
         if self.features.text and captions.short_caption not in ("given", "first_sentence"):
             yield (
                 f"features.text: a cache holds one short caption a picture, captions.short_caption="

@@ -39,7 +39,7 @@ from fixclip_core.training.encoder.task import split_batch
 from fixclip_core.training.memory import activation_bytes
 from fixclip_core.training.metrics import MetricsLog
 from fixclip_core.training.optim import check_finite
-from fixclip_core.training.trainer import GIB, Trainer, batches, changed
+from fixclip_core.training.trainer import GIB, MIB, START_ANEW, Trainer, batches, changed
 from fixclip_diffusion import builtin
 from fixclip_diffusion.adapter import TextAdapter, check_fits
 from fixclip_diffusion.adapter_training.features import (
@@ -179,16 +179,19 @@ class AdapterTrainer(Trainer):
     def no_decay(self, name: str, parameter: nn.Parameter) -> bool:
         return super().no_decay(name, parameter) or "position" in name
 
-    def is_fixed(self, key: str) -> bool:
+    def is_fixed(self, key: str, now: Any, then: Any) -> bool:
         """How captions are read, and an adapter's sizes: with other heads, say, its weights would be read otherwise."""
         section, _, name = key.partition(".")
         is_size = section == "adapter" and name not in NO_SIZES
-        return super().is_fixed(key) or key == "model.conditioning" or is_size
+        return super().is_fixed(key, now, then) or key == "model.conditioning" or is_size
 
-    def check_goes_on(self, run: Path) -> None:
+    def check_goes_on(self, checkpoint: Path) -> None:
         """Encoder and tokenizer too must be those that the run was begun with; see `Trainer.check_goes_on`."""
-        check_made_for(run, self._made_for())
-        super().check_goes_on(run)
+        super().check_goes_on(checkpoint)
+        try:
+            check_made_for(checkpoint.parent.parent, self._made_for())
+        except ValueError as error:
+            raise ValueError(f"{error}; or {START_ANEW}") from None
 
     def start(self) -> None:
         """As any training; write the fingerprint of encoder and tokenizer beside the results, and fill the cache."""
@@ -334,7 +337,8 @@ class AdapterTrainer(Trainer):
         if self.cache is None:
             return "none"
         text, missing = ", with text states" if self.recipe.features.text else "", len(self.cache.missing_samples)
-        left = f"{missing} samples to add, about {self.cache_bytes / GIB:.2f} GiB" if missing else "complete"
+        size = f"{self.cache_bytes / GIB:.2f} GiB" if self.cache_bytes > GIB else f"{self.cache_bytes / MIB:.0f} MiB"
+        left = f"{missing} samples to add, about {size}" if missing else "complete"
         return f"{self.cache.folder}{text}: {left}"
 
     def _encoders(self) -> list[str]:

@@ -1,5 +1,6 @@
 """Sources of captioned images: any sample by its number."""
 
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -61,6 +62,9 @@ def open_source(config: DataConfig, captioned: bool = True) -> Source:
     if all(url.startswith("pipe:") or url.split("?")[0].endswith(".tar") for url in urls):
         return ShardSource(urls, config)
     problem = "is of no known kind" if path.exists() or "://" in name else "does not exist"
+    near = difflib.get_close_matches(name.partition(":")[0], SCENES, 1)
+    if near:
+        problem += f"; did you mean {near[0]}?"
     raise ValueError(
         f"source {name!r} {problem}: give .tar shards, a manifest ({', '.join(MANIFEST_EXTENSIONS)}), "
         f"a folder of shards or of image + txt, or {' or '.join(SCENES)}"

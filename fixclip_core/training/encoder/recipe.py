@@ -125,7 +125,7 @@ class EncoderRecipe(Section):
         if train.micro_batch_size and train.micro_batch_size > train.batch_size:
             yield (
                 f"train.micro_batch_size={train.micro_batch_size}: it must be at most "
-                f"train.batch_size={train.batch_size}"
+                f"train.batch_size={train.batch_size}, or null: the whole batch at a time"
             )
 
     def _idle_short_captions(self) -> Iterator[str]:

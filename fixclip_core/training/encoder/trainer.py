@@ -110,9 +110,10 @@ class EncoderTrainer(Trainer):
         """Tokens and positions are no matrices either; the logit scale has fewer than 2 dimensions."""
         return super().no_decay(name, parameter) or "position" in name or name == "visual.prompts"
 
-    def is_fixed(self, key: str) -> bool:
+    def is_fixed(self, key: str, now: Any, then: Any) -> bool:
         """What acts on a run's first weights alone, or on how they are read where their shapes do not tell."""
-        return super().is_fixed(key) or key in ("model.keep", "model.ratio", "model.positions", "model.prompt_flow")
+        own = ("model.keep", "model.ratio", "model.positions", "model.prompt_flow")
+        return super().is_fixed(key, now, then) or key in own
 
     # -- the step --------------------------------------------------------------------------------------------
 
