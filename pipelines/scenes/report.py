@@ -40,6 +40,7 @@ DIFFERENCES = (
     ("overlap_text_adapter", "adapter"),
     ("adapter", "stretched_adapter"),
     ("adapter", "trained"),
+    ("lora", "adapter"),
     ("trained", "overlap"),
 )
 SYSTEMS = {
@@ -49,6 +50,7 @@ SYSTEMS = {
     "stretched": "`one_pass`: base encoder stretched to 248 tokens, untrained",
     "trained": "`one_pass`: FIX-CLIP with state alignment, no adapter",
     "adapter": "`one_pass`: FIX-CLIP + adapter",
+    "lora": "`one_pass`: FIX-CLIP + adapter + LoRA of the UNet",
     "stretched_adapter": "`one_pass`: base encoder stretched + adapter",
     "overlap_adapter": "`overlap`: base encoder + adapter on each window",
     "overlap_text_adapter": "`overlap`: base encoder + adapter on all windows, joined",
@@ -63,6 +65,7 @@ COLOURS = {
     "stretched": "#8fb8de",
     "trained": "#4f86c6",
     "adapter": "#3f9b6b",
+    "lora": "#1d6b45",
     "overlap_adapter": "#dd9c8a",
     "overlap_text_adapter": "#7a2e1d",
     "stretched_adapter": "#b9a3d6",
