@@ -287,6 +287,10 @@ def test_a_start_without_the_unet(recipe, encoder_folder, tmp_path, monkeypatch)
             patch.setattr(part, "forward", lambda *args, **kwargs: pytest.fail("not needed"))
             patch.setattr(part, "encode", lambda *args, **kwargs: pytest.fail("not needed"), raising=False)
         start = AdapterTrainer(recipe("start", encoder, *states, "train.steps=60")).train()
+        cache = ["features.text=true", "features.dtype=fp32", f"features.folder={tmp_path / 'states'}"]
+        train_again(recipe("cached", encoder, *states, *cache, "train.steps=3"))
+    for one, other in zip(metrics(tmp_path / "start"), metrics(tmp_path / "cached")[:2], strict=False):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-3)
     rows = metrics(tmp_path / "start")
     assert rows[0].keys() >= {"loss_windows", "loss_states"}
     assert not rows[0].keys() & {"loss_long", "loss_short", "loss_prediction"}

@@ -319,8 +319,52 @@ def test_window_states_are_cached_too(setup, models, tmp_path):
     for batch, stored in zip(plain.epoch(0), loader.epoch(0), strict=True):
         live = encode_batch(models, batch, section)
         torch.testing.assert_close(stored.windows, live.windows, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match=r"made with another window states \(True, now None\); delete it"):
-        setup(*cached(tmp_path, "features.text=true"))
+    less = setup(*cached(tmp_path, "features.text=true"))  # which reads less than there is
+    for batch, stored in zip(plain.epoch(0), less.epoch(0), strict=True):
+        assert_features_close(stored, encode_batch(models, batch, ALL))
+    other = (f"features.folder={tmp_path / 'other'}", "features.text=true")
+    setup(*other)
+    with pytest.raises(
+        ValueError, match=r"this cache has no window states, which nothing read when it was made; delete"
+    ):
+        setup(*other, windows)
+
+
+STATES_ALONE = (  # a start without the UNet that leaves short captions alone
+    *("objectives.weight_long=0", "objectives.weight_short=0", "objectives.weight_prediction=0"),
+    *("objectives.weight_states=0", "objectives.short_share=0", "objectives.weight_windows=1"),
+)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_nothing_reads_is_not_cached(setup, models, tmp_path, workers):
+    options = (*STATES_ALONE, f"data.workers={workers}")
+    section = ObjectivesSection(weight_long=0, weight_prediction=0, short_share=0, weight_windows=1)
+    plain, loader = setup(*options), setup(*cached(tmp_path, "features.text=true", *options))
+    with safe_open(tmp_path / "cache" / "shard-00000.safetensors", framework="pt") as file:
+        names = set(file.keys())
+        assert file.get_slice("mean").get_shape()[2:] == [1, 1]
+    assert not [name for name in names if name.startswith(("short", "teacher"))]
+    for batch, stored in zip(plain.epoch(0), loader.epoch(0), strict=True):
+        live = encode_batch(models, batch, section)
+        assert_features_close(stored, live)
+        torch.testing.assert_close(stored.windows, live.windows, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="this cache has no latents and no short captions, which nothing read when"):
+        setup(*cached(tmp_path, "features.text=true", "objectives.weight_windows=1"))
+    full = (f"features.folder={tmp_path / 'full'}", "features.text=true", "features.dtype=fp32")
+    setup(*full, "objectives.weight_windows=1")
+    before = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "full").iterdir()}
+    for batch, stored in zip(plain.epoch(0), setup(*full, *options).epoch(0), strict=True):
+        torch.testing.assert_close(stored.long.states, encode_batch(models, batch, section).long.states)
+    assert before == {file.name: file.stat().st_mtime_ns for file in (tmp_path / "full").iterdir()}
+
+
+def test_a_start_does_not_load_pictures(setup, tmp_path):
+    """One that cannot be decoded costs nothing where no objective reads it."""
+    (tmp_path / "data" / "3.png").write_bytes(b"no picture")
+    loader = setup(*cached(tmp_path, "features.text=true", *STATES_ALONE))
+    assert sum(len(batch) for batch in loader.epoch(0)) == 12
+    assert not loader.skipped
 
 
 def test_windows_are_cached_too(setup, models, tmp_path):
@@ -447,6 +491,10 @@ def test_latents_alone_allow_new_captions_every_epoch(setup, tmp_path):
     ("override", "message"),
     [
         (("data.flip=true",), "data.flip=true: a cache of features holds one view of a picture; set it to false"),
+        (
+            ("features.text=false", *STATES_ALONE),
+            "features.text=false: the cache would hold latents alone, which nothing",
+        ),
         (("features.text=true", "captions.short_caption=random_sentence"), "a cache holds one short caption a picture"),
         (("features.text=true", "captions.short_caption=debiased"), "a cache holds one short caption a picture"),
     ],

@@ -1,8 +1,9 @@
 """What the frozen models make of pictures and captions, computed at every step or once, into a cache.
 
 The cache is a folder of safetensors files of `shard_size` samples each. It holds the mean and log variance of the
-latents, so that every step samples them anew, and on demand the text states. features.json says what it was made
-with; a cache of other weights, preprocessing, tokenizer or captions is refused. A file appears when it is complete,
+latents, so that every step samples them anew, and on demand the text states; what the objectives do not read is left
+out. features.json says what it was made with; a cache of other weights, preprocessing, tokenizer or captions is
+refused, and so is one that lacks what is read now. A file appears when it is complete,
 so an interrupted run goes on where it stopped.
 
 Shape letters: B samples, C latent channels, H, W latent height and width, T text encoders, N passes, P positions of a
@@ -62,6 +63,8 @@ DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 SHORT_CAPTIONS = {"short_caption", "max_short_sentences", "drop_short_from_long"}
 SMALL_LATENTS = 16  # side
 WINDOWS = ("windows", "windows_known", "windows_gap")  # fields of `Features`
+LATENTS, SHORT, WINDOW_STATES = "latents", "short captions", "window states"  # parts of a cache
+WITHOUT = "without"  # in its key: the parts that it leaves out
 TEACHERS_READING = Overlap()  # the conditioning that teachers read captions with
 _OPEN_SHARDS = 16
 
@@ -351,7 +354,7 @@ def encode_batch(frozen: FrozenModels, batch: Batch, objectives: ObjectivesSecti
     there, or None.
     """
     if not objectives.reads_noise:
-        mean = logvar = batch.image.new_zeros(len(batch), cast(Any, frozen.vae.config).latent_channels, 1, 1)
+        mean = logvar = no_latents(frozen, len(batch))
     elif batch.image.shape[1] == 2 * cast(Any, frozen.vae.config).latent_channels:
         mean, logvar = batch.image.chunk(2, dim=1)
     else:
@@ -381,6 +384,11 @@ def encode_batch(frozen: FrozenModels, batch: Batch, objectives: ObjectivesSecti
         time_ids=batch.sizes,
         **windows,
     )
+
+
+def no_latents(frozen: FrozenModels, count: int) -> Tensor:
+    """(B, C, 1, 1) of zeros in place of latents that nothing reads."""
+    return torch.zeros(count, cast(Any, frozen.vae.config).latent_channels, 1, 1)
 
 
 def empty_states(frozen: FrozenModels) -> tuple[CaptionStates, Tensor, Tensor | None]:
@@ -431,8 +439,17 @@ def cache_key(recipe: AdapterRecipe, frozen: FrozenModels, resolution: int) -> d
         conditioning = {"name": frozen.prompt_encoder.conditioning.name}
         key["conditioning"] = asdict(frozen.encodings[0].context) | conditioning
         if recipe.objectives.reads_windows:
-            key["window states"] = True
+            key[WINDOW_STATES] = True
+        read = {LATENTS: recipe.objectives.reads_noise, SHORT: recipe.objectives.reads_short}
+        if unread := [part for part, is_read in read.items() if not is_read]:
+            key[WITHOUT] = unread
     return key
+
+
+def parts_of(key: dict[str, Any]) -> set[str]:
+    """What a cache of this key holds beside long captions."""
+    parts = {LATENTS, SHORT} if key["text"] else {LATENTS}
+    return (parts | ({WINDOW_STATES} if key.get(WINDOW_STATES) else set())) - set(key.get(WITHOUT, []))
 
 
 # -- the cache -----------------------------------------------------------------------------------------------
@@ -457,11 +474,10 @@ class FeatureCache:
         self.folder, self.section, self.source = folder, section, source
         self.indices = sample_range(source.sizes, config)
         self._open: OrderedDict[int, Any] = OrderedDict()
-        self._refuse_other_key(key)
-        self.key = key
-        self._sample_keys = [
-            _digest([key, [source.fingerprint(index) for index in self._range(number)]]) for number in range(len(self))
-        ]
+        self.key = self._agreed_key(key)
+        self.parts, self.read_parts = parts_of(self.key), parts_of(key)
+        fingerprints = [[source.fingerprint(index) for index in self._range(number)] for number in range(len(self))]
+        self._sample_keys = [_digest([self.key, found]) for found in fingerprints]
         self.missing = [number for number in range(len(self)) if not self._is_done(number)]
 
     def __len__(self) -> int:
@@ -478,16 +494,17 @@ class FeatureCache:
     def _path(self, number: int) -> Path:
         return self.folder / f"shard-{number:05d}.safetensors"
 
-    def _refuse_other_key(self, key: dict[str, Any]) -> None:
+    def _agreed_key(self, key: dict[str, Any]) -> dict[str, Any]:
+        """That of the folder, which may hold more than is read now; `key` of a new one."""
         path = self.folder / KEY_FILE
         try:
             found = json.loads(path.read_text())
         except FileNotFoundError:
-            return
+            return key
         except (OSError, ValueError) as error:
             raise ValueError(f"{path}: cannot be read: {error}") from None
-        other = [name for name in key if key[name] != found.get(name)]
-        other += [name for name in found if name not in key]
+        names = [name for name in {**key, **found} if name not in (WITHOUT, WINDOW_STATES)]
+        other = [name for name in names if key.get(name) != found.get(name)]
         if "text" in other:  # and all that belongs to it
             other = ["text"]
         if other:
@@ -496,6 +513,12 @@ class FeatureCache:
                 f"{', another '.join(_with_values(name, found.get(name), key.get(name)) for name in other)}; delete it "
                 "or choose another folder"
             )
+        if lacking := parts_of(key) - parts_of(found):
+            raise ValueError(
+                f"features.folder={str(self.folder)!r}: this cache has no {' and no '.join(sorted(lacking))}, which "
+                "nothing read when it was made; delete it or choose another folder"
+            )
+        return dict(found)
 
     def _is_done(self, number: int) -> bool:
         path = self._path(number)
@@ -523,7 +546,7 @@ class FeatureCache:
     def missing_bytes(self, reader: Batches, frozen: FrozenModels) -> int:
         """About what `build` will write, by the first samples that are missing."""
         indices = self.missing_samples
-        samples = _Samples(reader, indices[: self.section.batch_size])
+        samples = self._samples(reader, indices[: self.section.batch_size])
         found = [samples[position] for position in range(len(samples))]
         rows = [row for row in found if not isinstance(row, Skipped)]
         if not rows:
@@ -545,7 +568,7 @@ class FeatureCache:
             write_atomically(self.folder / KEY_FILE, json.dumps(self.key, indent=1).encode())
         mine = self.missing[reader.rank :: reader.world_size]
         loader = DataLoader(
-            _Samples(reader, [index for number in mine for index in self._range(number)]),
+            self._samples(reader, [index for number in mine for index in self._range(number)]),
             batch_size=None,
             num_workers=loading_workers(reader.config.workers),
             generator=torch.Generator().manual_seed(0),  # leaves the global one alone
@@ -555,6 +578,9 @@ class FeatureCache:
             for number in mine:
                 self._write(number, samples, reader, frozen)
         self.missing = []
+
+    def _samples(self, reader: Batches, indices: Sequence[int]) -> "_Samples":
+        return _Samples(reader, indices, pictures=LATENTS in self.parts)
 
     def _write(
         self, number: int, samples: Iterator[LoadedSample | Skipped], reader: Batches, frozen: FrozenModels
@@ -592,24 +618,32 @@ class FeatureCache:
 
     def _encode(self, rows: Sequence[LoadedSample], reader: Batches, frozen: FrozenModels) -> dict[str, Tensor]:
         pictures, longs, shorts = ([row[i] for row in rows] for i in range(3))
-        images, sizes = stack_pictures(cast(list[Picture], pictures))
-        mean, logvar = encode_pictures(frozen.vae, images)
-        tensors = {"mean": mean, "logvar": logvar}
+        sizes, mean = None, no_latents(frozen, len(rows))
+        tensors = {"mean": mean, "logvar": mean.clone()}
+        if LATENTS in self.parts:
+            images, sizes = stack_pictures(cast(list[Picture], pictures))
+            tensors["mean"], tensors["logvar"] = encode_pictures(frozen.vae, images)
         if self.section.text:
-            packed_B4S = reader.tokenizer(cast(list[str], longs + shorts))
-            long_ids, short_ids = packed_B4S[: len(rows)], packed_B4S[len(rows) :]
+            long_ids = reader.tokenizer(cast(list[str], longs))
             tensors |= encode_captions(frozen, long_ids).tensors("long")
+        if SHORT in self.parts:
+            short_ids = reader.tokenizer(cast(list[str], shorts))
             tensors |= encode_captions(frozen, short_ids).tensors("short")
             tensors["teacher"], pooled, tensors["teacher_fits"] = encode_for_teacher(frozen, short_ids)
             tensors |= {} if pooled is None else {"teacher_pooled": pooled}
-            if self.key.get("window states"):
-                plain_ids = reader.tokenizer([row[5] for row in rows])
-                windows = encode_windows_for_teacher(frozen, long_ids, plain_ids)
-                tensors |= dict(zip(WINDOWS, windows, strict=True))
+        if WINDOW_STATES in self.parts:
+            plain_ids = reader.tokenizer([row[5] for row in rows])
+            windows = encode_windows_for_teacher(frozen, long_ids, plain_ids)
+            tensors |= dict(zip(WINDOWS, windows, strict=True))
         dtype = DTYPES[self.section.dtype]
         tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
         tensors |= {} if sizes is None else {"time_ids": sizes}  # whole pixels, which fp16 rounds from 2048 on
         return {name: t.cpu() for name, t in tensors.items()}
+
+    def _is_read(self, name: str) -> bool:
+        """Whether a tensor of a file belongs to what is read."""
+        part = WINDOW_STATES if name in WINDOWS else SHORT if name.startswith(("short.", "teacher")) else None
+        return part is None or part in self.read_parts
 
     def read(self, index: int) -> tuple[dict[str, Tensor], str]:
         """One sample's tensors, floats in float32, and its key.
@@ -627,7 +661,8 @@ class FeatureCache:
         if row < 0:
             found = Skipped(**json.loads(file.metadata()["skipped"])[str(local)])
             raise BadSampleError(found.reason, found.file, found.key, found.detail)
-        tensors = {name: file.get_slice(name)[row : row + 1][0] for name in file.keys() if name != "row"}  # noqa: SIM118
+        names = [name for name in file.keys() if name != "row" and self._is_read(name)]  # noqa: SIM118
+        tensors = {name: file.get_slice(name)[row : row + 1][0] for name in names}
         floats = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
         return floats, json.loads(file.metadata()["keys"])[row]
 
@@ -643,16 +678,16 @@ def _digest(value: Any) -> str:
 
 
 def _stacked(rows: list[Tensor]) -> Tensor:
-    """Rows of a batch; captions as long as the longest among them, filled up with 0, or -1 for positions."""
-    fill = 0 if rows[0].is_floating_point() else -1
+    """Rows of a batch; captions as long as the longest among them, filled up with 0 or False, or -1 for positions."""
+    fill = 0 if rows[0].is_floating_point() or rows[0].dtype == torch.bool else -1
     return pad_sequence(rows, batch_first=True, padding_value=fill) if rows[0].ndim else torch.stack(rows)
 
 
 class _Samples(Dataset):
-    """Samples by their number, loaded and transformed as in the first epoch."""
+    """Samples by their number, loaded and transformed as in the first epoch; without pictures None in their place."""
 
-    def __init__(self, reader: Batches, indices: Sequence[int]):
-        self.reader, self.indices = reader, indices
+    def __init__(self, reader: Batches, indices: Sequence[int], *, pictures: bool):
+        self.reader, self.indices, self.pictures = reader, indices, pictures
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -660,7 +695,10 @@ class _Samples(Dataset):
     def __getitem__(self, position: int) -> LoadedSample | Skipped:
         index = self.indices[position]
         try:
-            return self.reader.load(0, index)
+            if self.pictures:
+                return self.reader.load(0, index)
+            sample, long, short = self.reader.captions(0, index)
+            return cast(Picture, None), long, short, 0, sample.key, plain_wording(sample, long)
         except BadSampleError as error:
             return error.skipped
 
@@ -705,9 +743,14 @@ class CachedFeatures(CachedBatches):
             return skipped
         tensors, keys, seeds = zip(*rows, strict=True)
         joined: dict[str, Any] = {name: _stacked([row[name] for row in tensors]) for name in tensors[0]}
-        captions: dict[str, Any] = {name: CaptionStates.from_tensors(name, joined) for name in ("long", "short")}
+        long = short = CaptionStates.from_tensors("long", joined)
+        if SHORT in self.cache.read_parts:
+            short = CaptionStates.from_tensors("short", joined)
+        else:  # as in `encode_batch`
+            joined |= {"teacher": short.states[:, :1], "teacher_fits": torch.zeros(len(rows), dtype=torch.bool)}
+            joined |= {} if short.pooled is None else {"teacher_pooled": short.pooled}
         joined = {name: value for name, value in joined.items() if "." not in name}
-        return Features(**joined, **captions, seeds=torch.tensor(seeds), keys=list(keys), skipped=skipped)
+        return Features(**joined, long=long, short=short, seeds=torch.tensor(seeds), keys=list(keys), skipped=skipped)
 
     def load(self, epoch: int, index: int) -> Any:
         tensors, key = self.cache.read(index)

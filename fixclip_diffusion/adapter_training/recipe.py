@@ -246,6 +246,11 @@ class AdapterRecipe(Section):
 
     def _cached_otherwise(self) -> Iterator[str]:
         data, captions = self.data, self.captions
+        if not self.features.text and not self.objectives.reads_noise:
+            yield (
+                "features.text=false: the cache would hold latents alone, which nothing reads, as the objectives have "
+                "no noise predictions; set it to true, or features.folder to null"
+            )
         for name in ("random_crop", "flip"):
             if getattr(data, name):
                 yield (
