@@ -112,6 +112,7 @@ def build(
 ) -> tuple[AdapterTrainer, Callable[[], None]]:
     """The run, and the function that takes one step of it."""
     run = AdapterTrainer(build_recipe(system, scale, batch_size, folder), models).prepare()
+    run.fill_cache()
     loader, device = endless(run), run.accelerator.device
     if system == "plain loop":
         return run, lambda: plain_step(run, next(loader).to(device))

@@ -198,6 +198,10 @@ class AdapterTrainer(Trainer):
         super().start()
         if self.accelerator.is_main_process:
             _write_made_for(self.folder, self._made_for())
+        self.fill_cache()
+
+    def fill_cache(self) -> None:
+        """Make what the cache of features lacks; every process calls it."""
         if self.cache is not None:
             self.accelerator.wait_for_everyone()  # all have seen the same files missing
             self.cache.build(self.reader.batches, self.frozen)
