@@ -141,7 +141,7 @@ def command(kind: Kind) -> Callable[..., None]:
                 typer.echo("Building the model and measuring memory, which takes up to a minute ...", err=True)
                 echo(format_columns(cluster_plan(chosen, cluster)))
             else:
-                with naming_places(schema, recipe, overrides or []):
+                with naming_places(chosen, recipe, overrides or []):
                     run(imported(kind.trainer), chosen, resume=resume, dry_run=dry_run, smoke=smoke)
 
     train.__doc__ = kind.help

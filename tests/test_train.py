@@ -886,6 +886,10 @@ def test_one_s_own_data_needs_no_override_but_its_source(tmp_path, clip_folder, 
     smoke = command("builtin:own_data", *base, "--smoke")
     assert smoke.exit_code == 0, smoke.output
     assert "Smoke test passed" in smoke.stdout
+    reset_accelerator()
+    error = command_line.error_of(command("builtin:own_data", "--smoke", "model.name=local-dir:nowhere"))
+    assert error.startswith("command line: model.name: ")
+    assert "nowhere" in error
     listed = command_line.run("train", "--list")
     assert {line.split()[0] for line in listed.stdout.splitlines()} == {"encoder", "adapter"}
     assert "encoder  builtin:own_data" in listed.stdout

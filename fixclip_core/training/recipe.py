@@ -111,18 +111,21 @@ def load_recipe(
 
 
 @contextmanager
-def naming_places(schema: type[BaseModel], path: str | Path, overrides: Sequence[str] = ()) -> Iterator[None]:
+def naming_places(recipe: BaseModel, path: str | Path, overrides: Sequence[str] = ()) -> Iterator[None]:
     """Errors of the block that name a key of a recipe, or a string that it sets, say where: `my.yaml:7: data.stop=...`.
 
     Args:
-        schema, path, overrides: of a recipe that `load_recipe` has read.
+        recipe: what `load_recipe` has read.
+        path, overrides: what it was read from.
     """
     try:
         yield
     except ValueError as error:
-        message, recipe = str(error), flatten(load_recipe(schema, path, overrides))
-        sources = _sources(str(path), find_recipe(schema, path).read_text(encoding="utf-8"), overrides)
-        given = [key for key, value in recipe.items() if _location(key) in sources and _speaks_of(message, value)]
+        message, text = str(error), find_recipe(type(recipe), path).read_text(encoding="utf-8")
+        sources = _sources(str(path), text, overrides)
+        given = [
+            key for key, value in flatten(recipe).items() if _location(key) in sources and _speaks_of(message, value)
+        ]
         if places := _places_of(message, sources):
             error.args = (f"{places}: {message}",)
         elif given:

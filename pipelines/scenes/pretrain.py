@@ -718,7 +718,7 @@ def command(schema: type[StageRecipe]) -> Callable[..., None]:
     ) -> None:
         with training_errors():
             chosen = load_recipe(schema, recipe, overrides or [])
-            with naming_places(schema, recipe, overrides or []):
+            with naming_places(chosen, recipe, overrides or []):
                 run(StageTrainer, chosen, resume=resume, dry_run=dry_run, smoke=smoke)
 
     return pretrain
