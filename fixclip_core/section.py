@@ -19,6 +19,10 @@ class Section(BaseModel):
         """
         yield from ()
 
+    def is_changed(self, name: str) -> bool:
+        """Whether a field has another value than its default."""
+        return bool(getattr(self, name) != type(self).model_fields[name].default)
+
     @model_validator(mode="after")
     def _refuse_contradictions(self) -> Self:
         if found := list(self.contradictions()):

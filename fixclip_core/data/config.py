@@ -98,18 +98,15 @@ class CaptionsSection(Section):
                 f"num_short={self.num_short}: short_caption={self.short_caption} gives the same one each time; choose "
                 "random_sentence, random_sentences or debiased"
             )
-        if self._is_changed("max_short_sentences") and self.short_caption != "random_sentences":
+        if self.is_changed("max_short_sentences") and self.short_caption != "random_sentences":
             yield (
                 f"max_short_sentences={self.max_short_sentences}: short_caption={self.short_caption} takes no such "
                 "number; choose random_sentences, or leave it out"
             )
         for name in CaptionFilters.__dataclass_fields__:
-            if self._is_changed(name) and not self.filter_captions:
+            if self.is_changed(name) and not self.filter_captions:
                 value = "null" if getattr(self, name) is None else getattr(self, name)
                 yield f"{name}={value} is a limit of filter_captions, which is off; set that to true, or leave it out"
-
-    def _is_changed(self, name: str) -> bool:
-        return bool(getattr(self, name) != type(self).model_fields[name].default)
 
     def short_captions(self) -> ShortCaptions:
         return ShortCaptions(self.short_caption, self.max_short_sentences, self.drop_short_from_long)

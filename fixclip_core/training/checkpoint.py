@@ -110,7 +110,7 @@ def misfit(path: Path, module: torch.nn.Module) -> str | None:
     here = {name: tuple(tensor.shape) for name, tensor in state.items()}
     # A file holds one of several names of the same memory.
     memory = Counter(tensor.data_ptr() for tensor in state.values())
-    new = [name for name in here.keys() - there.keys() if memory[state[name].data_ptr()] == 1]
+    new = {name for name in here.keys() - there.keys() if memory[state[name].data_ptr()] == 1}
     found = [
         f"{name} is {there[name]} there and {shape} here"
         for name, shape in here.items()

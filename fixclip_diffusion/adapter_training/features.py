@@ -354,7 +354,7 @@ def encode_batch(frozen: FrozenModels, batch: Batch, objectives: ObjectivesSecti
     there, or None.
     """
     if not objectives.reads_noise:
-        mean = logvar = no_latents(frozen, len(batch))
+        mean = logvar = no_latents(frozen, len(batch)).to(batch.image.device)
     elif batch.image.shape[1] == 2 * cast(Any, frozen.vae.config).latent_channels:
         mean, logvar = batch.image.chunk(2, dim=1)
     else:
@@ -476,8 +476,10 @@ class FeatureCache:
         self._open: OrderedDict[int, Any] = OrderedDict()
         self.key = self._agreed_key(key)
         self.parts, self.read_parts = parts_of(self.key), parts_of(key)
-        fingerprints = [[source.fingerprint(index) for index in self._range(number)] for number in range(len(self))]
-        self._sample_keys = [_digest([self.key, found]) for found in fingerprints]
+        self._sample_keys = [
+            _digest([self.key, [source.fingerprint(index) for index in self._range(number)]])
+            for number in range(len(self))
+        ]
         self.missing = [number for number in range(len(self)) if not self._is_done(number)]
 
     def __len__(self) -> int:

@@ -71,14 +71,14 @@ class AdapterSection(Section):
                 f"mask_padding={str(self.mask_padding).lower()}; or set adapter.scope=window"
             )
         if self.transfer and self.start_from is None:
-            yield ("adapter.transfer=true needs an adapter to go on from: set adapter.start_from, or leave it out")
+            yield "adapter.transfer=true needs an adapter to go on from: set adapter.start_from, or leave it out"
         if self.kind == "attention" and self.causal_heads > self.num_heads:
-            yield (f"adapter.causal_heads={self.causal_heads}: it must be at most adapter.num_heads={self.num_heads}")
+            yield f"adapter.causal_heads={self.causal_heads}: it must be at most adapter.num_heads={self.num_heads}"
         for name in ("num_heads", "mask_padding", "rotary", "causal_heads"):
             value, default = getattr(self, name), type(self).model_fields[name].default
             if self.kind == "mlp" and self.start_from is None and value != default:
                 given, usual = str(value).lower(), str(default).lower()
-                yield (f"adapter.{name}={given} needs adapter.kind=attention, and kind is mlp; leave it at {usual}")
+                yield f"adapter.{name}={given} needs adapter.kind=attention, and kind is mlp; leave it at {usual}"
 
 
 class LoraSection(Section):
@@ -164,7 +164,7 @@ class FeaturesSection(Section):
         """With `folder: null`, said in so many words, the rest may stand: it is how a recipe's cache is turned off."""
         yield from super().contradictions()
         for name in sorted(self.model_fields_set):
-            if "folder" not in self.model_fields_set and getattr(self, name) != type(self).model_fields[name].default:
+            if "folder" not in self.model_fields_set and self.is_changed(name):
                 yield (
                     f"features.{name}={str(getattr(self, name)).lower()} is of the cache of features, and there is "
                     f"none: set features.folder, or leave features.{name} out"

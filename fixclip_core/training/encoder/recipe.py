@@ -109,11 +109,11 @@ class EncoderRecipe(Section):
         if self.eval.held_out is not None and self.eval.source is not None:
             yield f"eval.held_out={self.eval.held_out}: it is a share of the data; set eval.source=null"
         if train.align_state != "last" and not train.weight_states:
-            yield (f"train.align_state={train.align_state}: it is a part of state alignment; set weight_states")
+            yield f"train.align_state={train.align_state}: it is a part of state alignment; set weight_states"
         if train.weight_plain and not train.weight_states:
-            yield (f"train.weight_plain={train.weight_plain}: it is a part of state alignment; set weight_states")
-        if not train.weight_himo and train.himo_variance != TrainSection.model_fields["himo_variance"].default:
-            yield (f"train.himo_variance={train.himo_variance}: it is a part of HiMo-CLIP's loss; set weight_himo")
+            yield f"train.weight_plain={train.weight_plain}: it is a part of state alignment; set weight_states"
+        if not train.weight_himo and train.is_changed("himo_variance"):
+            yield f"train.himo_variance={train.himo_variance}: it is a part of HiMo-CLIP's loss; set weight_himo"
         aligned = model.num_groups - model.first_group + 1
         if self.method == "fixclip" and model.num_groups and aligned < 1:
             yield f"model.first_group={model.first_group}: it must lie between 1 and {model.num_groups}"
@@ -133,7 +133,7 @@ class EncoderRecipe(Section):
         if captions.num_short > 1 and states:
             yield f"captions.num_short={captions.num_short}: state alignment reads one short caption"
         if captions.pad_short and states:
-            yield ("captions.pad_short=true: state alignment would take this padding for text; set it to false")
+            yield "captions.pad_short=true: state alignment would take this padding for text; set it to false"
         off = self.method == "finetune" or (self.method == "fixclip" and self.model.short_branch == "off")
         if not off or states:
             return
