@@ -73,13 +73,20 @@ def caption(
 
 
 def _ask_server(job: "Job", url: str, concurrency: int, timeout: float, retries: int) -> None:
-    from fixclip_core.synthesis.drivers.server import ServerOptions, caption
+    from fixclip_core.synthesis.drivers.server import ServerLostError, ServerOptions, caption
     from fixclip_core.synthesis.scenes_server import ScenesServer
 
     with ExitStack() as stack:
         if url == BUILTIN:
             url = stack.enter_context(ScenesServer().running()).url
-        _print_report(job, caption(job, ServerOptions(url, concurrency, timeout, retries)))
+        try:
+            report = caption(job, ServerOptions(url, concurrency, timeout, retries))
+        except ServerLostError:
+            with errors_exit_with(1):
+                raise
+    _print_report(job, report)
+    if report["failed"]:
+        typer.echo(f"the requests of {report['failed']:,} images failed; the same command makes them again")
 
 
 def _write_batch(job: "Job", file: Path) -> None:
@@ -102,15 +109,13 @@ def _read_batch(job: "Job", files: list[Path]) -> None:
         typer.echo(f"skipped lines: {len(reading.skipped):,}; {'; '.join(reading.skipped[:3])}{others}")
     if reading.report is not None:
         _print_report(job, reading.report)
-    else:
+    if reading.pending:
         typer.echo(f"{reading.pending:,} requests are still to make: --write-batch FILE writes them")
 
 
 def _print_report(job: "Job", report: dict) -> None:
     from rich.console import Console
     from rich.table import Table
-
-    from fixclip_core.synthesis.job import FAILURES
 
     left_out = sum(report["counts"].values())
     listed = " and every image left out" if left_out else ""
@@ -122,8 +127,6 @@ def _print_report(job: "Job", report: dict) -> None:
     typer.echo(f"{report['written']:,} of {report['samples']:,} images captioned, in {job.out}")
     tokens = f"{report['tokens']:,} tokens written by {job.model}; " if report["tokens"] else ""
     typer.echo(f"{tokens}{report['report']} has the counts{listed}")
-    if failed := sum(report["counts"].get(reason, 0) for reason in FAILURES):
-        typer.echo(f"the requests of {failed:,} images failed; the same command makes them again")
     if not report["written"]:
         with errors_exit_with(1):
             raise ValueError(f"{job.out}: not a single image got a caption; {report['report']} says why")

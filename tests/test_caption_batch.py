@@ -78,6 +78,7 @@ def test_failed_and_rejected_requests_are_written_again(images, tmp_path):
     reading = read_batch(here, [write(tmp_path / "answers.jsonl", [*failures, *map(answer, others)])])
     assert reading.failed == {"server_error": 1, "refused_request": 1, "bad_answer": 1}
     assert reading.pending == 4
+    assert reading.report is None
     write_batch(here, file)
     again = requests(file)
     assert [line["custom_id"] for line in again[:3]] == [line["custom_id"] for line in (first, second, third)]
@@ -85,6 +86,65 @@ def test_failed_and_rejected_requests_are_written_again(images, tmp_path):
     assert again[3]["body"]["messages"] != fourth["body"]["messages"]
     reading = read_batch(here, [write(tmp_path / "more.jsonl", map(answer, again))])
     assert reading.report["written"] == COUNT - 1
+
+
+@pytest.mark.parametrize("kind", ["long", "short"])
+def test_a_request_that_is_always_refused_holds_nobody_back(images, tmp_path, kind):
+    """The rest of its shard is written, and the refused request is asked again, also a short caption's."""
+    here, file = job(images, tmp_path / "out", short="ask"), tmp_path / "requests.jsonl"
+
+    def round_of(refused):
+        write_batch(here, file)
+        lines = requests(file)
+        rows = [
+            {"custom_id": line["custom_id"], "response": {"status_code": 400, "body": {"error": "no picture of this"}}}
+            if line["custom_id"].startswith(refused)
+            else answer(line)
+            for line in lines
+        ]
+        return lines, read_batch(here, [write(tmp_path / "answers.jsonl", rows)])
+
+    name = f"{kind}-0-000000004."
+    _, reading = round_of(name)
+    assert reading.failed == ({"refused_request": 1} if kind == "long" else {})
+    for number in range(2):
+        lines, reading = round_of(name)
+        assert len([line for line in lines if line["custom_id"].startswith(name)]) == 1
+        assert (reading.failed, reading.pending) == ({"refused_request": 1}, 1)
+        assert len(lines) == (1 if number else COUNT - 1)
+        assert reading.report["written"] == COUNT - 2 + (kind == "short")
+        assert reading.report["failed"] == 1
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    if kind == "long":
+        [skipped] = [row for row in report["skipped"] if row["reason"] == "refused_request"]
+        assert "400: " in skipped["detail"]
+        assert "no picture of this" in skipped["detail"]
+    while reading.pending:
+        _, reading = round_of("nothing")
+    assert reading.report["written"] == COUNT - 1
+    assert reading.report["short_from_long"] == reading.report["failed"] == 0
+    with CaptionServer().running() as server:
+        caption(job(images, tmp_path / "served", short="ask"), options(server))
+    assert files(tmp_path / "out") == files(tmp_path / "served")
+
+
+@pytest.mark.parametrize("change", ["another picture", "one more"])
+def test_answers_about_pictures_that_changed_since_are_refused(tmp_path, change):
+    """Nothing but its number names a picture in an answer."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name in "ac":
+        Image.new("RGB", (32, 32), (0, 0, ord(name))).save(folder / f"{name}.png")
+    file = tmp_path / "requests.jsonl"
+    write_batch(job(folder, tmp_path / "out", shard_size=1), file)
+    answers = write(tmp_path / "answers.jsonl", map(answer, requests(file)))
+    Image.new("RGB", (40, 40), (0, 255, 0)).save(folder / ("c.png" if change == "another picture" else "b.png"))
+    with pytest.raises(ValueError, match=r"images changed since they were asked about|captioned with stop=2, not 3"):
+        read_batch(job(folder, tmp_path / "out", shard_size=1), [answers])
+    assert not list((tmp_path / "out").glob("*1.tar"))
+    result = run(folder, tmp_path / "out", "--model", "scenes", "--read-batch", answers, "--set", "shard_size=1")
+    assert result.exit_code == 2
+    assert "choose another output" in result.output
 
 
 @pytest.mark.parametrize("limits", [BatchLimits(requests=5), BatchLimits(bytes=3000)])

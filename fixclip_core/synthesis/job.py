@@ -41,6 +41,14 @@ FAILURES = frozenset(
 _LOCK_SECONDS = 5
 
 
+class RequestFailedError(Exception):
+    """One request got no usable answer, after all retries; `.reason` is one of `FAILURES`."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+
 class Job:
     """What to caption, and the folder that keeps what came of it.
 
@@ -151,8 +159,8 @@ class Job:
         """The shard, or its part of the manifest."""
         return self.state / f"shard-{number:06d}.rows" if self.as_manifest else self.out / f"shard-{number:06d}.tar"
 
-    def finished(self, number: int) -> dict[str, Any] | None:
-        """The record of a shard that needs nothing more: whole, of these images, judged by this recipe.
+    def record(self, number: int) -> dict[str, Any] | None:
+        """The record of a shard that is written: whole, of these images, judged by this recipe.
 
         Raises:
             ValueError: its images have changed since.
@@ -164,8 +172,18 @@ class Job:
         if record["inputs"] != self.inputs(number):
             raise ValueError(changed(self.out, path))
         whole = self.file(number).exists() and self.file(number).stat().st_size == record["bytes"]
-        failed = any(skipped["reason"] in FAILURES for skipped in record["skipped"])
-        return record if whole and not failed and record["judged_by"] == self.judged_by() else None
+        return record if whole and record["judged_by"] == self.judged_by() else None
+
+    def finished(self, number: int) -> dict[str, Any] | None:
+        """The record of a shard that needs nothing more: it is written, and no request is to be made again.
+
+        Raises:
+            ValueError: its images have changed since.
+        """
+        record = self.record(number)
+        if record is None or record.get("failed"):  # a short caption's too; older records have no such number
+            return None
+        return None if any(skipped["reason"] in FAILURES for skipped in record["skipped"]) else record
 
     def unfinished(self) -> Iterator[int]:
         """Numbers of the shards that need something; see `finished`."""
@@ -180,6 +198,7 @@ class Job:
         counts: Counter[str] = Counter()
         answers: Counter[str] = Counter()
         summary: dict[str, Any] = {"samples": len(self.samples), "written": 0, "tokens": 0, "model": self.model}
+        failed = 0
         sizes: dict[str, int] = {}
         short_from_long = 0
         for number, path in enumerate(records):
@@ -192,8 +211,9 @@ class Job:
             summary["written"] += record["written"]
             summary["tokens"] += record["tokens"]
             short_from_long += record.get("short_from_long", 0)
+            failed += record.get("failed", 0)
             sizes[self.file(number).name] = record["written"]
-        summary |= {"counts": dict(counts.most_common()), "answers": dict(answers.most_common())}
+        summary |= {"counts": dict(counts.most_common()), "answers": dict(answers.most_common()), "failed": failed}
         if self.recipe.short == "ask":
             summary["short_from_long"] = short_from_long
         if self.as_manifest:
@@ -223,8 +243,8 @@ def _write_report(path: Path, summary: Mapping[str, Any], records: list[Path]) -
 
 
 def changed(out: Path, path: Path) -> str:
-    """The error about images that are no longer those that were captioned."""
+    """The error about images that are no longer those that were asked about."""
     return (
-        f"{out}: images changed since they were captioned; choose another output, or delete {path} and the shard's "
+        f"{out}: images changed since they were asked about; choose another output, or delete {path} and the shard's "
         "other files beside it to caption these images anew"
     )

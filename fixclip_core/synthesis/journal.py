@@ -68,16 +68,22 @@ class Journal:
                     raise ValueError(f"{self.path}:{number}: damaged ({error}); delete this line") from None
                 yield number, row
 
-    def append(self, row: Mapping[str, Any], inputs: str) -> None:
-        """Write a line, all or nothing; a new journal begins with the hash of the images it is about.
+    def begin(self, inputs: str) -> None:
+        """Write a new journal's first line, the hash of the images that it is about; raises OSError."""
+        if self._file is None:
+            self._file = self._open()
+        if not self._file.tell():
+            self.append({"inputs": inputs})
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Write a line, all or nothing.
 
         Raises:
             OSError: it could not be written.
         """
         if self._file is None:
             self._file = self._open()
-        rows = [row] if self._file.tell() else [{"inputs": inputs}, row]
-        data = "".join(json.dumps(each) + "\n" for each in rows).encode()
+        data = json.dumps(row).encode() + b"\n"
         start = self._file.tell()
         try:
             if self._file.write(data) < len(data):

@@ -14,7 +14,7 @@ from fixclip_core.data.samples import BadSampleError, Sample, Skipped
 from fixclip_core.data.sources.rows import RowSource
 from fixclip_core.files import write_atomically
 from fixclip_core.synthesis.accept import Answer, Verdict, accept
-from fixclip_core.synthesis.job import Job, changed
+from fixclip_core.synthesis.job import FAILURES, Job, changed
 from fixclip_core.synthesis.journal import Journal, Task, journal_row
 from fixclip_core.synthesis.prompts import Prompt, stable_hash
 from fixclip_core.synthesis.recipe import Kind
@@ -61,6 +61,15 @@ class Shard:
         if verdict.caption is not None and task.kind == "long":
             self._same[verdict.caption] += 1
 
+    def begin(self) -> None:
+        """Record which images are asked about, before any answer is there: answers may come after they changed.
+
+        Raises:
+            OSError: as `add`.
+        """
+        self.journal.begin(self.inputs)
+        self.journal.close()
+
     @property
     def answered(self) -> int:
         """How many answers there are."""
@@ -74,7 +83,8 @@ class Shard:
         """
         if task in self._answers:
             return False
-        self.journal.append(journal_row(task, prompt, answer), self.inputs)
+        self.journal.begin(self.inputs)
+        self.journal.append(journal_row(task, prompt, answer))
         self._add(task, prompt, answer)
         return True
 
@@ -194,6 +204,7 @@ class Shard:
             "written": written,
             "short_from_long": sum(ask and self.accepted(index, "short") is None for index in with_long),
             "skipped": [asdict(sample) for sample in skipped],
+            "failed": sum(reason in FAILURES for reason, _ in self.left_out.values()),
             "answers": dict(Counter(verdict.reason or "accepted" for verdict in verdicts if verdict is not None)),
             "tokens": sum(answer.tokens for _, answer in self._answers.values()),
             "bytes": file.stat().st_size,

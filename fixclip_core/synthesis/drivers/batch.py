@@ -6,8 +6,10 @@ Answers may come in any order, in parts, and twice; what is still missing, or ha
 the next `write_batch` writes.
 """
 
+import itertools
 import json
-from collections import Counter, OrderedDict
+import operator
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +19,15 @@ from tqdm import tqdm
 
 from fixclip_core.data.samples import BadSampleError
 from fixclip_core.files import write_atomically
-from fixclip_core.synthesis.accept import MalformedResponseError, read_answer
-from fixclip_core.synthesis.job import Job
+from fixclip_core.synthesis.accept import Answer, MalformedResponseError, read_answer
+from fixclip_core.synthesis.job import Job, RequestFailedError
 from fixclip_core.synthesis.journal import Task
+from fixclip_core.synthesis.prompts import Prompt
 from fixclip_core.synthesis.shard import Shard
 
 # What OpenAI's batch service takes in one file.
 MAX_REQUESTS = 50_000
 MAX_BYTES = 190_000_000
-_OPEN_SHARDS = 8
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,9 @@ def _requests(job: Job) -> Iterator[bytes]:
     with tqdm(total=len(job.samples), desc="writing requests", unit="image") as bar:
         for number in range(len(job)):
             if job.finished(number) is None:
-                for task in Shard(job, number).pending():
+                shard = Shard(job, number)
+                for task in shard.pending():
+                    shard.begin()
                     try:
                         prompt, body = job.question(task)
                     except BadSampleError:
@@ -118,7 +122,8 @@ class BatchReading:
         answers: how many were new.
         failed: requests without a usable answer, by reason; they are pending again.
         pending: requests that the next `write_batch` writes.
-        report: the job's, once nothing is pending.
+        report: the job's, once every shard is written; an image whose request failed is left out of its shard until
+            another batch has an answer.
         skipped: FILE:LINE and what is wrong, of each line that is no batch output of this job.
     """
 
@@ -130,99 +135,119 @@ class BatchReading:
 
 
 def read_batch(job: Job, files: Sequence[Path]) -> BatchReading:
-    """Keep the answers in batch output files, finish what is complete, and count what is still to ask.
+    """Keep the answers in batch output files, write the shards that they complete, and count what is still to ask.
+
+    Answers may come in any order: a first pass notes where those of each shard lie, so that one shard at a time is in
+    memory.
 
     Raises:
-        ValueError: a file cannot be read, none of its lines is batch output of this job, or the job's folder cannot be
-            written to. What was read before is kept.
+        ValueError: a file cannot be read, or none of its lines is batch output of this job; then nothing is kept yet.
+            Or images changed since they were asked about, or the job's folder cannot be written to; then what was read
+            before is kept.
     """
-    failed: Counter[str] = Counter()
-    skipped: list[str] = []
+    reading = _Reading(job)
+    for file in files:
+        reading.find_lines(file)
     with job.locked():
-        shards = _Shards(job)
         try:
-            answers = sum(_read_file(file, shards, failed, skipped) for file in files)
-            shards.close()
-            pending = sum(_finish(job, number) for number in range(len(job)))
-            report = None if pending else job.report()
+            pending = sum(map(reading.read_shard, range(len(job))))
+            written = all(job.record(number) is not None for number in range(len(job)))
+            report = job.report() if written else None
         except OSError as error:
             raise ValueError(f"{job.out}: cannot be written: {error}; run the same command again") from None
-    return BatchReading(answers, dict(failed), pending, report, tuple(skipped))
+    return BatchReading(reading.answers, dict(reading.failed), pending, report, tuple(reading.skipped))
 
 
-class _Shards:
-    """The shards that answers are for, a few of them in memory."""
+class _Reading:
+    """Batch output files, read shard by shard."""
 
     def __init__(self, job: Job) -> None:
-        self.job = job
-        self._open: OrderedDict[int, Shard] = OrderedDict()
+        self.job, self.answers = job, 0
+        self.failed: Counter[str] = Counter()
+        self.skipped: list[str] = []
+        self._lines: dict[int, list[tuple[Path, int]]] = {}  # of each shard: where they begin, in bytes
 
-    def of(self, task: Task) -> Shard:
-        number = self.job.shard_of(task.index)
-        if number not in self._open:
-            self._open[number] = Shard(self.job, number)
-            if len(self._open) > _OPEN_SHARDS:
-                self._open.popitem(last=False)[1].journal.close()
-        self._open.move_to_end(number)
-        return self._open[number]
-
-    def close(self) -> None:
-        for shard in self._open.values():
-            shard.journal.close()
-
-
-def _read_file(file: Path, shards: _Shards, failed: Counter[str], skipped: list[str]) -> int:
-    new = usable = 0
-    unusable: list[str] = []
-    try:
-        lines = file.open("rb")
-    except OSError as error:
-        raise ValueError(f"{file}: cannot be read: {error.strerror}") from None
-    with lines:
-        for number, line in enumerate(tqdm(lines, "reading answers", unit="answer"), 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError:
-                unusable.append(f"{file}:{number} is not JSON, or cut off")
-                continue
-            try:
-                name, _, prompt_id = row["custom_id"].partition(".")
-                task = Task.parse(name)
-                shard, prompt = shards.of(task), shards.job.prompt(prompt_id)
-            except (ValueError, KeyError, TypeError, AttributeError):
-                found = row.get("custom_id") if isinstance(row, dict) else None
-                unusable.append(f"{file}:{number} has custom_id {found!r}, which this job has not asked")
-                continue
-            usable += 1
-            response = row.get("response") or {}
-            try:
-                status = response.get("status_code", 200)
-                if row.get("error") or status != 200:
-                    failed["server_error" if status >= 500 else "refused_request"] += 1
+    def find_lines(self, file: Path) -> None:
+        """Note which shard each line is for; raises ValueError for a file that is no batch output of this job."""
+        found, unusable = 0, []
+        try:
+            lines = file.open("rb")
+        except OSError as error:
+            raise ValueError(f"{file}: cannot be read: {error.strerror}") from None
+        start = end = 0
+        with lines:
+            for number, line in enumerate(tqdm(lines, f"reading {file.name}", unit="answer"), 1):
+                start, end = end, end + len(line)
+                if not line.strip():
                     continue
-                new += shard.add(task, prompt, read_answer(response.get("body"), shards.job.model))
-            except (MalformedResponseError, AttributeError, TypeError):
-                failed["bad_answer"] += 1
-    if unusable and not usable:
-        raise ValueError(
-            f"{file}: no batch output of this job; {unusable[0]}. Give the same images, recipe and output folder as "
-            "for --write-batch"
-        )
-    skipped += unusable
-    return new
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    unusable.append(f"{file}:{number} is not JSON, or cut off")
+                    continue
+                try:
+                    shard = self.job.shard_of(self._asked(row)[0].index)
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    name = row.get("custom_id") if isinstance(row, dict) else None
+                    unusable.append(f"{file}:{number} has custom_id {name!r}, which this job has not asked")
+                    continue
+                found += 1
+                self._lines.setdefault(shard, []).append((file, start))
+        if unusable and not found:
+            raise ValueError(
+                f"{file}: no batch output of this job; {unusable[0]}. Give the same images, recipe and output folder "
+                "as for --write-batch"
+            )
+        self.skipped += unusable
+
+    def _asked(self, row: Any) -> tuple[Task, Prompt]:
+        """What a line answers; raises KeyError, TypeError, ValueError or AttributeError if it names nothing asked."""
+        name, _, prompt = row["custom_id"].partition(".")
+        return Task.parse(name), self.job.prompt(prompt)
+
+    def read_shard(self, number: int) -> int:
+        """Keep a shard's answers, write it once nothing but failed requests is pending; gives how many are to ask."""
+        lines = self._lines.get(number, [])
+        if not lines and self.job.finished(number) is not None:
+            return 0
+        shard = Shard(self.job, number)
+        refused: dict[Task, RequestFailedError] = {}
+        for row in _rows(lines):
+            task, prompt = self._asked(row)
+            try:
+                self.answers += shard.add(task, prompt, _answer(row, self.job.model))
+            except RequestFailedError as error:
+                self.failed[error.reason] += 1
+                refused[task] = error
+        shard.journal.close()
+        if not shard.answered and not refused:
+            return len(shard.pending())
+        shard.leave_out_unreadable()
+        pending = shard.pending()
+        for task in pending:
+            if task in refused:
+                shard.leave_out(task.index, refused[task].reason, refused[task].detail)
+        if not shard.pending() and self.job.finished(number) is None:
+            shard.finish()
+        return len(pending)
 
 
-def _finish(job: Job, number: int) -> int:
-    """Finish a shard if it is complete; gives how many requests it still needs."""
-    if job.finished(number) is not None:
-        return 0
-    shard = Shard(job, number)
-    if not shard.answered:
-        return len(shard.pending())
-    shard.leave_out_unreadable()
-    pending = len(shard.pending())
-    if not pending:
-        shard.finish()
-    return pending
+def _rows(lines: list[tuple[Path, int]]) -> Iterator[Any]:
+    for path, places in itertools.groupby(lines, key=operator.itemgetter(0)):
+        with path.open("rb") as file:
+            for _, start in places:
+                file.seek(start)
+                yield json.loads(file.readline())
+
+
+def _answer(row: dict[str, Any], model: str) -> Answer:
+    """The answer in a line; raises RequestFailedError."""
+    response = row.get("response") or {}
+    try:
+        status = response.get("status_code", 200)
+        if row.get("error") or status != 200:
+            detail = json.dumps(row.get("error") or response.get("body"))[:200]
+            raise RequestFailedError("server_error" if status >= 500 else "refused_request", f"{status}: {detail}")
+        return read_answer(response.get("body"), model)
+    except (MalformedResponseError, AttributeError, TypeError) as error:
+        raise RequestFailedError("bad_answer", str(error)) from None

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from fixclip_core.data.samples import BadSampleError
 from fixclip_core.synthesis.accept import MalformedResponseError, read_answer
-from fixclip_core.synthesis.job import Job
+from fixclip_core.synthesis.job import Job, RequestFailedError
 from fixclip_core.synthesis.journal import Task
 from fixclip_core.synthesis.prompts import Prompt
 from fixclip_core.synthesis.shard import Shard
@@ -75,12 +75,8 @@ class ServerError(ValueError):
     """The server cannot be used at all; says which one, why and what to do."""
 
 
-class RequestFailedError(Exception):
-    """One request got no usable answer, after all retries; `.reason` is one of `job.FAILURES`."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail = reason, detail
+class ServerLostError(ServerError):
+    """The server was at work, and gives no usable answers any more."""
 
 
 class Server:
@@ -318,7 +314,7 @@ class Captioning:
         if self._failed_in_a_row >= self.server.options.max_failures:
             base_url, model = self.server.options.base_url, self.job.model
             self.stop(
-                ServerError(
+                ServerLostError(
                     f"{base_url}: {self._failed_in_a_row} requests to {model} in a row failed, the last with {error}; "
                     "every caption so far is kept: see to the server, then run the same command again"
                 )
