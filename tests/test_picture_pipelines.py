@@ -29,9 +29,10 @@ from typer.testing import CliRunner
 
 from fixclip_cli.main import app
 from fixclip_core import scenes
-from fixclip_diffusion.evaluation.generate import Drawing, Painter, System, draw_missing, read_metadata
+from fixclip_diffusion.adapter import TextAdapter
+from fixclip_diffusion.evaluation.generate import Drawing, Painter, System, draw_missing, read_metadata, save_picture
 from fixclip_diffusion.evaluation.prompts import Prompt, number_prompts, read_prompts
-from fixclip_diffusion.tiny import clip_text_config, scheduler, unet, vae
+from fixclip_diffusion.tiny import WIDTH, clip_text_config, scheduler, unet, vae
 
 ROOT = Path(__file__).parents[1]
 DRAWING = Drawing(steps=1, guidance_scale=2.0, size=16, seed=5, num_seeds=2, batch_size=3)
@@ -138,6 +139,30 @@ def test_what_is_there_is_not_drawn_again_and_never_mixed(sd1, tmp_path):
         draw_missing(painter, system, other, DRAWING, tmp_path)
     with pytest.raises(ValueError, match="drawn with another system"):
         draw_missing(painter, System("stock", pipeline=str(sd1)), PROMPTS, DRAWING, tmp_path)
+
+
+def test_pictures_of_an_adapter_that_was_trained_on_are_not_its_own(sd1, tmp_path):
+    """Under the same name, of other weights; pictures of version 0.2, which say nothing of weights, go on counting."""
+    adapter = TextAdapter(WIDTH, "attention", num_heads=4)
+    adapter.save_pretrained(tmp_path / "adapter")
+    painter, system = Painter(str(sd1)), System("ours", adapter=str(tmp_path / "adapter"))
+    folder = tmp_path / "out"
+    assert draw_missing(painter, system, PROMPTS[:1], DRAWING, folder) == (2, 0)
+    assert draw_missing(Painter(str(sd1)), system, PROMPTS[:1], DRAWING, folder) == (0, 2)
+    (tmp_path / "adapter" / "checkpoints").mkdir()
+    (tmp_path / "adapter" / "checkpoints" / "x.safetensors").write_bytes(b"of a training that goes on")
+    assert draw_missing(Painter(str(sd1)), system, PROMPTS[:1], DRAWING, folder) == (0, 2)
+    older = folder / "00000-seed5.png"
+    metadata = read_metadata(older)
+    assert set(metadata.pop("weights")) == {"adapter", "base"}
+    save_picture(older, Image.open(older), metadata)
+    with torch.no_grad():
+        next(adapter.parameters()).add_(1)
+    adapter.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(
+        ValueError, match=r"00000-seed6\.png: drawn with other weights of the adapter, which changed since; "
+    ):
+        draw_missing(Painter(str(sd1)), system, PROMPTS[:1], DRAWING, folder)
 
 
 def test_what_is_no_pipeline_is_named(tmp_path):

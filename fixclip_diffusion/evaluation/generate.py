@@ -4,6 +4,7 @@ Each picture is a PNG file that says in its metadata what it was drawn of, so a 
 missing and nothing twice, and a picture of another prompt is found out.
 """
 
+import hashlib
 import inspect
 import json
 import re
@@ -37,6 +38,7 @@ SYSTEM_KEYS = ("encoder", "encoder_2", "adapter", "lora", "conditioning", "pipel
 OLD_KEYS = {"long_prompt": "conditioning"}  # of version 0.1
 EMBEDS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 METADATA = "fixclip"  # key of a PNG's text that holds what it was drawn of
+_WEIGHTS = frozenset([".safetensors", ".bin", ".pt", ".pth", ".ckpt"])
 
 
 @dataclass(frozen=True)
@@ -399,11 +401,47 @@ class Picture:
         return image.crop((left, top, left + width, top + height))
 
 
-def drawn_of(system: System, prompt: Prompt, seed: int, drawing: Drawing, base: str = "") -> dict[str, Any]:
-    """What a picture is drawn of: all that its pixels depend on, except for the batch size, which rounds."""
+def drawn_of(
+    system: System, prompt: Prompt, seed: int, drawing: Drawing, base: str = "", weights: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """What a picture is drawn of: all that its pixels depend on, except for the batch size, which rounds.
+
+    Args:
+        system, prompt, seed, drawing, base: as they are drawn.
+        weights: see `weights_of`.
+    """
     settings = {key: value for key, value in asdict(drawing).items() if key not in ("seed", "num_seeds", "batch_size")}
     parts = {"base": base, **asdict(system)} if system.pipeline is None else asdict(system)
-    return {"prompt": prompt.text, "seed": seed, **settings, "system": parts}
+    return {"prompt": prompt.text, "seed": seed, **settings, "system": parts, "weights": weights or {}}
+
+
+def weights_of(system: System, base: str) -> dict[str, str]:
+    """{part of a system: SHA-256 of its files}, of those that are files here: a training may go on in its folder.
+
+    Checkpoints of a training's folder do not count; nothing draws with them.
+    """
+    sources = {key: getattr(system, key) for key in ("encoder", "encoder_2", "adapter", "lora", "pipeline")}
+    sources |= {"base": base if system.pipeline is None else None}
+    found = {}
+    for part, source in sources.items():
+        if source is None:
+            continue
+        path = Path(builtin.resolve(split_scale(source)[0] if part == "lora" else source))
+        if files := sorted(_weight_files(path)):
+            digest = hashlib.sha256()
+            for file in files:
+                with file.open("rb") as opened:
+                    digest.update(hashlib.file_digest(opened, "sha256").digest())
+            found[part] = digest.hexdigest()
+    return found
+
+
+def _weight_files(path: Path) -> Iterator[Path]:
+    if path.is_file():
+        yield path
+    for file in path.rglob("*") if path.is_dir() else ():
+        if file.suffix in _WEIGHTS and "checkpoints" not in file.relative_to(path).parts:
+            yield file
 
 
 def read_metadata(path: Path) -> dict[str, Any] | None:
@@ -436,10 +474,11 @@ def draw_missing(
     """
     jobs = []
     kept = 0
+    weights = weights_of(system, painter.base)
     for prompt in prompts:
         for picture in own_pictures(folder, prompt, drawing):
             assert picture.path is not None
-            if _is_drawn(picture.path, drawn_of(system, prompt, picture.seed, drawing, painter.base)):
+            if _is_drawn(picture.path, drawn_of(system, prompt, picture.seed, drawing, painter.base, weights)):
                 kept += 1
             else:
                 jobs.append((prompt, picture))
@@ -450,7 +489,7 @@ def draw_missing(
     for index, image in painter.draw_jobs(system, texts, drawing):
         prompt, picture = jobs[index]
         assert picture.path is not None
-        save_picture(picture.path, image, drawn_of(system, prompt, picture.seed, drawing, painter.base))
+        save_picture(picture.path, image, drawn_of(system, prompt, picture.seed, drawing, painter.base, weights))
     return len(jobs), kept
 
 
@@ -467,14 +506,18 @@ def _is_drawn(path: Path, wanted: dict[str, Any]) -> bool:
         found = read_metadata(path)
     except OSError:
         return False
-    if found == wanted:
-        return True
     found = found or {}
+    if found in (
+        wanted,
+        {key: value for key, value in wanted.items() if key != "weights"},
+    ):  # the latter of version 0.2
+        return True
     differing = next((key for key in wanted if found.get(key) != wanted[key]), "metadata")
-    raise ValueError(
-        f"{path}: drawn with another {differing} ({_short(found.get(differing))} instead of "
-        f"{_short(wanted[differing])}); choose another --output, or delete the pictures to draw them anew"
-    )
+    what = f"another {differing} ({_short(found.get(differing))} instead of {_short(wanted[differing])})"
+    if differing == "weights":
+        parts = sorted(dict(found[differing].items() ^ wanted[differing].items()))
+        what = f"other weights of the {' and the '.join(parts)}, which changed since"
+    raise ValueError(f"{path}: drawn with {what}; choose another --output, or delete the pictures to draw them anew")
 
 
 def _short(value: Any) -> str:
