@@ -20,7 +20,12 @@ from typer.core import TyperCommand, TyperGroup
 UsageError: Any = typer.BadParameter.__base__  # click's, wherever this version of typer keeps it
 USER_ERRORS = (UsageError, ValueError, OSError, FloatingPointError)
 TRAINING_LIBRARIES = ("matplotlib", "omegaconf", "open_clip", "psutil", "pydantic", "tensorboard", "webdataset")
-EXTRAS = dict.fromkeys(TRAINING_LIBRARIES, "train") | {"openai": "caption", "py3langid": "caption", "ray": "ray"}
+EXTRAS = dict.fromkeys(TRAINING_LIBRARIES, "train") | {
+    "openai": "caption",
+    "py3langid": "caption",
+    "ray": "ray",
+    "gradio": "app",
+}
 
 
 class Command(TyperCommand):
@@ -128,6 +133,12 @@ def errors_exit_with(code: int) -> Iterator[None]:
         raise
 
 
+def is_given(ctx: typer.Context, name: str) -> bool:
+    """Whether a parameter is on the command line, and not a default or a picture's setting."""
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 def refuse(ctx: typer.Context, reason: str, *names: str) -> None:
     """No option is ignored silently: refuse those that would not act beside the others.
 
@@ -141,8 +152,7 @@ def refuse(ctx: typer.Context, reason: str, *names: str) -> None:
     """
     options = {parameter.name: parameter.opts[0] for parameter in ctx.command.params}
     for name in names:
-        source = ctx.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
+        if is_given(ctx, name):
             raise ValueError(f"{options[name]} {reason}")
 
 
@@ -191,7 +201,10 @@ Encoder2Option = Annotated[
     str | None,
     typer.Option("--encoder-2", help="The same for the second text encoder of Stable Diffusion XL (ViT-bigG/14)."),
 ]
-AdapterOption = Annotated[str | None, typer.Option(help="Adapter on the text states: a folder or hub name.")]
+AdapterOption = Annotated[
+    str | None,
+    typer.Option(help="Adapter on the text states: a folder or hub name; none: without what the base holds, LoRA too."),
+]
 LoraOption = Annotated[
     list[str] | None,
     typer.Option(metavar="SOURCE[:SCALE]", help="LoRA: file, folder or hub name, like style.safetensors:0.7; repeat."),

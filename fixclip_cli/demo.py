@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from fixclip_cli.app import DEFAULT_OUTPUT, DeviceOption, app, read_prompt
-from fixclip_cli.pictures import output_files
+from fixclip_cli.pictures import free_name, names_picture, output_files
 
 
 @app.command(short_help="Long prompts on the embedded model, judged.")
@@ -47,6 +47,7 @@ def demo(
         if unknown := ", ".join(demonstration.unknown_words(text)):
             typer.echo(f"Warning: the scenes world has no such words: {unknown}; see docs/scenes.md", err=True)
     shown = demonstration.draw(model, prompts, demonstration.Drawing(steps, guidance, seed=seed), device)
+    file = file if names_picture(output) else free_name(file)
     demonstration.write_sheet(shown, file)
     typer.echo(demonstration.format_prompts(shown))
     if shown.is_judged:

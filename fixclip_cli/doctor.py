@@ -15,7 +15,7 @@ import typer
 from fixclip_cli.app import EXTRAS, app, format_columns
 
 GIB = 2**30
-PARTS = {**EXTRAS, "gradio": "app", "compel": "compel", "pyarrow": "parquet", "torchmetrics": "judge"}
+PARTS = {**EXTRAS, "compel": "compel", "pyarrow": "parquet", "torchmetrics": "judge"}
 LIBRARIES = ("torch", "transformers", "diffusers", "peft", "accelerate")  # whose versions have to fit together
 
 
@@ -52,7 +52,12 @@ def versions() -> Iterator[Finding]:
     yield Finding("ok", "fixclip", importlib.metadata.version("fixclip"))
     ranges = required_versions()
     for name in LIBRARIES:
-        found, wanted = importlib.metadata.version(name), ranges.get(name)
+        wanted = ranges.get(name)
+        try:
+            found = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            yield Finding("BAD", name, f"not installed: pip install '{wanted or name}'")
+            continue
         if wanted is None or wanted.specifier.contains(found, prereleases=True):
             yield Finding("ok", name, found)
         else:

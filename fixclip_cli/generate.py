@@ -22,6 +22,7 @@ from fixclip_cli.app import (
     WeightsOption,
     app,
     check_text,
+    is_given,
     parse_size,
     read_prompt,
     refuse,
@@ -30,10 +31,13 @@ from fixclip_cli.models import (
     ModelOptions,
     base_options,
     embedding_tokens,
+    has_adapter,
+    has_lora,
+    has_own_parts,
     load_pipeline,
     offer_builtin,
 )
-from fixclip_cli.pictures import label_row, options_of, output_files, read_settings, save_png
+from fixclip_cli.pictures import label_row, names_picture, options_of, output_files, read_settings, save_png
 
 
 def _draw_again(ctx: typer.Context, picture: Path | None) -> Path | None:
@@ -87,7 +91,7 @@ def generate(
     """Make pictures from prompts of any length."""
     texts = _texts(ctx, prompt, prompt_file, prompts)
     check_text(negative, "negative prompt")
-    if negative and guidance <= 1:
+    if negative and guidance <= 1 and (is_given(ctx, "negative") or is_given(ctx, "guidance")):
         raise ValueError(f"--negative acts with a --guidance above 1 only, and it is {guidance:g}")
     if compare:
         refuse(ctx, "does not act with --compare, which draws with each of them", "conditioning")
@@ -106,7 +110,8 @@ def generate(
         conditioning=conditioning,
     )
     pipe = load_pipeline(options, device, dtype)
-    _check_embeddings_act(pipe, [*texts, negative])
+    if is_given(ctx, "embedding"):
+        _check_embeddings_act(pipe, [*texts, negative])
     settings = {
         "negative_prompt": negative,
         "steps": steps,
@@ -123,7 +128,7 @@ def generate(
     for number, text in enumerate(texts):
         typer.echo(pipe.token_report(text))
         for i, file in enumerate(files[number * num : (number + 1) * num]):
-            draw_and_save(systems, {"prompt": text, "seed": seed + i, **settings}, file)
+            draw_and_save(systems, {"prompt": text, "seed": seed + i, **settings}, file, not names_picture(output))
 
 
 def _texts(ctx: typer.Context, prompt: str | None, prompt_file: Path | None, prompts: str | None) -> list[str]:
@@ -179,7 +184,7 @@ def comparison(
     from fixclip_diffusion.conditioning import CONDITIONINGS
 
     plain = base_options(options)
-    has_own = replace(options, conditioning=None) != plain
+    has_own = has_own_parts(pipe) or replace(options, conditioning=None, adapter=plain.adapter) != plain
     reference = load_pipeline(plain, device, dtype) if has_own else pipe
     if not reference.text_encoder.short_context_length:
         raise ValueError(f"--compare: the encoder of {plain.base!r} was trained for long texts and cannot show others")
@@ -188,23 +193,16 @@ def comparison(
         for name, item in CONDITIONINGS.items()
         if item.needs_short
     }
-    if has_own or has_adapter(pipe):
+    if has_own:
         systems[own_label(pipe)] = pipe
     return systems
 
 
-def has_adapter(pipe: Any) -> bool:
-    """Whether one of a pipeline's text encoders has an adapter."""
-    return any(encoding.encoder.adapter is not None for encoding in pipe.prompt_encoder.encodings)
-
-
 def own_label(pipe: Any) -> str:
     """`trained encoder + adapter + LoRA`, as far as a pipeline has them; "overlap + adapter" on a base's encoder."""
-    from fixclip_diffusion.lora import LORA_NAME
-
     parts = ["trained encoder" if pipe.text_encoder.is_trained else pipe.conditioning]
     parts += ["adapter"] if has_adapter(pipe) else []
-    parts += ["LoRA"] if any(LORA_NAME in names for names in pipe.get_list_adapters().values()) else []
+    parts += ["LoRA"] if has_lora(pipe) else []
     return " + ".join(parts)
 
 
@@ -237,13 +235,11 @@ def draw(system: Callable[..., Any], settings: dict[str, Any]) -> Any:
         raise ValueError(f"out of memory at {width}x{height}: try a smaller --size, or --dtype float16") from error
 
 
-def draw_and_save(systems: dict[str, Callable[..., Any]], settings: dict[str, Any], file: Path) -> list[Any]:
-    """Make one picture of each system and write it, or the row of them, as soon as it is there."""
+def draw_and_save(systems: dict[str, Callable[..., Any]], settings: dict[str, Any], file: Path, fresh: bool) -> None:
+    """Make one picture of each system and write it, or the row of them, as soon as it is there; see `save_png`."""
     images = [draw(system, settings) for system in systems.values()]
     image = images[0] if len(images) == 1 else label_row(images, list(systems))
-    save_png(image, file, {**settings, "systems": list(systems)})
-    typer.echo(file)
-    return images
+    typer.echo(save_png(image, file, {**settings, "systems": list(systems)}, fresh))
 
 
 @app.command(short_help="Count a prompt's tokens.")

@@ -14,7 +14,7 @@ class ModelOptions:
     Attributes:
         base: Stable Diffusion.
         encoder: FIX-CLIP or Long-CLIP text encoder; None: the base's own.
-        adapter: `TextAdapter` on its hidden states.
+        adapter: `TextAdapter` on its hidden states; `none`: neither the adapter nor the LoRA that the base holds.
         loras: `SOURCE` or `SOURCE:scale`, see `check.split_scale`.
         embeddings: textual inversions. A file's name is its token, as in A1111; a folder or hub name brings its own.
         scheduler: class name of diffusers, with or without "Scheduler" at its end; None: the base's own.
@@ -57,6 +57,7 @@ def load_pipeline(options: ModelOptions, device: str | None = None, dtype: str |
     check_names(options)
     import torch
 
+    from fixclip_core.builtin import NO_ADAPTER
     from fixclip_core.device import choose_device
     from fixclip_diffusion.auto import load_pipeline as load
     from fixclip_diffusion.lora import load_loras
@@ -71,15 +72,43 @@ def load_pipeline(options: ModelOptions, device: str | None = None, dtype: str |
             options.base,
             encoder=options.encoder,
             encoder_2=options.encoder_2,
-            adapter=options.adapter,
+            adapter=None if options.adapter == NO_ADAPTER else options.adapter,
             dtype=torch_dtype,
             **{name: value for name, value in reading.items() if value is not None},  # else as the base's folder says
         )
+    if options.adapter == NO_ADAPTER:
+        _take_off_own_parts(pipe)
     load_loras(pipe, options.loras)
     _load_embeddings(pipe, options.embeddings)
     if options.scheduler is not None:
         pipe.scheduler = make_scheduler(pipe, options.scheduler)
     return pipe.to(device)
+
+
+def has_own_parts(pipe: Any) -> bool:
+    """Whether a pipeline has an adapter, or a LoRA that belongs to its text encoder."""
+    return has_adapter(pipe) or has_lora(pipe)
+
+
+def has_adapter(pipe: Any) -> bool:
+    """Whether one of a pipeline's text encoders has an adapter."""
+    return any(encoding.encoder.adapter is not None for encoding in pipe.prompt_encoder.encodings)
+
+
+def has_lora(pipe: Any) -> bool:
+    """Whether a pipeline has a LoRA that belongs to its text encoder."""
+    from fixclip_diffusion.lora import LORA_NAME
+
+    return any(LORA_NAME in names for names in pipe.get_list_adapters().values())
+
+
+def _take_off_own_parts(pipe: Any) -> None:
+    from fixclip_diffusion.lora import LORA_NAME
+
+    for encoding in pipe.prompt_encoder.encodings:
+        encoding.encoder.set_adapter_module(None)
+    if has_lora(pipe):
+        pipe.delete_adapters(LORA_NAME)
 
 
 def check_names(options: ModelOptions) -> None:
@@ -93,7 +122,7 @@ def check_names(options: ModelOptions) -> None:
 
     for what in ("base", "encoder", "encoder_2", "adapter"):
         name = getattr(options, what)
-        if name is None or Path(name).is_file():
+        if name is None or Path(name).is_file() or (what == "adapter" and name == builtin.NO_ADAPTER):
             continue  # what a file is, is told by its loader
         if what == "base" and ("://" in name or builtin.whole_model(name) is not None):
             continue
@@ -111,7 +140,7 @@ def base_options(options: ModelOptions) -> ModelOptions:
     from fixclip_diffusion import builtin
 
     base = builtin.base_of(options.base)
-    return replace(options, base=base, encoder=None, encoder_2=None, adapter=None, conditioning=None)
+    return replace(options, base=base, encoder=None, encoder_2=None, adapter=builtin.NO_ADAPTER, conditioning=None)
 
 
 def _load_embeddings(pipe: Any, embeddings: tuple[str, ...]) -> None:
@@ -136,11 +165,16 @@ def embedding_tokens(pipe: Any) -> list[str]:
 def check_scheduler(name: str) -> None:
     """Find out before a model is loaded that there is no such scheduler for Stable Diffusion.
 
+    One that diffusers has for other models passes: a base may have come with it, and its pictures name it.
+
     Raises:
         ValueError: names those that there are.
     """
+    import diffusers
     from diffusers.schedulers import KarrasDiffusionSchedulers
 
+    if f"{name}scheduler".lower() in map(str.lower, dir(diffusers)) or name.lower() in map(str.lower, dir(diffusers)):
+        return
     _find_scheduler(name, [item.name for item in KarrasDiffusionSchedulers])
 
 
@@ -164,7 +198,7 @@ def make_scheduler(pipe: Any, name: str) -> Any:
     Raises:
         ValueError: there is none of that name that fits, or it needs a library that is not installed.
     """
-    classes = {item.__name__: item for item in pipe.scheduler.compatibles}
+    classes = {item.__name__: item for item in [*pipe.scheduler.compatibles, type(pipe.scheduler)]}
     key = _find_scheduler(name, classes)
     try:
         return classes[key].from_config(pipe.scheduler.config)

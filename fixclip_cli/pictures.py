@@ -3,11 +3,21 @@
 import itertools
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from fixclip_core.files import prepare_output
+from fixclip_core.files import prepare_output, write_atomically
+
+_OTHER_TYPES = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+
+def names_picture(output: str) -> bool:
+    """Whether an output names a .png file, which is replaced, and no folder, whose pictures never are."""
+    return not _names_folder(output) and Path(output).suffix.lower() == ".png"
+
+
+def _names_folder(output: str) -> bool:
+    return output.endswith(("/", os.sep)) or Path(output).is_dir()
 
 
 def output_files(output: str, names: list[str]) -> list[Path]:
@@ -23,41 +33,60 @@ def output_files(output: str, names: list[str]) -> list[Path]:
     if not output.strip():
         raise ValueError(f"output {output!r}: name a .png file or a folder")
     path = Path(output)
-    is_folder = output.endswith(("/", os.sep)) or path.is_dir()
-    if not is_folder and path.suffix.lower() == ".png":
+    if names_picture(output):
         files = [path] if len(names) == 1 else [path.with_stem(f"{path.stem}-{name}") for name in names]
-    elif not is_folder and path.suffix.lower() in (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"):
+    elif not _names_folder(output) and path.suffix.lower() in _OTHER_TYPES:
         raise ValueError(f"output {output!r}: pictures are written as .png, which carries prompt and settings")
     else:
-        files = [_free(path, name) for name in names]
+        files = [path / f"{name}.png" for name in names]
     prepare_output(files[0])
     return files
 
 
-def _free(folder: Path, name: str) -> Path:
+def free_name(path: Path) -> Path:
     """NAME.png, or NAME-2.png and so on: pictures of an earlier run are not overwritten."""
-    tries = (folder / (f"{name}-{count}.png" if count > 1 else f"{name}.png") for count in itertools.count(1))
+    tries = (path.with_stem(f"{path.stem}-{count}") if count > 1 else path for count in itertools.count(1))
     return next(file for file in tries if not file.exists())
 
 
-def save_png(image: Any, path: Path, settings: dict[str, Any]) -> None:
-    """Write a PNG with its prompt and settings as text chunks, in one step: never half a file."""
+def save_png(image: Any, path: Path, settings: dict[str, Any], fresh: bool = False) -> Path:
+    """Write a PNG with its prompt and settings as text chunks, in one step: never half a file.
+
+    Args:
+        image: the picture.
+        path: where to.
+        settings: what it was drawn of.
+        fresh: never over another picture: to NAME-2.png and so on where NAME.png exists.
+
+    Returns:
+        Where it is.
+    """
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
     info.add_itxt("prompt", settings["prompt"])
     info.add_itxt("parameters", parameters_text(settings))
     info.add_itxt("fixclip", json.dumps(settings, ensure_ascii=False))
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".partial", delete=False) as file:
-        partial = Path(file.name)
+    if fresh:
+        path = _reserve(path)
+    try:
+        write_atomically(path, lambda partial: image.save(partial, format="png", pnginfo=info))
+    except BaseException:
+        if fresh:
+            path.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def _reserve(path: Path) -> Path:
+    """The first free name of a picture, as an empty file, so that no other process takes it."""
+    while True:
+        free = free_name(path)
         try:
-            image.save(file, format="png", pnginfo=info)
-            file.close()
-            partial.chmod(0o644)
-            partial.replace(path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+            free.touch(exist_ok=False)
+            return free
+        except FileExistsError:
+            continue
 
 
 def read_settings(path: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 PREFIX = "builtin:"
 PARTS = ("base", "clip", "encoder", "adapter", "lora", "overlap_adapter")
 SCENES = f"{PREFIX}scenes"
+NO_ADAPTER = "none"  # as the name of an adapter: without the adapter and the LoRA that the base holds
 FOLDER = Path(__file__).parents[1] / "fixclip_diffusion" / "builtin"
 
 

@@ -52,13 +52,14 @@ class PromptReader:
     ) -> "PromptReader":
         """The reader of the pipeline that `from_pretrained` of the pipelines makes of the same arguments.
 
-        A base of which there is only tokenizer/ is taken for an untrained one of 77 positions. A checkpoint in one file
-        has CLIP's own vocabulary.
+        `adapter="none"` leaves out the one that the base holds. A base of which there is only tokenizer/ is taken for
+        an untrained one of 77 positions. A checkpoint in one file has CLIP's own vocabulary.
 
         Raises:
             ValueError: a part is unknown or damaged, or the encoder cannot be read by that conditioning.
         """
-        parts = builtin.complete(base, encoder, adapter)
+        bare = adapter == builtin.NO_ADAPTER
+        parts = builtin.complete(base, encoder, None if bare else adapter)
         base = builtin.resolve(parts.base)
         base = str(checkpoint_file(base, {})) if "://" in base else base
         is_file = Path(base).is_file()
@@ -71,7 +72,9 @@ class PromptReader:
             raise ValueError(
                 f"encoder_2={encoder_2!r}: base {parts.base!r} has one text encoder; Stable Diffusion XL has two"
             )
-        if parts.adapter is not None:
+        if bare:
+            config.adapter = None
+        elif parts.adapter is not None:
             config.adapter = _read_adapter_config(parts.adapter, len(configs))
             if config.adapter is not None:
                 what = f"adapter {parts.adapter!r}"

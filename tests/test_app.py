@@ -30,12 +30,15 @@ pytest.importorskip("gradio", reason="the page needs the extra `app`")
 import httpx
 from app_server import make_model, serve
 from command_line import error_of
+from command_line import run as run_command
 from fixclip_app import command as demo
 from fixclip_app.jobs import (
     Limits,
     Picture,
     Progress,
+    Settings,
     check_settings,
+    compare,
     generate,
     readable,
     run,
@@ -56,6 +59,7 @@ from PIL import Image
 from tiny_scenes import write_model
 from typer.testing import CliRunner
 
+from fixclip_cli.pictures import save_png
 from fixclip_core import builtin
 from fixclip_core.scenes import long_caption, render, sample_scene
 from fixclip_diffusion import FixClipStableDiffusionPipeline, token_report
@@ -335,6 +339,37 @@ def test_the_adapter_is_back_after_a_comparison(client, model):
     assert model.pipe.text_encoder.adapter is adapter
 
 
+def test_reading_a_prompt_knows_nothing_of_a_comparison_that_runs(model):
+    """Another visitor's comparison takes the adapter off while it draws."""
+    before = model.token_report(LONG)
+    assert before == model.pipe.token_report(LONG)
+    seen = []
+    system = model.systems["stock"]
+    assert system.pipe.text_encoder is not model.pipe.text_encoder
+    alone = model.systems["encoder"]
+    settings = {"num_inference_steps": 1, "width": 16, "height": 16}
+    model.draw(alone, seed=0, on_step=lambda _: seen.append(model.token_report(LONG)), prompt=LONG, **settings)
+    assert seen == [before]
+
+
+def test_pictures_of_a_base_that_was_saved_with_its_adapter_are_drawn_again(model, tmp_path):
+    """The settings of each system's picture say whether the base's own adapter acted."""
+    model.pipe.save_pretrained(tmp_path / "whole")
+    whole = DemoModel(ModelChoice(str(tmp_path / "whole")), "cpu")
+    chosen = Settings(LONG, "", steps=2, guidance_scale=2.0, width=32, height=32, seed=1)
+    events = []
+    compare(chosen, whole, events.append)
+    pictures = [event for event in events if isinstance(event, Picture)]
+    assert len(pictures) == len(whole.systems) > 1
+    assert len({picture.image.tobytes() for picture in pictures}) == len(pictures)
+    for number, picture in enumerate(pictures):
+        file = tmp_path / f"{number}.png"
+        save_png(picture.image, file, picture.settings)
+        again = run_command("generate", "--config", file, "-o", tmp_path / "again.png")
+        assert again.exit_code == 0, again.output
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "again.png")), np.asarray(picture.image)), picture.label
+
+
 def picture_of(scene):
     image = Image.fromarray(render(scene).permute(1, 2, 0).numpy())
     return Picture(image, "label", "system", {})
@@ -550,6 +585,22 @@ def test_a_link_gives_its_settings_back(model):
     values = settings_from_link(fragment, DEFAULTS, model, Limits())
     expected = {"prompt": "A café & a cat", "seed": 42, "guidance_scale": 3.5, "heat_maps": True, "width": 48}
     assert values == {**DEFAULTS, **expected}
+
+
+def test_a_link_of_too_many_fields_changes_nothing(model):
+    fragment = "#seed=42&" + "&".join(f"a{number}=1" for number in range(60))
+    assert settings_from_link(fragment, DEFAULTS, model, Limits()) == DEFAULTS
+
+
+def test_a_page_for_small_pictures_opens_with_a_size_that_it_takes(model, tmp_path):
+    """Where --max-side is below the model's own size, which is a multiple of 8."""
+    side = model.default_size[0] - 12
+    with serve(model, tmp_path, limits=Limits(side=side)) as (url, _):
+        small = Client(url, verbose=False)
+        gallery, info, _ = small.predict(prompt="a cat", steps=1, api_name="/generate")
+        small.close()
+    assert info["width"] == info["height"] == side // 8 * 8
+    assert Image.open(gallery[0]["image"]).size == (side // 8 * 8, side // 8 * 8)
 
 
 @given(

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import tiny
 import torch
 import typer
 from command_line import error_of, run
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers import DDPMScheduler, LCMScheduler, UNet2DConditionModel
 from packaging.version import Version
 from PIL import Image
 from safetensors.torch import save_file
@@ -22,9 +23,10 @@ from typer.testing import CliRunner
 
 from fixclip_cli.app import Commands, errors_exit_with, parse_size
 from fixclip_cli.generate import generate
-from fixclip_cli.pictures import label_row, output_files
+from fixclip_cli.pictures import label_row, output_files, save_png
 from fixclip_diffusion import FixClipStableDiffusionPipeline, FixClipTextEncoder, TextAdapter
 from fixclip_diffusion.adapter_training.trainer import add_lora, save_lora
+from fixclip_diffusion.lora import LORA_NAME
 
 LONG = tiny.sentences(14)
 FAST = ["--steps", "2", "--size", "16"]
@@ -229,6 +231,68 @@ def test_pictures_of_an_earlier_run_are_kept(sd1, tmp_path, python_pictures):
         assert run("generate", prompt, "--base", sd1, *FAST, "-o", tmp_path).exit_code == 0
         assert np.array_equal(np.asarray(Image.open(tmp_path / name)), python_pictures(prompt))
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_pictures_of_processes_at_the_same_time_are_kept(tmp_path):
+    """Each into the first free name of a folder, whoever finds it free first."""
+    settings = {"prompt": "a", "steps": 1, "guidance_scale": 1.0, "seed": 0, "size": [8, 8], "base": "b"}
+
+    def save(number):
+        return save_png(Image.new("RGB", (8, 8), (number, 0, 0)), tmp_path / "seed0.png", settings, fresh=True)
+
+    with ThreadPoolExecutor(8) as pool:
+        paths = list(pool.map(save, range(24)))
+    assert set(paths) == set(tmp_path.iterdir())
+    assert sorted(Image.open(path).getpixel((0, 0))[0] for path in paths) == list(range(24))
+    assert sorted(path.name for path in paths)[:2] == ["seed0-10.png", "seed0-11.png"]
+    assert save_png(Image.new("RGB", (8, 8)), tmp_path / "seed0.png", settings) == tmp_path / "seed0.png"
+
+
+def test_what_the_base_holds_is_left_out_where_it_should_be(sd1, tmp_path, python_pictures):
+    """A base that was saved with adapter and LoRA: stock in a comparison, and `--adapter none`."""
+    adapter = TextAdapter(32)
+    torch.nn.init.normal_(adapter.blocks[0].fc2.weight)
+    adapter.save_pretrained(tmp_path / "adapter")
+    pipe = FixClipStableDiffusionPipeline.from_pretrained(sd1, adapter=tmp_path / "adapter")
+    unet = UNet2DConditionModel.from_pretrained(sd1, subfolder="unet")
+    torch.manual_seed(5)
+    save_lora(unet, {name: 0.2 * torch.randn_like(p) for name, p in add_lora(unet, 2).items()}, tmp_path / "lora")
+    pipe.load_lora_weights(tmp_path / "lora", adapter_name=LORA_NAME)
+    pipe.save_pretrained(tmp_path / "whole")
+    arguments = ["generate", LONG, "--base", tmp_path / "whole", *FAST]
+    result = run(*arguments, "--compare", "-o", tmp_path / "sheet.png")
+    assert result.exit_code == 0, result.output
+    image = Image.open(tmp_path / "sheet.png")
+    names = json.loads(image.text["fixclip"])["systems"]
+    assert names[:3] == ["stock", "chunks", "overlap"]
+    assert names[3].startswith("overlap + adapter")
+    tiles = [np.asarray(image)[-256::16, 264 * i : 264 * i + 256 : 16] for i in range(4)]
+    for name, tile in zip(names[:3], tiles, strict=False):
+        assert np.array_equal(tile, python_pictures(LONG, conditioning=name))
+    assert not np.array_equal(tiles[2], tiles[3])
+    for options, tile in (([], tiles[3]), (["--adapter", "none"], tiles[2])):
+        assert run(*arguments, *options, "-o", tmp_path / "one.png").exit_code == 0
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "one.png")), tile)
+    tokens = ["tokens", LONG, "--base", tmp_path / "whole", "--json"]
+    assert json.loads(run(*tokens).output)["adapter"] is not None
+    assert json.loads(run(*tokens, "--adapter", "none").output)["adapter"] is None
+
+
+def test_a_picture_s_settings_are_never_refused(sd1, tmp_path, styles):
+    """What draws, or the page draws, `--config` draws again: another scheduler, options that did not act there."""
+    pipe = FixClipStableDiffusionPipeline.from_pretrained(sd1)
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    pipe.save_pretrained(tmp_path / "lcm")
+    options = ["--base", tmp_path / "lcm", "--guidance", 1, *FAST]
+    assert run("generate", "a cat", *options, "-o", tmp_path / "a.png").exit_code == 0
+    image = Image.open(tmp_path / "a.png")
+    settings = json.loads(image.text["fixclip"])
+    assert settings["scheduler"] == "LCMScheduler"
+    settings |= {"negative_prompt": "grey", "embeddings": [str(styles / "MyCat.safetensors")]}
+    save_png(image, tmp_path / "page.png", settings)
+    again = run("generate", "--config", tmp_path / "page.png", "-o", tmp_path / "again.png")
+    assert again.exit_code == 0, again.output
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "again.png")), np.asarray(image))
 
 
 def test_a_long_negative_prompt_is_reported(sd1, tmp_path):

@@ -146,6 +146,16 @@ def test_every_extra_is_named_where_its_library_is_missing():
     assert set(PARTS.values()) == set(PROJECT["optional-dependencies"]) - {"dev", "docs"}
 
 
+def test_the_doctor_names_a_library_that_is_missing(monkeypatch):
+    from fixclip_cli import doctor
+
+    monkeypatch.setattr(doctor, "LIBRARIES", ("torch", "no-such-library"))
+    findings = {finding.name: finding for finding in doctor.versions()}
+    assert findings["torch"].mark == "ok"
+    missing = findings["no-such-library"]
+    assert (missing.mark, missing.text) == ("BAD", "not installed: pip install 'no-such-library'")
+
+
 def test_the_dockerfile_passes_the_linter():
     linter = Path(sys.executable).with_name("hadolint")
     if not linter.is_file():

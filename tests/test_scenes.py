@@ -324,6 +324,15 @@ def test_free_text_is_read_too():
     assert text[second.start : second.end].endswith("centre")
 
 
+@pytest.mark.parametrize("space", ["\n", "\t", "\u00a0"])
+def test_a_line_may_end_anywhere(space):
+    caption = long_caption(sample_scene(3), 3).text
+    broken = caption.replace(" ", space)
+    assert read_caption(broken) == read_caption(caption)
+    assert annotate_caption(broken).spans == annotate_caption(caption).spans
+    assert annotate_caption(broken).text == broken
+
+
 @given(seed=seeds, split=st.sampled_from(SPLITS))
 @settings(max_examples=40, deadline=None)
 def test_spans_can_be_recovered_from_the_text(seed, split):

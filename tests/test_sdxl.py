@@ -22,6 +22,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.modular_pipelines import StableDiffusionXLAutoBlocks
+from fixclip_app.jobs import Settings, generate
 from fixclip_app.model import DemoModel, ModelChoice
 from PIL import Image
 from safetensors.torch import save_file
@@ -36,6 +37,7 @@ from transformers import (
 )
 
 from fixclip_cli import models
+from fixclip_cli.pictures import save_png
 from fixclip_diffusion import (
     FixClipStableDiffusionPipeline,
     FixClipStableDiffusionXLPipeline,
@@ -511,6 +513,22 @@ def test_the_page_takes_the_base_without_another_option(folder, ours, tmp_path):
         wanted = picture(pipe, LONG, output_type="pil", **options)[0]
         np.testing.assert_allclose(np.asarray(image, dtype=float), np.asarray(wanted, dtype=float), atol=1)
         assert maps is None or maps.shape[0] >= 14
+
+
+@pytest.mark.parametrize("negative", ["", "blurry"])
+def test_the_page_draws_what_the_command_draws(folder, ours, tmp_path, negative):
+    """Without a negative prompt stock diffusers has zeros for one; the picture's settings draw it again."""
+    model = DemoModel(ModelChoice(base=str(folder)), "cpu")
+    settings = Settings("a red star", negative, steps=2, guidance_scale=5.0, width=16, height=16, seed=1)
+    events: list = []
+    generate(settings, model, events.append)
+    drawn = events[-1]
+    wanted = picture(ours, "a red star", output_type="pil", negative_prompt=negative or None)[0]
+    assert np.array_equal(np.asarray(drawn.image), np.asarray(wanted))
+    save_png(drawn.image, tmp_path / "page.png", drawn.settings)
+    result = run("generate", "--config", tmp_path / "page.png", "-o", tmp_path / "again.png")
+    assert result.exit_code == 0, result.output
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "again.png")), np.asarray(wanted))
 
 
 def test_the_page_takes_a_second_encoder(folder, ours, second_encoder):

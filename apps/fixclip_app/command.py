@@ -20,8 +20,8 @@ from fixclip_cli.app import (
 )
 from fixclip_core.device import choose_device
 
+from .jobs import Limits
 from .model import DemoModel, DevicePool, ModelChoice, default_choice
-from .page import Limits, build, launch
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -62,6 +62,8 @@ def main(
     max_waiting: Annotated[int, typer.Option(min=1, help="Jobs that may wait in line.")] = 32,
 ) -> None:
     """Open the demo page."""
+    from .page import build, launch  # gradio, which is an extra
+
     if base is None:
         refuse(
             ctx,

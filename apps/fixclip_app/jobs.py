@@ -100,8 +100,9 @@ def _number(name: str, value: Any, least: float, most: float, whole: bool = Fals
 
 def settings_from_link(fragment: str, defaults: dict[str, Any], model: DemoModel, limits: Limits) -> dict[str, Any]:
     """The values in a link's fragment; what is missing or not valid keeps its default."""
-    sent = parse_qs(fragment.removeprefix("#")[: 4 * limits.characters], keep_blank_values=True, max_num_fields=50)
-    values = dict(defaults)
+    values, sent = dict(defaults), {}
+    with contextlib.suppress(ValueError):  # too many fields
+        sent = parse_qs(fragment.removeprefix("#")[: 4 * limits.characters], keep_blank_values=True, max_num_fields=50)
     for name, default in defaults.items():
         if name not in sent:
             continue
@@ -232,7 +233,7 @@ def _draw(
             on_step=on_step,
             heat_maps=settings.heat_maps,
             prompt=settings.prompt,
-            negative_prompt=settings.negative_prompt,
+            negative_prompt=settings.negative_prompt or None,  # Stable Diffusion XL has zeros for none
             num_inference_steps=settings.steps,
             guidance_scale=settings.guidance_scale,
             width=settings.width,

@@ -16,14 +16,14 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from fixclip_cli.generate import default_size, has_adapter
-from fixclip_cli.models import ModelOptions, base_options, load_pipeline
+from fixclip_cli.generate import default_size
+from fixclip_cli.models import ModelOptions, base_options, has_adapter, has_lora, load_pipeline
 from fixclip_core.scenes import long_caption, sample_scene
 from fixclip_diffusion import TextAdapter, TokenReport, builtin
 from fixclip_diffusion.attention_maps import record_sentences
 from fixclip_diffusion.auto import LongPromptPipeline, pipeline_of
 from fixclip_diffusion.loading import convert_stock, load_own_encoder
-from fixclip_diffusion.lora import LORA_NAME
+from fixclip_diffusion.prompt_reader import PromptReader
 from fixclip_diffusion.tiny import stable_diffusion, train_tokenizer
 
 SCENES_FLAG = "_scenes_world"
@@ -107,15 +107,26 @@ class DemoModel:
         self.pipe.set_progress_bar_config(disable=True)
         self.choice = choice
         parts = (choice.base, choice.encoder, choice.encoder_2, choice.adapter)
-        self.name = choice.name or " + ".join(part for part in parts if part)
+        self.name = choice.name or " + ".join(part for part in parts if part and part != builtin.NO_ADAPTER)
         self.notice = choice.notice
         self.scenes = choice.scenes if choice.scenes is not None else draws_scenes(choice.base)
-        self.has_lora = any(LORA_NAME in names for names in self.pipe.get_list_adapters().values())
+        self.has_lora = has_lora(self.pipe)
         systems = self._untrained_systems(device) | self._own_systems()
         if len(systems) > MOST_COLUMNS:  # the encoder without its adapter says least
             del systems["encoder"]
         self.systems = systems
-        self._reader, self._lock = self._with(tokenizer=copy.deepcopy(self.pipe.tokenizer)), threading.Lock()
+        self._reader, self._lock = self._own_reader(), threading.Lock()
+
+    def _own_reader(self) -> PromptReader:
+        """What reads prompts as `pipe` does, of its own: comparisons take off the encoder's adapter while they draw."""
+        first = self.pipe.prompt_encoder.encodings[0]
+        return PromptReader(
+            copy.deepcopy(first.tokenizer),
+            first.context,
+            self.pipe.prompt_encoder.conditioning,
+            self.choice.weights,
+            copy.copy(first.encoder.config.adapter),
+        )
 
     def _with(self, **components: Any) -> LongPromptPipeline:
         """The pipeline with other components."""
@@ -206,7 +217,7 @@ class DemoModel:
     def token_report(self, prompt: str) -> TokenReport:
         """`pipe.token_report`, from any thread while the pipeline draws: tokenizers are not for two at once."""
         with self._lock:
-            return self._reader.token_report(prompt)
+            return self._reader.report(prompt)
 
     @property
     def best(self) -> System:

@@ -63,7 +63,7 @@ def build(pool: DevicePool, limits: Limits | None = None, max_waiting: int = 32)
     limits = limits or Limits()
     model = pool.models[0]
     examples = model.examples()
-    width, height = model.default_size
+    width, height = (min(side, limits.side // 8 * 8) for side in model.default_size)
 
     async def checked(**values: Any) -> Settings:
         """Checks tokenize what a visitor wrote: in a thread, so that no other visitor waits for it."""

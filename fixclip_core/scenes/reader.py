@@ -41,7 +41,7 @@ def annotate_caption(text: str, world: World = WORLD) -> Caption:
         ValueError: an object has no place that this world knows, or the text has references and `read_caption`
             could not read it.
     """
-    described, rules = _descriptions(text, world)
+    described, rules = _descriptions(re.sub(r"\s", " ", text), world)
     spans = tuple(span for span, _ in described)
     refers = bool(rules) or any(_pointer(said, world) for _, said in described)
     return Caption(text, spans, tuple(_resolve(described, rules, world)[1]) if refers else ())

@@ -1,6 +1,7 @@
 """The weights of built-in models; their names are resolved by `fixclip_core.builtin`, which needs no diffusers."""
 
 from fixclip_core.builtin import (
+    NO_ADAPTER,
     PREFIX,
     SCENES,
     ModelParts,
@@ -13,6 +14,7 @@ from fixclip_core.builtin import (
 )
 
 __all__ = [
+    "NO_ADAPTER",
     "PREFIX",
     "SCENES",
     "ModelParts",
