@@ -19,6 +19,7 @@ import pytest
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerator import reset_accelerator
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_checkpoint import forget_recipe
 from test_files import full_disk
@@ -240,6 +241,62 @@ def test_a_resumed_run_ends_with_the_same_weights(recipe, tmp_path, workers, opt
     assert (tmp_path / "whole" / "best" / "model.safetensors").read_bytes() == (
         tmp_path / "halves" / "best" / "model.safetensors"
     ).read_bytes()
+
+
+PICTURES = [  # five pairs to evaluate on, and what is trained on
+    *("eval.source={data}", "eval.start=0", "eval.stop=5", "eval.batch_size=5", "data.source={data}", "data.start=5"),
+    *("data.stop=null", "train.batch_size=4", "train.steps=4", "eval.every=2"),
+]
+
+
+@pytest.fixture
+def with_pictures(recipe, tmp_path):
+    """A recipe that reads pictures from a disk, of which some cannot be read."""
+
+    def with_pictures(bad, *overrides):
+        folder = tmp_path / "data"
+        folder.mkdir(exist_ok=True)
+        for index in range(20):
+            sample = scenes.scene_at(0, index)
+            image = folder / f"{index:02}.png"
+            Image.fromarray(scenes.render(sample).permute(1, 2, 0).numpy()).save(image)
+            if index in bad:
+                image.write_bytes(b"no picture")
+            (folder / f"{index:02}.txt").write_text(scenes.long_caption(sample, index).text)
+        return recipe("run", *(option.format(data=folder) for option in PICTURES), *overrides)
+
+    return with_pictures
+
+
+def test_bad_pairs_are_left_out_of_an_evaluation_however_many(with_pictures, tmp_path):
+    EncoderTrainer(with_pictures(bad=(0, 3))).train()
+    rows = metrics(tmp_path / "run")
+    scores = [row["long_image_to_text_recall_at_1"] for row in rows if "long_image_to_text_recall_at_1" in row]
+    assert len(scores) == 2
+    assert all(3 * score == pytest.approx(round(3 * score)) for score in scores)  # of the three that are left
+
+
+def test_a_run_goes_on_behind_an_evaluation_that_fails(with_pictures, tmp_path):
+    recipe = with_pictures(bad=range(5))
+    for steps in ([2], [2, 4]):
+        with pytest.raises(ValueError, match="no usable sample among"):
+            EncoderTrainer(recipe).train()
+        assert [step for step, _ in list_checkpoints(tmp_path / "run" / "checkpoints")] == steps
+        reset_accelerator()
+    assert EncoderTrainer(recipe).train().is_dir()
+
+
+def test_a_resumed_run_knows_the_best_score_of_the_checkpoints_own_step(recipe, tmp_path):
+    options = ["eval.every=2", "data.stop=8", "eval.start=0", "eval.stop=8", "train.steps=60", "optim.lr=3e-3"]
+    best = run_until(recipe("run", *options, "output.save_every=40"), 40).state.best
+    assert best > 0
+    run = EncoderTrainer(recipe("run", *options)).prepare()
+    run.start()
+    assert run.state.best == best
+    reset_accelerator()
+    elsewhere = EncoderTrainer(recipe("other", *options)).prepare(str(tmp_path / "run"))
+    elsewhere.start()
+    assert elsewhere.state.best == best
 
 
 def test_a_resumed_run_knows_how_many_processes_took_its_steps(recipe):

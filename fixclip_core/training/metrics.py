@@ -6,6 +6,7 @@ import math
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -73,17 +74,22 @@ def _drop_after(path: Path, step: int) -> None:
     """Forget what a resumed run is going to write again, and a line cut short by a kill."""
     if not path.exists():
         return
-    kept = [line for line in path.read_text().splitlines() if (at := _step_of(line)) is not None and at <= step]
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept))
+    temporary.write_text("".join(f"{json.dumps(row)}\n" for row in rows_until(path, step)))
     os.replace(temporary, path)
 
 
-def _step_of(line: str) -> int | None:
+def rows_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl up to a step, without a line cut short by a kill."""
+    rows = [_row(line) for line in path.read_text().splitlines()]
+    return [row for row in rows if row.get("step", step + 1) <= step]
+
+
+def _row(line: str) -> dict[str, Any]:
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
-        return None
+        return json.loads(line)
+    except ValueError:
+        return {}
 
 
 def plot_losses(metrics: Path, png: Path) -> None:

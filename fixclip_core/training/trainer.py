@@ -1,7 +1,7 @@
 """One trainer for everything that is trained here: it owns the order, and a training fills in the parts.
 
     train = prepare -> start or go on -> steps -> save
-    step  = seed -> forward and backward -> clip, optimise, average -> log -> evaluate -> checkpoint
+    step  = seed -> forward and backward -> clip, optimise, average -> log -> checkpoint -> evaluate
 
 A subclass overrides what differs: `build_model`, `build_data`, `forward_backward`, `evaluate`, `save`, and `describe`,
 `memory` and `smoke_trainer` for `--dry-run` and `--smoke`. `encoder/trainer.py` is an example.
@@ -84,7 +84,7 @@ class TrainState:
         step: optimiser steps taken, skipped ones included.
         skipped: steps skipped because their gradient was not finite.
         skipped_in_a_row: how many of those came last.
-        best: the best evaluation so far.
+        best: the best evaluation so far; in a checkpoint, of those before its step.
         history: (first step, processes from there on), see `data.order.apart_positions`.
         batch_size: samples a step of all processes; the history holds for it alone.
     """
@@ -337,14 +337,17 @@ class Trainer:
             values = log.flush(state.step, extra)
             shown = [name for name in values if "loss" in name or name in ("samples_per_second", "skipped_steps")]
             bar.set_postfix({name.removeprefix("loss_"): f"{values[name]:.3g}" for name in shown})
-        if self.evaluate_every is not None and (last or state.step % self.evaluate_every == 0):
-            self.evaluate(log)
-            log.restart_clock()
-        if last or state.step % recipe.output.save_every == 0:
+        saves = last or state.step % recipe.output.save_every == 0
+        if saves:  # before an evaluation, which may fail: the run can then go on behind it
             check_finite(self.model)
             files = {RECIPE: recipe_yaml(recipe).encode()}
             folder, keep_last = self.folder / CHECKPOINTS, recipe.output.keep_last
             save_checkpoint(accelerator, folder, state.step, keep_last=keep_last, files=files)
+            log.restart_clock()
+        if self.evaluate_every is not None and (last or state.step % self.evaluate_every == 0):
+            self.evaluate(log)
+            log.restart_clock()
+        if saves:
             log.plot()
             log.restart_clock()
         bar.update()

@@ -23,13 +23,14 @@ from fixclip_core.model.fixclip import MAX_LOG_SCALE, FixClip
 from fixclip_core.training.encoder.recipe import EncoderRecipe
 from fixclip_core.training.encoder.task import ContrastiveTask, forward_backward, make_alignment, split_batch
 from fixclip_core.training.memory import activation_bytes
-from fixclip_core.training.metrics import MetricsLog
+from fixclip_core.training.metrics import METRICS, MetricsLog, rows_until
 from fixclip_core.training.optim import check_finite
 from fixclip_core.training.trainer import Trainer, batches, changed
 from fixclip_core.weights.load import find_fixclip, is_open_clip_name, load_fixclip
 
 MODEL = "model"
 BEST = "best"
+SCORED = ("long_image_to_text_recall_at_1", "long_text_to_image_recall_at_1")
 
 
 class EncoderTrainer(Trainer):
@@ -129,6 +130,19 @@ class EncoderTrainer(Trainer):
 
     # -- evaluation and saving -------------------------------------------------------------------------------
 
+    def start(self) -> None:
+        """As any training; the best score is looked up, as a checkpoint is written before its step is evaluated."""
+        super().start()
+        if self.checkpoint is not None:
+            self.state.best = max(self.state.best, self._on_main(self._best_so_far))
+
+    def _best_so_far(self) -> float:
+        """The best score in the figures of the run that the checkpoint belongs to, up to its step."""
+        assert self.checkpoint is not None
+        path = self.checkpoint.parent.parent / METRICS
+        rows = rows_until(path, self.state.step) if path.exists() else []
+        return max((score_of(row) for row in rows if set(SCORED) <= row.keys()), default=-math.inf)
+
     @property
     def evaluate_every(self) -> int | None:
         return None if self.eval_loader is None else self.recipe.eval.every
@@ -137,11 +151,11 @@ class EncoderTrainer(Trainer):
         """Retrieval of the held-out pairs; the model is saved if the mean of both long R@1 is the best so far."""
         assert self.eval_loader is not None
         values = self.retrieval(self.eval_loader)
-        log.write(self.state.step, values)
-        score = (values["long_image_to_text_recall_at_1"] + values["long_text_to_image_recall_at_1"]) / 2
+        score = score_of(values)
         if score > self.state.best:
             self.state.best = score
             self.save_model(self.folder / BEST)
+        log.write(self.state.step, values)
         if self.accelerator.is_main_process:
             shown = ", ".join(f"{name} {value:.3f}" for name, value in values.items() if name.endswith("_at_1"))
             tqdm.write(f"step {self.state.step}: {shown}", file=sys.stderr)
@@ -322,15 +336,20 @@ def data_config(recipe: EncoderRecipe, batch_size: int) -> DataConfig:
 
 
 def eval_data_config(recipe: EncoderRecipe) -> DataConfig:
-    """Held-out pairs in their order, whole long captions, nothing filtered.
+    """Held-out pairs in their order, whole long captions, nothing filtered. Bad ones are left out, however many.
 
     Recalls of two trainings can be compared where both retrieve by the same short captions: `eval.short_caption`.
     """
     fields: dict[str, Any] = recipe.eval.model_dump(exclude={"every", "held_out"})
-    fields |= recipe.data.model_dump(include={"workers", "max_bad_share", "cache_dir", "cache_gb", "draft"})
+    fields |= recipe.data.model_dump(include={"workers", "cache_dir", "cache_gb", "draft"})
     usual = "given" if recipe.captions.short_caption == "given" else "first_sentence"
     fields["short_caption"] = recipe.eval.short_caption or usual
-    return DataConfig(**fields, shuffle=False, last_batch="wrap")
+    return DataConfig(**fields, shuffle=False, last_batch="wrap", max_bad_share=1.0)
+
+
+def score_of(values: dict[str, float]) -> float:
+    """What the best model is chosen by: the mean of both long R@1."""
+    return sum(values[name] for name in SCORED) / 2
 
 
 def _whole(tensor: Tensor) -> Tensor:
