@@ -323,6 +323,16 @@ def test_states_are_learnt_without_a_unet(denoiser):
     assert alike["loss_plain"] == 0 < every["loss_plain"]
 
 
+def test_states_alone_have_a_gradient_where_no_draw_is_taught(denoiser):
+    adapter = randomize(TextAdapter(WIDTH, hidden_width=8))
+    others = dict.fromkeys(("long", "short", "prediction", "windows", "plain"), 0.0)
+    only_states = section(**{f"weight_{name}": value for name, value in others.items()}, short_share=1e-9)
+    losses = adapter_losses(adapter, make_features(), dataclasses.replace(denoiser, unet=None), only_states)
+    losses["loss"].backward()
+    assert losses["loss"] == 0
+    assert not any(parameter.grad.any() for parameter in adapter.parameters())
+
+
 def test_teacher_predictions_are_computed_without_the_lora_and_without_gradient(tiny_unet):
     """`base_unet` is entered around the teacher's predictions and nothing else."""
     calls, inside = [], []
