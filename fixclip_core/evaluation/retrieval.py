@@ -79,7 +79,7 @@ def retrieval_metrics(
             rank_I[images] += ((score_IT >= best_score_I[images, None]) & foreign_IT).sum(1, dtype=torch.int32)
             rank_T[texts] += ((score_IT >= own_score_T[texts]) & foreign_IT).sum(0, dtype=torch.int32)
     return {
-        f"{direction}_recall_at_{k}": (rank <= k).double().mean().item()
+        f"{direction}_recall_at_{k}": (rank <= k).cpu().double().mean().item()
         for direction, rank in (("image_to_text", rank_I), ("text_to_image", rank_T))
         for k in ks
     }

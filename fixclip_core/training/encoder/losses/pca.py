@@ -62,7 +62,8 @@ def variance_reconstruction(features_BE: Tensor, share: float) -> Tensor:
         raise ValueError(f"share={share}: it must be above 0 and at most 1")
 
     def fewest(variance_C: Tensor) -> int:
-        held_C = variance_C.double().cumsum(0) / variance_C.double().sum()
+        variance_C = variance_C.cpu().double()  # some GPUs have no float64
+        held_C = variance_C.cumsum(0) / variance_C.sum()
         return int((held_C < share - 1e-9).sum()) + 1
 
     return _reconstruct(features_BE, fewest)

@@ -161,7 +161,7 @@ class StateAlignment:
         """
         num_tokens = sum(len(own) for own, _ in shared_positions(self.base, batch))
         own = [num_tokens, len(with_plain_wording(self.base, batch))]
-        total = torch.tensor(own, dtype=torch.float64, device=batch.long_ids.device)
+        total = torch.tensor(own, dtype=torch.float32, device=batch.long_ids.device)
         if is_distributed():
             dist.all_reduce(total)
             total = total / dist.get_world_size()
