@@ -1,6 +1,7 @@
 """Losses against plain implementations, in values and gradients, on one process and on two."""
 
 import itertools
+import weakref
 from types import SimpleNamespace
 
 import open_clip
@@ -206,6 +207,23 @@ def test_cached_backward_skips_what_is_off():
     model.zero_grad()
     cached_backward([part(batch, 0, 2), part(batch, 2, 4)], model, losses)
     torch.testing.assert_close(gradients(model), expected)
+
+
+def test_cached_backward_keeps_no_hidden_states_of_the_first_pass():
+    model, batch = tiny_model(), captioned_images(4)
+    kept: list[weakref.ref[Tensor]] = []
+
+    def encode(part: SimpleNamespace) -> FixClipOutput:
+        output = model(part, state="last")
+        kept.extend(weakref.ref(state) for state in output.text_states)
+        return output
+
+    def losses(output: FixClipOutput) -> dict[str, Tensor]:
+        assert not output.text_states
+        assert [state() for state in kept] == [None] * 8
+        return all_losses(output)
+
+    cached_backward([part(batch, 0, 2), part(batch, 2, 4)], encode, losses)
 
 
 def test_cached_backward_needs_a_micro_batch():

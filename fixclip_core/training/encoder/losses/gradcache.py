@@ -48,7 +48,7 @@ def cached_backward(
     if not batches:
         raise ValueError("no micro-batches: at least one is needed")
     with torch.no_grad():
-        outputs = [encode(batch) for batch in batches]
+        outputs = [_features(encode(batch)) for batch in batches]
     sizes = [_num_samples(output) for output in outputs]
     whole = _concatenate(outputs)
     losses = loss_fn(whole)
@@ -80,6 +80,13 @@ def _num_samples(output: Any) -> int:
 def _fields(output: Any) -> dict[str, Tensor]:
     values = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
     return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+
+def _features(output: Any) -> Any:
+    """The output without the fields that hold no tensor: nothing reads those of the pass without a graph."""
+    tensors = _fields(output)
+    others = [field.name for field in dataclasses.fields(output) if field.name not in tensors]
+    return dataclasses.replace(output, **dict.fromkeys(others))
 
 
 def _concatenate(outputs: list[Any]) -> Any:
