@@ -209,6 +209,8 @@ def test_several_that_would_all_be_the_same_are_refused():
     for policy in ("given", "first_sentence"):
         with pytest.raises(ValueError, match=f"num_short=2: short_caption={policy} gives the same one each time"):
             DataConfig(source="scenes", short_caption=policy, num_short=2)
+    with pytest.raises(ValueError, match="num_short=2: with drop_short_from_long=true further short captions would be"):
+        DataConfig(source="scenes", short_caption="debiased", num_short=2, drop_short_from_long=True)
     captions = {"num_short": 2, "short_caption": "debiased"}
     common = {"model": {"name": "ViT-B-32"}, "data": {"source": "scenes"}, "captions": captions}
     assert EncoderRecipe.model_validate(common).captions.num_short == 2

@@ -98,6 +98,11 @@ class CaptionsSection(Section):
                 f"num_short={self.num_short}: short_caption={self.short_caption} gives the same one each time; choose "
                 "random_sentence, random_sentences or debiased"
             )
+        if self.num_short > 1 and self.drop_short_from_long:
+            yield (
+                f"num_short={self.num_short}: with drop_short_from_long=true further short captions would be sentences "
+                "that the long one keeps; set num_short=1, or drop_short_from_long=false"
+            )
         if self.is_changed("max_short_sentences") and self.short_caption != "random_sentences":
             yield (
                 f"max_short_sentences={self.max_short_sentences}: short_caption={self.short_caption} takes no such "

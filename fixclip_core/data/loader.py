@@ -185,7 +185,7 @@ class Batches(Dataset):
         )
 
     def further_short(self, long: str, seed: int, k: int) -> str:
-        """The k-th further short caption of an image, of the sentences of its long one as it is trained on."""
+        """The k-th further short caption of an image, of the sentences of its long one."""
         return caption_pair(long, None, self.short_captions, random.Random(f"{seed}/{k}"))[1]
 
     def _usable_sample(self, epoch: int, position: int, taken: range, skipped: list[Skipped]) -> LoadedSample | None:
