@@ -454,17 +454,25 @@ def test_stale_caches_are_refused(setup, models, sd1, tmp_path):
 
 
 def test_a_cache_grows_and_shrinks_with_the_data(setup, tmp_path):
-    """Its last file is made anew for another `data.stop`; the others stay."""
+    """Its last file is made anew for a larger `data.stop`; for a smaller one its first samples are read."""
     folder = tmp_path / "cache"
-    setup(*cached(tmp_path, "features.text=true"))
-    before = {file.name: file.stat().st_mtime_ns for file in folder.glob("shard-*")}
-    loader = setup(*cached(tmp_path, "features.text=true", "data.stop=9"))
-    assert len(loader.batches.order) == 9
-    after = {file.name: file.stat().st_mtime_ns for file in folder.glob("shard-*")}
-    assert [name for name in before if after[name] != before[name]] == ["shard-00001.safetensors"]
-    plain, loader = setup(), setup(*cached(tmp_path, "features.text=true"))
-    for one, other in zip(plain.epoch(0), loader.epoch(0), strict=True):
-        assert one.keys == other.keys
+
+    def times():
+        return [file.stat().st_mtime_ns for file in sorted(folder.glob("shard-*"))]
+
+    for stop, changed in ((9, [0, 1]), (12, [1, 2]), (11, []), (8, [])):
+        before, limit = [*times(), 0, 0, 0], f"data.stop={stop}"
+        plain, loader = setup(limit), setup(*cached(tmp_path, "features.text=true", limit))
+        assert [number for number, time in enumerate(times()) if time != before[number]] == changed
+        for one, other in zip(plain.epoch(0), loader.epoch(0), strict=True):
+            assert one.keys == other.keys
+            assert torch.equal(one.seeds, other.seeds)
+    rows = (tmp_path / "data" / "data.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "data" / "data.jsonl").write_text("".join(rows[:11]))
+    with pytest.raises(
+        ValueError, match=r"shard-00002.*: holds samples up to 11, which .*made again up to data.stop=11"
+    ):
+        setup(*cached(tmp_path, "features.text=true"))
 
 
 def test_changed_pictures_and_damaged_files_are_refused(setup, tmp_path):

@@ -476,10 +476,7 @@ class FeatureCache:
         self._open: OrderedDict[int, Any] = OrderedDict()
         self.key = self._agreed_key(key)
         self.parts, self.read_parts = parts_of(self.key), parts_of(key)
-        self._sample_keys = [
-            _digest([self.key, [source.fingerprint(index) for index in self._range(number)]])
-            for number in range(len(self))
-        ]
+        self._sample_keys = [self._key_of(self._range(number)) for number in range(len(self))]
         self.missing = [number for number in range(len(self)) if not self._is_done(number)]
 
     def __len__(self) -> int:
@@ -492,6 +489,9 @@ class FeatureCache:
     def _range(self, number: int) -> range:
         size = self.section.shard_size
         return self.indices[number * size : (number + 1) * size]
+
+    def _key_of(self, samples: range) -> str:
+        return _digest([self.key, [self.source.fingerprint(index) for index in samples]])
 
     def _path(self, number: int) -> Path:
         return self.folder / f"shard-{number:05d}.safetensors"
@@ -532,9 +532,18 @@ class FeatureCache:
                 found, (count,) = file.metadata()["key"], file.get_slice("row").get_shape()
         except Exception as error:
             raise ValueError(f"{path}: damaged ({error}); delete it, and it will be made again") from None
-        if count != len(samples):  # the last file, of another `data.stop`
+        if count < len(samples):  # the last file, of a smaller `data.stop`
             return False
-        if found != self._sample_keys[number]:
+        held = range(samples.start, samples.start + count)  # of a larger `data.stop`, its first samples are read
+        try:
+            key = self._sample_keys[number] if count == len(samples) else self._key_of(held)
+        except IndexError:
+            raise ValueError(
+                f"{path}: holds samples up to {held.stop - 1}, which {self.key['source']} has no more, so whether they "
+                "have changed cannot be told; choose another features.folder than "
+                f"{str(self.folder)!r}, or delete the file, and it will be made again up to data.stop={samples.stop}"
+            ) from None
+        if found != key:
             raise ValueError(
                 f"{path}: stale: captions or pictures among samples {samples.start} to {samples.stop - 1} of "
                 f"{self.key['source']} have changed since; delete it, and it will be made again"
