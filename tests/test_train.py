@@ -17,7 +17,8 @@ import command_line
 import open_clip
 import pytest
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator, DistributedType, PartialState
+from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerator import reset_accelerator
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -790,6 +791,50 @@ def test_what_needs_whole_weights_is_refused_where_they_are_sharded(sharding, mo
     with pytest.raises(ValueError, match=rf"train.ema_decay=0.5: with {sharding.value} it must be null"):
         make_ema(accelerator, network, 0.5)
     make_optimizer(accelerator, [{"params": list(network.parameters())}], OptimSection())
+
+
+def test_sharding_of_version_1_is_refused(recipe, monkeypatch):
+    accelerator = Accelerator()
+    for state in (accelerator.state, PartialState()):  # as a launch with FSDP leaves them
+        monkeypatch.setattr(state, "distributed_type", DistributedType.FSDP)
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=1)
+    monkeypatch.setattr(accelerator.state, "fsdp_plugin", plugin, raising=False)
+    with pytest.raises(ValueError, match=r"FSDP of version 1.* set fsdp_version: 2 in Accelerate's config"):
+        EncoderTrainer(recipe())
+    plugin.fsdp_version = 2
+    EncoderTrainer(recipe())
+
+
+def test_a_gpu_has_the_fused_optimizer_though_the_model_still_lies_on_the_cpu(monkeypatch):
+    accelerator, network = Accelerator(), small_network()
+    groups = [{"params": list(network.parameters())}]
+    assert not make_optimizer(accelerator, groups, OptimSection()).defaults["fused"]
+    monkeypatch.setattr(accelerator.state, "device", torch.device("cuda"))
+    assert make_optimizer(accelerator, groups, OptimSection()).defaults["fused"]
+
+
+def test_processes_wait_for_hours(recipe_file, tmp_path):
+    """Whoever connects them first."""
+    script = tmp_path / "wait.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import sys
+            import torch
+            from torch.distributed.distributed_c10d import _get_default_group
+            from fixclip_core.training.encoder.recipe import EncoderRecipe
+            from fixclip_core.training.encoder.trainer import EncoderTrainer
+            from fixclip_core.training.recipe import load_recipe
+
+            recipe = load_recipe(EncoderRecipe, sys.argv[1], [f"train.precision={sys.argv[2]}"])
+            EncoderTrainer(recipe)
+            assert _get_default_group()._get_backend(torch.device("cpu")).options._timeout.total_seconds() == 24 * 3600
+            """
+        )
+    )
+    for precision in ("fp32", "auto"):
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+        launch(*torchrun, str(script), str(recipe_file()), precision)
 
 
 def test_muon_moves_every_direction_of_a_matrix_equally_far():

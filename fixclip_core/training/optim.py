@@ -99,8 +99,9 @@ def make_optimizer(accelerator: Accelerator, groups: list[dict[str, Any]], optim
         if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             raise ValueError(f"optim.optimizer=muon: with {accelerator.distributed_type.value} it must be adamw")
         return Muon(groups, betas=(optim.beta1, optim.beta2), eps=optim.eps)
-    on_gpu = any(p.is_cuda for group in groups for p in group["params"])
-    return torch.optim.AdamW(groups, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=on_gpu or None)
+    # The parameters may still lie on the CPU: `Accelerator.prepare` moves them.
+    fused = accelerator.device.type == "cuda" or None
+    return torch.optim.AdamW(groups, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=fused)
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, optim: OptimSection, total_steps: int) -> LambdaLR:

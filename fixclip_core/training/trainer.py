@@ -16,13 +16,14 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, LoggerType, broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, LoggerType, broadcast_object_list
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
@@ -73,6 +74,8 @@ logger = logging.getLogger(__name__)
 RECIPE = "recipe.yaml"
 START_ANEW = "start anew in another output.folder"
 MIB, GIB = 2**20, 2**30
+# Processes wait while one downloads a base or fills a cache of features; NCCL's own 10 minutes would end the run.
+PATIENCE = timedelta(hours=24)
 T = TypeVar("T")
 
 
@@ -204,8 +207,11 @@ class Trainer:
         self.loader = self.build_data()
         way_out = "keep fewer checkpoints (output.keep_last) or choose another output.folder"
         self._on_main(lambda: prepare_folder(self.folder, self.needed_disk(), way_out=way_out))
-        if accelerator.state.deepspeed_plugin is not None:  # it cannot ask a loader that it does not prepare
-            accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = self.batch_size
+        if accelerator.state.deepspeed_plugin is not None:
+            accelerator.state.deepspeed_plugin.deepspeed_config.update(
+                train_micro_batch_size_per_gpu=self.batch_size,  # it cannot ask a loader that it does not prepare
+                gradient_clipping=recipe.optim.max_grad_norm or 0.0,  # it clips by itself; 0: not at all
+            )
         groups = parameter_groups(self.module, self.is_new, self.no_decay, recipe.optim)
         self.model, self.optimizer = accelerator.prepare(self.module, make_optimizer(accelerator, groups, recipe.optim))
         self.module = accelerator.unwrap_model(self.model)
@@ -550,7 +556,7 @@ class Trainer:
 
 def smoke(trainer: type[Trainer], recipe: Any) -> None:
     """Train two steps in a temporary folder."""
-    process, recipe = PartialState(cpu=trainer.cpu), with_precision(recipe, trainer.cpu)
+    process, recipe = this_process(trainer.cpu), with_precision(recipe, trainer.cpu)
     folder = broadcast_object_list([tempfile.mkdtemp() if process.is_main_process else None])[0]
     try:
         trainer.smoke_trainer(recipe, folder).train(resume="none")
@@ -563,11 +569,16 @@ def with_precision(recipe: Any, cpu: bool = False) -> Any:
     """The recipe with what `train.precision=auto` means on the main process's device, which is logged."""
     if recipe.train.precision != "auto":
         return recipe
-    process = PartialState(cpu=cpu)
+    process = this_process(cpu)
     precision = broadcast_object_list([choose_precision("auto", process.device)])[0]
     if process.is_main_process:
         logger.info("train.precision=auto: %s on %s", precision, process.device.type)
     return changed(recipe, {"train": {"precision": precision}})
+
+
+def this_process(cpu: bool = False) -> PartialState:
+    """This process among those that train together; the first call connects them, for waits of up to `PATIENCE`."""
+    return PartialState(cpu=cpu, timeout=PATIENCE)
 
 
 def changed(recipe: Any, changes: dict[str, dict[str, Any]]) -> Any:
@@ -594,7 +605,10 @@ def make_accelerator(run: RunSection, output: OutputSection, *, cpu: bool = Fals
         log_with=list(output.trackers) or None,
         project_dir=output.folder,
         step_scheduler_with_optimizer=False,
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+            InitProcessGroupKwargs(timeout=PATIENCE),
+        ],
     )
 
 

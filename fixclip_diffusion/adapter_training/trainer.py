@@ -12,7 +12,7 @@ from typing import Any, Self, cast
 
 import numpy as np
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator, DistributedType
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import convert_state_dict_to_diffusers
@@ -39,7 +39,7 @@ from fixclip_core.training.encoder.task import split_batch
 from fixclip_core.training.memory import activation_bytes
 from fixclip_core.training.metrics import MetricsLog
 from fixclip_core.training.optim import check_finite
-from fixclip_core.training.trainer import GIB, MIB, START_ANEW, Trainer, batches, changed
+from fixclip_core.training.trainer import GIB, MIB, START_ANEW, Trainer, batches, changed, this_process
 from fixclip_diffusion import builtin
 from fixclip_diffusion.adapter import TextAdapter, check_fits
 from fixclip_diffusion.adapter_training.features import (
@@ -106,6 +106,9 @@ class AdapterTrainer(Trainer):
     Args:
         recipe: what to do.
         models: in memory, instead of those that the recipe names.
+
+    Raises:
+        ValueError: see `Trainer`, or FSDP or DeepSpeed are to shard the weights.
     """
 
     recipe: AdapterRecipe
@@ -121,6 +124,11 @@ class AdapterTrainer(Trainer):
 
     def __init__(self, recipe: AdapterRecipe, models: FrozenModels | None = None):
         super().__init__(recipe)
+        if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise ValueError(
+                f"an adapter cannot be trained with {self.accelerator.distributed_type.value}, and is too small to "
+                "gain by it; leave that out of Accelerate's config (accelerate config)"
+            )
         self.models = models
         self.references: dict[str, list[Image.Image]] = {}
 
@@ -386,7 +394,7 @@ class AdapterTrainer(Trainer):
         models = None
         if not Path(builtin.resolve(recipe.model.base)).is_dir():
             models = random_base(recipe.model.base, DTYPES[recipe.train.precision], recipe.seed)
-        return cls(smoke_recipe(recipe, folder, 2 * PartialState().num_processes), models)
+        return cls(smoke_recipe(recipe, folder, 2 * this_process().num_processes), models)
 
 
 # -- models and data -----------------------------------------------------------------------------------------
@@ -658,10 +666,13 @@ def check_targets(captions: list[tuple[Sample, str]], frozen: FrozenModels, reci
     if recipe.objectives.reads_noise or not (is_own and reads_alike):
         return
     if not any_plain_wording(captions):
+        names = [
+            name for name in ("weight_windows", "weight_plain", "weight_states") if getattr(recipe.objectives, name)
+        ]
         raise ValueError(
-            "objectives.weight_windows: the base's own encoder gives the hidden states of overlapping windows already, "
-            f"and none of {len(captions)} captions in {recipe.data.source} has a plain wording (`plain`), so there is "
-            "nothing to learn without the UNet; set objectives.weight_long=1, or name model.encoder"
+            f"{', '.join(f'objectives.{name}' for name in names)}: the base's own encoder gives these hidden states "
+            f"already, and none of {len(captions)} captions in {recipe.data.source} has a plain wording (`plain`), so "
+            "there is nothing to learn without the UNet; set objectives.weight_long=1, or name model.encoder"
         )
 
 

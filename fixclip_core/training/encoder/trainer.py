@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from accelerate import DistributedType, PartialState
+from accelerate import DistributedType
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -25,7 +25,7 @@ from fixclip_core.training.encoder.task import ContrastiveTask, forward_backward
 from fixclip_core.training.memory import activation_bytes
 from fixclip_core.training.metrics import METRICS, MetricsLog, rows_until
 from fixclip_core.training.optim import check_finite
-from fixclip_core.training.trainer import Trainer, batches, changed
+from fixclip_core.training.trainer import Trainer, batches, changed, this_process
 from fixclip_core.weights.load import find_fixclip, is_open_clip_name, load_fixclip
 
 MODEL = "model"
@@ -34,7 +34,11 @@ SCORED = ("long_image_to_text_recall_at_1", "long_text_to_image_recall_at_1")
 
 
 class EncoderTrainer(Trainer):
-    """Trains a `FixClip`; `module` is it, and `eval_loader` the held-out pairs, if there are any."""
+    """Trains a `FixClip`; `module` is it, and `eval_loader` the held-out pairs, if there are any.
+
+    Raises:
+        ValueError: see `Trainer`, or the way of sharding weights does not fit model or recipe.
+    """
 
     recipe: EncoderRecipe
     module: FixClip
@@ -44,6 +48,11 @@ class EncoderTrainer(Trainer):
 
     def __init__(self, recipe: EncoderRecipe):
         super().__init__(recipe)
+        if self.accelerator.distributed_type == DistributedType.FSDP and not self.accelerator.is_fsdp2:
+            raise ValueError(
+                "FSDP of version 1, Accelerate's default, cannot train this model; set fsdp_version: 2 in Accelerate's "
+                "config (accelerate config), or leave FSDP out"
+            )
         if recipe.train.micro_batch_size and self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             raise ValueError(
                 f"train.micro_batch_size={recipe.train.micro_batch_size}: DeepSpeed steps at every backward pass; "
@@ -275,7 +284,7 @@ class EncoderTrainer(Trainer):
 
     @classmethod
     def smoke_trainer(cls, recipe: EncoderRecipe, folder: str) -> Self:
-        return cls(smoke_recipe(recipe, folder, 4 * PartialState().num_processes))
+        return cls(smoke_recipe(recipe, folder, 4 * this_process().num_processes))
 
 
 # -- the recipe's parts --------------------------------------------------------------------------------------
