@@ -2,7 +2,9 @@
 # that of --build-arg TORCH_INDEX is asked for torch alone.
 #   GPU:   docker build -t fixclip .                  docker run --gpus all -p 7860:7860 fixclip
 #   CPU:   docker build -t fixclip --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu .
-#   Train: docker run --gpus all -v "$PWD:/data" fixclip fixclip train encoder builtin:own_data data.source=captions.jsonl
+#   Train: docker run --gpus all --ipc=host -v "$PWD:/data" fixclip \
+#              fixclip train encoder builtin:own_data data.source=captions.jsonl
+# Without --ipc=host a container has 64 MB of shared memory, in which not even one batch of pictures has room.
 ARG PYTHON=3.12
 FROM python:${PYTHON}-slim
 

@@ -19,6 +19,7 @@ import tiny
 import tiny_adapter
 import torch
 import yaml
+from accelerate import Accelerator, DistributedType, PartialState
 from accelerator import reset_accelerator
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
@@ -524,6 +525,12 @@ def test_a_start_whose_targets_are_what_the_base_gives_already(recipe, encoder_f
     start = ["objectives.weight_long=0", "objectives.weight_windows=1", "objectives.short_share=0", *NO_SHORT]
     with pytest.raises(ValueError, match=r"none of 12 captions in .* has a plain wording .* name model\.encoder"):
         AdapterTrainer(recipe("run", *start)).prepare()
+    reset_accelerator()
+    states = ["objectives.weight_long=0", "objectives.weight_states=1", "objectives.weight_prediction=0"]
+    with pytest.raises(
+        ValueError, match=r"^objectives\.weight_states: the base's own encoder gives these hidden states"
+    ):
+        AdapterTrainer(recipe("run", *states, "objectives.weight_short=0")).prepare()
     others = {
         "encoder": [f"model.encoder={encoder_folder}"],
         "chunks": ["model.conditioning=chunks"],
@@ -534,6 +541,13 @@ def test_a_start_whose_targets_are_what_the_base_gives_already(recipe, encoder_f
         assert metrics(tmp_path / name)[0]["loss_windows"] > 0
     reset_accelerator()
     smoke(AdapterTrainer, recipe("smoke", *start))
+
+
+def test_sharding_is_refused(recipe, monkeypatch):
+    for state in (Accelerator().state, PartialState()):  # as a launch with FSDP leaves them
+        monkeypatch.setattr(state, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(ValueError, match=r"an adapter cannot be trained with FSDP, .* leave that out"):
+        AdapterTrainer(recipe("run"))
 
 
 def test_a_weight_of_plain_wordings_needs_captions_that_have_one(recipe):

@@ -190,6 +190,21 @@ def test_a_run_trains_and_writes_everything(recipe, clip_folder, tmp_path):
     assert torch.equal(model.text.kept_positions, base.text.kept_positions)
 
 
+def test_batches_that_wait_must_fit_into_shared_memory(recipe):
+    run = EncoderTrainer(recipe("run", "data.workers=1")).prepare()
+    assert run.loader.waiting_bytes() == 2 * 8 * 3 * 32 * 32 * 4
+    assert "loading  up to 0.0 GiB of the machine's shared memory, data.workers=1" in run.plan()
+    reset_accelerator()
+    assert "loading" not in EncoderTrainer(recipe("run")).prepare().plan()
+    reset_accelerator()
+    many = ["data.workers=1", "data.stop=100000000", "train.batch_size=100000000"]
+    message = (
+        r"data\.workers=1: batches that wait fill up to 1144\.41 GiB of shared memory, and /dev/shm has .* GiB free; "
+    )
+    with pytest.raises(ValueError, match=message + "set fewer data.workers .* docker run --ipc=host"):
+        EncoderTrainer(recipe("run", *many)).prepare()
+
+
 def test_training_learns_its_samples(recipe, tmp_path):
     """Eight pairs are told apart after 60 steps, by what the run itself evaluates."""
     options = ["data.stop=8", "train.steps=60", "eval.start=0", "eval.stop=8", "eval.every=60", "output.save_every=60"]

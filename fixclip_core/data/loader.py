@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 PAD_ID = 0  # open_clip's padding, with which DeBias-CLIP pads before a text
 _MAX_REPLACEMENTS = 64
+_PREFETCHED = 2  # batches that a loading process holds ready
 
 
 @dataclass(frozen=True)
@@ -188,6 +189,12 @@ class Batches(Dataset):
         """The k-th further short caption of an image, of the sentences of its long one."""
         return caption_pair(long, None, self.short_captions, random.Random(f"{seed}/{k}"))[1]
 
+    def sample_bytes(self) -> int:
+        """About what a batch holds of a sample: its picture, beside which captions are small."""
+        with seeded(0):
+            images, sizes = stack_pictures([self.transform(Image.new("RGB", (64, 64)))])
+        return images.nbytes + (0 if sizes is None else sizes.nbytes)
+
     def _usable_sample(self, epoch: int, position: int, taken: range, skipped: list[Skipped]) -> LoadedSample | None:
         """The sample at a position, or another in its place: a batch keeps its size whatever happens."""
         for attempt in range(_MAX_REPLACEMENTS):
@@ -320,17 +327,24 @@ class Loader:
         """
         if not 0 <= start <= len(self):
             raise ValueError(f"start={start}: an epoch has {len(self)} batches")
+        workers = loading_workers(self.config.workers)  # batches do not depend on their number
         loader = DataLoader(
             self.batches,
             batch_size=None,
             sampler=[(epoch, number) for number in range(start, len(self))],
-            num_workers=loading_workers(self.config.workers),  # batches do not depend on their number
+            num_workers=workers,
+            prefetch_factor=_PREFETCHED if workers else None,
             pin_memory=self.pin_memory,
             generator=torch.Generator().manual_seed(self.config.seed),  # leaves the global one alone
         )
         for batch in loader:
             self._account(batch)
             yield batch
+
+    def waiting_bytes(self) -> int:
+        """Bytes of shared memory that batches wait in, at most; 0 where the process loads them itself."""
+        batches = min(_PREFETCHED * loading_workers(self.config.workers), len(self))
+        return batches * self.config.batch_size * self.batches.sample_bytes()
 
     def _account(self, batch: Batch | list[Skipped]) -> None:
         skipped = batch if isinstance(batch, list) else batch.skipped

@@ -11,6 +11,7 @@ What is trained on at step s is a function of (recipe, s) alone, so a resumed ru
 
 import logging
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -74,6 +75,7 @@ logger = logging.getLogger(__name__)
 RECIPE = "recipe.yaml"
 START_ANEW = "start anew in another output.folder"
 MIB, GIB = 2**20, 2**30
+SHARED_MEMORY = Path("/dev/shm")
 # Processes wait while one downloads a base or fills a cache of features; NCCL's own 10 minutes would end the run.
 PATIENCE = timedelta(hours=24)
 T = TypeVar("T")
@@ -207,6 +209,7 @@ class Trainer:
         self.loader = self.build_data()
         way_out = "keep fewer checkpoints (output.keep_last) or choose another output.folder"
         self._on_main(lambda: prepare_folder(self.folder, self.needed_disk(), way_out=way_out))
+        self._on_main(self._check_shared_memory)
         if accelerator.state.deepspeed_plugin is not None:
             accelerator.state.deepspeed_plugin.deepspeed_config.update(
                 train_micro_batch_size_per_gpu=self.batch_size,  # it cannot ask a loader that it does not prepare
@@ -459,6 +462,7 @@ class Trainer:
             f"lr {recipe.optim.lr:g}, new parameters {recipe.optim.lr_new:g}",
             "precision": f"{recipe.train.precision} on {accelerator.device.type}",
             "memory": self._describe_memory(),
+            **self._describe_loading(),
             "disk": f"{self.needed_disk() / GIB:.2f} GiB for checkpoints and models in {self.folder}",
         }
         if self.checkpoint is not None:
@@ -470,6 +474,29 @@ class Trainer:
         if self._is_too_short():
             lines["warning"] = f"the learning rate is still warming up at the end: {self._is_too_short()}"
         return "\n".join(f"{name:>10}  {text}" for name, text in lines.items())
+
+    def _waiting_bytes(self) -> int:
+        """Shared memory that this machine's processes fill with batches, at most."""
+        together = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return together * self.loader.waiting_bytes() if isinstance(self.loader, Loader) else 0
+
+    def _describe_loading(self) -> dict[str, str]:
+        if not (needed := self._waiting_bytes()):
+            return {}
+        shared = f"up to {needed / GIB:.1f} GiB of the machine's shared memory"
+        return {"loading": f"{shared}, data.workers={self.recipe.data.workers}"}
+
+    def _check_shared_memory(self) -> None:
+        """Raises:
+        ValueError: it has no room for the batches that are loaded ahead, of which a process would die.
+        """
+        needed = self._waiting_bytes()
+        if needed and SHARED_MEMORY.is_dir() and (free := shutil.disk_usage(SHARED_MEMORY).free) < needed:
+            raise ValueError(
+                f"data.workers={self.recipe.data.workers}: batches that wait fill up to {needed / GIB:.2f} GiB of "
+                f"shared memory, and {SHARED_MEMORY} has {free / GIB:.2f} GiB free; set fewer data.workers (0 needs "
+                "none), or start a container with docker run --ipc=host"
+            )
 
     def _describe_changes(self) -> str:
         return ", ".join(f"{key} was {then!r} and is {now!r} now" for key, now, then in self.changes())

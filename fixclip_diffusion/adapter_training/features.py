@@ -14,6 +14,7 @@ import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -728,6 +729,13 @@ class CachedBatches(Batches):
             reader.world_size,
             reader.draft_size,
         )
+
+    def sample_bytes(self) -> int:
+        """Of the first sample that can be used; 0 while the cache is not complete."""
+        for index in () if self.cache.missing else self.cache.indices:
+            with suppress(BadSampleError):
+                return sum(tensor.nbytes for tensor in self.cache.read(index)[0].values())
+        return 0
 
 
 class CachedLatents(CachedBatches):
