@@ -91,6 +91,39 @@ def test_features_and_gradients_are_those_of_the_merged_matrices():
         torch.testing.assert_close(change.lora_B.grad[part], grad_W @ change.lora_A[part].T)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_matrix_is_kept_once_for_the_backward_pass_whatever_the_pieces(dtype):
+    model = trained(with_low_rank(base_clip().float()))
+    shapes = {(48, 16), (16, 48), (16, 16), (64, 16), (16, 64)}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor):
+        if tensor.dtype == dtype and tuple(tensor.shape) in shapes:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    plain = model.encode_text(texts())
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
+    with autocast, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        found = model.encode_text(texts())
+    found.sum().backward()
+    assert 0 < len(kept) <= 2 * 4 + 1  # four matrices of each layer, and the projection
+    torch.testing.assert_close(found.float(), plain, atol=0.02 if dtype == torch.bfloat16 else 0, rtol=0)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_pieces_and_checkpointing_change_no_gradient(recompute):
+    model = trained(with_low_rank(base_clip()))
+    found = {}
+    for pieces in (1, 8):
+        model.text.pieces = pieces
+        model.set_grad_checkpointing(recompute and pieces == 8)
+        model.zero_grad()
+        model.encode_text(texts()).square().cumsum(-1).sum().backward()
+        found[pieces] = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    torch.testing.assert_close(found[1], found[8])
+
+
 def test_only_the_change_positions_and_projection_of_the_text_tower_are_trained():
     model = with_low_rank(base_clip())
     learnt = {name for name, p in model.text.named_parameters() if p.requires_grad}

@@ -10,7 +10,7 @@ Shapes: O outputs of a projection, I inputs, r rank.
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -42,7 +42,10 @@ class LowRank(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A.view(-1, inputs), a=math.sqrt(5))  # as PEFT
 
     def forward(self, weight_OI: Tensor) -> Tensor:
-        return weight_OI + (self.lora_B @ self.lora_A).flatten(0, 1).to(weight_OI.dtype)
+        changed_OI = weight_OI + (self.lora_B @ self.lora_A).flatten(0, 1).to(weight_OI.dtype)
+        device = weight_OI.device.type
+        # Autocast would make a copy at each use, and keep it for the backward pass.
+        return changed_OI.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else changed_OI
 
 
 def add_low_rank(blocks: nn.ModuleList, rank: int) -> None:
@@ -63,6 +66,16 @@ def matrices(blocks: nn.ModuleList) -> Iterator[tuple[Any, str, tuple[str, ...]]
     for block in blocks:
         for path, name, parts in MATRICES:
             yield block.get_submodule(path), name, parts
+
+
+def changed_once(blocks: nn.ModuleList) -> AbstractContextManager[None]:
+    """W + B A of each matrix is made once in this context, and not at each use, which would all be kept for backward.
+
+    Compiled blocks are left alone.
+    """
+    is_plain = not any(parametrize.is_parametrized(module, name) for module, name, _ in matrices(blocks))
+    is_compiled = any(block._compiled_call_impl is not None for block in blocks)
+    return nullcontext() if is_plain or is_compiled else parametrize.cached()
 
 
 @contextmanager

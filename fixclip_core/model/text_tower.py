@@ -7,6 +7,7 @@ Shapes: B texts, T tokens, D width, E embedding, P positions, L layers.
 """
 
 import copy
+from contextlib import nullcontext
 from typing import Any, cast, get_args
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from fixclip_core.model.attention import attend
 from fixclip_core.model.config import HiddenState
 from fixclip_core.model.image_tower import Block, as_transformer, run_block, unsupported_block
-from fixclip_core.model.lora import MATRICES, add_low_rank, without_low_rank
+from fixclip_core.model.lora import MATRICES, add_low_rank, changed_once, without_low_rank
 from fixclip_core.model.positional import PositionStart, start_positions
 
 
@@ -185,10 +186,13 @@ class TextTower(nn.Module):
         lengths = lengths_B.tolist()
         bounds = piece_bounds(lengths, self.pieces)
         pieces = [ids_BT[order_B[start:stop], : lengths[stop - 1]] for start, stop in bounds]
-        outputs = [
-            self._encode_piece(x_BTD, last_B[order_B[start:stop]], first_layer, state)
-            for x_BTD, (start, stop) in zip(self._embed(pieces), bounds, strict=True)
-        ]
+        # A checkpointed layer makes its matrices again by itself, and keeps none.
+        keeps_matrices = torch.is_grad_enabled() and not self.grad_checkpointing
+        with changed_once(self.blocks) if keeps_matrices else nullcontext():
+            outputs = [
+                self._encode_piece(x_BTD, last_B[order_B[start:stop]], first_layer, state)
+                for x_BTD, (start, stop) in zip(self._embed(pieces), bounds, strict=True)
+            ]
         features, collected, states = zip(*outputs, strict=True)
         restore_B = order_B.argsort()
         tokens = [torch.cat(pieces_BD)[restore_B] for pieces_BD in zip(*collected, strict=True)]
