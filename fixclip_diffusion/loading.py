@@ -136,7 +136,8 @@ def load_components(
         kwargs: of the caller; a text encoder or tokenizer in it is taken as it is.
 
     Raises:
-        ValueError: the base is of another family or damaged, a component is unknown or does not fit the others.
+        ValueError: the base is of another family or damaged, a component is unknown or does not fit the others, or
+            device_map is no device.
     """
     kwargs = dict(kwargs)
     for name, module in encoders.items():
@@ -149,6 +150,11 @@ def load_components(
         kwargs["conditioning"] = get_conditioning(conditioning).name
     check_syntax(kwargs.get("weights"))
     check_spelling(kwargs)
+    if kwargs.get("device_map") == "balanced":
+        raise ValueError(
+            "device_map='balanced': text encoders are loaded before the other parts, so that no balance can be found; "
+            "valid is one device, such as 'cuda', or load without it and call pipe.enable_model_cpu_offload()"
+        )
     hub_kwargs = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
     adapter_configs = _adapter_configs(adapters, hub_kwargs)
     index = load_index(family, base, hub_kwargs)
@@ -183,6 +189,8 @@ def load_components(
             if adapter.folder is not None:
                 _warn_of_another_encoder(adapter.folder, encoder, kwargs[tower.tokenizer], plans.get(tower.encoder))
             encoder.set_adapter_module(adapter)
+        if tower.encoder in plans and kwargs.get("device_map") is not None:
+            encoder.to(kwargs["device_map"])
     return kwargs
 
 
@@ -433,7 +441,8 @@ def convert_stock(
         if isinstance(given, torch.nn.Module):
             encoder = given
         elif given is not None:
-            encoder = _load_encoder(plans[tower.encoder])
+            is_offloaded = hasattr(encoder, "_hf_hook") and encoder.device.type == "meta"
+            encoder = _load_encoder(plans[tower.encoder]).to("cpu" if is_offloaded else encoder.device)
         elif adapters.get(tower.encoder) is not None and isinstance(encoder, LongTextEncoder):
             encoder = copy.deepcopy(encoder)  # the pipeline that it comes from goes on without this adapter
         encoder = components[tower.encoder] = as_long(encoder, tower)

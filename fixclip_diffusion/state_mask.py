@@ -46,9 +46,14 @@ class _StateMask:
         states = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None)
         if not isinstance(states, Tensor) or states.ndim != 3 or kwargs.get("encoder_attention_mask") is not None:
             return None
-        if self._states is None or self._states() is not states or self._version != states._version:
-            self._states, self._version, self._mask = weakref.ref(states), states._version, state_mask(states)
+        version = -1 if states.is_inference() else states._version  # torch counts no changes in inference mode
+        if self._states is None or self._states() is not states or self._version != version:
+            self._states, self._version, self._mask = weakref.ref(states), version, state_mask(states)
         return None if self._mask is None else (args, {**kwargs, "encoder_attention_mask": self._mask})
+
+    def __reduce__(self) -> tuple[type["_StateMask"], tuple[()]]:
+        """A pickled model takes its hook along, but no embeds."""
+        return _StateMask, ()
 
 
 def state_mask(states_BLD: Tensor) -> Tensor | None:

@@ -9,6 +9,7 @@ import open_clip
 import pytest
 import tiny
 import torch
+from accelerate import cpu_offload
 from command_line import run
 from diffusers import (
     AutoPipelineForImage2Image,
@@ -424,6 +425,20 @@ def test_what_another_pipeline_has_stays_as_it_is(sd1, stock):
     ours.to(torch.float16)
     assert FixClipStableDiffusionPipeline.from_pipe(ours).unet.dtype == ours.vae.dtype == torch.float16
     assert FixClipStableDiffusionPipeline.from_pipe(ours, dtype=torch.float32).unet.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_an_encoder_that_is_named_goes_where_the_other_pipelines_own_is(sd1, tmp_path, kind):
+    """The meta device stands for a GPU; weights that are offloaded are on it, too, and then it is no place."""
+    stock = StableDiffusionPipeline.from_pretrained(sd1)
+    encoder = sd1 / "text_encoder"
+    if kind == "file":
+        encoder = tmp_path / "encoder.safetensors"
+        save_file(text_state(stock.text_encoder, ""), encoder, described(stock.text_encoder))
+    cpu_offload(stock.text_encoder, "cpu")
+    assert FixClipStableDiffusionPipeline.from_pipe(stock, encoder=encoder).text_encoder.device.type == "cpu"
+    stock = StableDiffusionPipeline.from_pretrained(sd1).to("meta")
+    assert FixClipStableDiffusionPipeline.from_pipe(stock, encoder=encoder).text_encoder.device.type == "meta"
 
 
 def with_lora(pipe):

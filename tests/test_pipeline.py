@@ -2,6 +2,7 @@
 
 import json
 import logging
+import pickle
 import shutil
 from contextlib import contextmanager
 
@@ -21,6 +22,8 @@ from transformers import CLIPTextModel
 
 from fixclip_diffusion import FixClipStableDiffusionPipeline, FixClipTextEncoder, FixClipTokenizer, TextAdapter
 from fixclip_diffusion.conditioning import ALIASES, CONDITIONINGS
+from fixclip_diffusion.families import STABLE_DIFFUSION, STABLE_DIFFUSION_XL
+from fixclip_diffusion.loading import load_components
 from fixclip_diffusion.state_mask import mask_empty_states, state_mask
 from fixclip_diffusion.tiny import clip_text_config, unet
 
@@ -305,6 +308,25 @@ def test_a_call_with_rows_in_use_everywhere_is_left_alone(ours):
     assert state_mask(states_BLD).tolist() == [[True] * 5, [True] * 3 + [False] * 2]
 
 
+def test_inference_mode_draws_the_same_and_its_embeds_serve_outside(ours):
+    expected = picture(ours, LONG)
+    with torch.inference_mode():
+        assert np.array_equal(picture(ours, LONG), expected)
+        positive, negative = states(ours, LONG)
+    assert np.array_equal(picture(ours, prompt_embeds=positive, negative_prompt_embeds=negative), expected)
+
+
+def test_a_unet_that_has_drawn_can_be_pickled(ours):
+    embeds = ours.encode_prompt([SHORT, LONG], "cpu", 1, False)[0]
+    sample = torch.zeros(2, 4, 8, 8)
+    picture(ours, [SHORT, LONG])
+    again = pickle.loads(pickle.dumps(ours.unet))
+    mask_empty_states(again)
+    assert len(again._forward_pre_hooks) == 1
+    with torch.no_grad():
+        assert torch.equal(again(sample, 1, embeds)[0], ours.unet(sample, 1, embeds)[0])
+
+
 def test_conditioning_of_one_call_and_of_the_pipeline(ours, folder, tmp_path):
     by_call = picture(ours, VERY_LONG, conditioning="chunks")
     assert ours.conditioning == "overlap"
@@ -438,6 +460,17 @@ def test_components_of_a_stock_pipeline_in_memory(sd1):
     pipe = FixClipStableDiffusionPipeline.from_pretrained(sd1, text_encoder=stock.text_encoder, unet=stock.unet)
     assert pipe.unet is stock.unet
     assert np.array_equal(picture(pipe, SHORT), picture(stock, SHORT))
+
+
+@pytest.mark.parametrize("xl", [False, True])
+def test_text_encoders_go_where_the_other_parts_are_loaded_to(sd1, sdxl, xl):
+    """The meta device stands for a GPU, as diffusers takes none that is not there."""
+    family, base = (STABLE_DIFFUSION_XL, sdxl) if xl else (STABLE_DIFFUSION, sd1)
+    parts = load_components(family, str(base), {}, {"text_encoder": TextAdapter(32)}, {"device_map": "meta"})
+    for tower in family.towers:
+        assert {part.device.type for part in parts[tower.encoder].parameters()} == {"meta"}
+    with pytest.raises(ValueError, match="device_map='balanced': .* valid is one device, such as 'cuda'"):
+        load_components(family, str(base), {}, {}, {"device_map": "balanced"})
 
 
 # Bad input: one clear error, before anything expensive.
