@@ -76,24 +76,25 @@ class TextEncoding:
         Raises:
             ValueError: the encoder has not that many layers.
         """
-        check_clip_skip(clip_skip, self.encoder.config.num_hidden_layers)
+        self.check_clip_skip(clip_skip)
         is_plain = self.tower.output == "last" and clip_skip is None
-        with self.encoder.laid_out():
+        place = -((clip_skip or 0) + 2)
+        with self.encoder.laid_out(place):
             output = self.encoder(ids_NP, attention_mask=mask_NP, output_hidden_states=not is_plain)
         if is_plain:
             return output.last_hidden_state, None
         if self.tower.output == "last":
             hidden_NPD = output.hidden_states[-((clip_skip or 0) + 1)]
             return self.encoder.text_model.final_layer_norm(hidden_NPD), None
-        return output.hidden_states[-((clip_skip or 0) + 2)], output[0] if self.tower.pooled else None
+        return output.hidden_states[place], output[0] if self.tower.pooled else None
 
-
-def check_clip_skip(clip_skip: int | None, num_layers: int) -> None:
-    """Raises:
-    ValueError: there are not that many layers to skip.
-    """
-    if clip_skip is not None and not 0 <= clip_skip <= num_layers:
-        raise ValueError(f"clip_skip={clip_skip}: this text encoder has {num_layers} layers to skip")
+    def check_clip_skip(self, clip_skip: int | None) -> None:
+        """Raises:
+        ValueError: there are not that many layers to skip; of "penultimate" the last one is left out in any case.
+        """
+        num_layers = self.encoder.config.num_hidden_layers - (self.tower.output == "penultimate")
+        if clip_skip is not None and not 0 <= clip_skip <= num_layers:
+            raise ValueError(f"clip_skip={clip_skip}: this text encoder has {num_layers} layers to skip")
 
 
 @contextmanager

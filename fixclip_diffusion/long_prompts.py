@@ -18,7 +18,7 @@ from fixclip_core.weights.names import Which
 from fixclip_core.weights.text_encoder import text_encoders_in
 from fixclip_diffusion import builtin
 from fixclip_diffusion.conditioning import CLIP_CONTEXT_LENGTH, get_conditioning, renamed
-from fixclip_diffusion.families import Family, TextEncoding, Tower, check_clip_skip
+from fixclip_diffusion.families import Family, TextEncoding, Tower
 from fixclip_diffusion.loading import (
     HUB_KWARGS,
     READING_ARGUMENTS,
@@ -499,7 +499,7 @@ class LongPromptMixin:
         """Embeds of prompts, or of negative prompts beside those of their prompts."""
         encoder = self.prompt_encoder
         for encoding in encoder.encodings:
-            check_clip_skip(clip_skip, encoding.encoder.config.num_hidden_layers)
+            encoding.check_clip_skip(clip_skip)
         beside_long = None if positive_BLD is None else positive_BLD[:, CLIP_CONTEXT_LENGTH:].flatten(1).any(1).tolist()
         return encoder.encode(prompts, device, clip_skip, lora_scale, beside_long)
 

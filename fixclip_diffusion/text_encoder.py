@@ -149,6 +149,7 @@ class LongTextEncoder(CLIPPreTrainedModel):
         self._leave_adapter_out = False
         self._reads_windows = False  # whether passes of 77 are parts of longer texts
         self._is_laid_out = False  # whether passes come from a conditioning
+        self._state_read: int | None = None  # place of the one hidden state that will be read, if that is known
         self._has_warned = False
         self._is_short = False  # whether the base's copy read the pass that ran last
         self._text_BT: Tensor | None = None  # True up to each text's end, in the pass that runs or ran last
@@ -222,9 +223,12 @@ class LongTextEncoder(CLIPPreTrainedModel):
         )
 
     def _finish_penultimate(self, output: Any) -> Any:
+        """All states up to the penultimate, of which clip_skip reads one; or that one, where it is known."""
         if self.config.hidden_state == "penultimate" and output.hidden_states is not None:
-            *first, penultimate_BTD, last_BTD = output.hidden_states
-            output.hidden_states = (*first, self._finish(penultimate_BTD), last_BTD)
+            states = list(output.hidden_states)
+            for place in range(len(states) - 1) if self._state_read is None else [self._state_read]:
+                states[place] = self._finish(states[place])
+            output.hidden_states = tuple(states)
         return output
 
     @torch.no_grad()
@@ -303,13 +307,19 @@ class LongTextEncoder(CLIPPreTrainedModel):
             self._reads_windows = False
 
     @contextmanager
-    def laid_out(self) -> Iterator[None]:
-        """Passes are those of a conditioning while the block runs, so none of them is warned of."""
-        before, self._is_laid_out = self._is_laid_out, True
+    def laid_out(self, state_read: int | None = None) -> Iterator[None]:
+        """Passes are those of a conditioning while the block runs, so none of them is warned of.
+
+        Args:
+            state_read: place in `hidden_states` of the one that will be read, with `hidden_state="penultimate"`: the
+                adapter is spared the others.
+        """
+        before = self._is_laid_out, self._state_read
+        self._is_laid_out, self._state_read = True, state_read
         try:
             yield
         finally:
-            self._is_laid_out = before
+            self._is_laid_out, self._state_read = before
 
     def set_adapter_module(self, adapter: TextAdapter | None) -> None:
         """Put `adapter` behind the hidden state that the UNet reads, or take it away with None.
@@ -550,8 +560,9 @@ class FixClipTextEncoder(LongTextEncoder, CLIPTextModel):
 
         `last_hidden_state` went through the adapter. With `padding="mask"` and T > 77 it is 0 behind each text, or from
         position 77 on for a text that ends before. `hidden_states[-1]` is the state before the final LayerNorm, as in
-        the stock class. With `hidden_state="penultimate"` all this holds for `hidden_states[-2]` instead. With the
-        base's own weights for short texts (`short_weights`) all states of T up to 77 are the base's.
+        the stock class. With `hidden_state="penultimate"` all this holds for `hidden_states[-2]` instead, and for those
+        before it, which clip_skip reads. With the base's own weights for short texts (`short_weights`) all states of T
+        up to 77 are the base's.
         """
         self._find_texts(input_ids, position_ids)
         if self._is_short and self.short_text_model is not None:

@@ -469,7 +469,7 @@ def test_text_encoders_go_where_the_other_parts_are_loaded_to(sd1, sdxl, xl):
     parts = load_components(family, str(base), {}, {"text_encoder": TextAdapter(32)}, {"device_map": "meta"})
     for tower in family.towers:
         assert {part.device.type for part in parts[tower.encoder].parameters()} == {"meta"}
-    with pytest.raises(ValueError, match="device_map='balanced': .* valid is one device, such as 'cuda'"):
+    with pytest.raises(ValueError, match=r"device_map='balanced': .* valid is one device, such as 'cuda'"):
         load_components(family, str(base), {}, {}, {"device_map": "balanced"})
 
 

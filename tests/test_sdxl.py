@@ -51,6 +51,7 @@ from fixclip_diffusion.conditioning import CONDITIONINGS
 from fixclip_diffusion.evaluation.generate import Drawing, Painter, parse_system
 from fixclip_diffusion.evaluation.prompts import Prompt
 from fixclip_diffusion.modular import FixClipStableDiffusionXLTextStep
+from fixclip_diffusion.prompt_encoder import adapt_rows, positions_of_text
 from fixclip_diffusion.state_mask import mask_empty_states
 from fixclip_diffusion.tiny import clip_text_config, unet
 
@@ -242,9 +243,9 @@ def test_weights(ours):
         assert np.array_equal(picture(ours, f"{LONG} A red cat", weights=syntax), plain)
 
 
-def adapter_of(width, seed):
+def adapter_of(width, seed, scope="window"):
     torch.manual_seed(seed)
-    adapter = TextAdapter(width, "attention", num_heads=4, mask_padding=True)
+    adapter = TextAdapter(width, "attention", num_heads=4, mask_padding=True, scope=scope)
     for parameter in adapter.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return adapter
@@ -284,12 +285,47 @@ def test_adapters_of_both_encoders_act_on_the_states_that_the_unet_reads(ours, f
         assert torch.equal(one, other)
 
 
-def test_stock_pipelines_read_248_tokens_with_both_components_swapped(folder, ours):
+@torch.no_grad()
+@pytest.mark.parametrize("scope", ["window", "text"])
+def test_adapters_act_on_clip_skip_too(ours, folder, scope):
+    """In one pass and in several; in a stock pipeline of the same components, too."""
+    pair = (adapter_of(32, 0, scope), adapter_of(48, 1, scope))
+    pipe = FixClipStableDiffusionXLPipeline.from_pretrained(folder, adapter=pair, add_watermarker=False)
+    for prompt in (SHORT, LONG):
+        layouts = [pipe.prompt_encoder.lay_out(prompt, number) for number in (0, 1)]
+        wanted = []
+        for adapter, layout, encoder in zip(pair, layouts, (ours.text_encoder, ours.text_encoder_2), strict=True):
+            states = encoder(layout.ids_NP, output_hidden_states=True).hidden_states[-3]
+            text = positions_of_text(layout.ids_NP, encoder.config.eos_token_id).bool()
+            if scope == "text" and len(text) > 1:
+                states = adapt_rows(adapter, states, layout, encoder.config.eos_token_id)
+            else:
+                states = adapter(states, text)
+            wanted.append(layout.join(states))
+        embeds = pipe.encode_prompt(prompt, clip_skip=1)[0]
+        torch.testing.assert_close(embeds[0], torch.cat(wanted, dim=-1), rtol=1e-4, atol=1e-4)
+    stock = StableDiffusionXLPipeline(**{**pipe.components, "add_watermarker": False})
+    read = stock.encode_prompt(LONG, clip_skip=1)[0]
+    pipe.conditioning = "one_pass"
+    embeds = pipe.encode_prompt(LONG, clip_skip=1)[0]
+    torch.testing.assert_close(read[:, : embeds.shape[1]], embeds, rtol=1e-4, atol=1e-4)
+    assert not read[:, embeds.shape[1] :].any()
+
+
+def test_too_large_a_clip_skip_is_named(ours):
+    num_layers = ours.text_encoder.config.num_hidden_layers
+    assert ours.encode_prompt(SHORT, clip_skip=num_layers - 1)[0].any()
+    with pytest.raises(ValueError, match=f"clip_skip={num_layers}: this text encoder has {num_layers - 1} layers to"):
+        ours.encode_prompt(SHORT, clip_skip=num_layers)
+
+
+@pytest.mark.parametrize("clip_skip", [None, 1])
+def test_stock_pipelines_read_248_tokens_with_both_components_swapped(folder, ours, clip_skip):
     """Short prompts keep stock's states; behind the text stand zeros."""
     pipe = quiet(StableDiffusionXLPipeline(**{**ours.components, "add_watermarker": False}))
-    embeds = pipe.encode_prompt(SHORT)[0]
+    embeds = pipe.encode_prompt(SHORT, clip_skip=clip_skip)[0]
     assert embeds.shape[1] == 248
-    torch.testing.assert_close(embeds[:, :77], ours.encode_prompt(SHORT)[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(embeds[:, :77], ours.encode_prompt(SHORT, clip_skip=clip_skip)[0], rtol=1e-4, atol=1e-5)
     assert not embeds[:, 77:].any()
     assert picture(pipe, LONG).shape == (1, 16, 16, 3)
 
