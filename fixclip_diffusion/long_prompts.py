@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Collection, Sequence
+from contextvars import ContextVar
 from inspect import Signature, signature
 from pathlib import Path
 from typing import Any, ClassVar
@@ -33,7 +34,6 @@ from fixclip_diffusion.lora import (
     LORA_NAME,
     LORAS_KEY,
     load_saved_loras,
-    lora_models,
     save_loras,
     scale_of,
     without_lora_layers,
@@ -46,6 +46,9 @@ from fixclip_diffusion.tokenizer import FixClipTokenizer
 
 logger = logging.getLogger(__name__)
 
+
+# False while `from_pretrained` of our classes runs, which looks after LoRAs itself.
+_LOADS_LORAS = ContextVar("_LOADS_LORAS", default=True)
 
 _READS_HIDDEN_STATES = re.compile(r"attn2\.to_[kv]\.(lora_A|lora\.down)\b|attn2\.processor\.to_[kv]_lora\.down\b")
 
@@ -276,8 +279,31 @@ class LongPromptMixin:
         saved = save_loras(pipe, Path(save_directory))
         if saved or LORAS_KEY in pipe.config:
             pipe.register_to_config(**{LORAS_KEY: saved})
-        with without_lora_layers(list(lora_models(pipe).values())):
+        with without_lora_layers([part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]):
             super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def _load_stock(cls, base: str, kwargs: dict[str, Any], has_own_encoders: bool) -> Any:
+        """Stock `from_pretrained`; with the LoRAs of `save_pretrained` if the text encoders are those of the base, to
+        which they belong.
+
+        Raises:
+            ValueError: the base could not be loaded.
+        """
+        token = _LOADS_LORAS.set(False)
+        try:
+            pipe = super().from_pretrained(base, **kwargs)  # type: ignore[misc]
+        except Exception as error:
+            raise ValueError(f"base {base!r} could not be loaded: {error}") from error
+        finally:
+            _LOADS_LORAS.reset(token)
+        hub_kwargs = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
+        saved = pipe._saved_loras(base, hub_kwargs)
+        if has_own_encoders:
+            pipe._load_saved_loras(base, saved, hub_kwargs)
+        elif pipe.unet is not None:
+            pipe.unet.delete_adapters([name for name in saved if name in getattr(pipe.unet, "peft_config", {})])
+        return pipe
 
     def register_to_config(self, **kwargs: Any) -> None:
         """Stock; and, where a pipeline has been loaded from a folder, the LoRAs that `save_pretrained` wrote there.
@@ -286,11 +312,15 @@ class LongPromptMixin:
         `from_pretrained` of this class; the last thing that it does is to register the name of the folder.
         """
         super().register_to_config(**kwargs)  # type: ignore[misc]
-        if kwargs.get("_name_or_path") is None or LORAS_KEY in kwargs:
+        if kwargs.get("_name_or_path") is None or LORAS_KEY in kwargs or not _LOADS_LORAS.get():
             return
-        base = str(kwargs["_name_or_path"])
+        base, here = str(kwargs["_name_or_path"]), {"local_files_only": True}
         try:
-            self._load_saved_loras(base, {"local_files_only": True})
+            saved = self._saved_loras(base, here)
+        except OSError:
+            return  # in another cache
+        try:
+            self._load_saved_loras(base, saved, here)
         except OSError as error:
             logger.warning(
                 "%s was saved with LoRAs, which could not be loaded (%s): they do not act. %s.from_pretrained loads "
@@ -300,21 +330,18 @@ class LongPromptMixin:
                 type(self).__name__,
             )
 
-    def _load_saved_loras(self, base: str, kwargs: dict[str, Any]) -> None:
-        """Load the LoRAs that `save_pretrained` wrote into `base`, unless they are there already; kwargs: of
-        `from_pretrained`."""
-        hub_kwargs = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
-        saved = self.load_config(base, **hub_kwargs).get(LORAS_KEY)  # type: ignore[attr-defined]
-        if not saved or self._has_loras(saved):
+    def _saved_loras(self, base: str, hub_kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """What `save_loras` returned when `base` was saved."""
+        return dict(self.load_config(base, **hub_kwargs).get(LORAS_KEY) or {})  # type: ignore[attr-defined]
+
+    def _load_saved_loras(self, base: str, saved: dict[str, dict[str, Any]], hub_kwargs: dict[str, Any]) -> None:
+        """Load the LoRAs that `save_pretrained` wrote into `base`."""
+        if not saved:
             return
         if getattr(self, "unet", None) is None:
             logger.warning("%s was saved with LoRAs, which do not act: there is no UNet to load them into", base)
             return
         load_saved_loras(self, base, saved, **hub_kwargs)
-
-    def _has_loras(self, names: Collection[str]) -> bool:
-        pipe: Any = self
-        return set(names) <= {name for found in pipe.get_list_adapters().values() for name in found}
 
     @classmethod
     def load_lora_into_text_encoder(
@@ -327,10 +354,11 @@ class LongPromptMixin:
     ) -> None:
         """Stock loading; the flat keys that LoRAs of transformers 5 carry are given the child's name.
 
-        A LoRA for the UNet alone is no reason for the warning that stock diffusers gives.
+        A LoRA for the UNet alone is no reason for the warning that stock diffusers gives, and where there is no text
+        encoder, the UNet's part is loaded alone.
         """
         prefix = cls.text_encoder_name if prefix is None else prefix  # type: ignore[attr-defined]
-        if not any(key.startswith(f"{prefix}.") for key in state_dict):
+        if text_encoder is None or not any(key.startswith(f"{prefix}.") for key in state_dict):
             return
         flat = f"{prefix}.encoder."
         state_dict = {

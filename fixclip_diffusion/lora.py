@@ -17,7 +17,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 
-from fixclip_core.check import split_scale
+from fixclip_core.check import loading, split_scale
 
 LORA_NAME = "fixclip"  # of a whole model's LoRA, for `set_adapters` and `delete_adapters`
 FOLDER = "lora"
@@ -105,7 +105,7 @@ def lora_models(pipe: Any) -> dict[str, Any]:
 
 
 def save_loras(pipe: Any, folder: Path) -> dict[str, dict[str, Any]]:
-    """Write every LoRA of a pipeline to `folder`/lora/NAME.safetensors; one that is fused is in the weights already.
+    """Write every LoRA of a pipeline to `folder`/lora/NAME.safetensors, but for components that it is fused into.
 
     Returns:
         For each LoRA {"weight_name", "scale", "active"}: its file, its weight of `set_adapters`, and whether it acts.
@@ -117,22 +117,24 @@ def save_loras(pipe: Any, folder: Path) -> dict[str, dict[str, Any]]:
     names = dict.fromkeys(name for adapters in pipe.get_list_adapters().values() for name in adapters)
     found = {}
     for name in names:
-        layers = [layer for model in models.values() for layer in model.modules() if isinstance(layer, LoraLayer)]
-        own = [layer for layer in layers if name in layer.scaling]
-        if any(name in layer.merged_adapters for layer in own):
+        arguments: dict[str, Any] = {}
+        kept: list[LoraLayer] = []
+        for component, model in models.items():
+            layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer) and name in layer.scaling]
+            if not layers or any(name in layer.merged_adapters for layer in layers):
+                continue
+            kept += layers
+            weights = get_peft_model_state_dict(model, adapter_name=name)
+            arguments[f"{component}_lora_layers"] = convert_state_dict_to_diffusers(weights)
+            arguments[f"{component}_lora_adapter_metadata"] = model.peft_config[name].to_dict()
+        if not kept:
             continue
-        scales = {round(_scale(layer, name), 6) for layer in own}
+        scales = {round(_scale(layer, name), 6) for layer in kept}
         if len(scales) != 1:
             raise ValueError(f"LoRA {name!r} has other weights in other blocks, {sorted(scales)}: fuse it, then save")
-        arguments: dict[str, Any] = {}
-        for component, model in models.items():
-            if name in model.peft_config:
-                weights = get_peft_model_state_dict(model, adapter_name=name)
-                arguments[f"{component}_lora_layers"] = convert_state_dict_to_diffusers(weights)
-                arguments[f"{component}_lora_adapter_metadata"] = model.peft_config[name].to_dict()
         file = f"{name}.safetensors"
         pipe.save_lora_weights(folder / FOLDER, weight_name=file, **arguments)
-        active = all(name in layer.active_adapters and not layer.disable_adapters for layer in own)
+        active = all(name in layer.active_adapters and not layer.disable_adapters for layer in kept)
         found[name] = {"weight_name": file, "scale": scales.pop(), "active": active}
     return found
 
@@ -151,12 +153,45 @@ def scale_of(pipe: Any, name: str) -> float:
 
 
 def load_saved_loras(pipe: Any, base: str, saved: dict[str, dict[str, Any]], **hub_kwargs: Any) -> None:
-    """Load what `save_loras` wrote, with the same weights, and only those acting that acted."""
+    """Load what `save_loras` wrote, with the same weights, and only those acting that acted.
+
+    A component that has a LoRA of the same name keeps it, as a UNet that another pipeline has loaded; those of other
+    names go on acting.
+
+    Raises:
+        LoadError: one is missing or damaged.
+    """
+    others = sorted(_acting(pipe) - saved.keys())
+    scales = {name: scale_of(pipe, name) for name in others} | {name: item["scale"] for name, item in saved.items()}
     for name, item in saved.items():
-        pipe.load_lora_weights(base, adapter_name=name, subfolder=FOLDER, weight_name=item["weight_name"], **hub_kwargs)
-    if saved:
-        active = [name for name, item in saved.items() if item["active"]]
-        names = active or list(saved)
-        pipe.set_adapters(names, [saved[name]["scale"] for name in names])
-        if not active:
-            pipe.disable_lora()
+        with loading(f"LoRA {name!r} of {base!r}"):
+            where = {"subfolder": FOLDER, "weight_name": item["weight_name"], **hub_kwargs}
+            _load_where_missing(pipe, name, base, where)
+    active = [*others, *(name for name, item in saved.items() if item["active"])]
+    names = active or list(saved)
+    pipe.set_adapters(names, [scales[name] for name in names])
+    if not active:
+        pipe.disable_lora()
+
+
+def _acting(pipe: Any) -> set[str]:
+    layers = [
+        layer for model in lora_models(pipe).values() for layer in model.modules() if isinstance(layer, LoraLayer)
+    ]
+    return {name for layer in layers if not layer.disable_adapters for name in layer.active_adapters}
+
+
+def _load_where_missing(pipe: Any, name: str, base: str, where: dict[str, Any]) -> None:
+    """Load a LoRA into each component that it has layers of, and that has no LoRA of this name."""
+    present = pipe.get_list_adapters()
+    state, alphas, metadata = pipe.lora_state_dict(base, return_lora_metadata=True, **where)
+    for component in pipe._lora_loadable_modules:
+        model = getattr(pipe, component)
+        own = {key: tensor for key, tensor in state.items() if key.startswith(f"{component}.")}
+        if model is None or not own or name in present.get(component, ()):
+            continue
+        options = {"adapter_name": name, "network_alphas": alphas, "metadata": metadata, "_pipeline": pipe}
+        if component == "unet":
+            pipe.load_lora_into_unet(own, unet=model, **options)
+        else:
+            pipe.load_lora_into_text_encoder(own, text_encoder=model, prefix=component, **options)

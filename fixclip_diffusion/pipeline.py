@@ -106,23 +106,16 @@ class FixClipStableDiffusionPipeline(LongPromptMixin, StableDiffusionPipeline):
             raise ValueError("pass either encoder= or text_encoder=, not both")
         if isinstance(encoder, torch.nn.Module):
             kwargs["text_encoder"], encoder = encoder, None
-        given = "text_encoder" in kwargs
+        given = kwargs.get("text_encoder") is not None
         parts = builtin.ModelParts(builtin.base_of(base), adapter=adapter)
         if "text_encoder" not in kwargs:
             parts = builtin.complete(base, encoder, adapter)
         base = builtin.resolve(parts.base)
         encoders = {} if parts.encoder is None else {"text_encoder": parts.encoder}
         kwargs = load_components(cls.family, base, encoders, {"text_encoder": parts.adapter}, kwargs)
-        try:
-            pipe = super().from_pretrained(base, **kwargs)
-        except Exception as error:
-            raise ValueError(f"base {base!r} could not be loaded: {error}") from error
+        pipe: Any = cls._load_stock(base, kwargs, has_own_encoders=parts.encoder is None and not given)
         if parts.lora is not None and pipe.unet is not None:
             pipe.load_lora_weights(parts.lora, adapter_name=LORA_NAME)
-        elif parts.encoder is None and not given:
-            pipe._load_saved_loras(base, kwargs)
-        else:
-            pipe.unload_lora_weights()  # those of the base belong to its encoder
         return pipe
 
     def encode_prompt(

@@ -117,17 +117,9 @@ class FixClipStableDiffusionXLPipeline(LongPromptMixin, StableDiffusionXLPipelin
         encoders = {
             name: part for name, part in (("text_encoder", encoder), ("text_encoder_2", encoder_2)) if part is not None
         }
-        is_own = not encoders and not {"text_encoder", "text_encoder_2"} & kwargs.keys()
+        is_own = not encoders and all(kwargs.get(name) is None for name in ("text_encoder", "text_encoder_2"))
         kwargs = load_components(cls.family, str(base), encoders, cls._adapters(adapter), kwargs)
-        try:
-            pipe = super().from_pretrained(base, **kwargs)
-        except Exception as error:
-            raise ValueError(f"base {str(base)!r} could not be loaded: {error}") from error
-        if is_own:
-            pipe._load_saved_loras(str(base), kwargs)
-        else:
-            pipe.unload_lora_weights()  # those of the base belong to its encoders
-        return pipe
+        return cls._load_stock(str(base), kwargs, is_own)
 
     @classmethod
     def _adapters(cls, adapter: Any) -> dict[str, Any]:

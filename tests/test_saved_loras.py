@@ -13,6 +13,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from tiny_scenes import write_model
 
 from fixclip_diffusion import FixClipStableDiffusionPipeline, TextAdapter
+from fixclip_diffusion.evaluation.generate import Drawing, Painter, parse_system
+from fixclip_diffusion.evaluation.prompts import Prompt
 from fixclip_diffusion.lora import without_lora_layers
 
 FAST = {"num_inference_steps": 2, "width": 32, "height": 32}
@@ -86,6 +88,26 @@ def test_a_fused_lora_is_in_the_weights_and_not_beside_them(sd1, tmp_path):
     assert np.array_equal(picture(FixClipStableDiffusionPipeline.from_pretrained(tmp_path)), expected)
 
 
+def test_a_lora_that_is_fused_into_one_component_is_kept_for_the_other(sd1, tmp_path):
+    pipe = FixClipStableDiffusionPipeline.from_pretrained(sd1)
+    add_random_lora(pipe, "one", r=4)
+    pipe.fuse_lora(components=["unet"])
+    expected = picture(pipe)
+    pipe.save_pretrained(tmp_path)
+    again = FixClipStableDiffusionPipeline.from_pretrained(tmp_path)
+    assert again.get_list_adapters() == {"text_encoder": ["one"]}
+    np.testing.assert_allclose(picture(again), expected, atol=1)
+
+
+def test_what_peft_leaves_of_a_deleted_lora_is_not_saved(sd1, tmp_path):
+    pipe = FixClipStableDiffusionPipeline.from_pretrained(sd1)
+    expected = picture(pipe)
+    add_random_lora(pipe, "one", r=4)
+    pipe.delete_adapters("one")
+    pipe.save_pretrained(tmp_path)
+    assert np.array_equal(picture(FixClipStableDiffusionPipeline.from_pretrained(tmp_path)), expected)
+
+
 def test_other_weights_in_other_blocks_are_refused(sd1, tmp_path):
     pipe = FixClipStableDiffusionPipeline.from_pretrained(sd1)
     add_random_lora(pipe, "one", r=4)
@@ -143,3 +165,84 @@ def test_saved_loras_belong_to_the_encoder_and_need_a_unet(sd1, tmp_path, caplog
     assert not caplog.records
     DiffusionPipeline.from_pretrained(tmp_path, unet=None)
     assert "saved with LoRAs, which do not act: there is no UNet" in caplog.text
+
+
+@pytest.fixture(scope="module")
+def with_lora(sd1, tmp_path_factory):
+    """A saved pipeline with a LoRA on UNet and text encoder."""
+    pipe = FixClipStableDiffusionPipeline.from_pretrained(sd1)
+    add_random_lora(pipe, "one", r=4)
+    pipe.set_adapters("one", 0.5)
+    pipe.save_pretrained(folder := tmp_path_factory.mktemp("with_lora"))
+    return folder
+
+
+@pytest.mark.parametrize("reader", [FixClipStableDiffusionPipeline, DiffusionPipeline])
+def test_without_a_text_encoder_the_unets_lora_acts(with_lora, reader, caplog):
+    pipe = FixClipStableDiffusionPipeline.from_pretrained(with_lora)
+    embeds, negative = pipe.encode_prompt("a red star", "cpu", 1, True)
+    expected = picture(pipe)
+    other = reader.from_pretrained(with_lora, text_encoder=None, tokenizer=None)
+    other.set_progress_bar_config(disable=True)
+    image = other(
+        prompt_embeds=embeds, negative_prompt_embeds=negative, generator=torch.Generator().manual_seed(1), **FAST
+    ).images[0]
+    np.testing.assert_allclose(np.asarray(image), expected, atol=1)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("reader", [FixClipStableDiffusionPipeline, DiffusionPipeline])
+def test_a_unet_of_another_pipeline_lends_its_lora_and_the_text_encoder_gets_its_own(with_lora, reader):
+    pipe = FixClipStableDiffusionPipeline.from_pretrained(with_lora)
+    expected = picture(pipe)
+    again = reader.from_pretrained(with_lora, unet=pipe.unet)
+    assert again.get_list_adapters() == {"unet": ["one"], "text_encoder": ["one"]}
+    np.testing.assert_allclose(picture(again), expected, atol=1)
+
+
+def test_every_system_of_a_comparison_has_the_bases_lora(with_lora):
+    painter = Painter(str(with_lora))
+    drawing = Drawing(steps=2, size=32, guidance_scale=5.0, batch_size=1)
+    systems = [parse_system(f"{name}:conditioning=overlap") for name in ("first", "second")]
+    first, second = (painter.draw(system, [Prompt("a red star")], drawing)[0][0] for system in systems)
+    assert np.array_equal(np.asarray(first), np.asarray(second))
+    alone = np.asarray(Painter(str(with_lora)).draw(systems[1], [Prompt("a red star")], drawing)[0][0])
+    assert np.array_equal(np.asarray(second), alone)
+
+
+@pytest.mark.parametrize("has_own_encoder", [False, True])
+def test_loras_of_a_unet_that_is_given_stay(sd1, with_lora, has_own_encoder):
+    """The base's own goes with another encoder, that of the caller acts on."""
+    theirs = FixClipStableDiffusionPipeline.from_pretrained(sd1)
+    unet_alone = FixClipStableDiffusionPipeline.from_pretrained(sd1)
+    for pipe in (theirs, unet_alone):
+        add_random_lora(pipe, "mine", r=2)
+    encoder = FixClipStableDiffusionPipeline.from_pretrained(sd1).text_encoder
+    unet_alone.text_encoder = encoder
+    expected = picture(unet_alone)
+    own = {} if has_own_encoder else {"encoder": encoder}
+    pipe = FixClipStableDiffusionPipeline.from_pretrained(with_lora, unet=theirs.unet, **own)
+    if has_own_encoder:
+        assert set(pipe.get_list_adapters()["unet"]) == {"mine", "one"}
+        assert set(pipe.unet.active_adapters()) == {"mine", "one"}
+    else:
+        assert pipe.get_list_adapters() == {"unet": ["mine"]}
+        np.testing.assert_allclose(picture(pipe), expected, atol=1)
+
+
+def test_nothing_is_said_of_loras_where_nothing_is_known_of_them(with_lora, sd1, caplog):
+    """A name that is in another cache; and `from_pretrained` of our class, which loads LoRAs once."""
+    pipe = FixClipStableDiffusionPipeline.from_pretrained(sd1)
+    pipe.register_to_config(_name_or_path="someone/in-another-cache")
+    assert not caplog.records
+    pipe.register_to_config(_name_or_path=str(with_lora))
+    assert pipe.get_list_adapters() == {"unet": ["one"], "text_encoder": ["one"]}
+    pipe = FixClipStableDiffusionPipeline.from_pretrained(sd1)
+    shutil.copytree(with_lora, broken := with_lora.with_name("broken"))
+    shutil.rmtree(broken / "lora")
+    pipe.register_to_config(_name_or_path=str(broken))
+    assert "was saved with LoRAs, which could not be loaded" in caplog.text
+    caplog.clear()
+    with pytest.raises(ValueError, match="LoRA 'one' of "):
+        FixClipStableDiffusionPipeline.from_pretrained(broken)
+    assert not caplog.records
