@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ CONFIG_NAME = "adapter_config.json"
 METADATA_KEY = "fixclip_adapter"
 KINDS = ("mlp", "attention")
 SCOPES = ("window", "text")
+XL_ENCODERS = ("text_encoder", "text_encoder_2")
 
 
 class TextAdapter(nn.Module):
@@ -269,6 +270,37 @@ def read_adapter_config(source: str | Path, **hub_kwargs: Any) -> dict[str, Any]
         file = _find_file(source, CONFIG_NAME, hub_kwargs)
         with torch.device("meta"):
             return TextAdapter(**parse_json(file.read_text(encoding="utf-8"))).config
+
+
+def adapter_folders(source: str | Path, files: str = "*", **hub_kwargs: Any) -> dict[str, Path]:
+    """{text encoder: folder of its adapter} of Stable Diffusion XL, of one text encoder or both.
+
+    Args:
+        source: folder or hub name of the folder around both.
+        files: pattern of the names of those that are needed, where they have to be fetched.
+        **hub_kwargs: token, cache_dir and so on.
+
+    Raises:
+        ValueError: there is no such folder or repository, or no adapter in it where one is expected.
+    """
+    folder = Path(source)
+    if not folder.exists():
+        check_folder_or_hub_name("adapter", str(source))
+        hub_kwargs = {key: value for key, value in hub_kwargs.items() if key != "proxies"}  # which it does not take
+        patterns = [f"{name}/{files}" for name in XL_ENCODERS]
+        try:
+            folder = Path(snapshot_download(str(source), allow_patterns=patterns, **hub_kwargs))
+        except Exception as error:
+            raise ValueError(f"adapter {str(source)!r}: {hub_reason(error)}") from error
+    found = [name for name in XL_ENCODERS if (folder / name).is_dir()]
+    if not found:
+        is_half = folder.name in XL_ENCODERS
+        belongs = "one of a pair: name the folder around it" if is_half else "of Stable Diffusion 1.x or 2.x"
+        one = f" it is one adapter, {belongs};" if is_adapter(folder) else ""
+        raise ValueError(
+            f"adapter {str(source)!r}:{one} expected text_encoder/ or text_encoder_2/ in it, each an adapter"
+        )
+    return {name: folder / name for name in found}
 
 
 def is_adapter(source: str | Path) -> bool:

@@ -31,6 +31,7 @@ from fixclip_diffusion.tokenizer import FixClipTokenizer
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "proxies")
 # Stable Diffusion 2 reads ViT-H's penultimate layer. Its checkpoints hold the 24th layer too, its folders do not.
 VIT_H_LAYERS = 23
+ELSEWHERE = tuple(key for key in HUB_KWARGS if key != "revision")  # for other repositories than the base's
 READING_ARGUMENTS = ("conditioning", "weights")  # of a call, too
 OWN_ARGUMENTS = ("encoder", "encoder_2", "adapter", *READING_ARGUMENTS)
 TAKES_BOTH = "fixclip_diffusion.auto.load_pipeline takes Stable Diffusion 1, 2 and XL"
@@ -80,6 +81,7 @@ def load_encoders_of_checkpoint(
     """
     own: dict[str, int] = {}
     chosen: dict[str, Any] = {}
+    elsewhere = {key: kwargs[key] for key in ELSEWHERE if key in kwargs}
     for tower in family.towers:
         given = encoders.get(tower.encoder)
         if given is not None and tower.encoder in kwargs:
@@ -94,7 +96,6 @@ def load_encoders_of_checkpoint(
         if isinstance(given, torch.nn.Module):
             plan = as_long(given, tower)
         elif given is not None:
-            elsewhere = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs and key != "revision"}
             plan = plan_other_encoder(given, tower, plan["num_hidden_layers"], dtype, elsewhere)
         chosen[tower.encoder] = plan
     widths = {
@@ -102,7 +103,7 @@ def load_encoders_of_checkpoint(
     }
     if len(widths) == len(family.towers):
         check_width(widths, sum(own.values()), family)
-    _check_adapters(_adapter_configs(adapters, {}), adapters, widths)
+    _check_adapters(_adapter_configs(adapters, elsewhere), adapters, widths)
     return {name: _load_encoder(plan) if isinstance(plan, dict) else plan for name, plan in chosen.items()}
 
 
@@ -156,8 +157,11 @@ def load_components(
             "valid is one device, such as 'cuda', or load without it and call pipe.enable_model_cpu_offload()"
         )
     hub_kwargs = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
-    adapter_configs = _adapter_configs(adapters, hub_kwargs)
+    elsewhere = {key: kwargs[key] for key in ELSEWHERE if key in kwargs}
+    adapter_configs = _adapter_configs(adapters, elsewhere)
     index = load_index(family, base, hub_kwargs)
+    if conditioning is not None and index.get("long_prompt") is not None:
+        kwargs["long_prompt"] = None  # as version 0.1 saved it
     towers = [tower for tower in family.towers if index.get(tower.encoder, [None])[0] is not None]
     widths: dict[str, int] = {}
     plans: dict[str, dict[str, Any]] = {}
@@ -185,7 +189,7 @@ def load_components(
             if encoder is None:
                 raise ValueError(f"adapter= needs a text encoder, but {tower.encoder}=None was passed")
             if not isinstance(adapter, TextAdapter):
-                adapter = TextAdapter.from_pretrained(adapter, **hub_kwargs)
+                adapter = TextAdapter.from_pretrained(adapter, **elsewhere)
             if adapter.folder is not None:
                 _warn_of_another_encoder(adapter.folder, encoder, kwargs[tower.tokenizer], plans.get(tower.encoder))
             encoder.set_adapter_module(adapter)
@@ -194,10 +198,10 @@ def load_components(
     return kwargs
 
 
-def _adapter_configs(adapters: dict[str, Any], hub_kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _adapter_configs(adapters: dict[str, Any], elsewhere: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """A wrong name, or an adapter of another base, is told before gigabytes are read."""
     return {
-        name: adapter.config if isinstance(adapter, TextAdapter) else read_adapter_config(adapter, **hub_kwargs)
+        name: adapter.config if isinstance(adapter, TextAdapter) else read_adapter_config(adapter, **elsewhere)
         for name, adapter in adapters.items()
         if adapter is not None
     }
@@ -374,7 +378,7 @@ def plan_encoder(
     own = {"subfolder": tower.encoder, **hub_kwargs}
     config = load_clip_text_config(base, **own)
     if encoder is not None:
-        elsewhere = {key: value for key, value in hub_kwargs.items() if key != "revision"}
+        elsewhere = {key: kwargs[key] for key in ELSEWHERE if key in kwargs}
         return plan_other_encoder(encoder, tower, config.num_hidden_layers, dtype, elsewhere)
     plan: dict[str, Any] = {"load": encoder_class(tower).from_pretrained, "name": base, "width": config.hidden_size}
     plan |= {"hidden_state": tower.output, "dtype": dtype, **own}
@@ -418,7 +422,11 @@ def dtype_of(kwargs: dict[str, Any], tower: Tower) -> torch.dtype | None:
 
 
 def convert_stock(
-    family: Family, components: dict[str, Any], encoders: dict[str, Any], adapters: dict[str, Any]
+    family: Family,
+    components: dict[str, Any],
+    encoders: dict[str, Any],
+    adapters: dict[str, Any],
+    elsewhere: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Components of a stock pipeline in memory, with long text encoders and their tokenizers in place of its own.
 
@@ -427,12 +435,13 @@ def convert_stock(
         components: of the stock pipeline; text encoders and tokenizers that are ours already stay.
         encoders: {tower's component name: file, folder, hub name or module} to take instead.
         adapters: {tower's component name: folder, hub name or `TextAdapter`}.
+        elsewhere: arguments of the hub for the encoders and adapters that are hub names, see `ELSEWHERE`.
 
     Raises:
         ValueError: an encoder is unknown or does not fit.
     """
-    components = dict(components)
-    plans = _plan_others(family, components, encoders, adapters)
+    components, elsewhere = dict(components), elsewhere or {}
+    plans = _plan_others(family, components, encoders, adapters, elsewhere)
     for tower in family.towers:
         encoder = components.get(tower.encoder)
         if encoder is None:
@@ -452,13 +461,17 @@ def convert_stock(
         adapter = adapters.get(tower.encoder)
         if adapter is not None:
             encoder.set_adapter_module(
-                adapter if isinstance(adapter, TextAdapter) else TextAdapter.from_pretrained(adapter)
+                adapter if isinstance(adapter, TextAdapter) else TextAdapter.from_pretrained(adapter, **elsewhere)
             )
     return components
 
 
 def _plan_others(
-    family: Family, components: dict[str, Any], encoders: dict[str, Any], adapters: dict[str, Any]
+    family: Family,
+    components: dict[str, Any],
+    encoders: dict[str, Any],
+    adapters: dict[str, Any],
+    elsewhere: dict[str, Any],
 ) -> dict[str, dict[str, Any]]:
     """Plans of the encoders that are given by name, in place of those of a stock pipeline in memory.
 
@@ -475,9 +488,10 @@ def _plan_others(
             module: Any = encoder if given is None else given
             widths[tower.encoder] = module.config.hidden_size
             continue
-        plans[tower.encoder] = plan_other_encoder(given, tower, encoder.config.num_hidden_layers, encoder.dtype)
+        layers = encoder.config.num_hidden_layers
+        plans[tower.encoder] = plan_other_encoder(given, tower, layers, encoder.dtype, elsewhere)
         widths[tower.encoder] = plans[tower.encoder]["width"]
     if plans and components.get("unet") is not None:
         check_width(widths, components["unet"].config.cross_attention_dim, family)
-    _check_adapters(_adapter_configs(adapters, {}), adapters, widths)
+    _check_adapters(_adapter_configs(adapters, elsewhere), adapters, widths)
     return plans

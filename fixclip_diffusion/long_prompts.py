@@ -21,6 +21,7 @@ from fixclip_diffusion import builtin
 from fixclip_diffusion.conditioning import CLIP_CONTEXT_LENGTH, get_conditioning, renamed
 from fixclip_diffusion.families import Family, TextEncoding, Tower
 from fixclip_diffusion.loading import (
+    ELSEWHERE,
     HUB_KWARGS,
     READING_ARGUMENTS,
     TAKES_BOTH,
@@ -402,7 +403,8 @@ class LongPromptMixin:
         held = cls._text_encoders_in(file, name, kwargs)
         # What the file holds is read by ours, which takes encoders of any length.
         given = {"text_encoder": encoder, "text_encoder_2": encoder_2}
-        adapters = cls._adapters(adapter)
+        elsewhere = {key: kwargs[key] for key in ELSEWHERE if key in kwargs}
+        adapters = cls._adapters(adapter, **elsewhere)
         encoders = load_encoders_of_checkpoint(cls.family, file, held, given, adapters, kwargs)
         try:
             stock = cls._stock_class().from_single_file(file, **encoders, **kwargs)
@@ -413,7 +415,7 @@ class LongPromptMixin:
                 f"checkpoint {name!r}: diffusers looks up the layout of such a model on the hub, once: "
                 f"{hub_reason(error)}; or give config=FOLDER of a model of the same kind"
             ) from error
-        return cls._of_stock(stock, encoders, adapter, conditioning, weights)
+        return cls._of_stock(stock, encoders, adapters, conditioning, weights, elsewhere)
 
     @classmethod
     def _text_encoders_in(cls, file: str, name: str, components: Collection[str]) -> list[Which | None]:
@@ -458,12 +460,13 @@ class LongPromptMixin:
             pipeline: any pipeline of the same family, stock or of this class. It goes on as it was: a text encoder that
                 is to have an adapter here is copied.
             encoder, encoder_2, adapter, conditioning, weights: as for `from_single_file`.
-            **kwargs: components and options of stock `from_pipe`.
+            **kwargs: components and options of stock `from_pipe`; token, cache_dir and so on for hub names.
 
         Raises:
             ValueError: components are missing or do not fit.
         """
         check_spelling(kwargs)
+        elsewhere = {key: kwargs.pop(key) for key in ELSEWHERE if key in kwargs}
         dtypes: dict[Any, torch.dtype] = {}
         if not kwargs.keys() & {"dtype", "torch_dtype"}:
             modules = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
@@ -477,7 +480,7 @@ class LongPromptMixin:
         known = {name.removeprefix("_"): value for name, value in pipeline.config.items()}
         conditioning, weights = conditioning or known.get("conditioning"), weights or known.get("weights")
         encoders = {"text_encoder": encoder, "text_encoder_2": encoder_2}
-        return cls._of_stock(stock, encoders, adapter, conditioning, weights)
+        return cls._of_stock(stock, encoders, cls._adapters(adapter, **elsewhere), conditioning, weights, elsewhere)
 
     @classmethod
     def _stock_class(cls) -> Any:
@@ -485,15 +488,21 @@ class LongPromptMixin:
         return next(base for base in cls.__mro__ if base.__module__.startswith("diffusers.pipelines"))
 
     @classmethod
-    def _adapters(cls, adapter: Any) -> dict[str, Any]:
+    def _adapters(cls, adapter: Any, **hub_kwargs: Any) -> dict[str, Any]:
         """{tower's component name: adapter} of what `from_pretrained` takes as adapter=."""
         return {} if adapter is None else {cls.family.towers[0].encoder: adapter}
 
     @classmethod
     def _of_stock(
-        cls, stock: Any, encoders: dict[str, Any], adapter: Any, conditioning: str | None, weights: str | None
+        cls,
+        stock: Any,
+        encoders: dict[str, Any],
+        adapters: dict[str, Any],
+        conditioning: str | None,
+        weights: str | None,
+        elsewhere: dict[str, Any],
     ) -> Any:
-        parts = convert_stock(cls.family, stock.components, encoders, cls._adapters(adapter))
+        parts = convert_stock(cls.family, stock.components, encoders, adapters, elsewhere)
         names, _ = cls._get_signature_keys(cls)  # type: ignore[attr-defined]
         options = {
             name: stock.config[name]

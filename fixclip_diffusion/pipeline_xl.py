@@ -13,7 +13,6 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.schedulers import KarrasDiffusionSchedulers
-from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
@@ -23,10 +22,9 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from fixclip_core.check import check_folder_or_hub_name, hub_reason
-from fixclip_diffusion.adapter import TextAdapter, is_adapter
+from fixclip_diffusion.adapter import XL_ENCODERS, TextAdapter, adapter_folders
 from fixclip_diffusion.families import STABLE_DIFFUSION_XL
-from fixclip_diffusion.loading import load_components
+from fixclip_diffusion.loading import ELSEWHERE, load_components
 from fixclip_diffusion.long_prompts import LongPromptMixin, as_texts, link_tasks, negative_texts
 from fixclip_diffusion.text_encoder import FixClipTextEncoder, FixClipTextEncoderWithProjection
 from fixclip_diffusion.tokenizer import FixClipTokenizer
@@ -118,38 +116,22 @@ class FixClipStableDiffusionXLPipeline(LongPromptMixin, StableDiffusionXLPipelin
             name: part for name, part in (("text_encoder", encoder), ("text_encoder_2", encoder_2)) if part is not None
         }
         is_own = not encoders and all(kwargs.get(name) is None for name in ("text_encoder", "text_encoder_2"))
-        kwargs = load_components(cls.family, str(base), encoders, cls._adapters(adapter), kwargs)
+        adapters = cls._adapters(adapter, **{key: kwargs[key] for key in ELSEWHERE if key in kwargs})
+        kwargs = load_components(cls.family, str(base), encoders, adapters, kwargs)
         return cls._load_stock(str(base), kwargs, is_own)
 
     @classmethod
-    def _adapters(cls, adapter: Any) -> dict[str, Any]:
-        names = ("text_encoder", "text_encoder_2")
+    def _adapters(cls, adapter: Any, **hub_kwargs: Any) -> dict[str, Any]:
         if adapter is None:
             return {}
         if isinstance(adapter, (tuple, list)) and len(adapter) == 2:
-            return dict(zip(names, adapter, strict=True))
+            return dict(zip(XL_ENCODERS, adapter, strict=True))
         if not isinstance(adapter, (str, Path)):
             raise ValueError(
                 f"adapter={type(adapter).__name__}: Stable Diffusion XL takes a folder or a hub name of both adapters, "
-                f"or a pair, for {' and '.join(names)}, of which one may be None"
+                f"or a pair, for {' and '.join(XL_ENCODERS)}, of which one may be None"
             )
-        folder = Path(adapter)
-        if not folder.exists():
-            check_folder_or_hub_name("adapter", str(adapter))
-            try:
-                folder = Path(snapshot_download(str(adapter), allow_patterns=[f"{name}/*" for name in names]))
-            except Exception as error:
-                raise ValueError(f"adapter {str(adapter)!r}: {hub_reason(error)}") from error
-        found = [name for name in names if (folder / name).is_dir()]
-        if not found:
-            belongs = (
-                "one of a pair: name the folder around it" if folder.name in names else "of Stable Diffusion 1.x or 2.x"
-            )
-            one = f" it is one adapter, {belongs};" if is_adapter(folder) else ""
-            raise ValueError(
-                f"adapter {str(adapter)!r}:{one} expected text_encoder/ or text_encoder_2/ in it, each an adapter"
-            )
-        return {name: folder / name for name in found}
+        return dict(adapter_folders(adapter, **hub_kwargs))
 
     def load_textual_inversion(
         self,

@@ -55,10 +55,21 @@ class Preview:
 
     @torch.no_grad()
     def image(self, longest: int = 256) -> Image.Image:
-        """The first picture of the batch as it is predicted now, at most `longest` pixels wide and high."""
-        pipe = self._pipe
-        latents = self.clean_latents()[:1].to(pipe.vae.dtype) / pipe.vae.config.scaling_factor
-        decoded = pipe.vae.decode(latents, return_dict=False)[0]
+        """The first picture of the batch as it is predicted now, at most `longest` pixels wide and high.
+
+        A VAE that overflows in float16, as that of Stable Diffusion XL, decodes in float32, as for the final picture.
+        """
+        pipe, vae = self._pipe, self._pipe.vae
+        dtype = vae.dtype
+        overflows = dtype == torch.float16 and vae.config.get("force_upcast", False)
+        latents = self.clean_latents()[:1].to(torch.float32 if overflows else dtype) / vae.config.scaling_factor
+        try:
+            if overflows:
+                vae.to(torch.float32)
+            decoded = vae.decode(latents, return_dict=False)[0]
+        finally:
+            if overflows:
+                vae.to(dtype)
         image = pipe.image_processor.postprocess(decoded, output_type="pil")[0]
         image.thumbnail((longest, longest))
         return image

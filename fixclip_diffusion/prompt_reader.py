@@ -13,7 +13,7 @@ from fixclip_core.weights.files import checkpoint_file
 from fixclip_core.weights.text_encoder import choose_text_encoder, read_text_config, text_encoders_in
 from fixclip_core.weights.write import clip_tokenizer
 from fixclip_diffusion import builtin
-from fixclip_diffusion.adapter import check_fits, read_adapter_config
+from fixclip_diffusion.adapter import CONFIG_NAME, XL_ENCODERS, adapter_folders, check_fits, read_adapter_config
 from fixclip_diffusion.conditioning import Conditioning, Context, choose_conditioning, renamed
 from fixclip_diffusion.prompt_tokens import context_of_config
 from fixclip_diffusion.prompt_weights import check_syntax
@@ -97,8 +97,8 @@ def _read_adapter_config(adapter: str, num_encoders: int) -> dict[str, Any] | No
     """That of the first text encoder; None where only the second one of Stable Diffusion XL has an adapter."""
     if num_encoders == 1:
         return read_adapter_config(adapter)
-    first = Path(adapter) / "text_encoder"
-    return read_adapter_config(first) if first.is_dir() else None
+    first = adapter_folders(adapter, CONFIG_NAME).get(XL_ENCODERS[0])
+    return None if first is None else read_adapter_config(first)
 
 
 def _read_tokenizer(base: str, context_length: int) -> FixClipTokenizer:

@@ -6,7 +6,7 @@ import tiny
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 
-from fixclip_diffusion import FixClipStableDiffusionPipeline
+from fixclip_diffusion import FixClipStableDiffusionPipeline, FixClipStableDiffusionXLPipeline
 from fixclip_diffusion.attention_maps import layer_size, record_attention, record_sentences, sentence_positions
 from fixclip_diffusion.conditioning import CONDITIONINGS
 from fixclip_diffusion.preview import watch_steps
@@ -205,3 +205,18 @@ def test_the_preview_is_a_small_picture(pipe):
     with watch_steps(pipe) as preview:
         draw(pipe, "A cat.", width=32, height=16)
         assert preview.image(longest=8).size == (8, 4)
+
+
+@torch.no_grad()
+def test_the_preview_of_a_vae_that_overflows_in_half_precision(sdxl):
+    """As that of Stable Diffusion XL: the last preview is the final picture, not a black one."""
+    load = FixClipStableDiffusionXLPipeline.from_pretrained
+    pipe = load(sdxl, dtype=torch.float16, add_watermarker=False)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.vae.post_quant_conv.weight.mul_(3e4)
+    with watch_steps(pipe) as preview:
+        final = draw(pipe, "A cat.", output_type="pil")[0]
+        image = preview.image()
+    assert pipe.vae.dtype == torch.float16
+    assert np.asarray(final).std() > 5
+    np.testing.assert_allclose(np.asarray(image, dtype=float), np.asarray(final, dtype=float), atol=4)

@@ -347,6 +347,8 @@ def test_names_of_version_0_1(ours, folder, tmp_path, old, new):
     (tmp_path / "model_index.json").write_text(json.dumps({**index, "conditioning": None, "long_prompt": old}))
     with pytest.warns(FutureWarning):
         assert FixClipStableDiffusionPipeline.from_pretrained(tmp_path).conditioning == new
+    for given in CONDITIONINGS:
+        assert FixClipStableDiffusionPipeline.from_pretrained(tmp_path, conditioning=given).conditioning == given
     with pytest.raises(ValueError, match=r"give conditioning= alone"):
         FixClipStableDiffusionPipeline.from_pretrained(folder, conditioning=new, long_prompt=old)
 

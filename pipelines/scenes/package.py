@@ -86,21 +86,27 @@ def name_base(folder: Path) -> None:
 
 @app.command()
 def install(output: Path = BUILTIN) -> None:
-    """Copy all parts into the package; what is there of others goes."""
-    for other in [folder for folder in output.iterdir() if folder.is_dir() and folder.name not in PARTS]:
-        shutil.rmtree(other)
+    """Copy all parts into the package; what is there of others goes. Where a part is missing, nothing changes."""
+    missing = [str(source) for source in PARTS.values() if not source.is_dir()]
+    if missing:
+        raise SystemExit(f"Error: there is no {', '.join(missing)}: run the stages that write them first")
     for name, source in PARTS.items():
-        shutil.rmtree(output / name, ignore_errors=True)
-        shutil.copytree(source, output / name, ignore=shutil.ignore_patterns("README.md", ".*"))
+        partial = output / f".{name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(source, partial, ignore=shutil.ignore_patterns("README.md", ".*"))
         if name == "encoder":
-            name_base(output / name / "text_encoder")
-            load_in_full_precision(output / name / "text_encoder")
+            name_base(partial / "text_encoder")
+            load_in_full_precision(partial / "text_encoder")
         if name == "clip":
-            load_in_full_precision(output / name)
+            load_in_full_precision(partial)
         # bfloat16 has 16 bits as well, of which a wheel can compress more.
-        shorten(output / name, torch.bfloat16 if name.endswith("adapter") else torch.float16)
+        shorten(partial, torch.bfloat16 if name.endswith("adapter") else torch.float16)
+        shutil.rmtree(output / name, ignore_errors=True)
+        partial.rename(output / name)
         size = sum(file.stat().st_size for file in (output / name).rglob("*") if file.is_file())
         typer.echo(f"{output / name}: {size / 1e6:.1f} MB")
+    for other in [folder for folder in output.iterdir() if folder.is_dir() and folder.name not in PARTS]:
+        shutil.rmtree(other)
 
 
 @app.command()
