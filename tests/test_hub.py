@@ -100,6 +100,25 @@ except ValueError as error:
     results["no layout"] = str(error)
 results["unknown"] = message("someone/nothing")
 results["wide"] = message("someone/other-sd", encoder="someone/wide")
+
+import os
+from pathlib import Path
+
+# An adapter's repository is not the base's: it has no such revision, but lies in the same cache.
+cache = Path(os.environ["HF_HOME"]) / "other"
+options = {"revision": "v2", "cache_dir": str(cache)}
+FixClipStableDiffusionPipeline.from_pretrained("someone/again-sd", adapter="someone/again-adapter", **options)
+xl = FixClipStableDiffusionXLPipeline.from_pretrained
+xl(sys.argv[4], adapter="someone/xl-adapter", add_watermarker=False, **options)
+pairs = (FixClipStableDiffusionPipeline, stock, "again-adapter"), (FixClipStableDiffusionXLPipeline,
+         xl(sys.argv[4], add_watermarker=False), "xl-adapter")
+adapted = [kind.from_pipe(pipe, adapter="someone/" + name, cache_dir=str(cache), local_files_only=True)
+           for kind, pipe, name in pairs]
+results["from_pipe"] = [pipe.text_encoder.adapter is not None for pipe in adapted]
+results["revisions"] = {name: sorted(file.name for file in (cache / ("models--someone--" + name) / "refs").iterdir())
+                        for name in ("again-sd", "again-adapter", "xl-adapter")}
+read = PromptReader.from_pretrained(sys.argv[4], adapter="someone/xl-adapter")
+results["adapter read"] = read.adapter is not None and read.adapter["conditioning"]
 print("RESULTS " + json.dumps(results))
 """
 
@@ -116,11 +135,13 @@ def single_files(base, folder):
 
 
 @pytest.fixture(scope="module")
-def outcome(base_folders, tmp_path_factory):
+def outcome(base_folders, sdxl, tmp_path_factory):
     folder = tmp_path_factory.mktemp("hub")
     adapter = TextAdapter(32)
     torch.nn.init.normal_(adapter.blocks[0].fc2.weight)
     adapter.save_pretrained(folder / "adapter")
+    for part, width in (("text_encoder", 32), ("text_encoder_2", 48)):
+        TextAdapter(width, conditioning="chunks").save_pretrained(folder / "xl_adapter" / part)
     pipe = FixClipStableDiffusionPipeline.from_pretrained(base_folders["sd1"], adapter=adapter)
     pipe.save_pretrained(folder / "fixclip")
     CLIPTextModel(clip_text_config(max_position_embeddings=248)).save_pretrained(folder / "long")
@@ -133,13 +154,16 @@ def outcome(base_folders, tmp_path_factory):
         "someone/long-clip": folder / "long",
         "someone/tiny-adapter": folder / "adapter",
         "someone/wide": folder / "wide",
+        "someone/xl-adapter": folder / "xl_adapter",
+        "someone/again-sd": base_folders["sd1"],
+        "someone/again-adapter": folder / "adapter",
         "someone/files": folder / "single",
     }
     with serve(repositories) as hub:
         environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "0"}
         environment |= {"PYTHONPATH": os.path.dirname(__file__), "HF_HUB_DISABLE_XET": "1"}
         done = subprocess.run(
-            [sys.executable, "-c", SCRIPT, base_folders["sd1"], folder / "fixclip", folder / "single"],
+            [sys.executable, "-c", SCRIPT, base_folders["sd1"], folder / "fixclip", folder / "single", sdxl],
             env=environment,
             capture_output=True,
             text=True,
@@ -166,6 +190,13 @@ def test_a_pipeline_whose_index_names_our_components(outcome):
 def test_encoder_adapter_and_single_components(outcome):
     assert outcome[0]["encoder and adapter"] == [0, True]
     assert outcome[0]["components"]
+
+
+def test_an_adapter_is_looked_for_in_the_bases_cache_and_not_in_its_revision(outcome):
+    results, _ = outcome
+    assert results["revisions"] == {"again-sd": ["v2"], "again-adapter": ["main"], "xl-adapter": ["main"]}
+    assert results["from_pipe"] == [True, True]
+    assert results["adapter read"] == "chunks"
 
 
 def test_a_checkpoint_in_one_file_by_its_url(outcome):

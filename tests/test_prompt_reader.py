@@ -191,6 +191,17 @@ def test_errors_about_the_hub_are_in_our_words(sd1, what):
         assert foreign not in message, message
 
 
+@pytest.mark.parametrize("adapter", ["someone/nothing", "no/such/folder", "empty"])
+def test_what_is_no_adapter_of_stable_diffusion_xl_is_refused_as_the_pipeline_refuses_it(sdxl, tmp_path, adapter):
+    if adapter == "empty":
+        adapter = str(tmp_path)
+    with pytest.raises(ValueError, match="adapter ") as loading:
+        load_pipeline(str(sdxl), adapter=adapter)
+    with pytest.raises(ValueError, match="adapter ") as reading:
+        PromptReader.from_pretrained(str(sdxl), adapter=adapter)
+    assert str(reading.value) == str(loading.value)
+
+
 @pytest.mark.parametrize(("width", "tokens"), [(48, 248), (32, 100)])
 def test_an_adapter_that_does_not_fit_is_refused_as_the_pipeline_refuses_it(sd1, tmp_path, width, tokens):
     TextAdapter(width, kind="attention", num_heads=2, max_tokens=tokens).save_pretrained(tmp_path)

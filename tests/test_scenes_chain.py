@@ -617,3 +617,22 @@ def test_the_page_in_the_repository_is_what_its_json_says():
 def in_the_repository(monkeypatch):
     """The scripts' paths are relative to the repository, as their commands are given."""
     monkeypatch.chdir(run.ROOT)
+
+
+def test_install_leaves_the_package_alone_where_a_part_is_missing(tmp_path, monkeypatch):
+    save = {"base": tmp_path / "base", "clip": tmp_path / "clip"}
+    monkeypatch.setattr(package, "PARTS", save)
+    old = tmp_path / "package" / "base" / "model.safetensors"
+    old.parent.mkdir(parents=True)
+    save_file({"weight": torch.zeros(2)}, old)
+    save["base"].mkdir()
+    save_file({"weight": torch.ones(2)}, save["base"] / "model.safetensors")
+    with pytest.raises(SystemExit, match=r"there is no \S*clip: run the stages that write them first"):
+        package.install(tmp_path / "package")
+    assert not load_file(old)["weight"].any()
+    save["clip"].mkdir()
+    (save["clip"] / "config.json").write_text("{}")
+    package.install(tmp_path / "package")
+    assert load_file(old)["weight"].dtype == torch.float16
+    assert load_file(old)["weight"].all()
+    assert {folder.name for folder in (tmp_path / "package").iterdir()} == {"base", "clip"}
