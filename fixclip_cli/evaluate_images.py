@@ -168,6 +168,8 @@ def _systems(
     systems = [generate.parse_system(text) for text in given]
     for key, values in (("pipeline", pipelines), ("pictures", pictures)):
         systems += [generate.parse_source(key, text) for text in values]
+    if not systems and adapter == builtin.NO_ADAPTER:
+        return generate.default_systems(builtin.base_of(base), encoder, None, lora, encoder_2)
     if not systems:
         parts = builtin.complete(base, encoder, adapter, lora)
         return generate.default_systems(parts.base, parts.encoder, parts.adapter, parts.lora, encoder_2)

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from tiny_adapter import without_onednn  # noqa: F401
 from typer.testing import CliRunner
 
+from fixclip_cli.evaluate_images import _systems
 from fixclip_cli.main import app
 from fixclip_core import scenes
 from fixclip_core.evaluation.encoders import load_encoder
@@ -130,6 +131,10 @@ def test_systems_of_the_command_line():
     )
     assert generate.parse_system("x:encoder_2=G") == System("x", encoder_2="G")
     systems = generate.default_systems("B", None, None, None)
+    assert _systems("B", None, None, "none", None, [], [], []) == systems
+    for name in ("builtin:scenes", "builtin:scenes/base"):  # a whole model's adapter is left out, too
+        whole = _systems(name, None, None, "none", None, [], [], [])
+        assert whole == generate.default_systems("builtin:scenes/base", None, None, None)
     assert [s.name for s in systems] == ["stock", "chunks", "overlap", "one_pass"]
     assert systems[0] == System("stock", conditioning="stock")
     for text, message in (

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from pydantic import ValidationError
 
 import fixclip_core.synthesis
@@ -142,6 +142,27 @@ def test_an_image_on_its_side_is_turned_upright():
     _, _, image = sent(data_url(sample(encoded((40, 20), "JPEG", exif)), 512))
     assert image.size == (20, 40)
     assert image.getexif().get(0x0112, 1) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"), [("PNG", "text"), ("PNG", "exif"), ("JPEG", "exif"), ("JPEG", "comment"), ("WEBP", "xmp")]
+)
+@pytest.mark.parametrize("size", [(40, 20), (900, 300)])
+def test_metadata_stays_here(kind, what, size):
+    """Where a photo was taken, or what a picture was drawn of, is no server's business."""
+    secret, exif, text = "a secret place", Image.Exif(), PngImagePlugin.PngInfo()
+    exif[0x010E] = secret  # the description
+    text.add_itxt("prompt", secret)
+    fields = {"text": {"pnginfo": text}, "exif": {"exif": exif}, "comment": {"comment": secret}}
+    buffer = io.BytesIO()
+    picture = Image.effect_noise(size, 80).convert("RGB")
+    picture.save(buffer, kind, **fields.get(what, {"xmp": f"<x>{secret}</x>".encode(), "lossless": True}))
+    assert secret.encode() in buffer.getvalue()
+    _, out, image = sent(data_url(sample(buffer.getvalue()), 512))
+    assert secret.encode() not in out
+    assert max(image.size) == min(512, size[0])
+    if kind != "JPEG" and size[0] < 512:
+        assert np.array_equal(np.asarray(image.convert("RGB")), np.asarray(picture))
 
 
 def test_a_tensor_is_sent_without_loss():

@@ -100,6 +100,11 @@ class Job:
         except (OSError, ValueError) as error:
             raise ValueError(f"{self.out}: cannot be used: {error}") from None
         for name, value in chosen.items():
+            if recorded.get(name) != value and name == "stop" and self.config.stop is None:
+                raise ValueError(
+                    f"{self.config.source} had {recorded.get(name):,} images when {self.out} was begun, and has "
+                    f"{value:,} now; take away what was added, or choose another output"
+                )
             if recorded.get(name) != value:
                 raise ValueError(
                     f"{self.out}: captioned with {name}={recorded.get(name)!r}, not {value!r}; "

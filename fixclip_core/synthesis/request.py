@@ -14,6 +14,21 @@ from fixclip_core.synthesis.recipe import CaptionRecipe
 # What every server reads; other formats are sent as PNG.
 _SENT_AS_THEY_ARE = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
 _ORIENTATION = 0x0112  # EXIF tag
+# What Pillow finds in a file that says nothing of its maker. EXIF and text hold places, names and prompts.
+_HARMLESS = {
+    "JPEG": {
+        "jfif",
+        "jfif_version",
+        "jfif_unit",
+        "jfif_density",
+        "adobe",
+        "adobe_transform",
+        "progressive",
+        "progression",
+    },
+    "PNG": {"aspect", "gamma", "srgb", "chromaticity", "transparency", "interlace"},
+    "WEBP": {"loop", "background", "timestamp", "duration"},
+}
 
 
 def request(sample: Sample, prompt: Prompt, recipe: CaptionRecipe, model: str, attempt: int = 0) -> dict[str, Any]:
@@ -48,9 +63,10 @@ def request(sample: Sample, prompt: Prompt, recipe: CaptionRecipe, model: str, a
 def data_url(sample: Sample, longest_side: int, jpeg_quality: int = 90) -> str:
     """The sample's image as `data:image/...;base64,...`.
 
-    A JPEG, PNG or WebP that is small enough and upright is sent as it is, after it was decoded at a fraction of its
-    size to find damage. Any other is decoded, turned upright and reduced by one factor for both sides: 1024x768
-    becomes 512x384 for a longest side of 512. JPEGs stay JPEGs, all else becomes PNG without loss.
+    A JPEG, PNG or WebP that is small enough, upright and without metadata (EXIF, XMP, text, comments) is sent as it is,
+    after it was decoded at a fraction of its size to find damage. Any other is decoded, turned upright and reduced by
+    one factor for both sides: 1024x768 becomes 512x384 for a longest side of 512. JPEGs stay JPEGs, all else becomes
+    PNG without loss.
 
     Raises:
         BadSampleError: see `decode_image`.
@@ -65,6 +81,7 @@ def data_url(sample: Sample, longest_side: int, jpeg_quality: int = 90) -> str:
     if scale < 1:
         width, height = (max(1, round(side * scale)) for side in image.size)
         image = image.resize((width, height), Image.Resampling.LANCZOS)
+    image.info = {name: value for name, value in image.info.items() if name == "icc_profile"}
     buffer = io.BytesIO()
     if kind == "JPEG":
         image.save(buffer, "JPEG", quality=jpeg_quality)
@@ -79,8 +96,11 @@ def _header(sample: Sample, longest_side: int) -> tuple[str, bool]:
         return "PNG", False
     try:
         with Image.open(io.BytesIO(sample.image)) as image:
-            upright = image.getexif().get(_ORIENTATION, 1) == 1
-            return image.format or "", upright and max(image.size) <= longest_side
+            fits = image.getexif().get(_ORIENTATION, 1) == 1 and max(image.size) <= longest_side
+            if fits and image.format == "PNG":
+                image.load()  # text may stand behind the pixels
+            kind = image.format or ""
+            return kind, fits and set(image.info) <= {"dpi", "icc_profile"} | _HARMLESS.get(kind, set())
     except Exception:  # decode_image says what is wrong with it
         return "", False
 
