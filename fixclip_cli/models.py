@@ -173,9 +173,9 @@ def check_scheduler(name: str) -> None:
     import diffusers
     from diffusers.schedulers import KarrasDiffusionSchedulers
 
-    if f"{name}scheduler".lower() in map(str.lower, dir(diffusers)) or name.lower() in map(str.lower, dir(diffusers)):
-        return
-    _find_scheduler(name, [item.name for item in KarrasDiffusionSchedulers])
+    every = {key.lower() for key in dir(diffusers) if key.endswith("Scheduler")}
+    if f"{name.lower().removesuffix('scheduler')}scheduler" not in every:
+        _find_scheduler(name, [item.name for item in KarrasDiffusionSchedulers])
 
 
 def _find_scheduler(name: str, classes: Iterable[str]) -> str:

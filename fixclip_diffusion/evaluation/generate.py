@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -430,10 +431,16 @@ def weights_of(system: System, base: str) -> dict[str, str]:
         if files := sorted(_weight_files(path)):
             digest = hashlib.sha256()
             for file in files:
-                with file.open("rb") as opened:
-                    digest.update(hashlib.file_digest(opened, "sha256").digest())
+                digest.update(_file_digest(file, file.stat().st_size, file.stat().st_mtime_ns))
             found[part] = digest.hexdigest()
     return found
+
+
+@cache  # systems share a base of gigabytes
+def _file_digest(path: Path, size: int, changed_ns: int) -> bytes:
+    """SHA-256 of a file, read once as long as its size and time of change stay."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def _weight_files(path: Path) -> Iterator[Path]:

@@ -77,8 +77,10 @@ def _requests(job: Job) -> Iterator[bytes]:
         for number in range(len(job)):
             if job.finished(number) is None:
                 shard = Shard(job, number)
-                for task in shard.pending():
+                tasks = shard.pending()
+                if tasks:
                     shard.begin()
+                for task in tasks:
                     try:
                         prompt, body = job.question(task)
                     except BadSampleError:
