@@ -601,6 +601,27 @@ def test_the_report_compares_depths(tmp_path, monkeypatch):
     assert rows == [["6", "0.250", "0.250"], ["10", "0.125", "0.125"]]
 
 
+@pytest.mark.parametrize("name", ["deltas", "depths", "ablations", "training"])
+def test_collecting_keeps_results_of_runs_that_are_elsewhere(tmp_path, monkeypatch, name):
+    """After `package.py restore` the runs of what is published are not there; others add to their figures."""
+    monkeypatch.setattr(report, "OUT", tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "collect_deltas", lambda: {"16": {"bytes": 1}})
+    monkeypatch.setattr(report, "collect_depths", lambda: {"adapter-2": {"loss_windows": 0.5}})
+    for folder in ("ablations/longclip-lr0.0001-seed0", "unet"):
+        (tmp_path / folder / "model").mkdir(parents=True)
+        (tmp_path / folder / "model" / "config.json").touch()
+        row = {"step": 9, "objects_right": 0.5, **dict.fromkeys(report.RECALLS, 0.5)}
+        (tmp_path / folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    new = {"deltas": "16", "depths": "adapter-2", "ablations": "longclip-lr0.0001-seed0", "training": "unet"}[name]
+    (tmp_path / f"{name}.json").write_text(json.dumps({"elsewhere": {"bytes": 2}, new: {"bytes": 3}}))
+    report.collect()
+    found = json.loads((tmp_path / f"{name}.json").read_text())
+    assert list(found) == ["elsewhere", new]
+    assert found["elsewhere"] == {"bytes": 2}
+    assert found[new] != {"bytes": 3}
+
+
 def test_the_page_keeps_its_prose():
     text = "Before.\n<!-- a -->\nold\n<!-- /a -->\nAfter."
     assert report.page(text, {"a": "new"}) == "Before.\n<!-- a -->\nnew\n<!-- /a -->\nAfter."

@@ -113,29 +113,34 @@ def collect() -> None:
     for file in sorted((OUT / "evaluation").glob("*.json")):
         (RESULTS / file.name).write_text(file.read_text())
     for name, found in {"deltas": collect_deltas(), "depths": collect_depths()}.items():
-        if found:
-            (RESULTS / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
-    if times := collect_times():
-        file = RESULTS / "times.json"
-        earlier = json.loads(file.read_text()) if file.exists() else {}
-        merged = {part: earlier.get(part, {}) | values for part, values in times.items()}
-        file.write_text(json.dumps(merged, indent=1) + "\n")
+        add_results(f"{name}.json", found)
+    for part, values in collect_times().items():
+        times = read_results("times.json")
+        add_results("times.json", {part: times.get(part, {}) | values})
     runs = {}
     for folder in sorted((OUT / "ablations").glob("*")):
         if (folder / "model" / "config.json").exists():
             runs[folder.name] = last_evaluation(folder)
-    if runs:
-        (RESULTS / "ablations.json").write_text(json.dumps(runs, indent=1) + "\n")
+    add_results("ablations.json", runs)
     if compared := rivals.collect(OUT / "rivals", rivals.read(RESULTS), OUT / "clip" / "model"):
         (RESULTS / "rivals.json").write_text(json.dumps(compared, indent=1) + "\n")
     parts = {name: OUT / name for name in ("clip", "vae", "robust", "unet", "encoder")}
     training = {name: evaluations(folder) for name, folder in parts.items() if (folder / "metrics.jsonl").exists()}
-    if training:
-        file = RESULTS / "training.json"
-        before = json.loads(file.read_text()) if file.exists() else {}
-        file.write_text(json.dumps(before | training, indent=1) + "\n")
+    add_results("training.json", training)
     if NOISE.exists():
         (RESULTS / "caption_noise.json").write_text(NOISE.read_text() + "\n")
+
+
+def read_results(name: str) -> dict[str, Any]:
+    """What a file of results holds; nothing where there is none."""
+    file = RESULTS / name
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def add_results(name: str, found: dict[str, Any]) -> None:
+    """Put what was found in its place among what the file holds: runs that are not on this machine stay in it."""
+    if found:
+        (RESULTS / name).write_text(json.dumps(read_results(name) | found, indent=1) + "\n")
 
 
 def evaluations(folder: Path) -> list[dict[str, float]]:
@@ -575,8 +580,7 @@ def trained_bytes(file: Path) -> int:
 
 def deltas_table() -> str:
     """The whole tower trained, and changes of a low rank: file, retrieval and pictures without an adapter."""
-    file = RESULTS / "deltas.json"
-    found: dict[str, dict[str, float]] = json.loads(file.read_text()) if file.exists() else {}
+    found: dict[str, dict[str, float]] = read_results("deltas.json")
     rows = []
     for name, values in sorted(found.items(), key=lambda item: (not item[0].isdigit(), item[0])):
         system = f"trained_rank{name}" if name.isdigit() else "trained"
@@ -608,10 +612,9 @@ def collect_depths() -> dict[str, dict[str, float]]:
 
 
 def depths_table() -> str:
-    file = RESULTS / "depths.json"
-    if not file.exists():
+    found: dict[str, dict[str, float]] = read_results("depths.json")
+    if not found:
         return NOT_YET
-    found: dict[str, dict[str, float]] = json.loads(file.read_text())
     rows = []
     for reading in dict.fromkeys(name.rsplit("-", 1)[0] for name in found):
         own = sorted((int(n.rsplit("-", 1)[1]), v) for n, v in found.items() if n.rsplit("-", 1)[0] == reading)
@@ -638,9 +641,8 @@ def retrieval_table() -> str:
 
 def ablation_runs() -> dict[tuple[str, str], dict[int, dict[str, float]]]:
     """(method, learning rate) -> seed -> last evaluation."""
-    file = RESULTS / "ablations.json"
     found: dict[tuple[str, str], dict[int, dict[str, float]]] = defaultdict(dict)
-    for name, values in (json.loads(file.read_text()) if file.exists() else {}).items():
+    for name, values in read_results("ablations.json").items():
         method, rest = name.split("-lr", 1)
         rate, seed = rest.rsplit("-seed", 1)  # a rate such as 1e-05 has a hyphen of its own
         found[method, rate][int(seed)] = values
