@@ -77,7 +77,11 @@ def test_failed_and_rejected_requests_are_written_again(images, tmp_path):
     ]
     reading = read_batch(here, [write(tmp_path / "answers.jsonl", [*failures, *map(answer, others)])])
     assert reading.failed == {"server_error": 1, "refused_request": 1, "bad_answer": 1}
-    assert reading.pending == 4
+    assert (reading.pending, reading.again) == (4, {"too_short": 1})
+    places = [f"{tmp_path / 'answers.jsonl'}:{line} (0{line - 1}.png): " for line in (1, 2, 3)]
+    assert [failure[: len(place)] for failure, place in zip(reading.failures, places, strict=True)] == places
+    assert reading.failures[0].endswith("500: {}")
+    assert "batch_expired" in reading.failures[1]
     assert reading.report is None
     write_batch(here, file)
     again = requests(file)
@@ -215,6 +219,22 @@ def test_the_command(images, tmp_path):
     assert "the requests of 1 images failed; the same command makes them again" in failed.output
     result = run(images, out, "--model", "scenes", "--write-batch", file)
     assert "nothing is left to ask" in result.output
+
+
+def test_the_command_says_which_pictures_have_no_answer_and_why(images, tmp_path):
+    file, out = tmp_path / "requests.jsonl", tmp_path / "out"
+    run(images, out, "--model", "scenes", "--write-batch", file)
+    first, second, *others = requests(file)
+    refused = {"custom_id": first["custom_id"], "response": {"status_code": 400, "body": {"error": "no such model"}}}
+    cut_off = answer(second, lambda body: completion("A red square is on the left and", finish_reason="length"))
+    answers = write(tmp_path / "answers.jsonl", [*map(answer, others), refused, cut_off])
+    result = run(images, out, "--model", "scenes", "--read-batch", answers)
+    assert result.exit_code == 0, result.output
+    assert f"""11 new answers; without a usable one: 1 refused_request
+  {answers}:11 (00.png): 400: {{"error": "no such model"}}
+2 requests are still to make, with another prompt where the answer was rejected: 1 cut_off; --write-batch""" in (
+        result.output
+    )
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import json
 import operator
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from fixclip_core.synthesis.shard import Shard
 # What OpenAI's batch service takes in one file.
 MAX_REQUESTS = 50_000
 MAX_BYTES = 190_000_000
+NAMED = 3  # failed requests that a reading names
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,9 @@ class BatchReading:
     Attributes:
         answers: how many were new.
         failed: requests without a usable answer, by reason; they are pending again.
+        failures: FILE:LINE, the image and what the service said, of the first few of these.
         pending: requests that the next `write_batch` writes.
+        again: how many of these ask once more, with the next prompt, by why the answer before was rejected.
         report: the job's, once every shard is written; an image whose request failed is left out of its shard until
             another batch has an answer.
         skipped: FILE:LINE and what is wrong, of each line that is no batch output of this job.
@@ -132,7 +135,9 @@ class BatchReading:
     answers: int
     failed: dict[str, int]
     pending: int
+    again: dict[str, int]
     report: dict[str, Any] | None
+    failures: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
 
 
@@ -157,7 +162,15 @@ def read_batch(job: Job, files: Sequence[Path]) -> BatchReading:
             report = job.report() if written else None
         except OSError as error:
             raise ValueError(f"{job.out}: cannot be written: {error}; run the same command again") from None
-    return BatchReading(reading.answers, dict(reading.failed), pending, report, tuple(reading.skipped))
+    return BatchReading(
+        answers=reading.answers,
+        failed=dict(reading.failed),
+        failures=tuple(reading.failures),
+        pending=pending,
+        again=dict(reading.again),
+        report=report,
+        skipped=tuple(reading.skipped),
+    )
 
 
 class _Reading:
@@ -166,8 +179,10 @@ class _Reading:
     def __init__(self, job: Job) -> None:
         self.job, self.answers = job, 0
         self.failed: Counter[str] = Counter()
+        self.again: Counter[str] = Counter()
+        self.failures: list[str] = []
         self.skipped: list[str] = []
-        self._lines: dict[int, list[tuple[Path, int]]] = {}  # of each shard: where they begin, in bytes
+        self._lines: dict[int, list[tuple[Path, int, int]]] = {}  # of each shard: file, number, first byte
 
     def find_lines(self, file: Path) -> None:
         """Note which shard each line is for; raises ValueError for a file that is no batch output of this job."""
@@ -194,7 +209,7 @@ class _Reading:
                     unusable.append(f"{file}:{number} has custom_id {name!r}, which this job has not asked")
                     continue
                 found += 1
-                self._lines.setdefault(shard, []).append((file, start))
+                self._lines.setdefault(shard, []).append((file, number, start))
         if unusable and not found:
             raise ValueError(
                 f"{file}: no batch output of this job; {unusable[0]}. Give the same images, recipe and output folder "
@@ -214,32 +229,44 @@ class _Reading:
             return 0
         shard = Shard(self.job, number)
         refused: dict[Task, RequestFailedError] = {}
-        for row in _rows(lines):
+        for place, row in _rows(lines):
             task, prompt = self._asked(row)
             try:
                 self.answers += shard.add(task, prompt, _answer(row, self.job.model))
             except RequestFailedError as error:
                 self.failed[error.reason] += 1
                 refused[task] = error
+                if len(self.failures) < NAMED:
+                    self.failures.append(f"{place} ({self._name(task)}): {error.detail}")
         shard.journal.close()
         if not shard.answered and not refused:
             return len(shard.pending())
         shard.leave_out_unreadable()
         pending = shard.pending()
         for task in pending:
+            rejected = shard.verdict(replace(task, attempt=task.attempt - 1))
+            if rejected is not None:
+                self.again[str(rejected.reason)] += 1
             if task in refused:
                 shard.leave_out(task.index, refused[task].reason, refused[task].detail)
         if not shard.pending() and self.job.finished(number) is None:
             shard.finish()
         return len(pending)
 
+    def _name(self, task: Task) -> str:
+        try:
+            return self.job.read(task.index).key
+        except BadSampleError as error:
+            return error.skipped.key
 
-def _rows(lines: list[tuple[Path, int]]) -> Iterator[Any]:
+
+def _rows(lines: list[tuple[Path, int, int]]) -> Iterator[tuple[str, Any]]:
+    """FILE:LINE and what stands there."""
     for path, places in itertools.groupby(lines, key=operator.itemgetter(0)):
         with path.open("rb") as file:
-            for _, start in places:
+            for _, number, start in places:
                 file.seek(start)
-                yield json.loads(file.readline())
+                yield f"{path}:{number}", json.loads(file.readline())
 
 
 def _answer(row: dict[str, Any], model: str) -> Answer:
