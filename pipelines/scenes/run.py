@@ -173,7 +173,8 @@ def deltas() -> list[Stage]:
 
 
 DEPTHS = (2, 4, 6)
-DEPTH_STEPS = 500
+DEPTH_STEPS = 500  # of 16 captions
+DEPTH_CAPTIONS = (f"train.steps={DEPTH_STEPS}", f"data.stop={1000 + 16 * DEPTH_STEPS}")  # none is read twice
 ONE_PASS = ("model.conditioning=one_pass", "adapter.scope=window")
 
 
@@ -186,7 +187,7 @@ def depths() -> list[Stage]:
     found: list[Stage] = []
     for reading, (needs, (cache, *overrides)) in readings.items():
         for layers in DEPTHS:
-            own = (f"features.folder={OUT}/cache/{cache}_references", f"train.steps={DEPTH_STEPS}", *overrides)
+            own = (f"features.folder={OUT}/cache/{cache}_references", *DEPTH_CAPTIONS, *overrides)
             name, depth = f"depths/{reading}-{layers}", f"adapter.num_layers={layers}"
             found += [adapter(name, needs, *own, depth, recipe="adapter_start")]
     return found
