@@ -521,7 +521,9 @@ def test_the_report_puts_training_seeds_together(tmp_path, monkeypatch):
     assert text_adapter[1:] == ["2", "100.0 ± 0.0", "50.0 ± 70.7", "50.0 ± 70.7", "75.0 ± 35.4"]
     assert adapter[1:] == ["2", "50.0 ± 70.7", "100.0 ± 0.0", "100.0 ± 0.0", "75.0 ± 35.4"]
     (difference,) = report.seeds_differences_table().splitlines()[2:]
+    # Shares before token 77, all in one prompt: 100, 100 and 0, 100; 4.303 sqrt(s^2 / 2), s = 100 / sqrt(2).
     cells = ["2", "+50.0 (+50.0 to +50.0)", "-50.0 (-50.0 to -50.0)", "-50.0 (-50.0 to -50.0)"]
+    cells[1:] = [f"{cell}; ± 215.1" for cell in cells[1:]]
     assert difference.strip("| ").split(" | ")[1:] == cells
     (tmp_path / "nine-adapter_seed1.json").unlink()
     (tmp_path / "nine-overlap_text_adapter_seed1.json").unlink()

@@ -11,7 +11,7 @@ import statistics
 import sys
 import textwrap
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -251,8 +251,7 @@ def differences_table() -> str:
 
 def differences(one: str, other: str, seeds: Sequence[int]) -> list[str]:
     """One cell for each of `SIDES`, "-" where one of the two was not measured."""
-    pairs = [(by_prompt(one, after, seeds), by_prompt(other, after, seeds)) for after in (False, True)]
-    pairs.append((far_by_prompt(one, seeds), far_by_prompt(other, seeds)))
+    pairs = [(count(one, seeds), count(other, seeds)) for count in COUNTS]
     return [interval(*pair) if all(map(len, pair)) else "-" for pair in pairs]
 
 
@@ -296,13 +295,19 @@ def seeds_table() -> str:
 
 
 def seeds_differences_table() -> str:
-    """Paired differences of the rows that decide, over the training seeds that both have."""
+    """Paired differences of the rows that decide, over the training seeds that both have.
+
+    In brackets the interval over prompts for these trainings, then the half width for other training seeds, too.
+    """
     rows = []
     for number, one in enumerate(SEEDED):
         for other in SEEDED[number + 1 :]:
             seeds = [seed for seed in trained_seeds(one) if seed in trained_seeds(other)]
             if len(seeds) > 1:
-                cells = differences(one, other, seeds)
+                halves = [of_other_seeds(one, other, seeds, count) for count in COUNTS]
+                cells = [
+                    f"{cell}; ± {half:.1f}" for cell, half in zip(differences(one, other, seeds), halves, strict=True)
+                ]
                 rows.append([f"{SYSTEMS[one]} - {SYSTEMS[other]}", str(len(seeds)), *cells])
     return table(["difference, points", "training seeds", *SIDES], rows) if rows else NOT_YET
 
@@ -329,17 +334,40 @@ def far_by_prompt(system: str, seeds: Sequence[int]) -> np.ndarray:
     return np.array([counts[number] for number in sorted(counts)])
 
 
-def interval(one: np.ndarray, other: np.ndarray, draws: int = 2000) -> str:
-    """The difference of two shares in points, and the 2.5th and 97.5th percentile over resampled prompts."""
+COUNTS: tuple[Callable[[str, Sequence[int]], np.ndarray], ...] = (  # of each of `SIDES`
+    lambda system, seeds: by_prompt(system, False, seeds),
+    lambda system, seeds: by_prompt(system, True, seeds),
+    far_by_prompt,
+)
 
-    def difference(rows: np.ndarray) -> float:
-        (right, count), (other_right, other_count) = one[rows].sum(0), other[rows].sum(0)
-        return 100 * float(right / count - other_right / other_count)
 
+def points(counts: np.ndarray) -> float:
+    """What is right, in %, of (prompts, 2): right, and all."""
+    right, count = counts.sum(0)
+    return 100 * float(right / count)
+
+
+def resampled(one: np.ndarray, other: np.ndarray, draws: int = 2000) -> np.ndarray:
+    """(draws,): the difference of two systems over prompts that are drawn anew, in points."""
     generator = np.random.default_rng(0)
-    found = [difference(generator.integers(0, len(one), len(one))) for _ in range(draws)]
-    low, high = np.percentile(found, [2.5, 97.5])
-    return f"{difference(np.arange(len(one))):+.1f} ({low:+.1f} to {high:+.1f})"
+    rows = [generator.integers(0, len(one), len(one)) for _ in range(draws)]
+    return np.array([points(one[chosen]) - points(other[chosen]) for chosen in rows])
+
+
+def interval(one: np.ndarray, other: np.ndarray) -> str:
+    """The difference of two shares in points, and the 2.5th and 97.5th percentile over resampled prompts."""
+    low, high = np.percentile(resampled(one, other), [2.5, 97.5])
+    return f"{points(one) - points(other):+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def of_other_seeds(
+    one: str, other: str, seeds: Sequence[int], count: Callable[[str, Sequence[int]], np.ndarray]
+) -> float:
+    """Half of the 95 % interval of a difference, in points, over seeds and prompts, by `rivals.difference`."""
+    shares = [[points(count(system, (seed,))) for seed in seeds] for system in (one, other)]
+    variance = float(resampled(count(one, seeds), count(other, seeds)).var())
+    low, high = rivals.difference(shares[0], shares[1], variance)["interval"]
+    return (high - low) / 2
 
 
 def counts_table() -> str:
