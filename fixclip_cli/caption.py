@@ -109,12 +109,12 @@ def _read_batch(job: "Job", files: list[Path]) -> None:
     if reading.skipped:
         others = f", and {len(reading.skipped) - 3:,} more" if len(reading.skipped) > 3 else ""
         typer.echo(f"skipped lines: {len(reading.skipped):,}; {'; '.join(reading.skipped[:3])}{others}")
-    if reading.report is not None:
-        _print_report(job, reading.report)
     if reading.pending:
         rejected = ", ".join(f"{count:,} {reason}" for reason, count in reading.again.items())
         again = f", with another prompt where the answer was rejected: {rejected}" if rejected else ""
         typer.echo(f"{reading.pending:,} requests are still to make{again}; --write-batch FILE writes them")
+    if reading.report is not None:
+        _print_report(job, reading.report)
 
 
 def _print_report(job: "Job", report: dict) -> None:

@@ -92,6 +92,29 @@ def test_failed_and_rejected_requests_are_written_again(images, tmp_path):
     assert reading.report["written"] == COUNT - 1
 
 
+def test_only_what_is_to_ask_again_counts_as_failed(images, tmp_path):
+    """Not a request that another line answers, nor twice what is there twice, nor what nobody asked."""
+    here, file = job(images, tmp_path / "out"), tmp_path / "requests.jsonl"
+    write_batch(here, file)
+    first, second, *others = requests(file)
+
+    def failed(name, status, **error):
+        return {"custom_id": name, "response": status and {"status_code": status, "body": "no"}, **error}
+
+    expired = failed(second["custom_id"], None, error={"code": "batch_expired"})
+    prompt = first["custom_id"].partition(".")[2]
+    never = [failed(first["custom_id"].replace("long-0", "long-9"), 400), failed(f"long-0-000000007.{prompt}", 400)]
+    again = [failed(first["custom_id"], 503), answer(first), expired, expired, *never]
+    answers = write(tmp_path / "answers.jsonl", [*again, *map(answer, others)])
+    reading = read_batch(here, [answers])
+    assert (reading.failed, reading.pending) == ({"refused_request": 1}, 1)
+    assert reading.failures == (f'{answers}:4 (01.png): {{"code": "batch_expired"}}',)
+    rest = write(tmp_path / "rest.jsonl", [failed(second["custom_id"], "busy"), answer(second)])
+    assert read_batch(here, [rest]).pending == 0
+    reading = read_batch(here, [answers, rest])  # a finished job
+    assert (reading.answers, reading.failed, reading.failures) == (0, {}, ())
+
+
 @pytest.mark.parametrize("kind", ["long", "short"])
 def test_a_request_that_is_always_refused_holds_nobody_back(images, tmp_path, kind):
     """The rest of its shard is written, and the refused request is asked again, also a short caption's."""
@@ -235,6 +258,15 @@ def test_the_command_says_which_pictures_have_no_answer_and_why(images, tmp_path
 2 requests are still to make, with another prompt where the answer was rejected: 1 cut_off; --write-batch""" in (
         result.output
     )
+
+
+def test_the_command_says_what_to_do_where_every_request_was_refused(images, tmp_path):
+    file, out = tmp_path / "requests.jsonl", tmp_path / "out"
+    run(images, out, "--model", "scenes", "--write-batch", file)
+    refused = [{"custom_id": line["custom_id"], "response": {"status_code": 400}} for line in requests(file)]
+    result = run(images, out, "--model", "scenes", "--read-batch", write(tmp_path / "answers.jsonl", refused))
+    assert result.exit_code == 1
+    assert f"{COUNT - 1} requests are still to make; --write-batch FILE writes them" in result.output
 
 
 @pytest.mark.parametrize(

@@ -518,12 +518,12 @@ def test_the_report_puts_training_seeds_together(tmp_path, monkeypatch):
         for name in ("nine", "short", "references"):
             (tmp_path / f"{name}-{system}.json").write_text(json.dumps({"prompts": [row]}))
     _, _, text_adapter, adapter = [line.strip("| ").split(" | ") for line in report.seeds_table().splitlines()]
-    assert text_adapter[1:] == ["2", "100.0 ± 0.0", "50.0 ± 70.7", "50.0 ± 70.7", "75.0 ± 35.4"]
-    assert adapter[1:] == ["2", "50.0 ± 70.7", "100.0 ± 0.0", "100.0 ± 0.0", "75.0 ± 35.4"]
+    assert text_adapter[1:] == ["2", "100.0 ± 0.0", "50.0 ± 70.7", "50.0 ± 70.7", "50.0 ± 70.7", "75.0 ± 35.4"]
+    assert adapter[1:] == ["2", "50.0 ± 70.7", "100.0 ± 0.0", "100.0 ± 0.0", "100.0 ± 0.0", "75.0 ± 35.4"]
     (difference,) = report.seeds_differences_table().splitlines()[2:]
-    # Shares before token 77, all in one prompt: 100, 100 and 0, 100; 4.303 sqrt(s^2 / 2), s = 100 / sqrt(2).
+    # Differences of 100 and 0, all in one prompt: 12.706 s / sqrt(2), s = 100 / sqrt(2).
     cells = ["2", "+50.0 (+50.0 to +50.0)", "-50.0 (-50.0 to -50.0)", "-50.0 (-50.0 to -50.0)"]
-    cells[1:] = [f"{cell}; ± 215.1" for cell in cells[1:]]
+    cells[1:] = [f"{cell}; ± 635.3" for cell in cells[1:]]
     assert difference.strip("| ").split(" | ")[1:] == cells
     (tmp_path / "nine-adapter_seed1.json").unlink()
     (tmp_path / "nine-overlap_text_adapter_seed1.json").unlink()

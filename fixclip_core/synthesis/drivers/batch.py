@@ -124,7 +124,7 @@ class BatchReading:
     Attributes:
         answers: how many were new.
         failed: requests without a usable answer, by reason; they are pending again.
-        failures: FILE:LINE, the image and what the service said, of the first few of these.
+        failures: FILE:LINE, the image and what the service said, of a few of these.
         pending: requests that the next `write_batch` writes.
         again: how many of these ask once more, with the next prompt, by why the answer before was rejected.
         report: the job's, once every shard is written; an image whose request failed is left out of its shard until
@@ -228,16 +228,13 @@ class _Reading:
         if not lines and self.job.finished(number) is not None:
             return 0
         shard = Shard(self.job, number)
-        refused: dict[Task, RequestFailedError] = {}
+        refused: dict[Task, tuple[RequestFailedError, str]] = {}
         for place, row in _rows(lines):
             task, prompt = self._asked(row)
             try:
                 self.answers += shard.add(task, prompt, _answer(row, self.job.model))
             except RequestFailedError as error:
-                self.failed[error.reason] += 1
-                refused[task] = error
-                if len(self.failures) < NAMED:
-                    self.failures.append(f"{place} ({self._name(task)}): {error.detail}")
+                refused[task] = error, place
         shard.journal.close()
         if not shard.answered and not refused:
             return len(shard.pending())
@@ -247,8 +244,12 @@ class _Reading:
             rejected = shard.verdict(replace(task, attempt=task.attempt - 1))
             if rejected is not None:
                 self.again[str(rejected.reason)] += 1
-            if task in refused:
-                shard.leave_out(task.index, refused[task].reason, refused[task].detail)
+            if task in refused:  # and not answered by another line
+                failure, place = refused[task]
+                self.failed[failure.reason] += 1
+                if len(self.failures) < NAMED:
+                    self.failures.append(f"{place} ({self._name(task)}): {failure.detail}")
+                shard.leave_out(task.index, failure.reason, failure.detail)
         if not shard.pending() and self.job.finished(number) is None:
             shard.finish()
         return len(pending)
@@ -271,12 +272,13 @@ def _rows(lines: list[tuple[Path, int, int]]) -> Iterator[tuple[str, Any]]:
 
 def _answer(row: dict[str, Any], model: str) -> Answer:
     """The answer in a line; raises RequestFailedError."""
-    response = row.get("response") or {}
+    response, error = row.get("response") or {}, row.get("error")
     try:
-        status = response.get("status_code", 200)
-        if row.get("error") or status != 200:
-            detail = json.dumps(row.get("error") or response.get("body"))[:200]
-            raise RequestFailedError("server_error" if status >= 500 else "refused_request", f"{status}: {detail}")
+        status = response.get("status_code")
+        if error or status not in (None, 200):
+            said = json.dumps(error or response.get("body"))[:200]
+            reason = "server_error" if isinstance(status, int) and status >= 500 else "refused_request"
+            raise RequestFailedError(reason, said if status is None else f"{status}: {said}")
         return read_answer(response.get("body"), model)
     except (MalformedResponseError, AttributeError, TypeError) as error:
         raise RequestFailedError("bad_answer", str(error)) from None
