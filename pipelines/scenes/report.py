@@ -291,15 +291,8 @@ def seeds_table() -> str:
             for values in measured.values()
         ]
         rows.append([SYSTEMS[system], str(len(seeds)), *cells])
-    header = [
-        "system",
-        "training seeds",
-        "right, before 77",
-        "right, after 77",
-        SIDES[2],
-        "of these, sentences that point",
-    ]
-    return table([*header, "short"], rows) if rows else NOT_YET
+    header = ["system", "training seeds", *(f"right, {side}" for side in SIDES[:2]), SIDES[2]]
+    return table([*header, "of these, sentences that point", "short"], rows) if rows else NOT_YET
 
 
 def seeds_differences_table() -> str:
@@ -668,13 +661,13 @@ def depths_table() -> str:
 
 
 def retrieval_table() -> str:
-    file = RESULTS / "retrieval.json"
-    if not file.exists():
+    results = read_results("retrieval.json")
+    if not results:
         return NOT_YET
     names = {"base": "base, cut at 77", "stretched": "stretched only", "trained": "FIX-CLIP"}
     kinds = ("long", "short", "long_heldout_templates", "long_heldout_words")
     rows = []
-    for name, found in json.loads(file.read_text()).items():
+    for name, found in results.items():
         cells = [f"{found[k][f'{d}_recall_at_1']:.3f}" for k in kinds for d in ("image_to_text", "text_to_image")]
         pairs = [f"{one} / {other}" for one, other in zip(cells[::2], cells[1::2], strict=True)]
         rows.append([names[name], *pairs])
@@ -749,11 +742,11 @@ def verdicts_table() -> str:
 
 def noise_table() -> str:
     """pipelines/captions/noise.py: what became of the captions, and the recalls after a training on them."""
-    file = RESULTS / "caption_noise.json"
-    if not file.exists():
+    results = read_results("caption_noise.json")
+    if not results:
         return NOT_YET
     rows = []
-    for name, found in json.loads(file.read_text()).items():
+    for name, found in results.items():
         rejected = 1 - found["answers"].get("accepted", 0) / sum(found["answers"].values())
         recalls = found["seeds"].values()
         cells = [mean_spread([values[recall] for values in recalls]) for recall in RECALLS]
@@ -763,8 +756,8 @@ def noise_table() -> str:
 
 
 def training_table() -> str:
-    file = RESULTS / "training.json"
-    if not file.exists():
+    results = read_results("training.json")
+    if not results:
         return NOT_YET
     names = {
         "clip": "CLIP",
@@ -774,7 +767,7 @@ def training_table() -> str:
         "encoder": "FIX-CLIP",
     }
     rows = []
-    for name, found in json.loads(file.read_text()).items():
+    for name, found in results.items():
         last = {key: value for key, value in found[-1].items() if key != "step" and not key.endswith(("_5", "_10"))}
         shown = ", ".join(f"{measure(key)} {value:.3f}" for key, value in last.items())
         rows.append([names[name], str(found[-1]["step"]), shown])
@@ -821,9 +814,8 @@ def covered(spans: Iterable[list[float]]) -> float:
 
 
 def times_table() -> str:
-    file = RESULTS / "times.json"
-    found = json.loads(file.read_text()) if file.exists() else {"stages": {}}
-    names = [stage.name for stage in run.chain() if stage.name in found["stages"]]
+    found = read_results("times.json")
+    names = [stage.name for stage in run.chain() if stage.name in found.get("stages", {})]
     if not names:
         return NOT_YET
     rows = []
