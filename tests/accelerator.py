@@ -1,4 +1,7 @@
-"""Accelerate's settings are shared by a process; each test of a training is a process of its own in that respect."""
+"""Accelerate's settings are shared by a process: `conftest.own_process` resets them before each test and after it.
+
+A test of several trainings does so between them.
+"""
 
 from accelerate.state import AcceleratorState, GradientState
 

@@ -11,7 +11,10 @@ os.environ.update(COLUMNS="40", NO_COLOR="1")
 
 import pytest
 import torch
+from accelerator import reset_accelerator
+from diffusers.utils import logging as diffusers_logging
 from hypothesis import settings
+from transformers.utils import logging as transformers_logging
 
 settings.register_profile("default", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("default")
@@ -21,8 +24,20 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def own_process():
+    """What a process shares is as it begins: random numbers, threads, Accelerate's settings, what libraries say.
+
+    Which tests one process runs after each other depends on how many processes there are.
+    """
+    threads = torch.get_num_threads()
+    said = [(library, library.get_verbosity()) for library in (diffusers_logging, transformers_logging)]
     torch.manual_seed(0)
+    reset_accelerator()  # which fixtures of several tests may have set
+    yield
+    reset_accelerator()
+    torch.set_num_threads(threads)
+    for library, level in said:
+        library.set_verbosity(level)
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerator import reset_accelerator
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import adapter_step
@@ -14,13 +13,6 @@ import adapter_step
 @pytest.fixture(scope="module")
 def models():
     return adapter_step.build_models("small")
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    reset_accelerator()
-    yield
-    reset_accelerator()
 
 
 @pytest.mark.parametrize("system", adapter_step.SYSTEMS)

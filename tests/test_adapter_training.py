@@ -75,13 +75,6 @@ def recipe(recipe_file):
     return lambda name="run", *overrides: tiny_adapter.read(recipe_file(name), *overrides)
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """Accelerate's settings are shared by a process; each test is a process of its own in that respect."""
-    yield
-    reset_accelerator()
-
-
 def run_until(recipe, step, resume="auto"):
     """Train, with the whole run's schedule, and stop after some steps as if the power went."""
     reset_accelerator()

@@ -33,12 +33,6 @@ SHORTS = ["A red horse.", "Two boats near a house.", tiny.sentences(12)]  # the 
 SIZES = torch.tensor([[1080.0, 1920, 0, 398, 16, 16], [16, 16, 0, 0, 16, 16], [300, 100, 5, 0, 16, 16]])
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    yield
-    reset_accelerator()
-
-
 @pytest.fixture
 def recipe_file(sdxl, tmp_path):
     data = tiny_adapter.write_data(tmp_path / "data")

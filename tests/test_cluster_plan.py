@@ -7,7 +7,6 @@ import command_line
 import open_clip
 import pytest
 import torch
-from accelerator import reset_accelerator
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -27,14 +26,6 @@ data: {{source: "{source}", image_root: {root}}}
 train: {{epochs: 3, batch_size: {batch_size}, precision: fp32}}
 output: {{folder: "{folder}"}}
 """
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """A command has a process of its own, which no training of another test file has set up."""
-    reset_accelerator()
-    yield
-    reset_accelerator()
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from accelerator import reset_accelerator
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from hypothesis import given, settings
@@ -92,7 +91,7 @@ def test_any_other_text_is_still_read():
 def test_an_interrupted_stage_ends_with_the_same_weights(name, tmp_path):
     whole = train(name, tmp_path / "whole")
     chosen = recipe(name, tmp_path / "cut")
-    AcceleratorState._reset_state(reset_partial_state=True)
+    reset_accelerator()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "seed_step", _stop_at(2))
         with pytest.raises(KeyboardInterrupt):

@@ -489,8 +489,7 @@ def recipe(tmp_path):
         file.write_text(RECIPE.format(clip=folder, folder=tmp_path / name))
         return load_recipe(EncoderRecipe, file, overrides)
 
-    yield recipe
-    reset_accelerator()
+    return recipe
 
 
 def test_a_run_learns_the_states_and_resumes_with_the_same_base(recipe, tmp_path):
