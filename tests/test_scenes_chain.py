@@ -513,12 +513,20 @@ def test_the_report_puts_training_seeds_together(tmp_path, monkeypatch):
         row = {"tokens": 150, "ends": [40, 120], "zones": "ef", "background": "1"}
         row |= {"right": [right], "shape": [right], "colour": [right]}
         distances = (76, 77) if system.startswith("adapter") else (77, 120)
-        row["references"] = [{"kind": "same", "distance": d, "right": right[-1]} for d in distances]
+        row["references"] = [
+            {"kind": "same", "first": float(d == 120), "distance": d, "right": right[-1]} for d in distances
+        ]
         for name in ("nine", "short", "references"):
             (tmp_path / f"{name}-{system}.json").write_text(json.dumps({"prompts": [row]}))
     _, _, text_adapter, adapter = [line.strip("| ").split(" | ") for line in report.seeds_table().splitlines()]
     assert text_adapter[1:] == ["2", "100.0 ± 0.0", "50.0 ± 70.7", "50.0 ± 70.7", "50.0 ± 70.7", "75.0 ± 35.4"]
     assert adapter[1:] == ["2", "50.0 ± 70.7", "100.0 ± 0.0", "100.0 ± 0.0", "100.0 ± 0.0", "75.0 ± 35.4"]
+    header, _, *each = [line.strip("| ").split(" | ") for line in report.seeds_references_table().splitlines()]
+    assert header[1:] == ["training seed", "a rule (`default`, `remainder`) (0)", *header[3:]]
+    assert [cells[1:] for cells in each] == [
+        ["0", "-", "100.0", "100.0", "100.0"], ["1", "-", "0.0", "0.0", "0.0"],  # joined windows: of 77 and 120 tokens
+        ["0", "-", "-", "100.0", "100.0"], ["1", "-", "-", "100.0", "100.0"],  # FIX-CLIP: of 77 alone
+    ]  # fmt: skip
     (difference,) = report.seeds_differences_table().splitlines()[2:]
     # Differences of 100 and 0, all in one prompt: 12.706 s / sqrt(2), s = 100 / sqrt(2).
     cells = ["2", "+50.0 (+50.0 to +50.0)", "-50.0 (-50.0 to -50.0)", "-50.0 (-50.0 to -50.0)"]
@@ -526,7 +534,8 @@ def test_the_report_puts_training_seeds_together(tmp_path, monkeypatch):
     assert difference.strip("| ").split(" | ")[1:] == cells
     (tmp_path / "nine-adapter_seed1.json").unlink()
     (tmp_path / "nine-overlap_text_adapter_seed1.json").unlink()
-    assert report.seeds_table() == report.seeds_differences_table() == "Not measured yet."
+    for table in (report.seeds_table, report.seeds_references_table, report.seeds_differences_table):
+        assert table() == "Not measured yet."
 
 
 def test_the_report_sets_low_rank_changes_beside_the_whole_tower(tmp_path, monkeypatch):

@@ -227,7 +227,7 @@ def test_verdicts_by_zone_and_of_short_captions(measured):
 
 
 def test_what_was_kept_stays_and_other_runs_join_it(measured, tmp_path):
-    kept = rivals.read(tmp_path / "results")
+    kept = report.read_results("rivals.json")
     assert rivals.collect(tmp_path / "nothing here", kept) == kept
     for file in (measured / "twins").glob("*seed[12].json"):
         file.rename(tmp_path / file.name)
@@ -253,11 +253,11 @@ def test_what_was_kept_stays_and_other_runs_join_it(measured, tmp_path):
     ],
 )
 def test_runs_that_the_table_has_no_place_for_are_refused(measured, name, message, tmp_path):
-    kept = rivals.read(tmp_path / "results")
+    kept = report.read_results("rivals.json")
     (measured / "twins" / f"{name}.json").write_text(twins_json(0.5))
     with pytest.raises(ValueError, match=message):
         rivals.collect(measured, kept)
-    assert rivals.read(tmp_path / "results") == kept
+    assert report.read_results("rivals.json") == kept
 
 
 def test_a_method_without_a_rate_is_told(monkeypatch):

@@ -122,7 +122,7 @@ def collect() -> None:
         if (folder / "model" / "config.json").exists():
             runs[folder.name] = last_evaluation(folder)
     add_results("ablations.json", runs)
-    if compared := rivals.collect(OUT / "rivals", rivals.read(RESULTS), OUT / "clip" / "model"):
+    if compared := rivals.collect(OUT / "rivals", read_results("rivals.json"), OUT / "clip" / "model"):
         (RESULTS / "rivals.json").write_text(json.dumps(compared, indent=1) + "\n")
     parts = {name: OUT / name for name in ("clip", "vae", "robust", "unet", "encoder")}
     training = {name: evaluations(folder) for name, folder in parts.items() if (folder / "metrics.jsonl").exists()}
@@ -284,7 +284,7 @@ def seeds_table() -> str:
             measured["after"].append(share([item for item in nine if item.after]))
             far = [item for item in load_references("references", name) if item["distance"] >= 77]
             measured["references"].append(mean([item["right"] for item in far]))
-            measured["pointing"].append(mean([item["right"] for item in far if item["kind"] in ("same", "again")]))
+            measured["pointing"].append(mean([item["right"] for item in far if points_to_another(item)]))
             measured["short"].append(share(load("short", name)))
         cells = [
             percent(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else math.nan)
@@ -293,6 +293,22 @@ def seeds_table() -> str:
         rows.append([SYSTEMS[system], str(len(seeds)), *cells])
     header = ["system", "training seeds", *(f"right, {side}" for side in SIDES[:2]), SIDES[2]]
     return table([*header, "of these, sentences that point", "short"], rows) if rows else NOT_YET
+
+
+def seeds_references_table() -> str:
+    """References of the rows that decide from 77 tokens on, each training seed by itself, by what they refer to."""
+    rows: list[list[str]] = []
+    kinds = dict(itertools.islice(POINTING.items(), 3)) | {"all sentences that point": points_to_another}
+    counts = [0] * len(kinds)
+    for system in SEEDED:
+        seeds = trained_seeds(system)
+        for seed in seeds if len(seeds) > 1 else []:
+            far = [item for item in load_references("references", of_seed(system, seed)) if item["distance"] >= 77]
+            parts = [[item["right"] for item in far if test(item)] for test in kinds.values()]
+            counts = [len(part) for part in parts]
+            rows.append([SYSTEMS[system], str(seed), *(percent(mean(part)) for part in parts)])
+    header = [f"{kind} ({count})" for kind, count in zip(kinds, counts, strict=True)]
+    return table(["system", "training seed", *header], rows) if rows else NOT_YET
 
 
 def seeds_differences_table() -> str:
@@ -305,10 +321,7 @@ def seeds_differences_table() -> str:
         for other in SEEDED[number + 1 :]:
             seeds = [seed for seed in trained_seeds(one) if seed in trained_seeds(other)]
             if len(seeds) > 1:
-                halves = [of_seeds(one, other, seeds, count) for count in COUNTS]
-                cells = [
-                    f"{cell}; ± {half:.1f}" for cell, half in zip(differences(one, other, seeds), halves, strict=True)
-                ]
+                cells = [over_seeds(one, other, seeds, count) for count in COUNTS]
                 rows.append([f"{SYSTEMS[one]} - {SYSTEMS[other]}", str(len(seeds)), *cells])
     return table(["difference, points", "training seeds", *SIDES], rows) if rows else NOT_YET
 
@@ -355,26 +368,29 @@ def resampled(one: np.ndarray, other: np.ndarray, draws: int = 2000) -> np.ndarr
     return np.array([points(one[chosen]) - points(other[chosen]) for chosen in rows])
 
 
-def interval(one: np.ndarray, other: np.ndarray) -> str:
-    """The difference of two shares in points, and the 2.5th and 97.5th percentile over resampled prompts."""
-    low, high = np.percentile(resampled(one, other), [2.5, 97.5])
+def interval(one: np.ndarray, other: np.ndarray, draws: np.ndarray | None = None) -> str:
+    """The difference of two shares in points, and the 2.5th and 97.5th percentile over resampled prompts (`draws`)."""
+    low, high = np.percentile(resampled(one, other) if draws is None else draws, [2.5, 97.5])
     return f"{points(one) - points(other):+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 STUDENT = {2: 12.706, 3: 4.303}  # quantile at 97.5 % for so many training seeds, with one degree of freedom less
 
 
-def of_seeds(one: str, other: str, seeds: Sequence[int], count: Callable[[str, Sequence[int]], np.ndarray]) -> float:
-    """Half of the 95 % interval of a mean difference over training seeds and prompts, in points.
+def over_seeds(one: str, other: str, seeds: Sequence[int], count: Callable[[str, Sequence[int]], np.ndarray]) -> str:
+    """A mean difference over training seeds with two intervals of 95 %, in points.
 
-    Both systems of a seed begin with the same adapter, so a seed gives one difference. The root of the sum of two
-    squares: t s / sqrt(S), with the standard deviation s of the differences of S seeds and Student's quantile t, and
-    half of the interval over prompts (1.96 standard deviations). Example: differences of 0.30, 0.21 and 0.47 have
-    s = 0.13, 4.303 * 0.13 / sqrt(3) = 0.33; with 0.25 of prompts 0.41.
+    In brackets that over prompts, as `interval`; behind ± half of that over training seeds and prompts. Both
+    systems of a seed begin with the same adapter, so a seed gives one difference. The root of the sum of two
+    squares: t s / sqrt(S), with the standard deviation s of the differences of S seeds and Student's quantile t,
+    and half of the interval over prompts (1.96 standard deviations). Example: differences of 0.30, 0.21 and 0.47
+    have s = 0.13, 4.303 * 0.13 / sqrt(3) = 0.33; with 0.25 of prompts 0.41.
     """
+    pair = count(one, seeds), count(other, seeds)
+    draws = resampled(*pair)
     found = [points(count(one, (seed,))) - points(count(other, (seed,))) for seed in seeds]
-    of_prompts = 1.96 * float(resampled(count(one, seeds), count(other, seeds)).std())
-    return math.hypot(STUDENT[len(seeds)] * statistics.stdev(found) / math.sqrt(len(seeds)), of_prompts)
+    half = math.hypot(STUDENT[len(seeds)] * statistics.stdev(found) / math.sqrt(len(seeds)), 1.96 * float(draws.std()))
+    return f"{interval(*pair, draws)}; ± {half:.1f}"
 
 
 def counts_table() -> str:
@@ -437,10 +453,15 @@ def references_table(name: str = "references") -> str:
     return table(["references right, % (how many)", *header], rows)
 
 
+def points_to_another(row: dict[str, Any]) -> bool:
+    """Whether a reference points to another sentence; the other kinds are rules."""
+    return row["kind"] in ("same", "again")
+
+
 POINTING = {
-    "a rule (`default`, `remainder`)": lambda row: row["kind"] in ("default", "remainder"),
-    "a sentence of the first object": lambda row: row["kind"] in ("same", "again") and row["first"],
-    "a sentence of another object": lambda row: row["kind"] in ("same", "again") and not row["first"],
+    "a rule (`default`, `remainder`)": lambda row: not points_to_another(row),
+    "a sentence of the first object": lambda row: points_to_another(row) and row["first"],
+    "a sentence of another object": lambda row: points_to_another(row) and not row["first"],
     "named by its place": lambda row: row.get("pointer") == "place",
     "by its order": lambda row: row.get("pointer") == "order",
     "by its shape": lambda row: row.get("pointer") == "name",
@@ -723,7 +744,7 @@ def tuning_table() -> str:
 
 
 def rivals_table() -> str:
-    found = rivals.read(RESULTS)
+    found = read_results("rivals.json")
     if not found:
         return NOT_YET
     rivals.plot_curves(found, IMAGES / "results_rivals.png")
@@ -731,12 +752,12 @@ def rivals_table() -> str:
 
 
 def choices_table() -> str:
-    found = rivals.read(RESULTS)
+    found = read_results("rivals.json")
     return table(*rivals.choices_rows(found)) if found else NOT_YET
 
 
 def verdicts_table() -> str:
-    found = rivals.read(RESULTS)
+    found = read_results("rivals.json")
     return table(*rivals.verdict_rows(found)) if found.get("differences") else NOT_YET
 
 
@@ -857,6 +878,7 @@ TABLES = {
     "systems": systems_table,
     "differences": differences_table,
     "seeds": seeds_table,
+    "seeds references": seeds_references_table,
     "seeds differences": seeds_differences_table,
     "times": times_table,
     "deltas": deltas_table,

@@ -270,11 +270,6 @@ def margins(differences: Mapping[str, Any]) -> dict[str, float]:
 # -- tables --------------------------------------------------------------------------------------------------
 
 
-def read(results: Path) -> dict[str, Any]:
-    file = results / "rivals.json"
-    return json.loads(file.read_text()) if file.exists() else {}
-
-
 def methods_rows(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and a row a method: R@1, means over seeds ± their standard deviation, in %."""
     header = ["method", "lr", "seeds", "R@1 of 5,000, i2t", "t2i", "with twins, i2t", "t2i", "short R@1 of 1,000"]
