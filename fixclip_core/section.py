@@ -1,7 +1,7 @@
 """`Section`: the base of every part of a recipe."""
 
 from collections.abc import Iterator
-from typing import Self
+from typing import ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
@@ -10,6 +10,9 @@ class Section(BaseModel):
     """A part of a recipe: unknown keys, wrong types and NaN are errors, and it cannot change once read."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True, allow_inf_nan=False)
+
+    # {field: another that says the same}: on the command line one takes the place of what the recipe says of the other.
+    alternatives: ClassVar[dict[str, str]] = {}
 
     def contradictions(self) -> Iterator[str]:
         """What its fields say that does not go together, one message each, with the way out; a section overrides this.

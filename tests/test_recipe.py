@@ -143,6 +143,33 @@ def test_an_error_about_two_fields_says_where_each_stands(write):
         load(write(text), "train.batch_size=1")
 
 
+@pytest.mark.parametrize(
+    ("written", "overrides", "expected"),
+    [
+        ("epochs: 6", ["train.steps=50"], (1, 50)),
+        ("steps: 5000", ["train.epochs=3"], (3, None)),
+        ("steps: 5000", ["train.epochs=1"], (1, None)),
+        ("steps: 5000", ["train.epochs=1", "train.steps=7"], (1, 7)),
+        ("epochs: 6", ["train.steps=null"], (6, None)),
+        ("epochs: 6", ["train={epochs: 2}"], (2, None)),
+        ("steps: 5000", ["optim.lr=1e-5"], (1, 5000)),
+    ],
+)
+def test_on_the_command_line_steps_take_the_place_of_epochs(write, tmp_path, written, overrides, expected):
+    recipe = load(write(f"{MINIMAL}train: {{{written}}}\n"), *overrides)
+    assert (recipe.train.epochs, recipe.train.steps) == expected
+    (tmp_path / "again.yaml").write_text(recipe_yaml(recipe))
+    assert load(tmp_path / "again.yaml") == recipe
+
+
+def test_steps_beside_epochs_are_refused(write):
+    message = "encoder.yaml:6: train.epochs=3: train.steps=50 says how long already; leave one of them out"
+    with pytest.raises(ValueError, match=message):
+        load(write(f"{MINIMAL}train: {{epochs: 3, steps: 50}}\n"))
+    with pytest.raises(ValueError, match=r"command line: train\.epochs=3: train\.steps=50 says how long already"):
+        load(write(MINIMAL), "train.epochs=3", "train.steps=50")
+
+
 def test_all_contradictions_of_a_section_are_reported_each_with_its_line(write):
     text = MINIMAL + "captions:\n  min_words: 3\n  num_short: 2\n  short_caption: given\n"
     with pytest.raises(ValueError, match="min_words") as error:

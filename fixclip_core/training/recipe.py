@@ -10,12 +10,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, Field, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from fixclip_core.check import one_line
@@ -82,6 +83,7 @@ def load_recipe(
         raise ValueError(f"{name}:1: a recipe is a mapping of sections, e.g. `model:` and `train:`")
     for override in overrides:
         _apply_override(tree, override)
+    _leave_out_alternatives(schema, tree, [override.partition("=")[0] for override in overrides])
     sources = _sources(name, text, overrides)
     for key, value in (blanks or {}).items():
         if key in OmegaConf.missing_keys(tree):
@@ -188,6 +190,21 @@ def _apply_override(tree: Any, override: str) -> None:
         raise ValueError(f"{COMMAND_LINE}: {override!r} cannot be applied: {error}") from None
 
 
+def _leave_out_alternatives(schema: type[BaseModel], tree: Any, overridden: Sequence[str]) -> None:
+    """Of two fields that stand for each other, one on the command line takes the place of the other in the file.
+
+    So `train.epochs=3` acts on a recipe that says `steps: 5000`, see `Section.alternatives`.
+    """
+    sections = {name: _section_of(field) for name, field in schema.model_fields.items()}
+    for key in overridden:
+        section, _, name = key.partition(".")
+        owner: Any = sections.get(section)
+        other = getattr(owner, "alternatives", {}).get(name)
+        given = other is not None and OmegaConf.select(tree, key) is not None
+        if given and f"{section}.{other}" not in overridden:
+            OmegaConf.update(tree, f"{section}.{other}", owner.model_fields[other].default)
+
+
 def _sources(name: str, text: str, overrides: Sequence[str]) -> dict[Location, str]:
     """Where a recipe's keys are set: `FILE:LINE`, or on the command line."""
     lines = {location: f"{name}:{line}" for location, line in _key_lines(yaml.compose(text))}
@@ -260,7 +277,7 @@ def valid_keys(schema: type[BaseModel], prefix: str = "") -> dict[str, str]:
     """Every dotted key that a recipe of this schema may set, e.g. `optim.lr`, with its description."""
     keys = {}
     for name, field in schema.model_fields.items():
-        section = next((t for t in (field.annotation, *get_args(field.annotation)) if _is_section(t)), None)
+        section = _section_of(field)
         if section is None:
             keys[prefix + name] = field.description or ""
         else:
@@ -268,8 +285,10 @@ def valid_keys(schema: type[BaseModel], prefix: str = "") -> dict[str, str]:
     return keys
 
 
-def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+def _section_of(field: FieldInfo) -> type[BaseModel] | None:
+    """The model of a field that is a section, or may be one; None of any other field."""
+    candidates = (field.annotation, *get_args(field.annotation))
+    return next((t for t in candidates if isinstance(t, type) and issubclass(t, BaseModel)), None)
 
 
 def flatten(recipe: BaseModel) -> dict[str, Any]:
@@ -323,8 +342,10 @@ class OptimSection(Section):
 class RunSection(Section):
     """How long and how fast to train; the parts that do not depend on what is trained."""
 
-    epochs: int = Field(default=1, ge=1, description="passes over the data; ignored where steps is set")
-    steps: int | None = Field(default=None, ge=1, description="optimiser steps of the whole run")
+    alternatives: ClassVar = {"epochs": "steps", "steps": "epochs"}
+
+    epochs: int = Field(default=1, ge=1, description="passes over the data")
+    steps: int | None = Field(default=None, ge=1, description="optimiser steps of the whole run, in place of epochs")
     batch_size: int = Field(default=256, ge=1, description="samples a step over all processes")
     precision: AnyPrecision = Field(
         default="auto",
@@ -338,6 +359,11 @@ class RunSection(Section):
     max_skipped_steps: int = Field(
         default=20, ge=1, description="stop after so many steps in a row without finite gradient"
     )
+
+    def contradictions(self) -> Iterator[str]:
+        yield from super().contradictions()
+        if self.steps is not None and self.is_changed("epochs"):
+            yield f"train.epochs={self.epochs}: train.steps={self.steps} says how long already; leave one of them out"
 
 
 class OutputSection(Section):

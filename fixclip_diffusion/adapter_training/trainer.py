@@ -735,7 +735,7 @@ def smoke_recipe(recipe: AdapterRecipe, folder: str | Path, batch_size: int = 2)
         # Half of a few draws: so that both kinds of captions have their turn.
         "objectives": {"short_share": 0.5 if recipe.objectives.reads_short else 0.0},
         "optim": {"warmup_steps": 0},
-        "train": {"steps": 2, "batch_size": batch_size, "micro_batch_size": 1},
+        "train": {"steps": 2, "epochs": 1, "batch_size": batch_size, "micro_batch_size": 1},
         "samples": {"prompts": recipe.samples.prompts[:1], "steps": 2},
         "output": {"folder": str(folder), "log_every": 1, "keep_last": 1, "trackers": []},
     }

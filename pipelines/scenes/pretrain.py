@@ -698,7 +698,7 @@ class StageTrainer(Trainer):
     def smoke_trainer(cls, recipe: StageRecipe, folder: str) -> Self:
         """The same model with two steps of a few scenes."""
         changes: dict[str, dict[str, Any]] = {
-            "train": {"steps": 2, "batch_size": 4 * PartialState().num_processes},
+            "train": {"steps": 2, "epochs": 1, "batch_size": 4 * PartialState().num_processes},
             "output": {"folder": folder, "log_every": 1, "keep_last": 1, "trackers": []},
         }
         few = {"eval_scenes": 4, "latents": 8, "noise_draws": 2}

@@ -75,7 +75,7 @@ def cluster_plan(recipe: EncoderRecipe, cluster: Cluster) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         trainer = EncoderTrainer(_probe_recipe(recipe, cluster, folder)).prepare()
         samples, source = _samples(trainer, cluster)
-        steps = recipe.train.steps or (recipe.train.epochs or 0) * (samples // recipe.train.batch_size)
+        steps = recipe.train.steps or recipe.train.epochs * (samples // recipe.train.batch_size)
         if not steps:
             raise ValueError(f"{samples} samples do not fill one step of train.batch_size={recipe.train.batch_size}")
         rate, rate_rows = _rate(trainer, cluster)
@@ -97,7 +97,7 @@ def cluster_plan(recipe: EncoderRecipe, cluster: Cluster) -> list[Row]:
 def _probe_recipe(recipe: EncoderRecipe, cluster: Cluster, folder: str) -> EncoderRecipe:
     """The recipe in a few samples: random weights, bfloat16, and scenes where the number of samples is given."""
     changes: dict[str, dict[str, Any]] = {
-        "train": {"batch_size": PROBE, "micro_batch_size": None, "compile": False, "steps": 1},
+        "train": {"batch_size": PROBE, "micro_batch_size": None, "compile": False, "steps": 1, "epochs": 1},
         "eval": {"source": None, "held_out": None},
         "output": {"folder": folder, "trackers": []},
     }

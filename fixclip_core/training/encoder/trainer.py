@@ -395,7 +395,7 @@ def smoke_recipe(recipe: EncoderRecipe, folder: str | Path, batch_size: int = 4)
         "data": {**scenes_for(recipe), "stop": 2 * batch_size, "workers": 0},
         "captions": {"filter_captions": False},
         "optim": {"warmup_steps": 0},
-        "train": {"steps": 2, "batch_size": batch_size, "micro_batch_size": micro},
+        "train": {"steps": 2, "epochs": 1, "batch_size": batch_size, "micro_batch_size": micro},
         "eval": {**READ_SCENES, "stop": batch_size, "held_out": None, "batch_size": batch_size},
         "output": {"folder": str(folder), "log_every": 1, "keep_last": 1, "trackers": []},
     }
