@@ -41,7 +41,7 @@ def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def accelerator():
     return Accelerator(cpu=True)
 
