@@ -167,7 +167,7 @@ def load_components(
     plans: dict[str, dict[str, Any]] = {}
     for tower in towers:
         if kwargs.get(tower.encoder) is not None:
-            kwargs[tower.encoder] = as_long(kwargs[tower.encoder], tower)
+            kwargs[tower.encoder] = as_long(kwargs[tower.encoder], tower, adapters.get(tower.encoder) is not None)
             widths[tower.encoder] = kwargs[tower.encoder].config.hidden_size
         elif tower.encoder not in kwargs:
             plans[tower.encoder] = plan_encoder(base, tower, encoders.get(tower.encoder), kwargs, hub_kwargs)
@@ -188,8 +188,7 @@ def load_components(
         if adapter is not None:
             if encoder is None:
                 raise ValueError(f"adapter= needs a text encoder, but {tower.encoder}=None was passed")
-            if not isinstance(adapter, TextAdapter):
-                adapter = TextAdapter.from_pretrained(adapter, **elsewhere)
+            adapter = _own_adapter(adapter, elsewhere)
             if adapter.folder is not None:
                 _warn_of_another_encoder(adapter.folder, encoder, kwargs[tower.tokenizer], plans.get(tower.encoder))
             encoder.set_adapter_module(adapter)
@@ -300,14 +299,19 @@ def check_width(widths: dict[str, int], unet_width: Any, family: Family) -> None
     )
 
 
-def as_long(text_encoder: Any, tower: Tower) -> LongTextEncoder:
+def as_long(text_encoder: Any, tower: Tower, copied: bool = False) -> LongTextEncoder:
     """A text encoder in memory as one of ours; a stock one is stretched, and its LoRAs go on acting.
+
+    Args:
+        text_encoder: of any pipeline.
+        tower: which of a base's text encoders it is.
+        copied: for an encoder that is to have an adapter: whoever holds the one given goes on without it.
 
     Raises:
         ValueError: it is no CLIP text model.
     """
     if isinstance(text_encoder, encoder_class(tower)):
-        return text_encoder
+        return copy.deepcopy(text_encoder) if copied else text_encoder
     if isinstance(text_encoder, (CLIPTextModel, CLIPTextModelWithProjection)):
         with without_lora_layers([text_encoder]):
             long_encoder = encoder_class(tower).from_clip(text_encoder, hidden_state=tower.output)
@@ -452,18 +456,22 @@ def convert_stock(
         elif given is not None:
             is_offloaded = hasattr(encoder, "_hf_hook") and encoder.device.type == "meta"
             encoder = _load_encoder(plans[tower.encoder]).to("cpu" if is_offloaded else encoder.device)
-        elif adapters.get(tower.encoder) is not None and isinstance(encoder, LongTextEncoder):
-            encoder = copy.deepcopy(encoder)  # the pipeline that it comes from goes on without this adapter
-        encoder = components[tower.encoder] = as_long(encoder, tower)
+        adapter = adapters.get(tower.encoder)
+        is_shared = adapter is not None and tower.encoder not in plans
+        encoder = components[tower.encoder] = as_long(encoder, tower, is_shared)
         tokenizer = components[tower.tokenizer]
         if not isinstance(tokenizer, FixClipTokenizer) or tokenizer.context_length != encoder.context_length:
             components[tower.tokenizer] = FixClipTokenizer.from_stock(tokenizer, encoder.context_length)
-        adapter = adapters.get(tower.encoder)
         if adapter is not None:
-            encoder.set_adapter_module(
-                adapter if isinstance(adapter, TextAdapter) else TextAdapter.from_pretrained(adapter, **elsewhere)
-            )
+            encoder.set_adapter_module(_own_adapter(adapter, elsewhere))
     return components
+
+
+def _own_adapter(adapter: Any, elsewhere: dict[str, Any]) -> TextAdapter:
+    """The adapter of a folder or hub name; of one in memory a copy, as an encoder moves and casts its own."""
+    if isinstance(adapter, TextAdapter):
+        return copy.deepcopy(adapter)
+    return TextAdapter.from_pretrained(adapter, **elsewhere)
 
 
 def _plan_others(

@@ -579,3 +579,24 @@ def test_an_encoder_that_was_trained_for_one_pass_reads_it_without_a_word(sd1, t
     with caplog.at_level(logging.WARNING, logger="fixclip_diffusion"):
         other.encode_prompt(LONG, "cpu", 1, False)
     assert not caplog.messages
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("made_by", ["from_pretrained", "from_pipe"])
+def test_an_adapter_is_put_on_a_copy_of_the_encoder_that_was_given(folder, stock, made_by):
+    """Whoever holds encoder and adapter, other pipelines among them, goes on with them as they were."""
+    encoder = FixClipTextEncoder.from_clip(stock.text_encoder)
+    adapter = TextAdapter(32)
+    for parameter in adapter.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    values = {name: tensor.clone() for name, tensor in adapter.state_dict().items()}
+    first = FixClipStableDiffusionPipeline.from_pretrained(folder, encoder=encoder)
+    before = first.encode_prompt(LONG, "cpu", 1, False)[0]
+    source = folder if made_by == "from_pretrained" else stock
+    second = getattr(FixClipStableDiffusionPipeline, made_by)(source, encoder=encoder, adapter=adapter)
+    second.text_encoder.to(torch.float16)
+    assert next(second.text_encoder.adapter.parameters()).dtype == torch.float16
+    assert torch.equal(first.encode_prompt(LONG, "cpu", 1, False)[0], before)
+    assert first.text_encoder.adapter is encoder.adapter is encoder.config.adapter is None
+    assert all(torch.equal(tensor, values[name]) for name, tensor in adapter.state_dict().items())
+    assert encoder.dtype == torch.float32
