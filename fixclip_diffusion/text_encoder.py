@@ -152,6 +152,7 @@ class LongTextEncoder(CLIPPreTrainedModel):
         self._state_read: int | None = None  # place of the one hidden state that will be read, if that is known
         self._has_warned = False
         self._is_short = False  # whether the base's copy read the pass that ran last
+        self._short_rows: Tensor | None = None  # (B, 1, 1), True where it read a row of a pass of more positions
         self._text_BT: Tensor | None = None  # True up to each text's end, in the pass that runs or ran last
         self.text_model.final_layer_norm.register_forward_hook(self._finish_last)
         self.post_init()
@@ -159,7 +160,42 @@ class LongTextEncoder(CLIPPreTrainedModel):
     def _finish_last(self, module: nn.Module, inputs: tuple, states_BTD: Tensor) -> Tensor:
         if self._is_short and self.short_text_model is not None:  # diffusers' clip_skip, for the pass that ran last
             return self.short_text_model.final_layer_norm(*inputs)
-        return self._finish(states_BTD) if self.config.hidden_state == "last" else states_BTD
+        finished_BTD = self._finish(states_BTD) if self.config.hidden_state == "last" else states_BTD
+        if self._short_rows is not None and self.short_text_model is not None:  # clip_skip, as above
+            short_BTD = self.short_text_model.final_layer_norm(*inputs)[:, : self.short_context_length]
+            return self._with_short_rows(finished_BTD, short_BTD)
+        return finished_BTD
+
+    def _with_short_rows(self, states_BTD: Tensor, short_BSD: Tensor) -> Tensor:
+        """The states with those of the base's copy, then zeros, in rows whose text fits into its S positions."""
+        assert self._short_rows is not None
+        if len(self._short_rows) != len(states_BTD):
+            return states_BTD  # a LayerNorm called by itself, for another batch
+        short_BTD = nn.functional.pad(short_BSD, (0, 0, 0, states_BTD.shape[1] - short_BSD.shape[1]))
+        return torch.where(self._short_rows, short_BTD, states_BTD)
+
+    def _read_short_rows(
+        self, output: Any, input_ids: Tensor | None, attention_mask: Tensor | None, **kwargs: Any
+    ) -> Any:
+        """The outputs of a pass of more than 77 positions, in which the base's copy reads the texts that fit."""
+        if self._short_rows is None or self.short_text_model is None or input_ids is None:
+            return output
+        size, rows_B1 = self.short_context_length, self._short_rows[:, 0]
+        mask_BS = None if attention_mask is None else attention_mask[:, :size]
+        short = self.short_text_model(input_ids=input_ids[:, :size], attention_mask=mask_BS, **kwargs)
+
+        def merged(long: Any, own: Any) -> Any:
+            if isinstance(long, tuple):
+                return tuple(map(merged, long, own))
+            if not isinstance(long, Tensor) or long.ndim > 3:
+                return long  # attentions, which stay the trained encoder's
+            return torch.where(rows_B1, own, long) if long.ndim == 2 else self._with_short_rows(long, own)
+
+        if isinstance(output, tuple):
+            return merged(output, short)
+        for name in output:
+            output[name] = merged(output[name], short[name])
+        return output
 
     def _finish(self, states_BTD: Tensor) -> Tensor:
         """The adapter, then zeros behind the text if the padding is masked."""
@@ -190,7 +226,7 @@ class LongTextEncoder(CLIPPreTrainedModel):
 
     def _find_texts(self, input_ids: Tensor | None, position_ids: Tensor | None) -> None:
         """Where the texts of the coming pass end, which of them are long, and whether the base's copy reads it."""
-        self._text_BT, self._long_rows.mask, self._is_short = None, None, False
+        self._text_BT, self._long_rows.mask, self._is_short, self._short_rows = None, None, False, None
         if input_ids is None:
             return
         length_B1 = text_lengths(input_ids, self.config.eos_token_id)[:, None]
@@ -201,10 +237,14 @@ class LongTextEncoder(CLIPPreTrainedModel):
             self._warn_of_one_pass(length_B1)
         fits = input_ids.shape[1] <= short and position_ids is None
         self._is_short = fits and self.short_text_model is not None
-        if self.config.delta_rank and not fits:
-            # In a longer pass a text that fits has the base's positions, too, where the padding is masked.
-            as_base_B1 = (length_B1 <= short) & (self.config.padding == "mask") & (position_ids is None)
+        if fits:
+            return
+        # In a longer pass a text that fits is the base's, too, where the padding is masked.
+        as_base_B1 = (length_B1 <= short) & (self.config.padding == "mask") & (position_ids is None)
+        if self.config.delta_rank:
             self._long_rows.mask = as_base_B1.logical_not()[..., None]
+        if self.short_text_model is not None and (torch.compiler.is_compiling() or as_base_B1.any()):
+            self._short_rows = as_base_B1[..., None]
 
     def _warn_of_one_pass(self, length_B1: Tensor) -> None:
         """Say once that this encoder should read texts of so many tokens in windows, and is given them at once."""
@@ -562,7 +602,7 @@ class FixClipTextEncoder(LongTextEncoder, CLIPTextModel):
         position 77 on for a text that ends before. `hidden_states[-1]` is the state before the final LayerNorm, as in
         the stock class. With `hidden_state="penultimate"` all this holds for `hidden_states[-2]` instead, and for those
         before it, which clip_skip reads. With the base's own weights for short texts (`short_weights`) all states of T
-        up to 77 are the base's.
+        up to 77 are the base's, and with `padding="mask"` those of a text that fits into 77 tokens in a longer pass.
         """
         self._find_texts(input_ids, position_ids)
         if self._is_short and self.short_text_model is not None:
@@ -570,7 +610,7 @@ class FixClipTextEncoder(LongTextEncoder, CLIPTextModel):
         output = self.text_model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs
         )
-        return self._finish_penultimate(output)
+        return self._read_short_rows(self._finish_penultimate(output), input_ids, attention_mask, **kwargs)
 
 
 class FixClipTextEncoderWithProjection(LongTextEncoder, CLIPTextModelWithProjection):

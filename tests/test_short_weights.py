@@ -15,6 +15,7 @@ from fixclip_core.check import LoadError
 from fixclip_core.model.fixclip import FixClip
 from fixclip_core.weights.read import ClipCheckpoint
 from fixclip_core.weights.write import export, plain_clip, write_delta, write_diffusers
+from fixclip_diffusion.adapter import TextAdapter
 from fixclip_diffusion.conditioning import Context, PromptTokens, get_conditioning, short_length
 from fixclip_diffusion.short_weights import POSITIONS
 from fixclip_diffusion.text_config import load_clip_text_config
@@ -126,11 +127,39 @@ def test_a_named_base_that_is_not_there(models, base, tmp_path):
         encoder.name_short_weights("base")
 
 
-def test_a_short_text_beside_a_long_one_is_the_bases_with_a_delta(models, base):
-    encoder = with_delta(models, base)
-    mixed = states(encoder, texts((20, 200), 248))[-2]
-    alone = states(base, texts((20, 200), 248)[:1, :77])[-2]
-    torch.testing.assert_close(mixed[:1, :77], alone, atol=1e-5, rtol=1e-5)
+@torch.no_grad()
+@pytest.mark.parametrize("make", [with_copy, with_delta])
+def test_a_short_text_in_a_longer_pass_is_the_bases(models, base, make):
+    """As stock pipelines read it, which pad every prompt to 248 tokens, and beside a long one in a batch."""
+    encoder, ids = make(models, base), texts((20, 200), 248)
+    long = encoder(ids[1:]).last_hidden_state
+    alone = base(ids[:1, :77], output_hidden_states=True)
+    for rows in (slice(0, 1), slice(0, 2)):
+        output = encoder(ids[rows], output_hidden_states=True)
+        skipped = encoder.text_model.final_layer_norm(output.hidden_states[-2])  # diffusers' clip_skip=1
+        expected = base.final_layer_norm(alone.hidden_states[-2])
+        for found, wanted in ((output.last_hidden_state, alone.last_hidden_state), (skipped, expected)):
+            torch.testing.assert_close(found[:1, :77], wanted, atol=1e-5, rtol=1e-5)
+            assert not found[0, 77:].any()
+        torch.testing.assert_close(output.pooler_output[:1], alone.pooler_output, atol=1e-5, rtol=1e-5)
+        as_tuple = encoder(ids[rows], output_hidden_states=True, return_dict=False)
+        assert torch.equal(as_tuple[0], output.last_hidden_state)
+    torch.testing.assert_close(output.last_hidden_state[1:], long, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_short_part_beside_a_long_one_is_the_bases(models, base):
+    """What follows a BREAK changes nothing of what stands before it."""
+    encoder = with_copy(models, base)
+    short, both = texts((20,), 77), texts((20, 120), 120)
+    states_BTD = encoder(both).last_hidden_state
+    assert torch.equal(states_BTD[0, :77], base(short).last_hidden_state[0])
+    adapter = TextAdapter(encoder.config.hidden_size)
+    for parameter in adapter.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    encoder.set_adapter_module(adapter)
+    assert torch.equal(encoder(both).last_hidden_state[0, :77], states_BTD[0, :77])
+    assert not torch.allclose(encoder(both).last_hidden_state[1, :120], states_BTD[1, :120])
 
 
 @pytest.mark.parametrize("make", [with_copy, with_delta])
