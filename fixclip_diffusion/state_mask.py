@@ -16,21 +16,34 @@ _HOOK = "_fixclip_state_mask"
 
 
 def mask_empty_states(model: nn.Module) -> None:
-    """Let a `UNet2DConditionModel` or a `ControlNetModel` pass over states of zeros behind others; done once for each.
+    """Let a UNet of diffusers or a `ControlNetModel` pass over states of zeros behind others; done once for each.
 
     A call whose rows are all in use, such as any of stock diffusers, is left as it is, to the bit. Rows of zeros alone
     (the empty negative prompt of Stable Diffusion XL) count as in use. A call with an `encoder_attention_mask` of its
-    own keeps that one. A ControlNet takes no such mask, but each of its blocks with cross-attention does.
+    own keeps that one. A ControlNet and the UNet of AnimateDiff take no such mask, but each of their blocks with
+    cross-attention does.
+
+    Raises:
+        ValueError: neither the model nor its blocks take such a mask.
     """
-    own: Any = getattr(model, "_orig_mod", model)  # what torch.compile was given
-    parameters = inspect.signature(type(own).forward).parameters
     parts = [model]
-    if "controlnet_cond" in parameters:
+    if not _takes_mask(model):
         parts = [part for part in model.modules() if getattr(part, "has_cross_attention", False)]
+    if not parts or not all(map(_takes_mask, parts)):
+        name = type(getattr(model, "_orig_mod", model)).__name__
+        raise ValueError(
+            f"mask_empty_states: a {name} cannot pass over hidden states; it takes the UNets and ControlNets of "
+            "diffusers that read text by cross-attention"
+        )
     hook = _StateMask()
     for part in parts:
         if _HOOK not in part.__dict__:
             part.__dict__[_HOOK] = part.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _takes_mask(part: nn.Module) -> bool:
+    own: Any = getattr(part, "_orig_mod", part)  # what torch.compile was given
+    return "encoder_attention_mask" in inspect.signature(type(own).forward).parameters
 
 
 class _StateMask:

@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from fixclip_diffusion import FixClipStableDiffusionPipeline, FixClipTextEncoder, FixClipTokenizer
+from fixclip_diffusion.prompt_encoder import pad_states
 from fixclip_diffusion.state_mask import mask_empty_states
 
 LONG = tiny.sentences(14)
@@ -105,6 +106,17 @@ def test_animatediff(sd1, components):
     pipe = quiet(AnimateDiffPipeline.from_pretrained(sd1, motion_adapter=motion, **components))
     common = {"num_frames": 2, "height": 16, "width": 16, "num_inference_steps": 2, "output_type": "np"}
     assert_the_end_counts(lambda **kwargs: pipe(**common, **kwargs, generator=seed()).frames[0])
+    embeds_BLD, negative_BLD = (torch.randn(1, 160, 32) for _ in range(2))
+    mask_empty_states(pipe.unet)
+    wide = {"prompt_embeds": pad_states(embeds_BLD, 200), "negative_prompt_embeds": pad_states(negative_BLD, 200)}
+    narrow = {"prompt_embeds": embeds_BLD, "negative_prompt_embeds": negative_BLD}
+    frames = [pipe(**common, **embeds, generator=seed()).frames[0] for embeds in (narrow, wide)]
+    np.testing.assert_allclose(*frames, atol=1e-5)
+
+
+def test_a_model_without_text_to_pass_over_is_refused():
+    with pytest.raises(ValueError, match="mask_empty_states: a Linear cannot pass over hidden states; it takes the UN"):
+        mask_empty_states(torch.nn.Linear(2, 2))
 
 
 def test_our_pipeline_becomes_another_one(ours):
