@@ -190,7 +190,8 @@ class PromptEncoder:
             states_NPD = adapted(layout, plain_NPD)
             if self.weights is not None and layout.is_weighted:
                 empty = empty_layout(context, states_NPD.shape[1])
-                empty_PD = adapted(empty, encode(empty.ids_NP)[0])[0]
+                with encoding.encoder.read_as_long():  # it has a state for each place of the prompt
+                    empty_PD = adapted(empty, encode(empty.ids_NP)[0])[0]
                 states_NPD = weigh(
                     states_NPD, layout, self.weights, lambda *x, own=layout: adapted(own, encode(*x)[0]), empty_PD
                 )

@@ -72,6 +72,7 @@ class FixClipTextEmbeddings(CLIPTextEmbeddings):
         self.short_position_embedding: nn.Embedding | None = None
         if config.short_position_embeddings:
             self.short_position_embedding = nn.Embedding(config.short_position_embeddings, config.hidden_size)
+        self.as_long = False  # see `LongTextEncoder.read_as_long`
 
     def forward(
         self,
@@ -93,7 +94,8 @@ class FixClipTextEmbeddings(CLIPTextEmbeddings):
         num_tokens, limit = given.shape[1], short.num_embeddings
         if num_tokens <= limit:
             return inputs_embeds + short(self.position_ids[:, :num_tokens])
-        if self.config.padding != "mask" or input_ids is None or num_tokens > self.config.max_position_embeddings:
+        masks = self.config.padding == "mask" and not self.as_long
+        if not masks or input_ids is None or num_tokens > self.config.max_position_embeddings:
             return super().forward(None, None, inputs_embeds)
         long_1TD = self.position_embedding(self.position_ids[:, :num_tokens])
         short_1TD = torch.cat([short(self.position_ids[:, :limit]), long_1TD[:, limit:]], dim=1)
@@ -205,7 +207,8 @@ class LongTextEncoder(CLIPPreTrainedModel):
         num_tokens, short = states_BTD.shape[1], self.config.short_position_embeddings
         if self.adapter is not None and not self._leave_adapter_out:
             states_BTD = self._adapted(self.adapter, states_BTD, text_BT)
-        if self.config.padding == "mask" and num_tokens > short and text_BT is not None:
+        masks = self.config.padding == "mask" and not self.text_model.embeddings.as_long
+        if masks and num_tokens > short and text_BT is not None:
             fits_B1 = text_BT[:, short:].logical_not().all(1, keepdim=True) & (short > 0)
             place_1T = torch.arange(num_tokens, device=states_BTD.device)[None]
             states_BTD = states_BTD * (text_BT | (fits_B1 & (place_1T < short)))[..., None]
@@ -220,7 +223,7 @@ class LongTextEncoder(CLIPPreTrainedModel):
         if num_tokens <= short:
             return states_BTD
         fits_B11 = torch.zeros(len(states_BTD), 1, 1, dtype=torch.bool, device=states_BTD.device)
-        if text_BT is not None:
+        if text_BT is not None and not self.text_model.embeddings.as_long:
             fits_B11 = text_BT[:, short:].logical_not().all(1)[:, None, None]
         return torch.where(fits_B11, states_BTD, adapter(states_BTD, text_BT))
 
@@ -240,7 +243,8 @@ class LongTextEncoder(CLIPPreTrainedModel):
         if fits:
             return
         # In a longer pass a text that fits is the base's, too, where the padding is masked.
-        as_base_B1 = (length_B1 <= short) & (self.config.padding == "mask") & (position_ids is None)
+        masks = self.config.padding == "mask" and not self.text_model.embeddings.as_long
+        as_base_B1 = (length_B1 <= short) & masks & (position_ids is None)
         if self.config.delta_rank:
             self._long_rows.mask = as_base_B1.logical_not()[..., None]
         if self.short_text_model is not None and (torch.compiler.is_compiling() or as_base_B1.any()):
@@ -345,6 +349,17 @@ class LongTextEncoder(CLIPPreTrainedModel):
             yield
         finally:
             self._reads_windows = False
+
+    @contextmanager
+    def read_as_long(self) -> Iterator[None]:
+        """Texts in passes of more than 77 positions are read as if they did not fit while the block runs: by the
+        weights and positions of long texts, and with the hidden states of the padding behind them, whatever the
+        encoder's `padding`."""
+        self.text_model.embeddings.as_long = True
+        try:
+            yield
+        finally:
+            self.text_model.embeddings.as_long = False
 
     @contextmanager
     def laid_out(self, state_read: int | None = None) -> Iterator[None]:

@@ -1,5 +1,6 @@
 """Prompt weights: both syntaxes, against the tools that they come from."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -8,8 +9,9 @@ import tiny_adapter
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import CLIPTextConfig, CLIPTextModel
 
-from fixclip_diffusion import FixClipStableDiffusionPipeline, TextAdapter
+from fixclip_diffusion import FixClipStableDiffusionPipeline, FixClipTextEncoder, TextAdapter
 from fixclip_diffusion.conditioning import CONDITIONINGS, Break
 from fixclip_diffusion.prompt_weights import Fragment, parse_weights, weigh
 
@@ -187,6 +189,35 @@ def test_weights_come_after_an_adapter_that_reads_all_windows(pipe, conditioning
     expected = torch.where(weight_L[:, None] == 1, rows[0], empty_LD + weight_L[:, None] * (rows[0] - empty_LD))
     assert (weight_L == 1.5).sum() == 1
     torch.testing.assert_close(rows[1], expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("prompt", [f"A (green)1.5 hat. {LONG} A (green)1.5 hat.", "A (green)1.5 hat."])
+def test_a_weight_acts_alike_wherever_its_word_stands_in_one_pass(base_folders, prompt, trained):
+    """z' = e + w (z - e), where e has a state for every place, though an encoder's own are 0 behind a text."""
+    folder, options = base_folders["sd1"], {}
+    if trained:
+        own = CLIPTextConfig.from_pretrained(folder, subfolder="text_encoder").to_dict() | {
+            "max_position_embeddings": 248,
+            "padding": "mask",
+        }
+        options["encoder"] = FixClipTextEncoder.from_clip(CLIPTextModel(CLIPTextConfig(**own)))
+    pipe = FixClipStableDiffusionPipeline.from_pretrained(folder, **options)
+    encoder = pipe.text_encoder
+    assert encoder.config.padding == "mask"
+    heavy, plain = (weighted(pipe, text, "compel", "one_pass")[0] for text in (prompt, prompt.replace("1.5", "1.0")))
+    layout = pipe._prompt_encoder_of("one_pass", "compel").lay_out(prompt)
+    context, size = pipe.prompt_encoder.encodings[0].context, layout.ids_NP.shape[1]
+    empty_1P = torch.tensor([[context.start_id, context.end_id, *[context.pad_id] * (size - 2)]])
+    keeping = copy.deepcopy(encoder)
+    keeping.config.padding = "keep"
+    empty_LD = keeping(empty_1P).last_hidden_state[0]
+    assert empty_LD.any(-1).all()
+    weight_L1 = layout.weight_NP[0][:, None]
+    assert (weight_L1 == 1.5).sum() == prompt.count("1.5")
+    expected = torch.where(weight_L1 == 1, plain, empty_LD + weight_L1 * (plain - empty_LD))
+    torch.testing.assert_close(heavy, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
