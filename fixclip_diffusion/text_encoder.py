@@ -104,9 +104,17 @@ class FixClipTextEmbeddings(CLIPTextEmbeddings):
 
 
 def text_lengths(ids_BT: Tensor, eos_token_id: int) -> Tensor:
-    """(B,) tokens of each row up to its first end-of-text token, that one included; T for a row without."""
+    """(B,) tokens of each row up to the end-of-text token behind its text, that one included; T for a row without.
+
+    That is the first of those that fill up the row, or the last one where another token does: the text goes on behind
+    one that somebody wrote into it. With 9 for end-of-text, (1, 5, 9, 6, 9, 9) has 5 and (1, 5, 9, 6, 9, 0) too.
+    """
     end_BT = ids_BT == eos_token_id
-    return torch.where(end_BT.any(1), end_BT.int().argmax(1) + 1, ids_BT.shape[1])
+    place_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
+    last_end_B = torch.where(end_BT, place_T, -1).amax(1)
+    last_other_B = torch.where(end_BT, -1, place_T).amax(1)
+    length_B = torch.where(end_BT[:, -1], last_other_B + 2, last_end_B + 1)
+    return torch.where(end_BT.any(1), length_B, ids_BT.shape[1])
 
 
 @contextmanager

@@ -215,6 +215,14 @@ def test_neither_half_of_guidance_is_cut(any_way, negative):
     assert picture(any_way, prompt, negative_prompt=negative).shape == (1, 16, 16, 3)
 
 
+def test_a_text_goes_on_behind_an_end_token_that_is_written_in_it(any_way):
+    """Captions by a language model may hold one; stock CLIP reads on behind it, too."""
+    first, rest = LONG[:100], LONG[100:]
+    found = any_way.encode_prompt(f"{first} <|endoftext|> {rest}", "cpu", 1, False)[0][0]
+    assert found.any(-1).all()
+    assert (len(found) > 77) == (any_way.conditioning != "stock")
+
+
 def test_each_prompt_of_a_batch_is_drawn_as_if_alone(any_way):
     """Whatever the lengths of the others and of the negative prompts."""
     prompts, negatives = [SHORT, VERY_LONG, LONG, "a cat"], ["bad", LONG, "", VERY_LONG]

@@ -5,11 +5,14 @@ import json
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
 
 from fixclip_core.model.positional import stretch_positions
 from fixclip_diffusion import FixClipTextConfig, FixClipTextEncoder, TextAdapter
+from fixclip_diffusion.text_encoder import text_lengths
 from fixclip_diffusion.tiny import clip_text_config
 
 KINDS = {
@@ -265,3 +268,17 @@ def test_config_round_trip(tmp_path):
     config.save_pretrained(tmp_path)
     again = FixClipTextConfig.from_pretrained(tmp_path)
     assert again.to_dict() == config.to_dict()
+
+
+@given(
+    text=st.lists(st.sampled_from([1, 5, 9]), max_size=6),
+    pad=st.sampled_from([0, 9]),
+    filled=st.integers(0, 4),
+)
+def test_a_text_ends_at_the_end_token_behind_it(text, pad, filled):
+    """9 is end-of-text, which may stand in a text, too; what a text ends in cannot be told from padding."""
+    while text and text[-1] == 9:
+        text = text[:-1]
+    row = [7, *text, 9, *[pad] * filled]
+    assert text_lengths(torch.tensor([row]), 9).tolist() == [len(text) + 2]
+    assert text_lengths(torch.tensor([[7, 1, 5]]), 9).tolist() == [3]
