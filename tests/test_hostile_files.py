@@ -2,7 +2,9 @@
 
 import copy
 import json
+import pickle
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -106,6 +108,114 @@ def test_pickles_of_every_layout(tmp_path):
         (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-2000])
         with pytest.raises(LoadError, match=name):
             open_weights(tmp_path / name)
+
+
+class Nested(torch.nn.Module):
+    """Everything beside parameters and buffers that a TorchScript archive may hold, and tensors of several kinds."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(3, 3, bias=False), torch.nn.Linear(3, 3).half()])
+        self.tied = self.layers[0].weight
+        self.scale = torch.nn.Parameter(torch.tensor(2.0, dtype=torch.bfloat16))
+        self.register_buffer("turned", torch.arange(6.0).view(2, 3).T)
+        self.register_buffer("part", torch.arange(10)[3:5])
+        self.register_buffer("nothing", torch.empty(0, dtype=torch.bool))
+        self.neither = torch.ones(2)
+        self.table = {"a": torch.ones(1)}
+        self.numbers = [1, 2]
+
+    def forward(self, x):
+        return self.layers[0](x) + self.neither.sum() + self.table["a"] + self.numbers[0]
+
+
+class WritesAFile(torch.nn.Module):
+    """`torch.jit.load` runs `__setstate__`, which may write files."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(2))
+
+    @torch.jit.export
+    def __getstate__(self):
+        return self.weight, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[torch.Tensor, bool]):
+        torch.save(torch.arange(3), "written")
+        self.weight = state[0]
+        self.training = state[1]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def test_torchscript_archives_are_read_as_torch_reads_them(tmp_path):
+    for name, module in (
+        ("scripted", torch.jit.script(Nested())),
+        ("traced", torch.jit.trace(torch.nn.BatchNorm2d(3).eval(), torch.zeros(1, 3, 2, 2))),
+    ):
+        module.save(tmp_path / name)
+        file, expected = open_weights(tmp_path / name), torch.jit.load(tmp_path / name).state_dict()
+        found = file.load(file.shapes)
+        assert file.is_torchscript
+        assert list(found) == list(expected)
+        for key, tensor in expected.items():
+            assert found[key].dtype == tensor.dtype
+            assert torch.equal(found[key], tensor), key
+
+
+def test_torchscript_archives_run_no_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.jit.script(WritesAFile()).save("hostile.pt")
+    torch.jit.load("hostile.pt")
+    Path("written").unlink()  # it works where it is let
+    for load in (open_weights, read_clip, load_fixclip, load_encoder, read_text_encoder, FixClipTextEncoder.from_file):
+        with pytest.raises(LoadError, match=r"hostile.pt is a TorchScript archive that wants to run code \(.*WritesAF"):
+            load("hostile.pt")
+    assert not Path("written").exists()
+
+
+class Calls:
+    """A pickle that calls a function of Python's."""
+
+    def __reduce__(self):
+        return open, ("written", "w")
+
+
+def write_archive(path, records):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in records.items():
+            if content is not None:
+                archive.writestr(name, content)
+
+
+def test_damaged_torchscript_archives(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.jit.script(Nested()).save("honest.pt")
+    with zipfile.ZipFile("honest.pt") as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    write_archive("same.pt", records)
+    assert open_weights("same.pt").shapes == open_weights("honest.pt").shapes
+    pickled, storage = "honest/data.pkl", "honest/data/0"
+    code = next(name for name in records if name.endswith(".py") and b"class Nested(" in records[name])
+    pickles = (pickle.dumps(Calls(), 2), pickle.dumps({"a": Calls()}, 2), pickle.dumps([1], 2), b"", b"broken")
+    for changes in (
+        *({pickled: content} for content in pickles),
+        {pickled: records[pickled].replace(b"_rebuild_tensor_v2", b"_rebuild_qtensor")},
+        {pickled: records[pickled].replace(b"FloatStorage", b"OtherStorage")},
+        {storage: records[storage][:8]},
+        {storage: None},
+        {code: b""},
+        {code: records[code].replace(b'"turned"', b'"table"')},
+        {code: records[code].replace(b'"turned"', b'"no_such_attribute"')},
+        {code: None},
+    ):
+        write_archive("damaged.pt", records | changes)
+        with pytest.raises(LoadError, match=r"damaged.pt is a damaged TorchScript archive") as caught:
+            open_weights("damaged.pt")
+        assert "\n" not in str(caught.value)
+    assert not Path("written").exists()
 
 
 def test_text_encoders(tmp_path):

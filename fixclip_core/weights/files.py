@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fixclip_core.check import LoadError, hub_reason, loading, refuse_stand_in
+from fixclip_core.weights.torchscript import read_torchscript
 
 # Keys under which checkpoints keep the state dict proper.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net")
@@ -133,9 +134,12 @@ def _is_torchscript(path: Path) -> bool:
 
 def _load_torchscript(path: Path) -> dict[str, Tensor]:
     try:
-        return torch.jit.load(path, map_location="cpu").state_dict()
-    except RuntimeError as error:
-        raise LoadError(f"{path} is a damaged TorchScript archive: {str(error).splitlines()[0]}") from None
+        return read_torchscript(path)
+    except (LoadError, MemoryError):
+        raise
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise LoadError(f"{path} is a damaged TorchScript archive: {type(error).__name__}: {reason}") from None
 
 
 def _load_pickle(path: Path, is_archive: bool) -> Any:

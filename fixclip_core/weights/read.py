@@ -56,7 +56,7 @@ def read_clip(source: str | Path, model_name: str | None = None) -> ClipCheckpoi
     Known are OpenAI's TorchScript archives and state dicts, open_clip's .bin, .pt and .safetensors files and
     folders, transformers' CLIPModel folders, Long-CLIP's .pt files and transformers folders (its two tables
     of positions become one). Nothing in a file is ever run: pickles are read with `weights_only=True`, and of
-    a TorchScript archive only the state dict is taken.
+    a TorchScript archive the state dict is read without its code.
 
     Args:
         source: file, folder or built-in name.
