@@ -19,6 +19,8 @@ Shapes = Mapping[str, Sequence[int]]
 
 CLIP_END_ID = 49407
 OUT_OF_REACH = "fetch it where it can be (hf download NAME --local-dir FOLDER) and name the folder"
+# Of open_clip's tokenizers; it hands all others on to transformers, and `trust_remote_code` among them runs code.
+TOKENIZER_OPTIONS = ("clean", "strip_sep_token", "language", "additional_special_tokens", "reduction_mask")
 LEGACY_END_ID = 2  # in configurations of CLIP from before transformers 4.31, whatever the vocabulary
 
 
@@ -28,6 +30,23 @@ class LoadError(ValueError, OSError):
     A ValueError, as for all bad input of this project, and an OSError, which is what callers of transformers' and
     diffusers' `from_pretrained` catch.
     """
+
+
+def check_tokenizer_options(text_cfg: Mapping[str, Any]) -> None:
+    """Refuse options of a tokenizer that are not open_clip's own.
+
+    Args:
+        text_cfg: of open_clip's model configuration; its `tokenizer_kwargs` are looked at.
+
+    Raises:
+        ValueError: there is one; the message names it.
+    """
+    for name, value in dict(text_cfg.get("tokenizer_kwargs") or {}).items():
+        if name not in TOKENIZER_OPTIONS:
+            raise ValueError(
+                f"tokenizer_kwargs: {name}={value!r} is no option of open_clip's tokenizers, and others may run code; "
+                f"valid are {', '.join(TOKENIZER_OPTIONS)}: take it out of the configuration"
+            )
 
 
 @contextmanager
@@ -121,6 +140,8 @@ def hub_reason(error: BaseException) -> str:
         "LocalEntryNotFoundError": f"there is no such folder here, and {reach}; {OUT_OF_REACH}",
         "OfflineModeIsEnabled": f"there is no such folder here, and {reach}; {OUT_OF_REACH}",
     }
+    if "argument `trust_remote_code=True`" in str(error):  # transformers advises to run it
+        return "it needs code that comes with it, and no code is run"
     return next((reasons[name] for name in _classes_behind(error) if name in reasons), one_line(error))
 
 

@@ -7,6 +7,7 @@ import shutil
 import zipfile
 from pathlib import Path
 
+import open_clip
 import pytest
 import tiny
 import torch
@@ -14,13 +15,21 @@ from safetensors.torch import load_file, save_file
 from tiny_clips import tiny_clip, tiny_config, tiny_transformers_clip
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from fixclip_core.check import LoadError, check_tokenizer, check_vocabulary, is_finite, loading
+from fixclip_core.check import (
+    LoadError,
+    check_tokenizer,
+    check_tokenizer_options,
+    check_vocabulary,
+    is_finite,
+    loading,
+)
 from fixclip_core.evaluation.encoders import load_encoder
 from fixclip_core.model.fixclip import FixClip
 from fixclip_core.weights.files import open_weights
 from fixclip_core.weights.load import build_clip, load_fixclip
 from fixclip_core.weights.read import read_clip
 from fixclip_core.weights.text_encoder import read_text_encoder
+from fixclip_core.weights.write import make_tokenizer
 from fixclip_diffusion import FixClipStableDiffusionPipeline, FixClipTextEncoder, TextAdapter
 from fixclip_diffusion.short_weights import read_delta
 from fixclip_diffusion.tiny import clip_text_config, train_tokenizer
@@ -326,6 +335,58 @@ def test_open_clip_folders_ask_no_hub(tmp_path):
         ("preprocess_cfg", 3),
     ]
     refuses(build, tmp_path, "open_clip_config.json", changes)
+
+
+def test_no_tokenizer_of_a_folder_runs_its_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = tiny_config(quick_gelu=False)
+    config["text_cfg"] |= {"hf_tokenizer_name": "x"}
+    preprocess = {"size": 32, "mean": [0.5] * 3, "std": [0.5] * 3}
+    clip, ours = tmp_path / "clip", tmp_path / "ours"
+    FixClip.from_clip(tiny_clip(quick_gelu=False), config, preprocess, num_groups=0).save_pretrained(ours)
+    clip.mkdir()
+    save_file(tiny_clip(quick_gelu=False).state_dict(), clip / "open_clip_model.safetensors")
+    (clip / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
+    for folder in (clip, ours):
+        (folder / "tokenizer.json").write_text("{}")
+        auto_map = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
+        (folder / "tokenizer_config.json").write_text(json.dumps(auto_map))
+        (folder / "evil.py").write_text(f"open({str(tmp_path / 'written')!r}, 'w').close()\nclass Evil: pass\n")
+    loaders = (
+        (load_encoder, ours, ours),
+        (lambda folder: load_fixclip(folder).tokenizer(), ours, ours),
+        (load_encoder, clip, clip),
+        (lambda folder: make_tokenizer(read_clip(folder)), clip, clip),
+        (load_encoder, f"local-dir:{clip}", clip),
+    )
+    for load, source, _ in loaders:
+        with pytest.raises(LoadError, match="it needs code that comes with it, and no code is run"):
+            load(source)
+    loaders = (*loaders, (FixClip.from_pretrained, ours, ours), (load_fixclip, f"local-dir:{clip}", clip))
+    for name, value in (("trust_remote_code", True), ("subfolder", "x"), ("context_length", 7)):
+        for load, source, folder in loaders:
+            file = folder / ("config.json" if folder == ours else "open_clip_config.json")
+            original = file.read_text()
+            place = "clip" if folder == ours else "model_cfg"
+            values = set_key(
+                json.loads(original), f"{place}.text_cfg.tokenizer_kwargs", {"clean": "lower", name: value}
+            )
+            file.write_text(json.dumps(values))
+            with pytest.raises(LoadError, match=rf"tokenizer_kwargs: {name}={value!r} is no option of open_clip's"):
+                load(source)
+            file.write_text(original)
+    assert not (tmp_path / "written").exists()
+
+
+def test_options_of_open_clips_own_tokenizers_act(tmp_path):
+    config = tiny_config(quick_gelu=False)
+    config["text_cfg"] |= {"vocab_size": 49408, "tokenizer_kwargs": {"clean": "canonicalize"}}
+    model = FixClip.from_clip(open_clip.CLIP(**config), config, {"size": 32}, num_groups=0)
+    model.save_pretrained(tmp_path)
+    tokenizer = load_fixclip(tmp_path).tokenizer()
+    assert torch.equal(tokenizer(["a, b."]), tokenizer(["a b"]))
+    for name in open_clip.list_models():
+        check_tokenizer_options(open_clip.get_model_config(name)["text_cfg"])
 
 
 def test_what_is_given_in_the_place_of_another_is_named(tmp_path, sd1):

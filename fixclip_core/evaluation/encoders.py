@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fixclip_core.check import check_vocabulary
+from fixclip_core.check import check_vocabulary, loading
 from fixclip_core.device import Precision
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -71,6 +71,7 @@ def load_encoder(
         ValueError: a model name without its weights, or `pretrained` for weights on disk.
     """
     import open_clip
+    from open_clip.tokenizer import HFTokenizer
 
     from fixclip_core.model.fixclip import FixClip
     from fixclip_core.weights.load import (
@@ -98,17 +99,18 @@ def load_encoder(
                 raise ValueError(f"{name} is an open_clip model name: choose its weights with --pretrained ({tags})")
             model, config, preprocess = create_open_clip(name, pretrained)
             length, format = int(model.context_length), "open_clip"
-            tokenizer = open_clip.get_tokenizer(name)
+            options = {"trust_remote_code": False} if config["text_cfg"].get("hf_tokenizer_name") else {}
+            with loading(f"tokenizer of {name!r}"):
+                tokenizer = open_clip.get_tokenizer(name, **options)
         else:
             checkpoint = read_clip(source, model_name)
             model, config, preprocess = build_clip(checkpoint), checkpoint.model_config, checkpoint.preprocess
             length, format = checkpoint.context_length, checkpoint.format
-            tokenizer_name = config["text_cfg"].get("hf_tokenizer_name")
-            tokenizer = (
-                open_clip.tokenizer.HFTokenizer(tokenizer_name, context_length=length)
-                if tokenizer_name
-                else open_clip.SimpleTokenizer(context_length=length)
-            )
+            if tokenizer_name := config["text_cfg"].get("hf_tokenizer_name"):
+                with loading(f"tokenizer {tokenizer_name!r}"):
+                    tokenizer = HFTokenizer(tokenizer_name, context_length=length, trust_remote_code=False)
+            else:
+                tokenizer = open_clip.SimpleTokenizer(context_length=length)
         transform = open_clip.transform.image_transform_v2(
             open_clip.transform.PreprocessCfg(**preprocess), is_train=False
         )

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from fixclip_core.check import check_tokenizer_options
 from fixclip_core.model.positional import PositionStart, stretched_length
 
 PromptFlow = Literal["carry", "replace"]
@@ -97,6 +98,7 @@ class FixClipConfig(Modules):
         for key in ("hf_model_name", "timm_model_name"):
             if model := {**self.clip["vision_cfg"], **self.clip["text_cfg"]}.get(key):
                 raise ValueError(f"unsupported base: {key}={model!r}; FixClip needs CLIP's own two transformers")
+        check_tokenizer_options(self.clip["text_cfg"])
         length = stretched_length(self.base_context_length, self.keep, self.ratio)
         if self.context_length not in (None, length):
             raise ValueError(

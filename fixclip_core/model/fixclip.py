@@ -313,7 +313,9 @@ class FixClip(nn.Module):
         text_cfg = self.config.clip["text_cfg"]
         kwargs = dict(text_cfg.get("tokenizer_kwargs") or {}, context_length=self.config.context_length)
         if name := text_cfg.get("hf_tokenizer_name"):
-            return HFTokenizer(name, tokenizer_mode=text_cfg.get("tokenizer_mode"), **kwargs)
+            mode = text_cfg.get("tokenizer_mode")
+            with loading(f"tokenizer {name!r}"):
+                return HFTokenizer(name, tokenizer_mode=mode, trust_remote_code=False, **kwargs)
         tokenizer = SimpleTokenizer(**kwargs)
         check_vocabulary(tokenizer.eot_token_id, self.text.token_embedding.num_embeddings, "CLIP's tokenizer")
         return tokenizer

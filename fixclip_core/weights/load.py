@@ -6,7 +6,7 @@ from typing import Any
 import open_clip
 import torch
 
-from fixclip_core.check import check_finite, check_shapes, loading, module_shapes
+from fixclip_core.check import check_finite, check_shapes, check_tokenizer_options, loading, module_shapes
 from fixclip_core.model.fixclip import FixClip
 from fixclip_core.weights.read import ClipCheckpoint, open_clip_config, read_clip, read_json, refuse_model_name
 
@@ -113,7 +113,8 @@ def create_open_clip(
         The model, its model config, its preprocess config.
 
     Raises:
-        LoadError: name or tag are unknown, the download fails, or a weight is not finite.
+        LoadError: name or tag are unknown, the download fails, a weight is not finite, or the configuration has
+            options for its tokenizer that are not open_clip's.
     """
     if not name.startswith(("hf-hub:", "local-dir:")):
         name = name.replace("/", "-")
@@ -127,7 +128,9 @@ def create_open_clip(
             cache_dir=cache_dir,
         )
         check_finite(clip, name)
-        return clip, open_clip.get_model_config(name), open_clip.get_model_preprocess_cfg(clip)
+        config = open_clip.get_model_config(name)
+        check_tokenizer_options(config["text_cfg"])
+        return clip, config, open_clip.get_model_preprocess_cfg(clip)
 
 
 def activation_of(model_name: str) -> str:

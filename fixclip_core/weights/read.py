@@ -15,7 +15,7 @@ import open_clip
 from torch import Tensor
 
 from fixclip_core import builtin
-from fixclip_core.check import LoadError, check_finite, check_layers, count_layers, loading
+from fixclip_core.check import LoadError, check_finite, check_layers, check_tokenizer_options, count_layers, loading
 from fixclip_core.weights.files import load_weights
 from fixclip_core.weights.kinds import what_it_is
 from fixclip_core.weights.names import LONG_CLIP_KEEP, merge_long_clip_positions, to_open_clip_names
@@ -210,6 +210,7 @@ def _from_open_clip(
     for key in ("hf_model_name", "timm_model_name"):  # open_clip would ask the hub for them
         if name := {**vision_cfg, **text_cfg}.get(key):
             raise LoadError(f"{source}: {key}={name!r}; FixClip needs CLIP's own two transformers")
+    check_tokenizer_options(text_cfg)
     check_layers(text_cfg["layers"], state_dict, TEXT_LAYERS, str(source))
     check_layers(vision_cfg["layers"], state_dict, IMAGE_LAYERS, str(source))
     model_config = {

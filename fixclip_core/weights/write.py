@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fixclip_core.check import loading
 from fixclip_core.model.fixclip import FixClip
 from fixclip_core.model.lora import low_rank_factors
 from fixclip_core.weights.names import to_transformers_names
@@ -350,7 +351,8 @@ def make_tokenizer(checkpoint: ClipCheckpoint) -> Any:
 
     length = checkpoint.context_length
     if name := checkpoint.model_config["text_cfg"].get("hf_tokenizer_name"):
-        return AutoTokenizer.from_pretrained(name, model_max_length=length)
+        with loading(f"tokenizer {name!r}"):
+            return AutoTokenizer.from_pretrained(name, model_max_length=length, trust_remote_code=False)
     return clip_tokenizer(length)
 
 
