@@ -14,8 +14,9 @@ from fixclip_cli.main import app
 from fixclip_core.check import LoadError
 from fixclip_core.model.fixclip import FixClip
 from fixclip_core.weights.read import ClipCheckpoint
+from fixclip_core.weights.text_encoder import read_text_config, read_text_encoder
 from fixclip_core.weights.write import export, plain_clip, write_delta, write_diffusers
-from fixclip_diffusion.adapter import TextAdapter
+from fixclip_diffusion import FixClipStableDiffusionPipeline, TextAdapter
 from fixclip_diffusion.conditioning import Context, PromptTokens, get_conditioning, short_length
 from fixclip_diffusion.short_weights import POSITIONS
 from fixclip_diffusion.text_config import load_clip_text_config
@@ -114,6 +115,70 @@ def test_the_base_named_in_place_of_a_copy(models, base, tmp_path):
     assert whole.stat().st_size > 1.5 * named.stat().st_size
     # Configuration alone, as reports read it, says the same before and after.
     assert short_length(load_clip_text_config(str(tmp_path / "named"))) == 77
+
+
+def with_adapter(encoder, kind):
+    adapter = TextAdapter(encoder.config.hidden_size, kind)
+    encoder.set_adapter_module(adapter)
+    return encoder
+
+
+def named(encoder, base):
+    encoder.name_short_weights(base)
+    return encoder
+
+
+@pytest.mark.parametrize("kind", ["delta", "copy", "name", "stretched", "mlp", "attention"])
+def test_the_file_of_an_encoder_is_not_read_without_its_folder(models, base, sd1, tmp_path, kind):
+    """It would be another encoder: without delta, short weights, short positions or adapter."""
+    encoders = {
+        "delta": lambda: with_delta(models, base),
+        "copy": lambda: with_copy(models, base),
+        "name": lambda: named(with_copy(models, base), str(models / "base")),
+        "stretched": lambda: FixClipTextEncoder.from_clip(base),
+    }
+    make = encoders.get(kind) or (lambda: with_adapter(FixClipTextEncoder.from_clip(base), kind))
+    make().save_pretrained(tmp_path / "saved")
+    file = tmp_path / "saved" / "model.safetensors"
+    loaders = (
+        FixClipTextEncoder.from_file,
+        read_text_encoder,
+        read_text_config,
+        lambda file: FixClipStableDiffusionPipeline.from_pretrained(sd1, encoder=file),
+    )
+    for load in loaders:
+        with pytest.raises(LoadError, match=r"would be lost with the file alone: name its folder, .*saved$"):
+            load(str(file))
+    result = CliRunner().invoke(app, ["convert", str(file), str(tmp_path / "out")])
+    assert result.exit_code == 2
+    assert "name its folder" in " ".join(result.output.split())
+    if kind != "name":  # only the configuration tells
+        file.rename(tmp_path / "elsewhere.safetensors")
+        with pytest.raises(LoadError, match=r"name the folder that it was saved in, with its config.json"):
+            read_text_config(tmp_path / "elsewhere.safetensors")
+
+
+def test_what_else_is_in_a_file_harms_nothing(models, base, tmp_path):
+    path = models / "base" / "text_encoder"
+    weights = load_file(path / "model.safetensors")
+    others = (
+        "text_model.embeddings.position_ids",
+        "logit_scale",
+        "vision_model.post_layernorm.weight",
+        "vision_model.encoder.layers.0.mlp.fc1.lora_A",
+        "adapter.weight",
+    )
+    others = {name: torch.zeros(1) for name in (*others, "model.diffusion_model.input_blocks.0.0.weight")}
+    save_file(weights | others, tmp_path / "model.safetensors")
+    shutil.copy(path / "config.json", tmp_path / "config.json")
+    expected, found = (read_text_encoder(place / "model.safetensors") for place in (path, tmp_path))
+    assert found.config == expected.config
+    assert found.state_dict.keys() == expected.state_dict.keys()
+    assert_equal(found.state_dict.values(), expected.state_dict.values())
+    trained = FixClipTextEncoder.from_file(models / "trained" / "text_encoder" / "model.safetensors")
+    folder = FixClipTextEncoder.from_pretrained(models / "trained" / "text_encoder")
+    assert trained.state_dict().keys() == folder.state_dict().keys()
+    assert_equal(trained.state_dict().values(), folder.state_dict().values())
 
 
 def test_a_named_base_that_is_not_there(models, base, tmp_path):

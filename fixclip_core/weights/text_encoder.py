@@ -39,6 +39,11 @@ LAYERS = "text_model.encoder.layers"
 HEAD_WIDTH = 64
 # What the files of each kind were trained with; OpenAI's CLIPs computed QuickGELU, open_clip's large ones do not.
 ACTIVATIONS = {"l": "quick_gelu", "h": "gelu", "g": "gelu"}
+# What this project's encoders hold beside a CLIP's tensors; what to make of it stands in their config.json.
+OWN_NAMES = re.compile(
+    r"(^|\.)embeddings\.short_position_embedding\.|^short_text_model\.|^adapter\.blocks\.\d+\."
+    r"|(^|\btext_model\.)encoder\.layers\.\d+\..+\.lora_[AB](\.|$)"
+)
 CONFIG_FIELDS = (
     "vocab_size",
     "hidden_size",
@@ -124,7 +129,8 @@ def read_text_encoder(file: str | Path, which: Which | None = None, **config: An
 
     Raises:
         LoadError: the file is missing, damaged or of another kind (the message says which), holds several text
-            encoders or another one than `which`, its sizes contradict each other, or a weight is not finite.
+            encoders or another one than `which`, its sizes contradict each other, a weight is not finite, or it is one
+            of this project's encoders, which the file alone does not hold.
     """
     what = f"text encoder {str(file)!r}"
     source, tower, names, values = _find(file, which, config, what)
@@ -167,6 +173,8 @@ def _choose(source: WeightFile, which: Which | None, what: str) -> TextTower:
         raise LoadError(f"{what}: there is no CLIP text encoder in this file, it is {what_it_is(source.shapes)}")
     if any(name.endswith("text_model.head.weight") for name in source.shapes):
         raise LoadError(f"{what}: this is a SigLIP, whose text encoder is no CLIP's")
+    with loading(what):
+        _refuse_part_of_folder(source, what)
     fitting = [tower for tower in towers if which is None or tower.which in (which, None)]
     if len(fitting) == 1:
         return fitting[0]
@@ -174,6 +182,21 @@ def _choose(source: WeightFile, which: Which | None, what: str) -> TextTower:
     if fitting:
         raise LoadError(f"{what}: the file holds {len(towers)} text encoders, {held}; say which one")
     raise LoadError(f"{what}: CLIP-{str(which).upper()} is needed here, the file holds {held}")
+
+
+def _refuse_part_of_folder(source: WeightFile, what: str) -> None:
+    """Of an encoder of this project the file alone would be read as another encoder: without what is in OWN_NAMES."""
+    beside = _config_beside(source)
+    part = next((name for name in source.shapes if OWN_NAMES.search(name)), None)
+    if part is None and beside.get("short_weights"):
+        part = f"short_weights={beside['short_weights']!r} of its config.json"
+    if part is not None:
+        folder = (
+            f"its folder, {source.path.parent}" if beside else "the folder that it was saved in, with its config.json"
+        )
+        raise LoadError(
+            f"{what}: an encoder of this project, whose {part} would be lost with the file alone: name {folder}"
+        )
 
 
 def infer_text_config(shapes: Shapes, which: Which | None) -> dict[str, Any]:
@@ -205,13 +228,23 @@ def infer_text_config(shapes: Shapes, which: Which | None) -> dict[str, Any]:
     return values
 
 
+def _config_beside(source: WeightFile) -> dict[str, Any]:
+    """The config.json beside a `model.safetensors`, {} where there is none."""
+    file = source.path.with_name("config.json")
+    if not source.path.name.startswith(("model.", "pytorch_model.")) or not file.is_file():
+        return {}
+    values = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise ValueError(f"its configuration is a {type(values).__name__}, not an object")
+    return values
+
+
 def _known_config(source: WeightFile) -> dict[str, Any]:
     """What the file itself says of its configuration, or the config.json beside a `model.safetensors`."""
     if CONFIG_KEY in source.metadata:
         values = json.loads(source.metadata[CONFIG_KEY])
-    elif source.path.name.startswith(("model.", "pytorch_model.")) and source.path.with_name("config.json").is_file():
-        values = json.loads(source.path.with_name("config.json").read_text(encoding="utf-8"))
-        values = values.get("text_config", values)
+    elif beside := _config_beside(source):
+        values = beside.get("text_config", beside)
     elif any(name.endswith(("input_resolution", *POSITIONS_RES)) for name in source.shapes):
         return {"hidden_act": "quick_gelu"}  # OpenAI's archives and Long-CLIP's files
     else:
