@@ -414,13 +414,15 @@ def test_an_interrupted_cache_goes_on_where_it_stopped(setup, tmp_path):
     assert not list((tmp_path / "cache").glob("*.tmp"))
 
 
-def test_bad_samples_are_replaced_as_without_cache(setup, tmp_path, caplog):
+@pytest.mark.parametrize("text", ["true", "false"])
+def test_bad_samples_are_replaced_and_counted_as_without_cache(setup, tmp_path, text):
     (tmp_path / "data" / "3.png").write_bytes(b"no picture")
     options = ("data.max_bad_share=1.0",)
-    plain, loader = setup(*options), setup(*cached(tmp_path, *options, "features.text=true"))
+    plain, loader = setup(*options), setup(*cached(tmp_path, *options, f"features.text={text}"))
     one, other = list(plain.epoch(0)), list(loader.epoch(0))
     assert [batch.keys for batch in one] == [batch.keys for batch in other]
     assert plain.counts() == loader.counts() == {"not_an_image": 1}
+    assert plain.seen == loader.seen == 12  # `max_bad_share` is a share of these
 
 
 def test_stale_caches_are_refused(setup, models, sd1, tmp_path):

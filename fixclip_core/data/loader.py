@@ -352,7 +352,7 @@ class Loader:
             if sample.index not in self.skipped and sample.reason not in self.counts():
                 logger.warning("first %s: %s: %s %s", sample.reason, sample.file, sample.key, sample.detail)
             self.skipped[sample.index] = sample
-        self.seen += len(batch) if isinstance(batch, Batch) else 0
+        self.seen += 0 if isinstance(batch, list) else len(batch)
         bad = [sample for sample in self.skipped.values() if sample.reason not in FILTER_REASONS]
         looked_at = min(max(self.seen, 1000), len(self.batches.order))
         if len(bad) > self.config.max_bad_share * looked_at:
