@@ -1,6 +1,7 @@
 """Losses against plain implementations, in values and gradients, on one process and on two."""
 
 import itertools
+import math
 import weakref
 from types import SimpleNamespace
 
@@ -125,6 +126,18 @@ def test_pca_of_a_small_batch_loses_nothing():
         pca_reconstruction(rows, rank=0)
 
 
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_components_of_what_is_not_finite_are_nan_and_have_a_gradient(poison):
+    """Every row: a step is then skipped, as with any other loss."""
+    for keep in (lambda rows: pca_reconstruction(rows, 2), lambda rows: variance_reconstruction(rows, 0.8)):
+        rows, text = features(6)
+        poisoned = torch.where(torch.arange(8) == 3, poison * rows, rows)
+        loss = contrastive_loss(keep(poisoned), text, torch.tensor(10.0))
+        assert loss.isnan()
+        loss.backward()
+        assert not rows.grad.isfinite().all()
+
+
 def tiny_model(**fields) -> FixClip:
     torch.manual_seed(0)
     preprocess = {"size": 32, "mean": [0.5] * 3, "std": [0.5] * 3}
@@ -246,6 +259,10 @@ def _two_processes(rank: int, folder: str) -> None:
     parts = [part(mine, 0, 1), part(mine, 1, 4)]
     cached_backward(parts, wrapped, all_losses, no_sync=wrapped.no_sync)
     results["cached"] = gradients(model)
+    poisoned = torch.randn(4, 8, requires_grad=True)
+    poison = torch.tensor([math.nan if rank == 1 else 1.0])  # of one number of one process
+    poisoned = torch.cat([poisoned.flatten()[1:], poison]).reshape(4, 8)
+    results["poisoned"] = [pca_reconstruction(poisoned, 2), variance_reconstruction(poisoned, 0.8)]
     results["gathered"] = gather(torch.full((2, 1, 3), float(rank)))
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -260,6 +277,7 @@ def test_two_processes_equal_one_with_the_whole_batch(tmp_path):
     for result in results:
         torch.testing.assert_close(result["plain"], expected)
         torch.testing.assert_close(result["cached"], expected)
+        assert all(kept.requires_grad and kept.isnan().all() for kept in result["poisoned"])
         assert result["gathered"][0, :, 0].tolist() == [0.0, 1.0]
 
 

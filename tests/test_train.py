@@ -553,9 +553,12 @@ def test_skipped_steps_are_counted_and_stop_the_run_when_in_a_row():
         count_step(state, False, limit=3)
 
 
-@pytest.mark.parametrize("save_every", [1, 100])
-def test_a_diverged_run_says_what_is_whole_and_saves_nothing_poisoned(recipe_file, tmp_path, save_every):
-    options = ["optim.lr=1e30", "optim.lr_new=1e30", "train.steps=9", "eval.source=null", "output.keep_last=1"]
+@pytest.mark.parametrize(
+    ("save_every", "change"),
+    [(1, "method=fixclip"), (100, "method=fixclip"), (1, "method=longclip"), (100, "train.weight_himo=1")],
+)
+def test_a_diverged_run_says_what_is_whole_and_saves_nothing_poisoned(recipe_file, tmp_path, save_every, change):
+    options = [change, "optim.lr=1e30", "optim.lr_new=1e30", "train.steps=9", "eval.source=null", "output.keep_last=1"]
     result = command(recipe_file(), *options, f"output.save_every={save_every}")
     assert result.exit_code == 1
     error = result.stderr.splitlines()[-1]

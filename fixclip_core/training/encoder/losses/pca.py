@@ -76,7 +76,11 @@ def _reconstruct(features_BE: Tensor, choose_rank: Callable[[Tensor], int]) -> T
         all_NE = gather(features_BE)
         mean_E = all_NE.mean(dim=0)
         with torch.no_grad():
-            _, singular_C, components_CE = torch.linalg.svd(all_NE - mean_E, full_matrices=False)
+            centred_NE = all_NE - mean_E
+            # torch.linalg.svd raises at what is not finite. The mean of all samples, added below, is not finite then
+            # either, so that the loss is NaN in every process and the step is skipped.
+            centred_NE = torch.where(centred_NE.isfinite(), centred_NE, 0)
+            _, singular_C, components_CE = torch.linalg.svd(centred_NE, full_matrices=False)
             components_RE = components_CE[: choose_rank(singular_C.square())]
         kept_BE = (features_BE - mean_E) @ components_RE.T @ components_RE + mean_E
         return F.normalize(kept_BE, dim=-1)
