@@ -193,6 +193,36 @@ def test_a_resumed_run_ends_with_the_same_weights(recipe, tmp_path, options):
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "halves")
 
 
+class CutOff(AdapterTrainer):
+    """Ends in the sheet of a step, as if the power went."""
+
+    cut_at = 2
+
+    def generate_samples(self, *arguments):
+        if self.state.step == self.cut_at:
+            raise KeyboardInterrupt
+        return super().generate_samples(*arguments)
+
+
+def test_a_sheet_that_was_cut_off_is_made_up_for(recipe, tmp_path):
+    """And no other one is drawn again."""
+    options = [f"samples.prompts=['{PROMPT}']", "samples.every=2", "samples.steps=2", "train.steps=4"]
+    AdapterTrainer(recipe("whole", *options)).train()
+    for step in (2, 4):
+        reset_accelerator()
+        CutOff.cut_at = step
+        with pytest.raises(KeyboardInterrupt):
+            CutOff(recipe("cut", *options)).train()
+        assert not (tmp_path / "cut" / "samples" / f"step-{step:08d}.png").exists()
+    train_again(recipe("cut", *options))
+    sheets = [sorted((tmp_path / name / "samples").iterdir()) for name in ("whole", "cut")]
+    assert [path.name for path in sheets[1]] == ["step-00000002.png", "step-00000004.png"]
+    assert [path.read_bytes() for path in sheets[0]] == [path.read_bytes() for path in sheets[1]]
+    before = [path.stat().st_mtime_ns for path in sheets[1]]
+    train_again(recipe("cut", *options))
+    assert [path.stat().st_mtime_ns for path in sheets[1]] == before
+
+
 @pytest.mark.parametrize(("before", "now"), [("adamw", "muon"), ("muon", "adamw")])
 def test_a_run_goes_on_with_the_optimizer_that_it_was_begun_with(recipe, tmp_path, before, now):
     """Where both have the same parameter groups, too; a checkpoint older than Muon says nothing and is AdamW's."""

@@ -105,6 +105,24 @@ def test_an_interrupted_stage_ends_with_the_same_weights(name, tmp_path):
         assert all(torch.equal(one[key], other[key]) for key in one)
 
 
+@pytest.mark.parametrize("name", ["clip", "vae"])
+def test_an_evaluation_of_a_stage_that_was_cut_off_is_made_up_for(name, tmp_path):
+    class CutOff(pretrain.StageTrainer):
+        def evaluate(self, log):
+            raise KeyboardInterrupt
+
+    train(name, tmp_path / "whole")
+    reset_accelerator()
+    with pytest.raises(KeyboardInterrupt, match="interrupted at step 4"):
+        CutOff(recipe(name, tmp_path / "cut")).train()
+    train(name, tmp_path / "cut")
+    train(name, tmp_path / "cut")
+    rows = [(tmp_path / folder / "metrics.jsonl").read_text().splitlines() for folder in ("whole", "cut")]
+    found = [[row for row in map(json.loads, part) if "lr" not in row] for part in rows]
+    assert found[0] == found[1]
+    assert [row["step"] for row in found[1]] == [4]
+
+
 def _stop_at(step):
     seed_step = trainer.seed_step
 

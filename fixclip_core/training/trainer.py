@@ -46,7 +46,7 @@ from fixclip_core.training.checkpoint import (
     training_state_bytes,
 )
 from fixclip_core.training.memory import device_memory
-from fixclip_core.training.metrics import MetricsLog
+from fixclip_core.training.metrics import METRICS, MetricsLog, rows_until
 from fixclip_core.training.optim import (
     check_finite,
     hyperparameters,
@@ -306,7 +306,7 @@ class Trainer:
         self._start_trackers()
 
     def fit(self) -> None:
-        """Take the steps that are left.
+        """Take the steps that are left, after the evaluation of the checkpoint's own step if a kill cut it off.
 
         Raises:
             FloatingPointError: too many steps in a row without a finite gradient, or weights that are not finite.
@@ -323,6 +323,10 @@ class Trainer:
             bar = tqdm(total=self.total_steps, initial=self.state.step, desc="steps", disable=not log.is_main_process)
             self.model.train()
             with bar:
+                if self._on_main(self._owes_evaluation):
+                    self.evaluate(log)
+                    log.plot()
+                    log.restart_clock()
                 for item in self.inputs():
                     self._step(item, log, bar)
         if skipped := getattr(self.loader, "skipped", None):
@@ -353,13 +357,24 @@ class Trainer:
             folder, keep_last = self.folder / CHECKPOINTS, recipe.output.keep_last
             save_checkpoint(accelerator, folder, state.step, keep_last=keep_last, files=files)
             log.restart_clock()
-        if self.evaluate_every is not None and (last or state.step % self.evaluate_every == 0):
+        if self._is_evaluation_due():
             self.evaluate(log)
             log.restart_clock()
         if saves:
             log.plot()
             log.restart_clock()
         bar.update()
+
+    def _is_evaluation_due(self) -> bool:
+        """Whether the step that was taken last is one to evaluate."""
+        step, every = self.state.step, self.evaluate_every
+        return every is not None and (step == self.total_steps or step % every == 0)
+
+    def _owes_evaluation(self) -> bool:
+        """Whether the checkpoint's step is to be evaluated and its run did not come to it: it is written before."""
+        if self.checkpoint is None or not self._is_evaluation_due():
+            return False
+        return not self.is_evaluated(self.checkpoint.parent.parent)
 
     # -- the parts: a training overrides these ---------------------------------------------------------------
 
@@ -390,7 +405,16 @@ class Trainer:
         raise NotImplementedError
 
     def evaluate(self, log: MetricsLog) -> None:
-        """Evaluate every `evaluate_every` steps and after the last, and write the figures into the log."""
+        """Evaluate every `evaluate_every` steps and after the last, and write the figures into the log.
+
+        What it gives is a function of recipe and step: a resumed run makes up for one that was cut off.
+        """
+
+    def is_evaluated(self, folder: Path) -> bool:
+        """Whether a run's folder holds all of the evaluation of the step where this one stands."""
+        step, path = self.state.step, folder / METRICS
+        rows = rows_until(path, step) if path.exists() else []
+        return any(row["step"] == step and "lr" not in row for row in rows)  # which a row of training has
 
     @property
     def evaluate_every(self) -> int | None:

@@ -283,11 +283,18 @@ class AdapterTrainer(Trainer):
             picture = sample_sheet(columns, self.recipe.samples.prompts)
             folder = self.folder / SAMPLES
             folder.mkdir(parents=True, exist_ok=True)
-            picture.save(folder / f"step-{self.state.step:08d}.png")
+            write_atomically(self._sheet(self.folder), lambda path: picture.save(path, format="PNG"))
             for tracker in self.accelerator.trackers:
                 options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({SAMPLES: np.asarray(picture)[None]}, step=self.state.step, **options)
         self.accelerator.wait_for_everyone()
+
+    def is_evaluated(self, folder: Path) -> bool:
+        return self._sheet(folder).exists()
+
+    def _sheet(self, folder: Path) -> Path:
+        """The sheet of the step where the training stands, in a run's folder."""
+        return folder / SAMPLES / f"step-{self.state.step:08d}.png"
 
     @contextmanager
     def lora_weights(self, other: Trainable) -> Iterator[None]:

@@ -157,9 +157,19 @@ class EncoderTrainer(Trainer):
         return None if self.eval_loader is None else self.recipe.eval.every
 
     def evaluate(self, log: MetricsLog) -> None:
-        """Retrieval of the held-out pairs; the model is saved if the mean of both long R@1 is the best so far."""
+        """Retrieval of the held-out pairs; the model is saved if the mean of both long R@1 is the best so far.
+
+        Raises:
+            ValueError: they cannot be evaluated.
+        """
         assert self.eval_loader is not None
-        values = self.retrieval(self.eval_loader)
+        try:
+            values = self.retrieval(self.eval_loader)
+        except ValueError as error:
+            raise ValueError(
+                f"step {self.state.step} cannot be evaluated: {error}; mend the held-out pairs, or set others, or none "
+                f"(section eval). {self._whole_checkpoint()}"
+            ) from error
         score = score_of(values)
         if score > self.state.best:
             self.state.best = score
