@@ -27,8 +27,11 @@ from test_files import full_disk
 
 from fixclip_core import files, scenes
 from fixclip_core.data.config import DataConfig
+from fixclip_core.data.sources import open_source
 from fixclip_core.device import supports_bf16
-from fixclip_core.evaluation.retrieval import retrieval_metrics
+from fixclip_core.evaluation.encoders import load_encoder
+from fixclip_core.evaluation.items import SourceItems
+from fixclip_core.evaluation.retrieval import retrieval_metrics, retrieval_report
 from fixclip_core.model.config import FixClipConfig
 from fixclip_core.model.fixclip import FixClip
 from fixclip_core.training import trainer
@@ -933,6 +936,68 @@ def test_evaluation_counts_each_pair_once(recipe):
     expected = retrieval_metrics(image, text, range(6))
     assert {k: v for k, v in found.items() if k.startswith("long")} == {f"long_{k}": v for k, v in expected.items()}
     assert run.module.training
+
+
+def captions_of_few_pictures(folder, names, bad=()):
+    """A manifest of rows with these pictures, in this order, each row with a caption of its own."""
+    folder.mkdir()
+    for number, name in enumerate(sorted(set(names))):
+        file = folder / f"{name}.png"
+        Image.fromarray(scenes.render(scenes.scene_at(0, number)).permute(1, 2, 0).numpy()).save(file)
+        if name in bad:
+            file.write_bytes(b"no picture")
+    rows = [
+        {
+            "image": f"{name}.png",
+            "long": scenes.long_caption(scenes.scene_at(0, ord(name)), row).text,
+            "short": f"{row}.",
+        }
+        for row, name in enumerate(names)
+    ]
+    manifest = folder / "captions.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return manifest
+
+
+def without_prefix(values, prefix):
+    return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+
+
+# Of a, b, c, d and one that cannot be read: each picture in several rows, in no order; a copy is the same picture.
+SEVERAL = "abcdxaabdcbxac"
+
+
+def test_an_evaluation_during_training_has_the_figures_of_the_report(recipe, recipe_file, tmp_path):
+    """Pictures have several captions, of which one process sees some; batches wrap around; one cannot be read."""
+    data = captions_of_few_pictures(tmp_path / "data", SEVERAL, bad="x")
+    shutil.copy(tmp_path / "data" / "a.png", tmp_path / "data" / "e.png")
+    with data.open("a") as file:
+        file.write(json.dumps({"image": "e.png", "long": "A copy, and what it shows.", "short": "copy."}) + "\n")
+    options = [f"eval.source={data}", "eval.start=0", "eval.stop=null", "eval.short_caption=given", "train.steps=2"]
+    options += ["eval.batch_size=4"]
+    EncoderTrainer(recipe("run", *options)).train()
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    launch(*torchrun, "train_encoder.py", str(recipe_file("two")), *options, "eval.batch_size=3")
+    for name in ("run", "two"):
+        found = metrics(tmp_path / name)[-1]
+        encoder = load_encoder(str(tmp_path / name / "model"))
+        for caption in ("long", "short"):
+            items = SourceItems(open_source(DataConfig(source=str(data), batch_size=1)), encoder.preprocess, caption)
+            report = retrieval_report(encoder, items, "data", "")
+            assert report["data"]["images"] == 4
+            assert report["data"]["texts"] == 13
+            assert without_prefix(found, f"{caption}_") == report["metrics"]
+    assert max(value for name, value in found.items() if "recall_at_1" in name) > 0
+
+
+@pytest.mark.parametrize(("names", "middle"), [("abcde", 2), ("abbbcde", 4), ("aabbcc", 2), ("aaaa", 2), ("axxbc", 2)])
+def test_successive_samples_of_one_picture_are_held_out_together(recipe, tmp_path, names, middle):
+    """Of all samples the first two, and those with the second one's picture, where it can be read."""
+    data = captions_of_few_pictures(tmp_path / "data", names)
+    (tmp_path / "data" / "x.png").unlink(missing_ok=True)
+    held = f"eval={{held_out: {2 / len(names)}, every: 3, batch_size: 4}}"
+    found = train.hold_out(recipe("run", held, f"data.source={data}", "data.stop=null"))
+    assert (found.eval.stop, found.data.start) == (middle, middle)
 
 
 def test_memory_estimate_extrapolates_what_a_whole_pass_keeps(recipe):

@@ -32,6 +32,7 @@ from fixclip_core.data.samples import (
     check_captions,
     decode_image,
     describe_skipped,
+    picture_digest,
 )
 from fixclip_core.data.sources import Source, open_source
 from fixclip_core.device import loading_workers
@@ -55,6 +56,7 @@ class Batch:
         skipped: samples that were to stand here and could not; others were taken in their place.
         plain_ids: (B, T') of the long captions' plain wordings (`Sample.plain`), which are the long captions themselves
             where the data have none; None where no caption of the batch has one.
+        pictures: B digests, the same for the very same picture; none unless they are asked for (`build_loader`).
         sizes: (B, K) float, what the transform says of each picture besides, such as its size before it was cropped;
             None where it gives pictures alone.
     """
@@ -67,6 +69,7 @@ class Batch:
     skipped: list[Skipped] = field(default_factory=list)
     plain_ids: Tensor | None = None
     sizes: Tensor | None = None
+    pictures: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -85,8 +88,9 @@ class Batch:
 
 # A picture (C, H, W), and on demand what is said of it besides (K,); see `Batch.sizes`.
 Picture = Tensor | tuple[Tensor, Tensor]
-# picture, long caption, short caption, mask seed, key, plain wording of the long caption
-LoadedSample = tuple[Picture, str, str, int, str, str]
+# picture, long caption, short caption, mask seed, key, plain wording of the long caption, and the picture's digest
+# where it is asked for, else ""
+LoadedSample = tuple[Picture, str, str, int, str, str, str]
 
 
 def stack_pictures(pictures: Sequence[Picture]) -> tuple[Tensor, Tensor | None]:
@@ -101,9 +105,11 @@ class Batches(Dataset):
 
     Attributes:
         history: from which step of the run on how many ranks shared it, see `order.apart_positions`.
+        digests: whether a batch tells which of its pictures are the very same.
     """
 
     history: History
+    digests = False
 
     def __init__(
         self,
@@ -163,8 +169,8 @@ class Batches(Dataset):
         samples = [sample for sample in loaded if sample is not None]
         if len(samples) < len(loaded):
             return skipped
-        pictures, longs, shorts, seeds, keys, plains = map(list, zip(*samples, strict=True))
-        images, sizes = stack_pictures(pictures)
+        images, longs, shorts, seeds, keys, plains, digests = map(list, zip(*samples, strict=True))
+        image_BCHW, sizes = stack_pictures(images)
         number = self.config.num_short
         shorts += [self.further_short(*row, k) for k in range(1, number) for row in zip(longs, seeds, strict=True)]
         ids_BT = self.tokenizer(longs + shorts)
@@ -175,7 +181,7 @@ class Batches(Dataset):
         if number > 1:
             short_BT = short_BT.unflatten(0, (number, len(longs)))
         return Batch(
-            image=images,
+            image=image_BCHW,
             long_ids=ids_BT[: len(longs)],
             short_ids=short_BT,
             seeds=torch.tensor(seeds, dtype=torch.int64),
@@ -183,6 +189,7 @@ class Batches(Dataset):
             skipped=skipped,
             plain_ids=None if plains == longs else self.tokenizer(plains),
             sizes=sizes,
+            pictures=digests if self.digests else [],
         )
 
     def further_short(self, long: str, seed: int, k: int) -> str:
@@ -213,7 +220,9 @@ class Batches(Dataset):
         picture = decode_image(sample, self.draft_size)
         _, augmentation_seed, mask_seed = sample_seeds(self.config.seed, epoch, index)
         with seeded(augmentation_seed):
-            return self.transform(picture), long, short, mask_seed, sample.key, plain_wording(sample, long)
+            image = self.transform(picture)
+        digest = picture_digest(sample) if self.digests else ""
+        return image, long, short, mask_seed, sample.key, plain_wording(sample, long), digest
 
     def captions(self, epoch: int, index: int) -> tuple[Sample, str, str]:
         """The sample, its picture not yet decoded, and its long and short captions; raises BadSampleError."""
@@ -378,6 +387,7 @@ def build_loader(
     image_size: int | None = None,
     pin_memory: bool = False,
     source: Source | None = None,
+    digests: bool = False,
 ) -> Loader:
     """A deterministic, resumable loader of one rank's batches.
 
@@ -390,6 +400,7 @@ def build_loader(
         image_size: the model's; lets large JPEGs be decoded at a fraction of their size (`DataConfig.draft`).
         pin_memory: copy batches to page-locked memory, for a GPU.
         source: what `open_samples` gave for this configuration, so that it is not opened twice.
+        digests: tell in each batch which pictures are the very same (`Batch.pictures`).
 
     Raises:
         ValueError: the source cannot be opened, or does not fill one batch.
@@ -397,6 +408,7 @@ def build_loader(
     draft_size = 2 * image_size if config.draft and image_size else None
     source = source or open_source(config)
     batches = Batches(source, config, transform, tokenizer, rank, world_size, draft_size)
+    batches.digests = digests
     return Loader(batches, pin_memory)
 
 

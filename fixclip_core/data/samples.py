@@ -1,5 +1,6 @@
 """One sample: what a source holds, its captions checked, its picture decoded, or why it was skipped."""
 
+import hashlib
 import io
 import reprlib
 import warnings
@@ -126,6 +127,12 @@ def _rgb(sample: Sample, image: Image.Image) -> Image.Image:
         return to_rgb(image)
     except ValueError as error:  # also Pillow's own: a mode that it cannot convert
         raise BadSampleError("unsupported_image", sample.file, sample.key, error) from None
+
+
+def picture_digest(sample: Sample) -> str:
+    """What tells a sample's picture from others: samples with the very same one are one image with several captions."""
+    content = sample.image.numpy().tobytes() if isinstance(sample.image, Tensor) else sample.image
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def describe_skipped(skipped: Iterable[Skipped]) -> str:

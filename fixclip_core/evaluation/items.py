@@ -1,6 +1,5 @@
 """Images with their captions, prepared for an encoder: samples of a data source, or the files of a benchmark."""
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fixclip_core.data.samples import BadSampleError, Sample, Skipped, check_captions, decode_image
+from fixclip_core.data.samples import BadSampleError, Sample, Skipped, check_captions, decode_image, picture_digest
 from fixclip_core.data.sources import Source
 from fixclip_core.evaluation.benchmarks import Benchmark
 
@@ -64,8 +63,7 @@ class SourceItems(Dataset[Item]):
             image = self.preprocess(decode_image(sample))
         except BadSampleError as error:
             return Item(None, [], "", error.skipped)
-        content = sample.image.numpy().tobytes() if isinstance(sample.image, Tensor) else sample.image
-        return Item(image, [text], hashlib.blake2b(content, digest_size=16).hexdigest())
+        return Item(image, [text], picture_digest(sample))
 
 
 class PictureFiles(Dataset[Item]):

@@ -710,7 +710,7 @@ class _Samples(Dataset):
             if self.pictures:
                 return self.reader.load(0, index)
             sample, long, short = self.reader.captions(0, index)
-            return cast(Picture, None), long, short, 0, sample.key, plain_wording(sample, long)
+            return cast(Picture, None), long, short, 0, sample.key, plain_wording(sample, long), ""
         except BadSampleError as error:
             return error.skipped
 
@@ -747,7 +747,7 @@ class CachedLatents(CachedBatches):
         seed = sample_seeds(self.config.seed, epoch, index)[2]
         moments = torch.cat([tensors["mean"], tensors["logvar"]])
         picture = (moments, tensors["time_ids"]) if "time_ids" in tensors else moments
-        return picture, long, short, seed, key, plain_wording(sample, long)
+        return picture, long, short, seed, key, plain_wording(sample, long), ""
 
 
 class CachedFeatures(CachedBatches):

@@ -10,12 +10,14 @@ from typing import Any, Self
 
 import torch
 from accelerate import DistributedType
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from fixclip_core.data.config import READ_SCENES, DataConfig, SourceSection
 from fixclip_core.data.loader import Batch, Loader, build_loader, check_wordings, open_samples, some_captions
 from fixclip_core.data.order import sample_range
+from fixclip_core.data.samples import BadSampleError, picture_digest
 from fixclip_core.data.sources import Source, open_source
 from fixclip_core.evaluation.retrieval import retrieval_metrics
 from fixclip_core.model.config import FINE_TUNE, LONG_CLIP
@@ -111,6 +113,7 @@ class EncoderTrainer(Trainer):
             image_size=max(size) if isinstance(size, list | tuple) else size,
             pin_memory=accelerator.device.type == "cuda",
             source=source,
+            digests=not augment,
         )
 
     def is_new(self, name: str) -> bool:
@@ -181,10 +184,14 @@ class EncoderTrainer(Trainer):
 
     @torch.no_grad()
     def retrieval(self, loader: Loader) -> dict[str, float]:
-        """Recalls among the loader's pairs, with long and with short captions, by the EMA weights if there are any."""
+        """Recalls among the loader's pairs, with long and with short captions, by the EMA weights if there are any.
+
+        Pairs with the very same picture are one image with several captions, as `fixclip evaluate` has it.
+        """
         accelerator, model = self.accelerator, self.ema_module
         model.eval()
         parts: dict[str, list[Tensor]] = {"position": [], "image": [], "long": [], "short": []}
+        pictures: list[str] = []
         quiet = None if accelerator.is_main_process else True  # None: where it is no terminal
         for number, batch in enumerate(tqdm(loader.epoch(0), "evaluating", len(loader), leave=False, disable=quiet)):
             batch = batch.to(accelerator.device)
@@ -192,16 +199,22 @@ class EncoderTrainer(Trainer):
                 parts["image"].append(model.encode_image(batch.image).float())
                 parts["long"].append(model.encode_text(batch.long_ids).float())
                 parts["short"].append(model.encode_text(batch.short_ids).float())
+            pictures += batch.pictures
             parts["position"].append(torch.tensor(_usable_positions(loader, number), device=accelerator.device))
         self.model.train()
         whole = {name: accelerator.gather(torch.cat(tensors)) for name, tensors in parts.items()}
-        chosen_I = _first_of_each(whole["position"])
-        image_IE, long_TE, short_TE = (whole[name][chosen_I] for name in ("image", "long", "short"))
-        image_of_T = torch.arange(len(chosen_I), device=chosen_I.device)
+        pictures = gather_object(pictures)
+        rows_T = _first_of_each(whole["position"].tolist())
+        row_of: dict[str, int] = {}
+        for row in rows_T:
+            row_of.setdefault(pictures[row], row)
+        number_of = {picture: number for number, picture in enumerate(row_of)}
+        image_of_T = [number_of[pictures[row]] for row in rows_T]
+        image_IE = whole["image"][list(row_of.values())]
         return {
             f"{name}_{metric}": value
-            for name, text_TE in (("long", long_TE), ("short", short_TE))
-            for metric, value in retrieval_metrics(image_IE, text_TE, image_of_T).items()
+            for name in ("long", "short")
+            for metric, value in retrieval_metrics(image_IE, whole[name][rows_T], image_of_T).items()
         }
 
     def save(self) -> Path:
@@ -335,6 +348,8 @@ def model_fields(recipe: EncoderRecipe) -> dict[str, Any]:
 def hold_out(recipe: EncoderRecipe, most: int = 1000) -> EncoderRecipe:
     """The recipe with `eval.held_out` written out: the first samples of the data are evaluated on, the rest trained on.
 
+    Successive samples with the very same picture are held out together, but for remote shards, which are not read here.
+
     Raises:
         ValueError: the data cannot be opened.
     """
@@ -342,11 +357,22 @@ def hold_out(recipe: EncoderRecipe, most: int = 1000) -> EncoderRecipe:
     if share is None:
         return recipe
     config = data_config(recipe, 1)
-    samples = sample_range(open_source(config).sizes, config)
+    opened = open_source(config)
+    samples = sample_range(opened.sizes, config)
     middle = samples.start + max(1, min(most, round(share * len(samples))))
+    if not opened.remote:
+        borders = (at for at in range(middle, samples.stop) if not _is_same_picture(opened, at - 1, at))
+        middle = next(borders, middle)
     source = data.model_dump(include=set(SourceSection.model_fields))
     evaluated = {**source, "stop": middle, "held_out": None}
     return changed(recipe, {"data": {"start": middle}, "eval": evaluated})
+
+
+def _is_same_picture(source: Source, one: int, other: int) -> bool:
+    try:
+        return picture_digest(source.read(one)) == picture_digest(source.read(other))
+    except BadSampleError:
+        return False
 
 
 def data_config(recipe: EncoderRecipe, batch_size: int) -> DataConfig:
@@ -383,10 +409,10 @@ def _usable_positions(loader: Loader, number: int) -> list[int]:
     return [-1 if order.index(0, position) in loader.skipped else position for position in positions]
 
 
-def _first_of_each(position_I: Tensor) -> Tensor:
+def _first_of_each(positions: list[int]) -> list[int]:
     """Indices of the first occurrence of each position that is not -1: the last batch wraps around."""
-    first = {int(position): index for index, position in reversed(list(enumerate(position_I.tolist())))}
-    return torch.tensor([first[p] for p in sorted(first) if p >= 0], device=position_I.device)
+    first = {position: index for index, position in reversed(list(enumerate(positions)))}
+    return [first[position] for position in sorted(first) if position >= 0]
 
 
 def scenes_for(recipe: EncoderRecipe) -> dict[str, Any]:
