@@ -2,6 +2,7 @@
 
 import glob
 import json
+import logging
 import os
 import platform
 import shlex
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
+
+logger = logging.getLogger(__name__)
 
 _GIB = 2**30
 LOCK = ".lock"
@@ -129,14 +132,15 @@ def prepare_folder(
         )
 
 
-def lock_folder(folder: Path) -> "BaseFileLock":
+def lock_folder(folder: Path, *, wait: bool = False) -> "BaseFileLock":
     """Hold a folder for this process until `release()`, or until the process ends, by kill -9 too.
 
     Args:
         folder: it exists; `.lock` in it is held through the operating system, `.lock.json` says by whom.
+        wait: until another process that holds it is done, however long that takes.
 
     Raises:
-        ValueError: another process holds it; the message says which.
+        ValueError: another process holds it, and this one is not to wait; the message says which.
     """
     from filelock import FileLock, Timeout
 
@@ -144,9 +148,12 @@ def lock_folder(folder: Path) -> "BaseFileLock":
     try:
         lock.acquire(timeout=LOCK_PATIENCE)
     except Timeout:
-        raise ValueError(
-            f"{folder}: {_holder(folder)} is writing there; wait for it, end it, or choose another output folder"
-        ) from None
+        if not wait:
+            raise ValueError(
+                f"{folder}: {_holder(folder)} is writing there; wait for it, end it, or choose another output folder"
+            ) from None
+        logger.warning("%s: %s is writing there; waiting until it is done", folder, _holder(folder))
+        lock.acquire()
     entry = {
         "pid": os.getpid(),
         "host": platform.node(),

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from test_files import full_disk
 from tiny_adapter import without_onednn  # noqa: F401
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from fixclip_core import files
 from fixclip_core.training.checkpoint import list_checkpoints, save_checkpoint
 from fixclip_core.training.recipe import builtin_recipes, load_recipe
 from fixclip_core.training.trainer import CHECKPOINTS, smoke
@@ -191,6 +193,39 @@ def test_a_resumed_run_ends_with_the_same_weights(recipe, tmp_path, options):
     train_again(recipe("halves", *options))
     assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "halves"))
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "halves")
+
+
+def test_trainings_that_begin_together_fill_one_cache(recipe, tmp_path, monkeypatch, caplog):
+    """Each has seen it empty. The second waits for the first and takes what it made, or is refused."""
+    monkeypatch.setattr(files, "LOCK_PATIENCE", 0.1)
+    cache = tmp_path / "cache"
+    options = [f"features.folder={cache}", "features.shard_size=5", "features.text=true"]
+    runs = []
+    for name, *change in (("one",), ("two",), ("other", "features.dtype=fp32")):
+        reset_accelerator()
+        runs.append(AdapterTrainer(recipe(name, *options, *change)).prepare())
+    assert [run.cache.missing for run in runs] == [[0, 1, 2]] * 3
+    cache.mkdir()
+    code = "import sys; from pathlib import Path; from fixclip_core.files import lock_folder; "
+    code += "lock = lock_folder(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(cache)]
+    process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    threading.Timer(0.5, process.kill).start()
+    runs[0].start()
+    process.wait()
+    assert f"{cache}: process {process.pid} on " in caplog.text
+    times = [path.stat().st_mtime_ns for path in sorted(cache.glob("shard-*"))]
+    assert len(times) == 3
+    runs[1].start()
+    assert runs[1].cache.missing == []
+    with pytest.raises(ValueError, match=r"made with another dtype \(fp16, now fp32\); delete it or choose another"):
+        runs[2].start()
+    assert [path.stat().st_mtime_ns for path in sorted(cache.glob("shard-*"))] == times
+    files.lock_folder(cache).release()  # whoever was refused holds it no longer
+    reset_accelerator()
+    within = recipe("within", f"features.folder={tmp_path / 'within'}", "features.text=true", "train.steps=1")
+    assert AdapterTrainer(within).train().is_dir()
 
 
 class CutOff(AdapterTrainer):

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import pickle
+import shutil
 
 import pytest
 import tiny_adapter
@@ -475,6 +476,26 @@ def test_a_cache_grows_and_shrinks_with_the_data(setup, tmp_path):
         ValueError, match=r"shard-00002.*: holds samples up to 11, which .*made again up to data.stop=11"
     ):
         setup(*cached(tmp_path, "features.text=true"))
+
+
+def test_a_cache_that_is_made_anew_under_a_training_is_no_longer_read(setup, models, sd1, tmp_path):
+    """Of other weights, that is; one that grows holds what it held."""
+    options = cached(tmp_path, "features.text=true")
+    small = setup(*options, "data.stop=8")
+    before = list(small.epoch(0))
+    setup(*options)
+    small.batches.cache._open.clear()  # as in a loading process of the next epoch
+    for one, other in zip(before, small.epoch(0), strict=True):
+        assert one.keys == other.keys
+        assert torch.equal(one.mean, other.mean)
+    shutil.rmtree(tmp_path / "cache")
+    other_vae = type(models.vae).from_pretrained(sd1, subfolder="vae")
+    with torch.no_grad():
+        other_vae.encoder.conv_in.weight[0] += 1
+    setup(*options, vae=other_vae)
+    small.batches.cache._open.clear()
+    with pytest.raises(ValueError, match=r"shard-0000\d\.safetensors: made anew .* with another features\.folder"):
+        list(small.epoch(0))
 
 
 def test_changed_pictures_and_damaged_files_are_refused(setup, tmp_path):

@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -62,7 +63,7 @@ write_atomically(Path(sys.argv[1]), lambda path: (path.write_text("half"), os.ki
     assert {path.name for path in tmp_path.iterdir()} == {file.name, running.name, elsewhere.name}
 
 
-def test_a_locked_folder_names_who_holds_it_until_it_is_killed(tmp_path, monkeypatch):
+def test_a_locked_folder_names_who_holds_it_until_it_is_killed(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(files, "LOCK_PATIENCE", 0.1)
     code = """
 import sys, time
@@ -76,9 +77,11 @@ time.sleep(600)
     assert process.stdout.readline() == "held\n"
     with pytest.raises(ValueError, match=rf"process {process.pid} on .* is writing there; wait for it"):
         lock_folder(tmp_path)
-    process.kill()
+    threading.Timer(0.5, process.kill).start()
+    lock = lock_folder(tmp_path, wait=True)
     process.wait()
-    lock = lock_folder(tmp_path)
+    assert f"process {process.pid} on " in caplog.text
+    assert "is writing there; waiting until it is done" in caplog.text
     with pytest.raises(ValueError, match=f"process {os.getpid()} on"):
         lock_folder(tmp_path)
     lock.release()

@@ -179,7 +179,7 @@ class Trainer:
             FloatingPointError: too many steps in a row without a finite gradient.
             OSError: the disk is full or gone.
         """
-        with self._folder_locked():
+        with self.locked(self.folder):
             self.prepare(resume)
             self.start()
             self.fit()
@@ -560,13 +560,13 @@ class Trainer:
         return result
 
     @contextmanager
-    def _folder_locked(self) -> Iterator[None]:
-        """Hold the output folder, so that no other training can write into it."""
+    def locked(self, folder: Path, *, wait: bool = False) -> Iterator[None]:
+        """Hold a folder, so that no other training can write into it; every process calls it. See `lock_folder`."""
         held: list[BaseFileLock] = []
 
         def lock() -> None:
-            prepare_folder(self.folder)
-            held.append(lock_folder(self.folder))
+            prepare_folder(folder)
+            held.append(lock_folder(folder, wait=wait))
 
         self._on_main(lock)
         try:

@@ -475,8 +475,17 @@ class FeatureCache:
         self.folder, self.section, self.source = folder, section, source
         self.indices = sample_range(source.sizes, config)
         self._open: OrderedDict[int, Any] = OrderedDict()
-        self.key = self._agreed_key(key)
-        self.parts, self.read_parts = parts_of(self.key), parts_of(key)
+        self.own_key, self.read_parts = key, parts_of(key)
+        self.look()
+
+    def look(self) -> None:
+        """See what the folder holds and lacks by now.
+
+        Raises:
+            ValueError: see the class.
+        """
+        self.key = self._agreed_key(self.own_key)
+        self.parts = parts_of(self.key)
         self._sample_keys = [self._key_of(self._range(number)) for number in range(len(self))]
         self.missing = [number for number in range(len(self)) if not self._is_done(number)]
 
@@ -535,13 +544,12 @@ class FeatureCache:
             raise ValueError(f"{path}: damaged ({error}); delete it, and it will be made again") from None
         if count < len(samples):  # the last file, of a smaller `data.stop`
             return False
-        held = range(samples.start, samples.start + count)  # of a larger `data.stop`, its first samples are read
         try:
-            key = self._sample_keys[number] if count == len(samples) else self._key_of(held)
+            key = self._key_of_file(number, count)
         except IndexError:
             raise ValueError(
-                f"{path}: holds samples up to {held.stop - 1}, which {self.key['source']} has no more, so whether they "
-                "have changed cannot be told; choose another features.folder than "
+                f"{path}: holds samples up to {samples.start + count - 1}, which {self.key['source']} has no more, so "
+                f"whether they have changed cannot be told; choose another features.folder than "
                 f"{str(self.folder)!r}, or delete the file, and it will be made again up to data.stop={samples.stop}"
             ) from None
         if found != key:
@@ -550,6 +558,17 @@ class FeatureCache:
                 f"{self.key['source']} have changed since; delete it, and it will be made again"
             )
         return True
+
+    def _key_of_file(self, number: int, count: int) -> str:
+        """Of a file's `count` samples; of one that was made for a larger `data.stop`, the first are read.
+
+        Raises:
+            IndexError: the source has fewer.
+        """
+        samples = self._range(number)
+        if count == len(samples):
+            return self._sample_keys[number]
+        return self._key_of(range(samples.start, samples.start + count))
 
     @property
     def missing_samples(self) -> list[int]:
@@ -662,10 +681,11 @@ class FeatureCache:
 
         Raises:
             BadSampleError: it could not be used when the cache was made.
+            ValueError: its file is another one by now.
         """
         number, local = divmod(index - self.indices.start, self.section.shard_size)
         if number not in self._open:
-            self._open[number] = safe_open(self._path(number), framework="pt")
+            self._open[number] = self._opened(number)
             if len(self._open) > _OPEN_SHARDS:
                 self._open.popitem(last=False)
         file = self._open[number]
@@ -677,6 +697,18 @@ class FeatureCache:
         tensors = {name: file.get_slice(name)[row : row + 1][0] for name in names}
         floats = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
         return floats, json.loads(file.metadata()["keys"])[row]
+
+    def _opened(self, number: int) -> Any:
+        path = self._path(number)
+        file = safe_open(path, framework="pt")
+        with suppress(IndexError):
+            (count,) = file.get_slice("row").get_shape()
+            if file.metadata()["key"] == self._key_of_file(number, count):
+                return file
+        raise ValueError(
+            f"{path}: made anew since this training began, with other models, captions, pictures or settings; start it "
+            "again with another features.folder"
+        )
 
 
 def _with_values(name: str, then: Any, now: Any) -> str:

@@ -209,10 +209,19 @@ class AdapterTrainer(Trainer):
         self.fill_cache()
 
     def fill_cache(self) -> None:
-        """Make what the cache of features lacks; every process calls it."""
-        if self.cache is not None:
+        """Make what the cache of features lacks, after other trainings that do so; every process calls it.
+
+        Raises:
+            ValueError: another training has made it with something else meanwhile.
+        """
+        cache = self.cache
+        if cache is None or not self._on_main(lambda: bool(cache.missing)):
+            return
+        is_held = cache.folder.resolve() == self.folder.resolve()
+        with nullcontext() if is_held else self.locked(cache.folder, wait=True):
+            cache.look()
             self.accelerator.wait_for_everyone()  # all have seen the same files missing
-            self.cache.build(self.reader.batches, self.frozen)
+            cache.build(self.reader.batches, self.frozen)
             self.accelerator.wait_for_everyone()
 
     def _made_for(self) -> dict[str, str]:
