@@ -149,8 +149,9 @@ def _texts(ctx: typer.Context, prompt: str | None, prompt_file: Path | None, pro
 
 
 def _check_embeddings_act(pipe: Any, texts: list[str]) -> None:
+    read = {token_id for ids in pipe.tokenizer(texts).input_ids for token_id in ids}
     for token in embedding_tokens(pipe):
-        if not any(token.lower() in text.lower() for text in texts):
+        if pipe.tokenizer.convert_tokens_to_ids(token) not in read:
             raise ValueError(f"--embedding: its token {token!r} is in no prompt, so it would not act; write it there")
 
 

@@ -3,6 +3,8 @@
 import html
 import re
 import tempfile
+import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -104,18 +106,35 @@ class FixClipTokenizer(CLIPTokenizer):
             return cls.from_pretrained(folder, context_length=context_length)
 
     def clean(self, text: str) -> CleanText:
-        """The text as CLIP's training saw it, in its original case: ftfy, entities, white space."""
+        """The text as CLIP's training saw it, in its original case: ftfy, entities, white space.
+
+        Names of textual inversions stay as they are, as "x’s", which were "x's" otherwise, and would not be found.
+        """
         if isinstance(text, CleanText):
             return text
         if not self.clean_text:
             return CleanText(text)
-        text = html.unescape(html.unescape(ftfy.fix_text(text)))
-        text = " ".join(text.split())
-        if "Σ" in text:
-            # The backend lowercases letter by letter and misses the final sigma. İ alone changes length.
-            lower = text.replace("İ", "I").lower()
-            text = "".join(low if char == "Σ" else char for char, low in zip(text, lower, strict=True))
-        return CleanText(text)
+        parts = [_clean(part) if name is None else name for part, name in self._cut_at_names(text)]
+        parts[0] = parts[0].lstrip()
+        parts[-1] = parts[-1].rstrip()
+        return CleanText("".join(parts))
+
+    def _cut_at_names(self, text: str) -> Iterator[tuple[str, str | None]]:
+        """(text, None) and (text, its name) in turn, for the names of added tokens that cleaning would change.
+
+        A name is found in whatever case, white space and composition of accents, as the stock tokenizer finds it.
+        """
+        added = [token.content for token in self.added_tokens_decoder.values() if not token.special]
+        hidden = {name: _name_pattern(name) for name in added if _clean(name).strip() != name and name.strip()}
+        if not hidden:
+            yield text, None
+            return
+        text, end = unicodedata.normalize("NFC", text), 0
+        for match, name in _find_names(hidden, text):
+            yield text[end : match.start()], None
+            yield match[0], name
+            end = match.end()
+        yield text[end:], None
 
     # -- textual inversions of several vectors: added tokens NAME, NAME_1, NAME_2, ... --------------------------
 
@@ -134,14 +153,18 @@ class FixClipTokenizer(CLIPTokenizer):
 
         diffusers does so for the exact spelling only. A name whose other vectors follow it already stays as it is.
         """
-        for token_id in self.added_tokens_decoder:
-            vectors = self.inversion_ids(token_id)
-            if len(vectors) > 1:
-                names = [self.added_tokens_decoder[index].content for index in vectors]
-                single = re.escape(names[0]) + r"(?!_\d)(?!\s+" + re.escape(names[1]) + ")"
-                spelled = " ".join(names).replace("\\", r"\\")
-                text = re.sub(single, spelled, text, flags=re.IGNORECASE)
-        return text
+        added, vectors, patterns = self.added_tokens_decoder, {}, {}
+        for token_id, token in added.items():
+            names = [added[index].content for index in self.inversion_ids(token_id)]
+            pattern = re.escape(token.content)
+            if len(names) > 1:
+                pattern += r"(?!_\d)(?!\s+" + re.escape(names[1]) + ")"
+            vectors[token.content], patterns[token.content] = names, pattern
+        parts, end = [], 0
+        for match, name in _find_names(patterns, text):
+            parts += [text[end : match.start()], " ".join(vectors[name]) if len(vectors[name]) > 1 else match[0]]
+            end = match.end()
+        return "".join([*parts, text[end:]])
 
     def convert_ids_to_tokens(self, ids: int | list[int], skip_special_tokens: bool = False) -> Any:
         """Pieces of the vocabulary; added tokens in their own case, which the stock method lowers."""
@@ -186,6 +209,31 @@ class FixClipTokenizer(CLIPTokenizer):
 
     def _prepare(self, text: str) -> str:
         return text if isinstance(text, CleanText) else self.expand_inversions(self.clean(text))
+
+
+def _clean(text: str) -> str:
+    """A piece of a text, cleaned; white space at its ends becomes one space."""
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    text = re.sub(r"\s+", " ", text)
+    if "Σ" in text:
+        # The backend lowercases letter by letter and misses the final sigma. İ alone changes length.
+        lower = text.replace("İ", "I").lower()
+        text = "".join(low if char == "Σ" else char for char, low in zip(text, lower, strict=True))
+    return text
+
+
+def _name_pattern(name: str) -> str:
+    """Regular expression of a name with any white space where it has some."""
+    return r"\s+".join(re.escape(part) for part in re.split(r"\s+", unicodedata.normalize("NFC", name)))
+
+
+def _find_names(patterns: dict[str, str], text: str) -> Iterator[tuple[re.Match[str], str]]:
+    """Where names stand in a text, from left to right, each given by its pattern; of two at one place the longer one,
+    which is what the backend reads there."""
+    names = sorted(patterns, key=len, reverse=True)
+    one_of = re.compile("|".join(f"({patterns[name]})" for name in names), re.IGNORECASE)
+    for match in one_of.finditer(text):
+        yield match, names[(match.lastindex or 1) - 1]
 
 
 def _map_text(function: Any, text: Any) -> Any:

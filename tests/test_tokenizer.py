@@ -132,6 +132,33 @@ def test_mixed_case_added_tokens_are_found(folder, token):
     assert tokenizer.tokenize(f"A {token}").count(token) == 1
 
 
+@pytest.mark.parametrize("name", ["x’s", "“q”", "my  cat", "a&amp;b", "&amp;", "ＡＢ", "cafe\u0301", " cat ", "ΣΑΣ’"])
+def test_names_that_cleaning_would_change_are_found_as_by_the_stock_tokenizer(folder, name):
+    """In whatever case, white space and composition, and only there; the text around them is cleaned."""
+    stock, ours, plain = (kind.from_pretrained(folder) for kind in (CLIPTokenizer, FixClipTokenizer, FixClipTokenizer))
+    for tokenizer in (stock, ours):
+        tokenizer.add_tokens([name])
+    for word in (name, name.upper(), name.replace(" ", "\t"), "x's q a&b & ab AB"):
+        text = f"a {word} boat {word}"
+        assert ours(text).input_ids.count(49408) == stock(text).input_ids.count(49408)
+    assert 49408 in ours(f"a {name} boat").input_ids
+    before, behind = "Wow! “more” &lt;  schÃ¶n", "caf&eacute; 's  ﬁn"
+    expected = [*plain(before).input_ids[:-1], 49408, *plain(behind).input_ids[1:]]
+    assert ours(f" {before} {name} {behind} ").input_ids == expected
+
+
+def test_of_two_names_at_one_place_the_longer_is_expanded(folder):
+    tokenizer = FixClipTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<x", "<x_1", "<xyz>", "z>", "z>_1", "<xz>", "<xz>_1"])
+    for text, pieces in {
+        "<XYZ>": ["<xyz>"],
+        "<x": ["<x", "<x_1"],
+        "<X <x_1": ["<x", "<x_1"],
+        "<xz> <xyz>": ["<xz>", "<xz>_1", "<xyz>"],
+    }.items():
+        assert tokenizer.tokenize(text) == pieces
+
+
 def test_cleaned_text_is_not_cleaned_again(ours):
     text = "a <b> &amp;amp;amp;lt;"
     once = ours.clean(text)
