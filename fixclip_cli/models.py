@@ -149,9 +149,10 @@ def _load_embeddings(pipe: Any, embeddings: tuple[str, ...]) -> None:
         known = set(pipe.tokenizer.get_vocab())
         try:
             pipe.load_textual_inversion(source, **({"token": path.stem} if path.is_file() else {}))
-        except Exception as error:
-            why = f"{error}".splitlines()[0][:200]  # diffusers' message holds the file's tensors
-            raise ValueError(f"--embedding {source}: it cannot be loaded: {why}") from error
+        except ValueError as error:
+            is_name = path.is_file() and "token=" in str(error)
+            way_out = "; here its token is the file's name, so rename the file" if is_name else ""
+            raise ValueError(f"--embedding: {error}{way_out}") from error
         if set(pipe.tokenizer.get_vocab()) == known:
             raise ValueError(f"--embedding {source}: it brought no new token")
 

@@ -20,6 +20,7 @@ from fixclip_core.weights.text_encoder import text_encoders_in
 from fixclip_diffusion import builtin
 from fixclip_diffusion.conditioning import CLIP_CONTEXT_LENGTH, get_conditioning, renamed
 from fixclip_diffusion.families import Family, TextEncoding, Tower
+from fixclip_diffusion.inversions import XL_KEYS, Place, place_inversions, read_inversions
 from fixclip_diffusion.loading import (
     ELSEWHERE,
     HUB_KWARGS,
@@ -199,6 +200,78 @@ class LongPromptMixin:
     def maybe_convert_prompt(self, prompt: str | list[str], tokenizer: FixClipTokenizer) -> Any:
         """Nothing to do: the tokenizer expands textual inversions itself."""
         return prompt
+
+    def load_textual_inversion(
+        self,
+        pretrained_model_name_or_path: Any,
+        token: str | list[str] | None = None,
+        tokenizer: Any = None,
+        text_encoder: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Stock loading, which looks at everything first: an inversion that is refused leaves all as it was.
+
+        Args:
+            pretrained_model_name_or_path: a file, a folder, a hub name, the tensors of a file, or a list of these. Of
+                Stable Diffusion XL, vectors of both text encoders, `clip_l` and `clip_g`, go into both at once.
+            token: what the prompt will say, one for each; needed for vectors of both text encoders.
+            tokenizer, text_encoder: of one text encoder; by default the first one's, or each one's. Either brings its
+                other half.
+            **kwargs: of the stock method, such as weight_name and revision.
+
+        Raises:
+            LoadError: there is no textual inversion, it is damaged, holds NaN or infinite values, was made for another
+                base, or its name could not be told from another one.
+            ValueError: more or fewer tokens than inversions.
+        """
+        places = self._inversion_places(tokenizer, text_encoder)
+        inversions = read_inversions(pretrained_model_name_or_path, token, **kwargs)
+        for place, states in place_inversions(inversions, places):
+            super().load_textual_inversion(  # type: ignore[misc]
+                states, tokenizer=place.tokenizer, text_encoder=place.encoder
+            )
+
+    def unload_textual_inversion(
+        self, tokens: str | list[str] | None = None, tokenizer: Any = None, text_encoder: Any = None
+    ) -> None:
+        """Stock unloading, from all text encoders and with all vectors of a name.
+
+        Args:
+            tokens: names of textual inversions; by default all.
+            tokenizer, text_encoder: of one text encoder, to unload from that alone.
+
+        Raises:
+            ValueError: no text encoder has an inversion of that name.
+        """
+        wanted = [tokens] if isinstance(tokens, str) else tokens
+        places = self._inversion_places(tokenizer, text_encoder)
+        loaded = [place.inversions() for place in places]
+        known = list(dict.fromkeys(name for own in loaded for name in own))
+        for name in wanted or []:
+            if name not in known:
+                raise ValueError(f"there is no textual inversion {name!r} to unload; loaded: {known or 'none'}")
+        for place, own in zip(places, loaded, strict=True):
+            names = [vector for name in own if wanted is None or name in wanted for vector in own[name]]
+            if names:
+                super().unload_textual_inversion(  # type: ignore[misc]
+                    names, tokenizer=place.tokenizer, text_encoder=place.encoder
+                )
+                place.encoder.config.vocab_size = place.encoder.get_input_embeddings().num_embeddings
+
+    def _inversion_places(self, tokenizer: Any, text_encoder: Any) -> list[Place]:
+        """The text encoder with its tokenizer that one of them names; without names each of this model."""
+        places = []
+        for tower in self.towers:
+            own = getattr(self, tower.encoder), getattr(self, tower.tokenizer)
+            if (text_encoder or own[0]) is own[0] and (tokenizer or own[1]) is own[1]:
+                places.append(Place(*own, XL_KEYS[tower.encoder] if len(self.family.towers) > 1 else None))
+        places = places or [Place(text_encoder, tokenizer)]
+        if any(place.encoder is None or place.tokenizer is None for place in places):
+            raise ValueError(
+                "a textual inversion needs a text encoder and its tokenizer, which this pipeline has not: give "
+                "text_encoder= and tokenizer="
+            )
+        return places
 
     def load_lora_weights(
         self, pretrained_model_name_or_path_or_dict: str | Path | dict[str, Any], *args: Any, **kwargs: Any

@@ -13,7 +13,6 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.schedulers import KarrasDiffusionSchedulers
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     CLIPImageProcessor,
@@ -132,47 +131,6 @@ class FixClipStableDiffusionXLPipeline(LongPromptMixin, StableDiffusionXLPipelin
                 f"or a pair, for {' and '.join(XL_ENCODERS)}, of which one may be None"
             )
         return dict(adapter_folders(adapter, **hub_kwargs))
-
-    def load_textual_inversion(
-        self,
-        pretrained_model_name_or_path: Any,
-        token: Any = None,
-        tokenizer: Any = None,
-        text_encoder: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        """Stock loading; a file of vectors for both text encoders, `clip_l` and `clip_g`, goes into both at once.
-
-        Args:
-            pretrained_model_name_or_path: see the stock method; or a file, or the tensors of one, that holds `clip_l`
-                and `clip_g`, each (vectors, D).
-            token: what the prompt will say; needed for a file of both.
-            tokenizer, text_encoder: of one text encoder; by default the first one's.
-
-        Raises:
-            ValueError: vectors for both text encoders without a token.
-        """
-        source = pretrained_model_name_or_path
-        for vectors, part, words in self._vectors_of_both(
-            source if tokenizer is None and text_encoder is None else None
-        ):
-            if token is None:
-                raise ValueError("vectors of both text encoders have no name of their own: give token=")
-            super().load_textual_inversion({token: vectors}, tokenizer=words, text_encoder=part, **kwargs)
-            source = None
-        if source is not None:
-            super().load_textual_inversion(
-                source, token=token, tokenizer=tokenizer, text_encoder=text_encoder, **kwargs
-            )
-
-    def _vectors_of_both(self, source: Any) -> list[tuple[Tensor, Any, Any]]:
-        """(vectors, text encoder, tokenizer) of each text encoder, if the source holds them."""
-        if isinstance(source, (str, Path)) and Path(source).suffix == ".safetensors" and Path(source).is_file():
-            source = load_file(source)
-        if not isinstance(source, dict) or not {"clip_l", "clip_g"} <= source.keys():
-            return []
-        parts = (("clip_l", self.text_encoder, self.tokenizer), ("clip_g", self.text_encoder_2, self.tokenizer_2))
-        return [(source[name], part, words) for name, part, words in parts if part is not None]
 
     def encode_prompt(
         self,

@@ -29,7 +29,7 @@ ROOMS = {
         ("builtin", "conditioning", "lora", "preview", "short_weights", "siblings", "state_mask", "tiny"),
         ("adapter", "prompt_weights", "text_config", "tokenizer"),
         ("prompt_tokens", "text_encoder"),
-        ("families", "fingerprint", "token_report"),
+        ("families", "fingerprint", "inversions", "token_report"),
         ("loading", "prompt_encoder", "prompt_reader"),
         ("long_prompts",),
         ("attention_maps", "pipeline", "pipeline_xl"),

@@ -135,6 +135,8 @@ def styles(sd1, tmp_path_factory):
     state = {name: 0.05 * torch.randn_like(parameter) for name, parameter in add_lora(unet, 2).items()}
     save_lora(unet, state, folder / "lora")
     save_file({"emb": torch.randn(2, 32)}, folder / "MyCat.safetensors")
+    for name, width in (("x’s", 32), ("X’s", 32), ("wide", 48)):
+        torch.save({"string_to_param": {"*": torch.randn(2, width)}}, folder / f"{name}.pt")
     return folder
 
 
@@ -201,6 +203,13 @@ def test_every_option_acts_and_is_recorded(sd1, tmp_path, styles):
     assert other.exit_code == 0, other.output
     changed = json.loads(Image.open(tmp_path / "other.png").text["fixclip"])
     assert {name for name in settings if changed[name] != settings[name]} == {"prompt", "seed"}
+
+
+def test_an_embedding_whose_name_the_cleaning_of_prompts_would_change(sd1, tmp_path, styles, python_pictures):
+    arguments = ("--base", sd1, *FAST, "--embedding", styles / "x’s.pt", "-o", tmp_path / "a.png")
+    result = run("generate", "a x’s boat", *arguments)
+    assert result.exit_code == 0, result.output
+    assert not np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), python_pictures("a x’s boat"))
 
 
 def test_a_file_of_many_prompts(sd1, tmp_path, python_pictures):
@@ -350,6 +359,16 @@ def test_a_long_negative_prompt_is_reported(sd1, tmp_path):
             "--embedding '/no/such' is neither a file nor a folder, nor a hub name like owner/model",
         ),
         (["a", "--base", "BASE", "--embedding", "STYLES/MyCat.safetensors"], "its token 'MyCat' is in no prompt"),
+        (["a x's", "--base", "BASE", "--embedding", "STYLES/x’s.pt"], "its token 'x’s' is in no prompt"),
+        (
+            ["a", "--base", "BASE", "--embedding", "STYLES/wide.pt"],
+            "wide.pt': it was made for another base: its vectors have the width 48, and 32 is needed here (768 Stable "
+            "Diffusion 1, 1024 Stable Diffusion 2, 768 + 1280 Stable Diffusion XL)",
+        ),
+        (
+            ["a", "--base", "BASE", "--embedding", "STYLES/x’s.pt", "--embedding", "STYLES/X’s.pt"],
+            "such as '<X’s-2>'; here its token is the file's name, so rename the file",
+        ),
         (["(a:b)", "--base", "BASE", "--weights", "a1"], "'a1' is not one of 'a1111', 'compel'"),
     ],
 )

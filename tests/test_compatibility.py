@@ -249,6 +249,129 @@ def test_textual_inversion(ours, token, vectors):
     assert picture(ours, LONG + tail).shape == (16, 16, 3)
 
 
+@pytest.mark.parametrize("name", ["x’s", "“q”", "my  cat", "a&amp;b", "ＡＢ"])
+def test_an_inversion_that_cleaning_would_hide_acts_as_in_stock(sd1, tmp_path, name):
+    stock = StableDiffusionPipeline.from_pretrained(sd1)
+    ours, vectors, prompt = FixClipStableDiffusionPipeline.from_pipe(stock), torch.randn(3, 32), f"a {name} boat"
+    plain = states_of(ours, prompt)
+    for pipe in (stock, ours):
+        pipe.load_textual_inversion({name: vectors})
+    read = ours.prompt_encoder.lay_out(prompt).ids_NP
+    assert read[read >= 49408].tolist() == [49408, 49409, 49410]
+    assert torch.equal(ours.text_encoder.get_input_embeddings().weight[49408:], vectors)
+    stock_prompt = " ".join(["a", name, f"{name}_1", f"{name}_2", "boat"])  # which stock does for some names alone
+    ids = stock.tokenizer(stock_prompt, padding="max_length", return_tensors="pt").input_ids
+    expected = stock.text_encoder(ids)[0]
+    torch.testing.assert_close(states_of(ours, prompt), expected, rtol=0, atol=1e-5)
+    ours.save_pretrained(tmp_path)
+    for other in (FixClipStableDiffusionPipeline.from_pretrained(tmp_path), ours.from_pipe(stock)):
+        torch.testing.assert_close(states_of(other, prompt), expected, rtol=0, atol=1e-5)
+    ours.unload_textual_inversion(name)
+    torch.testing.assert_close(states_of(ours, prompt), plain, rtol=0, atol=1e-5)
+
+
+def states_of(pipe, prompt):
+    return pipe.encode_prompt(prompt, "cpu", 1, False)[0]
+
+
+@pytest.mark.parametrize(
+    ("loaded", "new", "message"),
+    [
+        ("<A>", "<a>", "prompts are read without regard to case, so '<a>' cannot be told from '<A>', .*'<a-2>'"),
+        ("my cat", "my  cat", "'my  cat' cannot be told from 'my cat'"),
+        ("<a>", "<a>", "the tokenizer has a token '<a>' already: give another token=, such as '<a-2>', or call unload"),
+        ("<a>", "<a>_2", "'<a>_2' would be read as one of the vectors of '<a>'"),
+        ("<a>_1", "<A>", "'<A>_1' cannot be told from '<a>_1'"),
+        ("<a>", "horse</w>", "the tokenizer has a token 'horse</w>' already"),
+        ("<a>", " ", "' ' is no name that a prompt can say: give token="),
+    ],
+)
+def test_a_name_that_could_not_be_told_from_another_is_refused(ours, loaded, new, message):
+    vectors = torch.randn(2, 32)
+    ours.load_textual_inversion({loaded: vectors})
+    with pytest.raises(ValueError, match=message):
+        ours.load_textual_inversion([{"<other>": vectors}, {new: vectors}])
+    assert len(ours.tokenizer) == ours.text_encoder.get_input_embeddings().num_embeddings == 49410
+    with pytest.raises(ValueError, match="cannot be told"):
+        ours.load_textual_inversion([vectors, vectors], token=["<b>", "<B>"])
+    ours.load_textual_inversion({"<a-2>": vectors})
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"<a>": torch.ones(2, 48)}, "the width 48, and 32 is needed here .768 Stable Diffusion 1, 1024 Stable"),
+        ({"clip_l": torch.ones(2, 32), "clip_g": torch.ones(2, 48)}, "the width 32 . 48, and 32 is needed here .768"),
+        ({"name": "a", "string_to_param": {"*": torch.ones(2, 64)}}, "made for another base: .* 64, and 32 is needed"),
+        ({"<a>": torch.full((2, 32), torch.nan)}, "<a> holds NaN or infinite values"),
+        ({"<a>": torch.tensor([1e6, torch.inf]).repeat(16)}, "<a> holds NaN or infinite values"),
+        ({"<a>": torch.ones(1, 2, 32)}, r"vectors are \(1, 2, 32\), where \(V, D\) is needed"),
+        ({"<a>": torch.ones(0, 32)}, r"vectors are \(0, 32\)"),
+        ({"<a>": torch.tensor(1.0)}, r"vectors are \(\)"),
+        ({"unet.down_blocks.0.lora_A": torch.ones(2, 32), "b": torch.ones(2)}, "it holds 2 tensors .a LoRA., and a"),
+        ({"clip_l": torch.ones(2, 32), "clip_g": torch.ones(3, 48)}, "2 vectors clip_l and 3 vectors clip_g: both"),
+    ],
+)
+@pytest.mark.parametrize("form", ["memory", "file"])
+def test_what_is_no_inversion_of_this_base_is_one_line_and_changes_nothing(ours, tmp_path, state, message, form):
+    source, what = state, "textual inversion in memory: "
+    if form == "file":
+        source, what = tmp_path / "style.pt", f"textual inversion '{tmp_path}/style.pt': "
+        torch.save(state, source)
+    before = states_of(ours, LONG)
+    with pytest.raises(ValueError, match=message) as refused:
+        ours.load_textual_inversion([{"<good>": torch.ones(1, 32)}, source], token=["<good>", "<a>"])
+    assert str(refused.value).startswith(what)
+    assert len(str(refused.value).splitlines()) == 1
+    assert len(ours.tokenizer) == ours.text_encoder.get_input_embeddings().num_embeddings == 49408
+    assert torch.equal(states_of(ours, LONG), before)
+
+
+def test_vectors_that_are_infinite_in_the_encoders_dtype_are_refused(sd1):
+    pipe = FixClipStableDiffusionPipeline.from_pretrained(sd1, dtype=torch.float16)
+    with pytest.raises(ValueError, match="<a> holds NaN or infinite values"):
+        pipe.load_textual_inversion({"<a>": torch.full((2, 32), 1e6)})
+
+
+def test_files_that_are_no_inversions_and_numbers_of_names(ours, tmp_path):
+    (tmp_path / "lfs.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    (tmp_path / "damaged.pt").write_bytes(b"\x80nothing")
+    (tmp_path / "empty").mkdir()
+    for name, message in {
+        "lfs.safetensors": f"^{tmp_path}/lfs.safetensors is a pointer of Git LFS",
+        "damaged.pt": f"^textual inversion '{tmp_path}/damaged.pt': .*weights",
+        "empty": f"^textual inversion '{tmp_path}/empty': .*no file named learned_embeds.bin",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            ours.load_textual_inversion(tmp_path / name, token="<a>")
+    with pytest.raises(ValueError, match=r"^textual inversion 'no/such': .*hub"):
+        ours.load_textual_inversion("no/such", token="<a>")
+    with pytest.raises(ValueError, match="give token="):
+        ours.load_textual_inversion(torch.ones(2, 32))
+    with pytest.raises(ValueError, match="one name for each"):
+        ours.load_textual_inversion([{"x": torch.ones(2, 32)}] * 3, token=["<a>", "<b>"])
+    ours.load_textual_inversion(torch.eye(2, 32), token=["<a>", "<b>"])  # a name for each vector
+    ids = ours.tokenizer("<a> <b>").input_ids
+    assert torch.equal(ours.text_encoder.get_input_embeddings().weight[ids[1:-1]], torch.eye(2, 32))
+
+
+def test_one_of_several_inversions_is_unloaded_whole(ours, tmp_path):
+    vectors = {name: torch.randn(3, 32) for name in ("<a>", "<b>")}
+    plain = states_of(ours, "a <a> boat")
+    ours.load_textual_inversion([{name: part} for name, part in vectors.items()])
+    both = states_of(ours, "a <b> boat")
+    with pytest.raises(ValueError, match=r"no textual inversion '<c>' to unload; loaded: \['<a>', '<b>'\]"):
+        ours.unload_textual_inversion(["<a>", "<c>"])
+    ours.unload_textual_inversion("<a>")
+    torch.testing.assert_close(states_of(ours, "a <a> boat"), plain)
+    ours.save_pretrained(tmp_path)
+    for pipe in (ours, FixClipStableDiffusionPipeline.from_pretrained(tmp_path)):
+        torch.testing.assert_close(states_of(pipe, "a <b> boat"), both)
+        pipe.load_textual_inversion({"<a>": vectors["<a>"]})
+        assert pipe.text_encoder.get_input_embeddings().num_embeddings == len(pipe.tokenizer) == 49414
+        torch.testing.assert_close(states_of(pipe, "a <b> boat"), both)
+
+
 # Devices, dtypes, schedulers, callbacks.
 
 

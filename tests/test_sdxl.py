@@ -721,6 +721,61 @@ def test_a_textual_inversion_of_both_encoders_in_one_file(folder, tmp_path, capl
     assert "'a solestyle horse' has 10 tokens for the first text encoder and " in caplog.text
 
 
+@pytest.mark.parametrize("form", ["memory", "safetensors", "pt", "folder", "list", "a name for each vector"])
+def test_every_form_of_an_inversion_goes_into_both_encoders(folder, tmp_path, form):
+    """And out of both, and in again."""
+    pipe = quiet(FixClipStableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False))
+    vectors = {"clip_l": torch.randn(2, 32), "clip_g": torch.randn(2, 48)}
+    other = {"clip_l": torch.randn(1, 32), "clip_g": torch.randn(1, 48)}
+    save_file(vectors, tmp_path / "style.safetensors")
+    torch.save(vectors, tmp_path / "style.pt")
+    source, arguments = {
+        "memory": (vectors, {"token": "<c>"}),
+        "safetensors": (tmp_path / "style.safetensors", {"token": "<c>"}),
+        "pt": (str(tmp_path / "style.pt"), {"token": "<c>"}),
+        "folder": (tmp_path, {"token": "<c>", "weight_name": "style.safetensors"}),
+        "list": ([tmp_path / "style.pt", other], {"token": ["<c>", "<d>"]}),
+        "a name for each vector": (vectors, {"token": ["<c>", "<d>"]}),
+    }[form]
+    prompt = f"{LONG} a <C> horse"
+    plain = pipe.encode_prompt(prompt)[0]
+    for _ in range(2):
+        pipe.load_textual_inversion(source, **arguments)
+        for encoder, key in ((pipe.text_encoder, "clip_l"), (pipe.text_encoder_2, "clip_g")):
+            expected = torch.cat([vectors[key], *([other[key]] if form == "list" else [])])
+            assert torch.equal(encoder.get_input_embeddings().weight[49408:], expected)
+        assert not torch.equal(pipe.encode_prompt(prompt)[0], plain)
+        pipe.unload_textual_inversion()
+        assert len(pipe.tokenizer) == len(pipe.tokenizer_2) == 49408
+        torch.testing.assert_close(pipe.encode_prompt(prompt)[0], plain)
+
+
+def test_an_inversion_that_one_of_both_encoders_cannot_take_changes_neither(folder):
+    pipe = quiet(FixClipStableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False))
+    good = {"clip_l": torch.randn(2, 32), "clip_g": torch.randn(2, 48)}
+    pipe.load_textual_inversion({"<d>": torch.randn(1, 48)}, text_encoder=pipe.text_encoder_2)  # with its tokenizer
+    assert [len(pipe.tokenizer), len(pipe.tokenizer_2)] == [49408, 49409]
+    before = [encoder.get_input_embeddings().weight.clone() for encoder in (pipe.text_encoder, pipe.text_encoder_2)]
+    for state, token, message in (
+        ({**good, "clip_g": torch.randn(2, 40)}, "<c>", "width 32 . 40, and 32 . 48 is needed here"),
+        ({**good, "clip_g": torch.full((2, 48), torch.nan)}, "<c>", "<c> holds NaN"),
+        (good, "<d>", "the tokenizer has a token '<d>' already"),
+        (good, "<D>", "cannot be told from '<d>'"),
+        (torch.randn(2, 48), "<c>", "48, and 32 is needed here .*for the second text encoder give text_encoder= and"),
+        (torch.randn(2, 24), "<c>", "width 24, and 32 is needed here"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipe.load_textual_inversion([good, state], token=["<good>", token])
+    assert [len(pipe.tokenizer), len(pipe.tokenizer_2)] == [49408, 49409]
+    for encoder, weight in zip((pipe.text_encoder, pipe.text_encoder_2), before, strict=True):
+        assert torch.equal(encoder.get_input_embeddings().weight, weight)
+    pipe.load_textual_inversion(good, token="<c>", tokenizer=pipe.tokenizer)  # the half of one text encoder
+    assert [len(pipe.tokenizer), len(pipe.tokenizer_2)] == [49410, 49409]
+    pipe.unload_textual_inversion("<c>")
+    pipe.unload_textual_inversion("<d>")
+    assert len(pipe.tokenizer) == len(pipe.tokenizer_2) == 49408
+
+
 @pytest.mark.parametrize(
     ("adapter", "message"),
     [
