@@ -99,11 +99,6 @@ def load_pipeline(base: str | Path, **kwargs: Any) -> LongPromptPipeline:
     hub_kwargs = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
     base = _fetched(base, hub_kwargs)
     chosen = pipeline_class(base, **hub_kwargs)
-    if kwargs.get("encoder_2") is None:
-        kwargs.pop("encoder_2", None)
-    elif chosen is FixClipStableDiffusionPipeline:
-        one = f"base {str(base)!r} has one text encoder; Stable Diffusion XL has two"
-        raise ValueError(f"encoder_2={str(kwargs['encoder_2'])!r}: {one}")
     if Path(base).is_file():
         kwargs["torch_dtype"] = kwargs.pop("dtype", None) or kwargs.get("torch_dtype")
         return chosen.from_single_file(base, **{key: value for key, value in kwargs.items() if value is not None})

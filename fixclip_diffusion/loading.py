@@ -134,11 +134,12 @@ def load_components(
         base: folder or hub name.
         encoders: {tower's component name: folder, hub name or module}; what is missing is the base's own.
         adapters: {tower's component name: folder, hub name or `TextAdapter`}.
-        kwargs: of the caller; a text encoder or tokenizer in it is taken as it is.
+        kwargs: of the caller; a text encoder or tokenizer in it is taken as it is. Without a conditioning, that of an
+            encoder or adapter that is given acts, and else the one that the base was saved with.
 
     Raises:
-        ValueError: the base is of another family or damaged, a component is unknown or does not fit the others, or
-            device_map is no device.
+        ValueError: the base is of another family or damaged, a component is unknown or does not fit the others,
+            device_map is no device, or text encoders are to be quantized.
     """
     kwargs = dict(kwargs)
     for name, module in encoders.items():
@@ -146,6 +147,7 @@ def load_components(
             raise ValueError(f"pass either {name.removeprefix('text_')}= or {name}=, not both")
         if isinstance(module, torch.nn.Module):
             kwargs[name] = module
+    check_encoder_2(family, kwargs.pop("encoder_2", None), f"base {base!r}")
     conditioning = renamed(kwargs.get("conditioning"), kwargs.pop("long_prompt", None))
     if conditioning is not None:
         kwargs["conditioning"] = get_conditioning(conditioning).name
@@ -160,9 +162,14 @@ def load_components(
     elsewhere = {key: kwargs[key] for key in ELSEWHERE if key in kwargs}
     adapter_configs = _adapter_configs(adapters, elsewhere)
     index = load_index(family, base, hub_kwargs)
-    if conditioning is not None and index.get("long_prompt") is not None:
+    given = (*encoders.values(), *adapters.values(), *(kwargs.get(tower.encoder) for tower in family.towers))
+    is_own = all(part is None for part in given)
+    if not is_own:
+        kwargs.setdefault("conditioning", None)  # the base was saved with one for its own text encoder
+    if (conditioning is not None or not is_own) and index.get("long_prompt") is not None:
         kwargs["long_prompt"] = None  # as version 0.1 saved it
     towers = [tower for tower in family.towers if index.get(tower.encoder, [None])[0] is not None]
+    _check_quantization(towers, kwargs)
     widths: dict[str, int] = {}
     plans: dict[str, dict[str, Any]] = {}
     for tower in towers:
@@ -248,6 +255,44 @@ def check_spelling(kwargs: Collection[str], own: Sequence[str] = OWN_ARGUMENTS) 
         near = difflib.get_close_matches(name, own, 1, cutoff=0.8)
         if near and near[0] != name and name not in ("text_encoder", "text_encoder_2"):
             raise ValueError(f"unknown argument {name}=: did you mean {near[0]}=?")
+
+
+def check_encoder_2(family: Family, encoder_2: Any, source: str) -> None:
+    """Refuse a second text encoder for a family that has one.
+
+    Args:
+        family: of the pipeline.
+        encoder_2: what was given.
+        source: begins the reason, such as "base 'X'".
+
+    Raises:
+        ValueError: there is one, which would not act.
+    """
+    if encoder_2 is not None and len(family.towers) == 1:
+        name = type(encoder_2).__name__ if isinstance(encoder_2, torch.nn.Module) else repr(str(encoder_2))
+        raise ValueError(
+            f"encoder_2={name}: {source} has one text encoder, which encoder= takes; Stable Diffusion XL has two"
+        )
+
+
+def _check_quantization(towers: Sequence[Tower], kwargs: dict[str, Any]) -> None:
+    """diffusers quantizes what it loads itself, and text encoders are loaded before.
+
+    Raises:
+        ValueError: a text encoder is to be quantized that is not given in memory.
+    """
+    config = kwargs.get("quantization_config")
+    if config is None:
+        return
+    # A configuration that names no components is for all of them.
+    chosen = getattr(config, "quant_mapping", None) or getattr(config, "components_to_quantize", None)
+    named = [t.encoder for t in towers if t.encoder not in kwargs and (chosen is None or t.encoder in chosen)]
+    if named:
+        raise ValueError(
+            f"quantization_config is for {', '.join(named)}, too: text encoders are loaded before the other parts and "
+            "are not quantized; name the others, such as components_to_quantize=['unet'], and give the text encoders a "
+            "dtype: dtype={'text_encoder': torch.bfloat16, 'default': torch.float32}"
+        )
 
 
 def check_pair(tower: Tower, text_encoder: Any, tokenizer: Any) -> None:

@@ -26,6 +26,7 @@ from fixclip_diffusion.loading import (
     HUB_KWARGS,
     READING_ARGUMENTS,
     TAKES_BOTH,
+    check_encoder_2,
     check_pair,
     check_spelling,
     check_width,
@@ -452,6 +453,7 @@ class LongPromptMixin:
         adapter: Any = None,
         conditioning: str | None = None,
         weights: str | None = None,
+        long_prompt: str | None = None,
         **kwargs: Any,
     ) -> Any:
         """A checkpoint in one file, with long text encoders.
@@ -462,7 +464,7 @@ class LongPromptMixin:
             encoder, encoder_2: files, folders or hub names of other text encoders, or modules; by default the
                 checkpoint's own: stretched, or as they are where they were trained for more than 77 tokens.
             adapter: as for `from_pretrained`.
-            conditioning, weights: as for `from_pretrained`.
+            conditioning, weights, long_prompt: as for `from_pretrained`.
             **kwargs: of stock `from_single_file`; `config=` names a folder or hub repository of the same kind of base,
                 which stock diffusers looks up on the hub otherwise.
 
@@ -471,7 +473,9 @@ class LongPromptMixin:
                 layout of such a model.
         """
         check_spelling(kwargs)
+        conditioning = renamed(conditioning, long_prompt)
         name = str(pretrained_model_link_or_path)
+        check_encoder_2(cls.family, encoder_2, f"checkpoint {name!r}")
         file = str(checkpoint_file(name, kwargs))
         held = cls._text_encoders_in(file, name, kwargs)
         # What the file holds is read by ours, which takes encoders of any length.
@@ -523,6 +527,7 @@ class LongPromptMixin:
         adapter: Any = None,
         conditioning: str | None = None,
         weights: str | None = None,
+        long_prompt: str | None = None,
         **kwargs: Any,
     ) -> Any:
         """Another pipeline's components, its text encoders made long; nothing is loaded twice.
@@ -532,14 +537,19 @@ class LongPromptMixin:
         Args:
             pipeline: any pipeline of the same family, stock or of this class. It goes on as it was: a text encoder that
                 is to have an adapter here is copied.
-            encoder, encoder_2, adapter, conditioning, weights: as for `from_single_file`.
+            encoder, encoder_2, adapter, conditioning, weights, long_prompt: as for `from_single_file`. By default the
+                conditioning of `pipeline`; beside another encoder or adapter what that was trained for.
             **kwargs: components and options of stock `from_pipe`; token, cache_dir and so on for hub names.
 
         Raises:
             ValueError: components are missing or do not fit.
         """
         check_spelling(kwargs)
+        conditioning = renamed(conditioning, long_prompt)
+        check_encoder_2(cls.family, encoder_2, cls.family.name)
         elsewhere = {key: kwargs.pop(key) for key in ELSEWHERE if key in kwargs}
+        encoders, adapters = {"text_encoder": encoder, "text_encoder_2": encoder_2}, cls._adapters(adapter, **elsewhere)
+        others = (*encoders.values(), *adapters.values(), *map(kwargs.get, encoders))
         dtypes: dict[Any, torch.dtype] = {}
         if not kwargs.keys() & {"dtype", "torch_dtype"}:
             modules = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
@@ -551,9 +561,9 @@ class LongPromptMixin:
                 module.to(dtype)
         # Of one of ours; a stock pipeline that was made of one of ours keeps what it does not know with an underscore.
         known = {name.removeprefix("_"): value for name, value in pipeline.config.items()}
-        conditioning, weights = conditioning or known.get("conditioning"), weights or known.get("weights")
-        encoders = {"text_encoder": encoder, "text_encoder_2": encoder_2}
-        return cls._of_stock(stock, encoders, cls._adapters(adapter, **elsewhere), conditioning, weights, elsewhere)
+        if conditioning is None and all(part is None for part in others):
+            conditioning = known.get("conditioning")
+        return cls._of_stock(stock, encoders, adapters, conditioning, weights or known.get("weights"), elsewhere)
 
     @classmethod
     def _stock_class(cls) -> Any:

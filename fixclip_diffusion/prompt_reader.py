@@ -81,7 +81,9 @@ class PromptReader:
                 check_fits(config.adapter, config.hidden_size, config.max_position_embeddings, what)
         length = config.max_position_embeddings
         tokenizer = _read_tokenizer(base, length)
-        saved = renamed(index.get("conditioning"), index.get("long_prompt"))
+        saved = None
+        if parts.encoder is parts.adapter is encoder_2 is None:  # what is given decides itself how it is read
+            saved = renamed(index.get("conditioning"), index.get("long_prompt"))
         how = choose_conditioning(conditioning or saved, configs)
         context = context_of_config(config, tokenizer)
         for each in configs:

@@ -521,6 +521,24 @@ def test_what_cannot_be_a_checkpoint_is_named_before_anything_is_read(sd1, stock
             picture(pipe, LONG, height=16, width=16, **{name: "chunks"})
 
 
+def test_arguments_act_or_are_refused_however_a_pipeline_is_made(sd1, stock, tmp_path):
+    path = checkpoint(tmp_path / "model.safetensors", stock)
+    kind = FixClipStableDiffusionPipeline
+    for load, source, options in (
+        (kind.from_pretrained, sd1, {}),
+        (kind.from_single_file, path, configs_of(sd1)),
+        (kind.from_pipe, stock, {}),
+    ):
+        with pytest.warns(FutureWarning, match="long_prompt='windows_77' is now conditioning='chunks'"):
+            assert load(source, long_prompt="windows_77", **options).conditioning == "chunks"
+        with pytest.raises(ValueError, match="give conditioning= alone"):
+            load(source, long_prompt="windows_77", conditioning="stock", **options)
+        for given, name in (("x", "'x'"), (stock.text_encoder, "CLIPTextModel")):
+            with pytest.raises(ValueError, match=f"encoder_2={name}: .* has one text encoder, which encoder= takes"):
+                load(source, encoder_2=given, **options)
+        assert load(source, encoder_2=None, **options).conditioning == "overlap"
+
+
 def test_dtype_of_a_checkpoint_in_one_file(sd1, stock, tmp_path):
     path = checkpoint(tmp_path / "model.safetensors", stock)
     for options, expected in (({}, torch.float32), ({"torch_dtype": torch.float16}, torch.float16)):

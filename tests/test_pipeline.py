@@ -15,6 +15,8 @@ from diffusers import (
     ControlNetModel,
     DiffusionPipeline,
     MultiControlNetModel,
+    PipelineQuantizationConfig,
+    QuantoConfig,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
@@ -345,6 +347,30 @@ def test_conditioning_of_one_call_and_of_the_pipeline(ours, folder, tmp_path):
     assert len({picture(ours, LONG, conditioning=name).tobytes() for name in CONDITIONINGS}) == len(CONDITIONINGS)
 
 
+@pytest.mark.parametrize("made_by", ["from_pretrained", "from_pipe"])
+def test_what_is_given_decides_how_prompts_are_read_and_not_what_was_saved(folder, trained_encoder, tmp_path, made_by):
+    first = FixClipStableDiffusionPipeline.from_pretrained(folder, conditioning="chunks")
+    first.save_pretrained(tmp_path)
+    make = getattr(FixClipStableDiffusionPipeline, made_by)
+    source = tmp_path if made_by == "from_pretrained" else first
+    adapter = TextAdapter(32, conditioning="overlap")
+    encoder = FixClipTextEncoder.from_pretrained(trained_encoder)
+    for given, expected in (
+        ({}, "chunks"),
+        ({"adapter": None}, "chunks"),
+        ({"adapter": adapter}, "overlap"),
+        ({"encoder": trained_encoder}, "one_pass"),
+        ({"encoder": encoder}, "one_pass"),
+        ({"text_encoder": encoder}, "one_pass"),
+        ({"adapter": adapter, "conditioning": "chunks"}, "chunks"),
+    ):
+        pipe = make(source, **given)
+        assert pipe.conditioning == expected
+        pipe.save_pretrained(tmp_path / "again")
+        assert FixClipStableDiffusionPipeline.from_pretrained(tmp_path / "again").conditioning == expected
+    assert first.conditioning == "chunks"
+
+
 @pytest.mark.parametrize(("old", "new"), ALIASES.items())
 def test_names_of_version_0_1(ours, folder, tmp_path, old, new):
     with pytest.warns(FutureWarning, match=f"long_prompt='{old}' is now conditioning='{new}'"):
@@ -481,6 +507,28 @@ def test_text_encoders_go_where_the_other_parts_are_loaded_to(sd1, sdxl, xl):
         assert {part.device.type for part in parts[tower.encoder].parameters()} == {"meta"}
     with pytest.raises(ValueError, match=r"device_map='balanced': .* valid is one device, such as 'cuda'"):
         load_components(family, str(base), {}, {}, {"device_map": "balanced"})
+
+
+@pytest.mark.parametrize("xl", [False, True])
+def test_text_encoders_are_not_quantized_without_a_word(sd1, sdxl, xl):
+    family, base = (STABLE_DIFFUSION_XL, sdxl) if xl else (STABLE_DIFFUSION, sd1)
+    encoder, int8 = family.towers[-1].encoder, QuantoConfig("int8")
+    backend = {"quant_backend": "bitsandbytes_8bit", "quant_kwargs": {"load_in_8bit": True}}
+
+    def load(config, **kwargs):
+        return load_components(family, str(base), {}, {}, {"quantization_config": config, **kwargs})
+
+    unet_alone = PipelineQuantizationConfig(quant_mapping={"unet": int8})
+    assert load(unet_alone)["quantization_config"] is unet_alone, "diffusers quantizes what it loads"
+    for config in (
+        PipelineQuantizationConfig(quant_mapping={"unet": int8, encoder: int8}),
+        PipelineQuantizationConfig(**backend, components_to_quantize=["unet", encoder]),
+        PipelineQuantizationConfig(**backend),
+    ):
+        with pytest.raises(ValueError, match=rf"for .*{encoder}, too: .* components_to_quantize=\['unet'\]"):
+            load(config)
+        loaded = {tower.encoder: None for tower in family.towers}
+        assert load(config, **loaded)["quantization_config"] is config, "none is loaded"
 
 
 # Bad input: one clear error, before anything expensive.

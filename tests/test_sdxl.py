@@ -802,6 +802,21 @@ def test_both_encoders_of_another_folder_go_into_a_pipeline_in_memory(ours, fold
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("made_by", ["from_pretrained", "from_pipe"])
+def test_what_is_given_decides_how_prompts_are_read_and_not_what_was_saved(folder, tmp_path, made_by):
+    first = FixClipStableDiffusionXLPipeline.from_pretrained(folder, conditioning="chunks", add_watermarker=False)
+    first.save_pretrained(tmp_path)
+    make = getattr(FixClipStableDiffusionXLPipeline, made_by)
+    source = tmp_path if made_by == "from_pretrained" else first
+    for given, expected in (
+        ({}, "chunks"),
+        ({"adapter": (None, None)}, "chunks"),
+        ({"adapter": (TextAdapter(32, conditioning="one_pass"), None)}, "one_pass"),
+        ({"encoder_2": folder}, "overlap"),
+    ):
+        assert make(source, **given).conditioning == expected
+
+
 def lora_targets(text_model):
     layers = range(len(text_model.encoder.layers))
     parts = ("q_proj", "out_proj")
