@@ -658,7 +658,11 @@ def negative_texts(negative_prompt: str | list[str] | None, batch_size: int) -> 
 
 
 def link_tasks(name: str, text_to_image: Any, image_to_image: Any, inpainting: Any) -> None:
-    """Let `AutoPipelineFor...` find the classes of each task for one of our pipelines."""
+    """Let `AutoPipelineFor...` find the classes of each task for one of our pipelines.
+
+    With controlnet= or enable_pag= it looks for a class of our name with ControlNet or PAG in it: that name stands for
+    the stock class, which has no conditionings.
+    """
     auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING[name] = text_to_image
     auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING[name] = image_to_image
     auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING[name] = inpainting
@@ -666,3 +670,13 @@ def link_tasks(name: str, text_to_image: Any, image_to_image: Any, inpainting: A
 
 def _lora_name(source: str | Path | dict[str, Any]) -> str:
     return "LoRA in memory" if isinstance(source, dict) else f"LoRA {str(source)!r}"
+    stock = text_to_image._stock_class().__name__
+    parts = ("ControlNet", "PAG", "ControlNetPAG", "ControlNetUnion")
+    others = {stock.replace("Pipeline", f"{part}Pipeline") for part in parts}
+    auto_pipeline.SUPPORTED_TASKS_MAPPINGS.append(
+        {
+            model: type(f"FixClip{kind.__name__}", (), {})
+            for model, kind in auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING.items()
+            if kind.__name__ in others
+        }
+    )

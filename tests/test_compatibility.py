@@ -1,5 +1,6 @@
 """Everything that stock diffusers can do still works with the two components swapped, on tiny real models."""
 
+import diffusers
 import numpy as np
 import pytest
 import tiny
@@ -7,6 +8,8 @@ import torch
 from diffusers import (
     AnimateDiffPipeline,
     AutoPipelineForImage2Image,
+    AutoPipelineForInpainting,
+    AutoPipelineForText2Image,
     ControlNetModel,
     MotionAdapter,
     StableDiffusionControlNetPipeline,
@@ -19,6 +22,12 @@ from safetensors.torch import save_file
 
 from fixclip_diffusion import FixClipStableDiffusionPipeline, FixClipTextEncoder, FixClipTokenizer
 from fixclip_diffusion.prompt_encoder import pad_states
+from fixclip_diffusion import (
+    FixClipStableDiffusionPipeline,
+    FixClipStableDiffusionXLPipeline,
+    FixClipTextEncoder,
+    FixClipTokenizer,
+)
 from fixclip_diffusion.state_mask import mask_empty_states
 
 LONG = tiny.sentences(14)
@@ -124,6 +133,29 @@ def test_our_pipeline_becomes_another_one(ours):
     assert pipe.text_encoder is ours.text_encoder
     auto = AutoPipelineForImage2Image.from_pipe(StableDiffusionPipeline.from_pipe(ours))
     assert auto.tokenizer is ours.tokenizer
+
+
+@pytest.mark.parametrize("xl", [False, True])
+def test_auto_pipelines_find_those_of_controlnets_and_pag(sd1, sdxl, tmp_path, xl):
+    kind = FixClipStableDiffusionXLPipeline if xl else FixClipStableDiffusionPipeline
+    name = "StableDiffusionXL" if xl else "StableDiffusion"
+    ours = kind.from_pretrained(sdxl if xl else sd1)
+    ours.save_pretrained(tmp_path)
+    controlnet = ControlNetModel.from_unet(ours.unet)
+    for options, part in (
+        ({"controlnet": controlnet}, "ControlNet"),
+        ({"enable_pag": True}, "PAG"),
+        ({"controlnet": controlnet, "enable_pag": True}, "ControlNetPAG"),
+    ):
+        stock = getattr(diffusers, f"{name}{part}Pipeline")
+        made = AutoPipelineForText2Image.from_pipe(ours, **options)
+        assert type(made) is stock
+        assert made.text_encoder is ours.text_encoder
+        assert type(AutoPipelineForText2Image.from_pretrained(tmp_path, **options)) is stock
+    for auto in (AutoPipelineForImage2Image, AutoPipelineForInpainting):
+        loaded = auto.from_pretrained(tmp_path, controlnet=controlnet)
+        assert type(loaded) is type(auto.from_pipe(ours, controlnet=controlnet))
+        assert type(loaded).__module__.startswith("diffusers.")
 
 
 def test_states_of_our_pipeline_serve_another_one(ours, sd1):
