@@ -257,6 +257,28 @@ def check_spelling(kwargs: Collection[str], own: Sequence[str] = OWN_ARGUMENTS) 
             raise ValueError(f"unknown argument {name}=: did you mean {near[0]}=?")
 
 
+def check_family(family: Family, pipeline: str, components: Collection[str]) -> None:
+    """Refuse a pipeline in memory that is of another family.
+
+    Args:
+        family: which it should be of.
+        pipeline: name of its class.
+        components: names of its parts.
+
+    Raises:
+        ValueError: it lacks a text encoder, or has one more.
+    """
+    parts = [part for tower in family.towers for part in (tower.encoder, tower.tokenizer)]
+    missing = [part for part in ("unet", *parts) if part not in components]
+    if missing or ("text_encoder_2" in components) != ("text_encoder_2" in parts):
+        raise ValueError(
+            f"{pipeline} is no pipeline of {family.name}"
+            + (f": it has no {', '.join(missing)}" if missing else "")
+            + "; FixClipStableDiffusionPipeline.from_pipe takes Stable Diffusion 1 and 2, and "
+            "FixClipStableDiffusionXLPipeline.from_pipe Stable Diffusion XL"
+        )
+
+
 def check_encoder_2(family: Family, encoder_2: Any, source: str) -> None:
     """Refuse a second text encoder for a family that has one.
 

@@ -27,6 +27,7 @@ from fixclip_diffusion.loading import (
     READING_ARGUMENTS,
     TAKES_BOTH,
     check_encoder_2,
+    check_family,
     check_pair,
     check_spelling,
     check_width,
@@ -568,6 +569,7 @@ class LongPromptMixin:
     @classmethod
     def _stock_class(cls) -> Any:
         """The diffusers pipeline that this class derives from."""
+        check_family(cls.family, type(pipeline).__name__, pipeline.components.keys() | kwargs.keys())
         return next(base for base in cls.__mro__ if base.__module__.startswith("diffusers.pipelines"))
 
     @classmethod

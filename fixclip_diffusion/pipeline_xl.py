@@ -155,20 +155,25 @@ class FixClipStableDiffusionXLPipeline(LongPromptMixin, StableDiffusionXLPipelin
             being 0, and pooled vectors (B * num_images_per_prompt, E) of both.
 
         Raises:
-            ValueError: a prompt that is no text, another number of second or negative prompts, or too large a
-                clip_skip.
+            ValueError: a prompt that is no text, another number of second or negative prompts, too large a clip_skip,
+                or embeds without their pooled vectors.
         """
         device = device or self._execution_device
+        is_given = do_classifier_free_guidance and negative_prompt_embeds is not None
+        if is_given and negative_pooled_prompt_embeds is None:
+            raise ValueError(
+                "negative_prompt_embeds= needs negative_pooled_prompt_embeds= too; encode_prompt gives both"
+            )
         if prompt_embeds is None:
             texts = as_texts(prompt)
             encoded = self._encode(self._columns(texts, as_texts(prompt_2 or texts)), device, clip_skip, lora_scale)
             prompt_embeds = encoded.embeds_BLD
             pooled_prompt_embeds = encoded.pooled_BE if pooled_prompt_embeds is None else pooled_prompt_embeds
+        if pooled_prompt_embeds is None:
+            raise ValueError("prompt_embeds= needs pooled_prompt_embeds= too; encode_prompt gives both")
         zeros = negative_prompt is None and self.config.force_zeros_for_empty_prompt
         if do_classifier_free_guidance and negative_prompt_embeds is None and zeros:
             negative_prompt_embeds = torch.zeros_like(prompt_embeds)
-            if pooled_prompt_embeds is None:
-                raise ValueError("prompt_embeds= needs pooled_prompt_embeds= too; encode_prompt gives both")
             negative_pooled_prompt_embeds = torch.zeros_like(pooled_prompt_embeds)
         elif do_classifier_free_guidance and negative_prompt_embeds is None:
             negatives = negative_texts(negative_prompt or "", len(prompt_embeds))

@@ -299,8 +299,9 @@ class LongTextEncoder(CLIPPreTrainedModel):
         """
         if getattr(self, "_hf_peft_config_loaded", False):
             raise ValueError(
-                "this text encoder has LoRA layers, and transformers would save them without the encoder: save the "
-                "whole pipeline, which keeps both, or delete_adapter() or merge them first"
+                "this text encoder has LoRA layers, and transformers would save them without the encoder: save it in a "
+                "pipeline of fixclip_diffusion, such as FixClipStableDiffusionPipeline.from_pipe(pipe), which keeps "
+                "both, or delete_adapter() or merge them first"
             )
         if self.config.short_weights is not None:
             state = kwargs.pop("state_dict", None) or self.state_dict()

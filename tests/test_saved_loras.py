@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from peft import LoraConfig, inject_adapter_in_model
 from tiny_scenes import write_model
 
@@ -76,6 +76,16 @@ def test_scales_and_what_acts_are_kept(sd1, tmp_path, active):
     np.testing.assert_allclose(picture(again), expected, atol=1)
     again.save_pretrained(tmp_path / "twice")
     assert json.loads((tmp_path / "twice" / "model_index.json").read_text())["_loras"] == recorded
+
+
+def test_another_pipeline_with_a_lora_of_the_text_encoder_is_saved_as_ours(sd1, tmp_path):
+    pipe = FixClipStableDiffusionPipeline.from_pretrained(sd1)
+    add_random_lora(pipe, "style")
+    other = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+    with pytest.raises(ValueError, match=r"save it in a pipeline of fixclip_diffusion, .*Pipeline.from_pipe\(pipe\)"):
+        other.save_pretrained(tmp_path / "other")
+    FixClipStableDiffusionPipeline.from_pipe(other).save_pretrained(tmp_path / "ours")
+    assert np.array_equal(picture(FixClipStableDiffusionPipeline.from_pretrained(tmp_path / "ours")), picture(pipe))
 
 
 def test_a_fused_lora_is_in_the_weights_and_not_beside_them(sd1, tmp_path):

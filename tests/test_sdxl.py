@@ -15,6 +15,7 @@ from compel import Compel, ReturnedEmbeddingsType
 from diffusers import (
     ControlNetModel,
     DiffusionPipeline,
+    StableDiffusionPipeline,
     StableDiffusionXLControlNetPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,
@@ -815,6 +816,30 @@ def test_what_is_given_decides_how_prompts_are_read_and_not_what_was_saved(folde
         ({"encoder_2": folder}, "overlap"),
     ):
         assert make(source, **given).conditioning == expected
+
+
+def test_embeds_without_their_pooled_vectors_are_refused(ours):
+    positive, negative, pooled, _ = ours.encode_prompt(LONG, negative_prompt="bad")
+    both = {"negative_prompt_embeds": negative, "negative_pooled_prompt_embeds": pooled}
+    for negatives in ({}, {"negative_prompt": "bad"}, both):
+        with pytest.raises(ValueError, match=r"^prompt_embeds= needs pooled_prompt_embeds= too; encode_prompt gives"):
+            ours.encode_prompt(None, prompt_embeds=positive, **negatives)
+    for given in ({"prompt": LONG}, {"prompt": None, "prompt_embeds": positive, "pooled_prompt_embeds": pooled}):
+        with pytest.raises(ValueError, match="negative_prompt_embeds= needs negative_pooled_prompt_embeds= too"):
+            ours.encode_prompt(**given, negative_prompt_embeds=negative)
+        embeds = ours.encode_prompt(**given, negative_prompt_embeds=negative, do_classifier_free_guidance=False)[0]
+        assert torch.equal(embeds, positive)
+
+
+def test_a_pipeline_of_another_family_is_told_which_class_takes_it(ours, stock, sd1):
+    one = StableDiffusionPipeline.from_pretrained(sd1)
+    for kind, given, message in (
+        (FixClipStableDiffusionPipeline, ours, "FixClipStableDiffusionXLPipeline is no pipeline of Stable Diffusion 1"),
+        (FixClipStableDiffusionPipeline, stock, "StableDiffusionXLPipeline is no pipeline of Stable Diffusion 1.x or"),
+        (FixClipStableDiffusionXLPipeline, one, "XL: it has no text_encoder_2, tokenizer_2"),
+    ):
+        with pytest.raises(ValueError, match=f"{message}.*; FixClipStableDiffusionPipeline.from_pipe takes"):
+            kind.from_pipe(given)
 
 
 def lora_targets(text_model):
