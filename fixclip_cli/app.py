@@ -217,8 +217,8 @@ SchedulerOption = Annotated[
     str | None, typer.Option(help="A scheduler of diffusers, like EulerAncestralDiscrete; default: the model's own.")
 ]
 WeightsOption = Annotated[
-    Literal["a1111", "compel"] | None,
-    typer.Option(help="Prompt weights: a1111 reads (word:1.3), compel reads word++; default: text is literal."),
+    Literal["a1111", "compel", "literal"] | None,
+    typer.Option(help="Prompt weights: a1111 (word:1.3), compel word++, literal none; default: the base's, else none."),
 ]
 # The registry's names and those of version 0.1, for an answer before a library is imported; a test compares them.
 CONDITIONING_NAMES = ("stock", "chunks", "overlap", "one_pass")

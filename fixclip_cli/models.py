@@ -18,7 +18,7 @@ class ModelOptions:
         loras: `SOURCE` or `SOURCE:scale`, see `check.split_scale`.
         embeddings: textual inversions. A file's name is its token, as in A1111; a folder or hub name brings its own.
         scheduler: class name of diffusers, with or without "Scheduler" at its end; None: the base's own.
-        weights: syntax of prompt weights, "a1111" or "compel"; None takes prompts literally.
+        weights: syntax of prompt weights, "a1111" or "compel", or "literal"; None: the base's own, else literal.
         conditioning: how prompts are read that do not fit into 77 tokens; None: as the encoder was trained for.
         encoder_2: the second text encoder of Stable Diffusion XL, as `encoder`.
     """

@@ -140,13 +140,13 @@ class LongPromptMixin:
 
     @property
     def weights(self) -> str | None:
-        """Syntax of prompt weights, "a1111" or "compel"; None takes prompts literally. May be set."""
+        """Syntax of prompt weights, "a1111" or "compel"; None or "literal" takes prompts literally. May be set."""
         return self._weights
 
     @weights.setter
     def weights(self, syntax: str | None) -> None:
         self._weights = check_syntax(syntax)
-        self.register_to_config(weights=syntax)
+        self.register_to_config(weights=self._weights)
 
     @property
     def prompt_encoder(self) -> PromptEncoder:
@@ -165,7 +165,9 @@ class LongPromptMixin:
         long_prompt: str | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The stock call; `conditioning` and `weights` are those of this call.
+        """The stock call; `conditioning` and `weights` are those of this call, and without them the pipeline's.
+
+        weights="literal" takes prompts literally where the pipeline has a syntax.
 
         Raises:
             ValueError: an argument is nearly one of these two.
@@ -197,7 +199,8 @@ class LongPromptMixin:
         if not isinstance(prompt, str):
             raise ValueError(f"token_report takes one text, got {type(prompt).__name__}")
         how = renamed(conditioning, long_prompt) or self._conditioning
-        return self._prompt_encoder_of(how, weights or self._weights).report(prompt)
+        syntax = self._weights if weights is None else check_syntax(weights)
+        return self._prompt_encoder_of(how, syntax).report(prompt)
 
     def maybe_convert_prompt(self, prompt: str | list[str], tokenizer: FixClipTokenizer) -> Any:
         """Nothing to do: the tokenizer expands textual inversions itself."""
@@ -564,7 +567,8 @@ class LongPromptMixin:
         known = {name.removeprefix("_"): value for name, value in pipeline.config.items()}
         if conditioning is None and all(part is None for part in others):
             conditioning = known.get("conditioning")
-        return cls._of_stock(stock, encoders, adapters, conditioning, weights or known.get("weights"), elsewhere)
+        weights = known.get("weights") if weights is None else weights
+        return cls._of_stock(stock, encoders, adapters, conditioning, weights, elsewhere)
 
     @classmethod
     def _stock_class(cls) -> Any:

@@ -47,7 +47,7 @@ class FixClipStableDiffusionXLTextStep(StableDiffusionXLTextEncoderStep):
     def inputs(self) -> list[InputParam]:
         own = [
             InputParam("conditioning", type_hint=str, description="how prompts of more than 77 tokens are read"),
-            InputParam("weights", type_hint=str, description="syntax of prompt weights: a1111 or compel"),
+            InputParam("weights", type_hint=str, description="syntax of prompt weights: a1111, compel or literal"),
         ]
         return [*super().inputs, *own]
 

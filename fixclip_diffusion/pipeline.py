@@ -40,7 +40,8 @@ class FixClipStableDiffusionPipeline(LongPromptMixin, StableDiffusionPipeline):
         conditioning: how prompts are read that do not fit into 77 tokens: "overlap", "one_pass", "chunks" or "stock",
             see `conditioning`. By default what the encoder or its adapter was trained for: "one_pass" for a trained
             encoder, and for a base's own "overlap", the best that needs no training.
-        weights: syntax of prompt weights, "a1111" (`(word:1.3)`) or "compel" (`word++`); None takes prompts literally.
+        weights: syntax of prompt weights, "a1111" (`(word:1.3)`) or "compel" (`word++`); None or "literal" takes
+            prompts literally.
         long_prompt: name of `conditioning` in version 0.1.
 
     Raises:

@@ -88,7 +88,8 @@ class PromptReader:
         context = context_of_config(config, tokenizer)
         for each in configs:
             how.check(context_of_config(each, tokenizer))
-        return cls(tokenizer, context, how, check_syntax(weights or index.get("weights")), config.adapter)
+        syntax = check_syntax(index.get("weights") if weights is None else weights)
+        return cls(tokenizer, context, how, syntax, config.adapter)
 
     def report(self, prompt: str) -> TokenReport:
         """What becomes of the prompt."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from fixclip_diffusion.conditioning import Layout
 
 SYNTAXES = ("a1111", "compel")
+LITERAL = "literal"  # no syntax, where None stands for the one that was set before
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,15 @@ class Fragment:
 
 
 def check_syntax(weights: str | None) -> str | None:
-    """Pass a syntax's name through.
+    """A syntax's name; None for "literal" and for None.
 
     Raises:
         ValueError: there is no such syntax.
     """
-    if weights is not None and weights not in SYNTAXES:
-        raise ValueError(f"weights={weights!r}: valid are {', '.join(map(repr, SYNTAXES))}, and None for literal text")
+    if weights is None or weights == LITERAL:
+        return None
+    if weights not in SYNTAXES:
+        raise ValueError(f"weights={weights!r}: valid are {', '.join(map(repr, (*SYNTAXES, LITERAL)))}")
     return weights
 
 
@@ -44,13 +47,13 @@ def parse_weights(text: str, weights: str | None) -> list[Fragment]:
         weights: "a1111": `(word)` is 1.1, `[word]` 1/1.1, `(word:1.3)` 1.3, nested ones multiply, a backslash takes the
             next bracket literally, and BREAK between words begins a new pass. "compel": `word+`, `word--`, `(two
             words)1.3`.
-            None: all of it literally.
+            None or "literal": all of it literally.
 
     Raises:
         ValueError: an unknown syntax; compel is not installed, cannot parse the text, or is asked for a blend, a
             conjunction, a cross-attention swap or a LoRA, which are not weights.
     """
-    check_syntax(weights)
+    weights = check_syntax(weights)
     if weights is None:
         return [Fragment(text)]
     return (_parse_a1111(text) if weights == "a1111" else _parse_compel(text)) or [Fragment("")]

@@ -1,18 +1,21 @@
 """Prompt weights: both syntaxes, against the tools that they come from."""
 
 import copy
+import json
 from types import SimpleNamespace
 
 import pytest
 import tiny
 import tiny_adapter
 import torch
+from command_line import run
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from fixclip_diffusion import FixClipStableDiffusionPipeline, FixClipTextEncoder, TextAdapter
 from fixclip_diffusion.conditioning import CONDITIONINGS, Break
+from fixclip_diffusion.prompt_reader import PromptReader
 from fixclip_diffusion.prompt_weights import Fragment, parse_weights, weigh
 
 LONG = tiny.sentences(14)
@@ -118,6 +121,36 @@ def test_a_pipelines_syntax_may_be_set(pipe):
         assert pipe.weights == "a1111"
     finally:
         pipe.weights = None
+
+
+def test_literal_text_where_a_syntax_was_set(pipe, tmp_path):
+    """In a call, a report, another pipeline, and one that was saved; None keeps the syntax."""
+    text = "a (red:1.5) cat"
+    settings = {"num_inference_steps": 1, "height": 16, "width": 16, "output_type": "np"}
+
+    def draw(**weights):
+        return pipe(text, generator=torch.Generator().manual_seed(1), **settings, **weights).images
+
+    kind = FixClipStableDiffusionPipeline
+    literal = draw()
+    pipe.weights = "a1111"
+    try:
+        weighted = draw(weights=None)
+        assert (weighted != literal).any()
+        assert (draw(weights="literal") == literal).all()
+        assert pipe.weights == "a1111"
+        assert [pipe.token_report(text, weights=w).text for w in (None, "literal")] == ["a red cat", text]
+        assert [kind.from_pipe(pipe, weights=w).weights for w in (None, "literal")] == ["a1111", None]
+        pipe.save_pretrained(tmp_path)
+    finally:
+        pipe.weights = "literal"
+    assert pipe.weights is pipe.config.weights is None, "what is saved is what every version reads"
+    assert [kind.from_pretrained(tmp_path, weights=w).weights for w in ("a1111", "literal")] == ["a1111", None]
+    base = str(tmp_path)
+    for arguments, expected in (([], "a red cat"), (["--weights", "literal"], text)):
+        reader = PromptReader.from_pretrained(base, weights=arguments[1] if arguments else None)
+        assert reader.report(text).text == expected
+        assert json.loads(run("tokens", text, "--base", base, "--json", *arguments).output)["text"] == expected
 
 
 def test_no_syntax_takes_brackets_literally(pipe):
@@ -244,7 +277,7 @@ def test_what_is_no_weight_is_refused_with_compels_name(prompt):
 
 
 def test_unknown_syntax():
-    with pytest.raises(ValueError, match="weights='comp': valid are 'a1111', 'compel', and None for literal text"):
+    with pytest.raises(ValueError, match="weights='comp': valid are 'a1111', 'compel', 'literal'"):
         parse_weights("a", "comp")
 
 
