@@ -113,15 +113,22 @@ class LongPromptMixin:
         name = renamed(conditioning, long_prompt)
         self._conditioning = None if name is None else get_conditioning(name).name
         self._weights = check_syntax(weights)
-        self.register_to_config(conditioning=self._conditioning, weights=weights, long_prompt=None)
-        if all(getattr(self, part) is not None for tower in self.towers for part in (tower.encoder, tower.tokenizer)):
+        self.register_to_config(conditioning=self._conditioning, weights=self._weights, long_prompt=None)
+        if not self._missing_text:
             self.prompt_encoder  # noqa: B018 -- refuses an encoder that this conditioning cannot use
 
     @property
     def towers(self) -> list[Tower]:
         """The family's text encoders that this model has; the refiner of Stable Diffusion XL lacks the first one."""
-        present = [tower for tower in self.family.towers if getattr(self, tower.encoder) is not None]
+        # Not by getattr, which finds the names of classes in the configuration where a component was deleted.
+        present = [tower for tower in self.family.towers if vars(self).get(tower.encoder) is not None]
         return present or list(self.family.towers)
+
+    @property
+    def _missing_text(self) -> list[str]:
+        """Names of the components that reading prompts needs and that are not there."""
+        parts = [part for tower in self.towers for part in (tower.encoder, tower.tokenizer)]
+        return [part for part in parts if vars(self).get(part) is None]
 
     @property
     def conditioning(self) -> str:
@@ -130,13 +137,11 @@ class LongPromptMixin:
 
     @conditioning.setter
     def conditioning(self, name: str | None) -> None:
-        before, self._conditioning = self._conditioning, None if name is None else get_conditioning(name).name
-        try:
-            self.prompt_encoder  # noqa: B018
-        except ValueError:
-            self._conditioning = before
-            raise
-        self.register_to_config(conditioning=self._conditioning)
+        name = None if name is None else get_conditioning(name).name
+        if not self._missing_text:
+            self._prompt_encoder_of(name, self._weights)  # refuses what an encoder cannot be read by
+        self._conditioning = name
+        self.register_to_config(conditioning=name)
 
     @property
     def weights(self) -> str | None:
@@ -150,11 +155,25 @@ class LongPromptMixin:
 
     @property
     def prompt_encoder(self) -> PromptEncoder:
-        """What turns prompts into embeds, made of the components as they are now."""
+        """What turns prompts into embeds, made of the components as they are now.
+
+        Raises:
+            ValueError: a text encoder or a tokenizer is missing or not FixClip's.
+        """
         return self._prompt_encoder_of(self._conditioning, self._weights)
 
     def _prompt_encoder_of(self, conditioning: str | None, weights: str | None) -> PromptEncoder:
+        # Errors are ValueErrors: for an AttributeError diffusers would say that there is no such property.
+        if self._missing_text:
+            pooled = ", with pooled_prompt_embeds= of both" if any(t.pooled for t in self.family.towers) else ""
+            raise ValueError(
+                f"there is no {', no '.join(self._missing_text)} to read prompts with: pass prompt_embeds= and "
+                f"negative_prompt_embeds={pooled}"
+            )
         encodings = [TextEncoding(getattr(self, t.encoder), getattr(self, t.tokenizer), t) for t in self.towers]
+        for encoding in encodings:
+            if not hasattr(encoding.encoder, "laid_out") or not hasattr(encoding.tokenizer, "context_length"):
+                check_pair(encoding.tower, encoding.encoder, encoding.tokenizer)
         return PromptEncoder(encodings, conditioning, weights)
 
     def __call__(
@@ -550,6 +569,7 @@ class LongPromptMixin:
         """
         check_spelling(kwargs)
         conditioning = renamed(conditioning, long_prompt)
+        check_family(cls.family, type(pipeline).__name__, pipeline.components.keys() | kwargs.keys())
         check_encoder_2(cls.family, encoder_2, cls.family.name)
         elsewhere = {key: kwargs.pop(key) for key in ELSEWHERE if key in kwargs}
         encoders, adapters = {"text_encoder": encoder, "text_encoder_2": encoder_2}, cls._adapters(adapter, **elsewhere)
@@ -573,7 +593,6 @@ class LongPromptMixin:
     @classmethod
     def _stock_class(cls) -> Any:
         """The diffusers pipeline that this class derives from."""
-        check_family(cls.family, type(pipeline).__name__, pipeline.components.keys() | kwargs.keys())
         return next(base for base in cls.__mro__ if base.__module__.startswith("diffusers.pipelines"))
 
     @classmethod
@@ -672,10 +691,6 @@ def link_tasks(name: str, text_to_image: Any, image_to_image: Any, inpainting: A
     auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING[name] = text_to_image
     auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING[name] = image_to_image
     auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING[name] = inpainting
-
-
-def _lora_name(source: str | Path | dict[str, Any]) -> str:
-    return "LoRA in memory" if isinstance(source, dict) else f"LoRA {str(source)!r}"
     stock = text_to_image._stock_class().__name__
     parts = ("ControlNet", "PAG", "ControlNetPAG", "ControlNetUnion")
     others = {stock.replace("Pipeline", f"{part}Pipeline") for part in parts}
@@ -686,3 +701,7 @@ def _lora_name(source: str | Path | dict[str, Any]) -> str:
             if kind.__name__ in others
         }
     )
+
+
+def _lora_name(source: str | Path | dict[str, Any]) -> str:
+    return "LoRA in memory" if isinstance(source, dict) else f"LoRA {str(source)!r}"

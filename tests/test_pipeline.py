@@ -22,7 +22,13 @@ from diffusers import (
 )
 from transformers import CLIPTextModel
 
-from fixclip_diffusion import FixClipStableDiffusionPipeline, FixClipTextEncoder, FixClipTokenizer, TextAdapter
+from fixclip_diffusion import (
+    FixClipStableDiffusionPipeline,
+    FixClipStableDiffusionXLPipeline,
+    FixClipTextEncoder,
+    FixClipTokenizer,
+    TextAdapter,
+)
 from fixclip_diffusion.conditioning import ALIASES, CONDITIONINGS
 from fixclip_diffusion.families import STABLE_DIFFUSION, STABLE_DIFFUSION_XL
 from fixclip_diffusion.loading import load_components
@@ -606,6 +612,53 @@ def test_unknown_mode_and_prompts_that_are_no_text(sd1, ours):
     with pytest.raises(ValueError, match="clip_skip=20: this text encoder has 3 layers"):
         ours("a", clip_skip=20)
     refuse("unknown argument encodr=: did you mean encoder=", sd1, encodr="x")
+
+
+@pytest.mark.parametrize("xl", [False, True])
+@pytest.mark.parametrize("absent", ["never loaded", "set to None", "deleted", "stock"])
+def test_text_encoders_that_are_not_there_or_stock_are_one_clear_error(sd1, sdxl, xl, absent):
+    kind, base = (FixClipStableDiffusionXLPipeline, sdxl) if xl else (FixClipStableDiffusionPipeline, sd1)
+    options = {"add_watermarker": False} if xl else {}
+    pipe = kind.from_pretrained(base, **options)
+    embeds = pipe.encode_prompt(LONG, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True)
+    towers = kind.family.towers
+    parts = [part for tower in towers for part in (tower.encoder, tower.tokenizer)]
+    message = "there is no text_encoder.* to read prompts with: pass prompt_embeds= and negative_prompt_embeds="
+    if absent == "never loaded":
+        pipe = kind.from_pretrained(base, **dict.fromkeys(parts), **options)
+    elif absent == "stock":
+        message = f"{towers[-1].encoder} is a CLIPTextModel.*: this pipeline needs FixClipTextEncoder.* from_pretrained"
+        stock = DiffusionPipeline.from_pretrained(base)
+        setattr(pipe, towers[-1].encoder, getattr(stock, towers[-1].encoder))
+    else:
+        for part in parts:
+            setattr(pipe, part, None)
+            if absent == "deleted":
+                delattr(pipe, part)
+    for use in (
+        lambda: picture(pipe, LONG),
+        lambda: pipe.token_report("x"),
+        lambda: pipe.conditioning,
+        lambda: pipe.prompt_encoder,
+    ):
+        with pytest.raises(ValueError, match=message):
+            use()
+    if absent in ("never loaded", "set to None"):
+        names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+        given = dict(zip(names, embeds, strict=False))
+        assert picture(pipe, **given).shape == (1, 16, 16, 3)
+        pooled = {"pooled_prompt_embeds": embeds[2]} if xl else {}
+        with pytest.raises(ValueError, match=message):
+            picture(pipe, prompt_embeds=embeds[0], negative_prompt="bad", **pooled)
+        pipe.conditioning = "chunks"
+        assert pipe.config.conditioning == "chunks"
+
+
+def test_a_compiled_text_encoder_is_one(ours, folder):
+    pipe = FixClipStableDiffusionPipeline.from_pretrained(folder)
+    pipe.text_encoder = torch.compile(pipe.text_encoder, backend="eager")
+    assert pipe.token_report(LONG) == ours.token_report(LONG)
+    assert pipe.conditioning == "overlap"
 
 
 def test_both_encoder_arguments(sd1):
