@@ -20,14 +20,13 @@ from diffusers import (
 from PIL import Image
 from safetensors.torch import save_file
 
-from fixclip_diffusion import FixClipStableDiffusionPipeline, FixClipTextEncoder, FixClipTokenizer
-from fixclip_diffusion.prompt_encoder import pad_states
 from fixclip_diffusion import (
     FixClipStableDiffusionPipeline,
     FixClipStableDiffusionXLPipeline,
     FixClipTextEncoder,
     FixClipTokenizer,
 )
+from fixclip_diffusion.prompt_encoder import pad_states
 from fixclip_diffusion.state_mask import mask_empty_states
 
 LONG = tiny.sentences(14)
