@@ -659,8 +659,14 @@ def test_names_of_windows(recipe):
     """Version 0.1 called one pass of 248 tokens `windows`, under another key; here it is refused."""
     assert recipe("run", "model.long_prompt=windows").model.conditioning == "one_pass"
     assert recipe("run", "model.long_prompt=windows_77").model.conditioning == "chunks"
-    with pytest.raises(ValueError, match=r"model\.conditioning='windows': valid are stock, chunks, overlap, one_pass"):
+    with pytest.raises(ValueError, match=r"model\.conditioning='windows': valid are chunks, overlap, one_pass"):
         recipe("run", "model.conditioning=windows")
+    for key in (
+        "model.conditioning=stock",
+        "model.long_prompt=truncate_77",
+    ):  # which reads nothing that is to be learnt
+        with pytest.raises(ValueError, match=r"conditioning='stock': valid are chunks, overlap, one_pass"):
+            recipe("run", key)
 
 
 def test_a_checkpoint_of_another_kind_of_training(recipe, tmp_path, caplog):

@@ -92,6 +92,11 @@ def test_baselines_are_configurations():
         ({"hierarchy_branch": "both"}, "hierarchy_branch=both"),
         ({"hierarchy_branch": "short", "short_branch": "pca"}, "hierarchy_branch=short.*short_branch=pca"),
         ({"clip": {"embed_dim": 8}}, "lacks.*vision_cfg.*text_cfg"),
+        ({"keep": "abc"}, "keep='abc': it must be a whole number"),
+        ({"ratio": None}, "ratio=None: it must be a whole number"),
+        ({"num_groups": 2.5}, r"num_groups=2\.5: it must be a whole number"),
+        ({"num_prompts": True}, "num_prompts=True: it must be a whole number"),
+        ({"mask_ratio": "x"}, "mask_ratio='x': it must be a number"),
     ],
 )
 def test_bad_values_are_named(fields, message):

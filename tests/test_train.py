@@ -745,6 +745,28 @@ def test_a_share_of_the_data_is_held_out(recipe):
     assert (run.recipe.eval.stop, run.recipe.eval.held_out, run.recipe.data.start) == (8, None, 8)
     with pytest.raises(ValueError, match=r"eval\.held_out=0\.5: it is a share of the data; set eval\.source=null"):
         recipe("run", "eval.held_out=0.5")
+    with pytest.raises(
+        ValueError, match=r"eval\.held_out=0\.99: it leaves none of 20 samples to train on; give a smal"
+    ):
+        EncoderTrainer(recipe("run", "eval={held_out: 0.99, every: 3, batch_size: 4}")).prepare()
+
+
+def test_off_in_a_recipe_is_a_word(recipe):
+    assert recipe("run", "model.short_branch=off").model.short_branch == "off"
+
+
+def test_long_clip_keeps_as_many_components_as_the_recipe_says(recipe):
+    assert train.build_clip(recipe("run", "method=longclip", "model.pca_rank=5")).config.pca_rank == 5
+
+
+def test_modules_that_do_not_fit_the_base_are_named_as_in_a_recipe(recipe):
+    for key, value in (("keep", 300), ("lora_rank", 100_000)):
+        with pytest.raises(ValueError, match=rf"^model\.{key}={value}: "):
+            train.build_clip(recipe("run", f"model.{key}={value}"))
+
+
+def test_tokens_of_a_caption_end_with_its_end_whatever_pads_it():
+    assert train.mean_length(torch.tensor([[7, 1, 9, 9], [7, 9, 0, 0]])) == 2.5
 
 
 def test_the_precision_that_auto_means_is_written_down(recipe, tmp_path, caplog):

@@ -18,6 +18,7 @@ HierarchyBranch = Literal["long", "short"]
 HiddenState = Literal["last", "penultimate"]
 
 
+NUMBERS: dict[Any, tuple[Any, str]] = {int: (int, "a whole number"), float: ((int, float), "a number")}
 # The least of what counts something.
 LEAST = {"keep": 0, "ratio": 1, "lora_rank": 0, "num_prompts": 0, "pca_rank": 1, "num_groups": 0, "first_group": 1}
 
@@ -99,6 +100,10 @@ class FixClipConfig(Modules):
             if model := {**self.clip["vision_cfg"], **self.clip["text_cfg"]}.get(key):
                 raise ValueError(f"unsupported base: {key}={model!r}; FixClip needs CLIP's own two transformers")
         check_tokenizer_options(self.clip["text_cfg"])
+        for module in dataclasses.fields(Modules):
+            value, valid = getattr(self, module.name), NUMBERS.get(module.type)
+            if valid is not None and (isinstance(value, bool) or not isinstance(value, valid[0])):
+                raise ValueError(f"{module.name}={value!r}: it must be {valid[1]}")
         length = stretched_length(self.base_context_length, self.keep, self.ratio)
         if self.context_length not in (None, length):
             raise ValueError(
@@ -162,7 +167,7 @@ class FixClipConfig(Modules):
 
 
 # Rivals as configurations of the same code.
-LONG_CLIP: dict[str, Any] = {"num_prompts": 0, "num_groups": 0, "short_branch": "pca", "pca_rank": 32}
+LONG_CLIP: dict[str, Any] = {"num_prompts": 0, "num_groups": 0, "short_branch": "pca"}
 FINE_TUNE: dict[str, Any] = {"num_prompts": 0, "num_groups": 0, "short_branch": "off"}
 
 

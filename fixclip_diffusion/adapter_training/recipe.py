@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from fixclip_core.data.config import CaptionsSection, DataSection
 from fixclip_core.section import Section
 from fixclip_core.training.recipe import OptimSection, OutputSection, RunSection
-from fixclip_diffusion.conditioning import ALIASES, CONDITIONINGS
+from fixclip_diffusion.conditioning import ALIASES, CONDITIONINGS, Stock
 
 
 class BaseSection(Section):
@@ -37,8 +37,11 @@ class BaseSection(Section):
     @field_validator("conditioning")
     @classmethod
     def _check_conditioning(cls, name: str | None) -> str | None:
-        if name is not None and name not in CONDITIONINGS:  # version 0.1's "windows" was its name of one_pass
-            raise ValueError(f"conditioning={name!r}: valid are {', '.join(CONDITIONINGS)}")
+        longer = [other for other in CONDITIONINGS if other != Stock.name]
+        if name is not None and name not in longer:  # version 0.1's "windows" was its name of one_pass
+            raise ValueError(
+                f"conditioning={name!r}: valid are {', '.join(longer)}, which read prompts of more than 77 tokens"
+            )
         return name
 
 

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fixclip_core.data.loader import Batches
 from fixclip_core.data.samples import Sample, decode_image
 from fixclip_core.training.encoder.recipe import EncoderRecipe
-from fixclip_core.training.encoder.trainer import EncoderTrainer, scenes_for
+from fixclip_core.training.encoder.trainer import EncoderTrainer, mean_length, scenes_for
 from fixclip_core.training.trainer import GIB, changed
 from fixclip_core.weights.load import is_open_clip_name
 
@@ -141,7 +141,7 @@ def count_flops(trainer: EncoderTrainer) -> tuple[float, float]:
         losses = trainer.task.batch_losses(trainer.module, batch, trainer.accelerator.autocast)
         losses["loss"].backward()
     trainer.optimizer.zero_grad()
-    return counter.get_total_flops() / len(batch), (batch.long_ids != 0).sum(1).float().mean().item()
+    return counter.get_total_flops() / len(batch), mean_length(batch.long_ids)
 
 
 def _storage(trainer: EncoderTrainer, cluster: Cluster, rate: float) -> list[Row]:

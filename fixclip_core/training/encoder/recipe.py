@@ -19,6 +19,11 @@ class ModelSection(Section, Modules):  # type: ignore[misc]  # a Section is froz
     pretrained: str | None = Field(default=None, description="open_clip's tag or a weights file; null: random weights")
     cache_dir: str | None = Field(default=None, description="where open_clip keeps downloads; null: its own folder")
 
+    @field_validator("short_branch", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: Any) -> Any:
+        return "off" if value is False else value  # which YAML reads `off` as
+
     @field_validator("*")
     @classmethod
     def _check_module(cls, value: Any, info: ValidationInfo) -> Any:

@@ -249,7 +249,7 @@ class EncoderTrainer(Trainer):
         config, new = clip.config, clip.new_parameters()
         total = sum(p.numel() for p in clip.parameters())
         added = sum(p.numel() for name, p in clip.named_parameters() if name in new)
-        tokens = (self._first_batch().long_ids != 0).sum(1).float().mean().item()
+        tokens = mean_length(self._first_batch().long_ids)
         alignment = self.task.alignment
         states = f"{alignment.state} states of the base's windows, weight {alignment.weight:g}" if alignment else "off"
         if alignment and alignment.weight_plain:
@@ -321,9 +321,14 @@ def build_clip(recipe: EncoderRecipe) -> FixClip:
     """
     section = recipe.model
     pretrained = section.pretrained if is_open_clip_name(section.name) else None  # weights on disk are their own
-    clip = load_fixclip(
-        section.name, pretrained=pretrained, cache_dir=section.cache_dir, **model_fields(recipe)
-    ).float()
+    try:
+        clip = load_fixclip(
+            section.name, pretrained=pretrained, cache_dir=section.cache_dir, **model_fields(recipe)
+        ).float()
+    except ValueError as error:
+        if str(error).partition("=")[0] in model_fields(recipe):  # by its own name, where a recipe has a section, too
+            raise ValueError(f"model.{error}") from None
+        raise
     clip.set_grad_checkpointing(recipe.train.gradient_checkpointing)
     clip.text.pieces = recipe.train.text_pieces
     if recipe.train.compile:
@@ -360,6 +365,11 @@ def hold_out(recipe: EncoderRecipe, most: int = 1000) -> EncoderRecipe:
     opened = open_source(config)
     samples = sample_range(opened.sizes, config)
     middle = samples.start + max(1, min(most, round(share * len(samples))))
+    if middle >= samples.stop:
+        raise ValueError(
+            f"eval.held_out={share}: it leaves none of {len(samples)} samples to train on; give a smaller share, or an "
+            "eval.source"
+        )
     if not opened.remote:
         borders = (at for at in range(middle, samples.stop) if not _is_same_picture(opened, at - 1, at))
         middle = next(borders, middle)
@@ -390,6 +400,11 @@ def eval_data_config(recipe: EncoderRecipe) -> DataConfig:
     usual = "given" if recipe.captions.short_caption == "given" else "first_sentence"
     fields["short_caption"] = recipe.eval.short_caption or usual
     return DataConfig(**fields, shuffle=False, last_batch="wrap", max_bad_share=1.0)
+
+
+def mean_length(ids_BT: Tensor) -> float:
+    """Tokens of a text in the mean, start and end included; the end has the largest id, whatever stands behind it."""
+    return (ids_BT.argmax(1) + 1).float().mean().item()
 
 
 def score_of(values: dict[str, float]) -> float:
