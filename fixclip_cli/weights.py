@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from fixclip_cli.app import ModelNameOption, app
-from fixclip_core.files import prepare_folder
+from fixclip_core.files import new_folder
 
 TEXT_FIELDS = ("hidden_act", "num_attention_heads")  # what weights alone may not tell of a CLIPTextConfig
 
@@ -42,14 +42,15 @@ def convert(
         if model_name and "hidden_act" in values:
             raise ValueError("--model-name and --set hidden_act= both name the activation: leave one out")
         activation = {"hidden_act": activation_of(model_name)} if model_name else {}
-        prepare_folder(output, empty=True)
-        for line in write_text_encoders(source, output, **activation, **values):
+        with new_folder(output):
+            lines = write_text_encoders(source, output, **activation, **values)
+        for line in lines:
             typer.echo(line)
         return
     fields = parse_fields(field or [], fixclip_fields())
-    prepare_folder(output, empty=True)
-    model = load_fixclip(source, model_name=model_name, **fields)
-    model.save_pretrained(output)
+    with new_folder(output):
+        model = load_fixclip(source, model_name=model_name, **fields)
+        model.save_pretrained(output)
     typer.echo(f"{output}: {model.config.context_length} tokens, {model.config.num_prompts} regional prompts")
 
 
@@ -130,8 +131,7 @@ def export(
         from fixclip_diffusion.text_encoder import FixClipTextEncoder, base_text_model
 
         base = base_text_model(short_weights, "--short-weights")
-    prepare_folder(output, empty=True)
-    with all_or_nothing(output) as partial:
+    with new_folder(output), all_or_nothing(output) as partial:
         lines = write(load_fixclip(run), partial, formats or None, getattr(torch, dtype))
         if base is not None:
             encoder = FixClipTextEncoder.from_pretrained(partial / "text_encoder", dtype=getattr(torch, dtype))

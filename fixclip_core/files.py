@@ -9,7 +9,8 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,6 +131,24 @@ def prepare_folder(
             f"{folder}: too little disk space: {free / _GIB:.2f} GiB free, {needed_bytes / _GIB:.2f} GiB needed; "
             f"{way_out}"
         )
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[None]:
+    """An output folder that is new or empty; one that did not exist goes away if the block fails with nothing in it.
+
+    Raises:
+        ValueError: see `prepare_folder`.
+    """
+    existed = folder.exists()
+    prepare_folder(folder, empty=True)
+    try:
+        yield
+    except BaseException:
+        if not existed:
+            with suppress(OSError):  # it holds something
+                folder.rmdir()
+        raise
 
 
 def lock_folder(folder: Path, *, wait: bool = False) -> "BaseFileLock":

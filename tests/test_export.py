@@ -28,7 +28,9 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPTokenizer,
 )
+from typer.testing import CliRunner
 
+from fixclip_cli.main import app
 from fixclip_core.evaluation.encoders import load_encoder
 from fixclip_core.model.fixclip import FixClip
 from fixclip_core.weights.files import load_weights
@@ -368,3 +370,16 @@ def test_export_refuses_and_leaves_nothing_behind(trained, tmp_path):
     with pytest.raises(ValueError, match="act_kwargs="):
         export(FixClip.from_clip(clip, config, preprocess, num_groups=0), tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
+
+
+@pytest.mark.parametrize("formats", [["foo"], ["delta"]])
+def test_a_refused_export_leaves_no_folder(trained, tmp_path, formats):
+    """Nor does a conversion; a folder that was there stays."""
+    trained.save_pretrained(tmp_path / "run")
+    (tmp_path / "there").mkdir()
+    command = ["export", tmp_path / "run", "--format", *formats]
+    for arguments in (command, ["convert", tmp_path / "run", "--set", "num_groups=3"]):
+        for output in (tmp_path / "out", tmp_path / "there"):
+            words = [str(word) for word in [*arguments[:2], output, *arguments[2:]]]
+            assert CliRunner().invoke(app, words).exit_code != 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "there"]

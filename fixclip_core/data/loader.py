@@ -367,7 +367,8 @@ class Loader:
         if len(bad) > self.config.max_bad_share * looked_at:
             raise ValueError(
                 f"{len(bad)} samples of {self.config.source} cannot be used, more than max_bad_share="
-                f"{self.config.max_bad_share:g} of {looked_at}: {describe_skipped(bad)}"
+                f"{self.config.max_bad_share:g} of {looked_at}: {describe_skipped(bad)}; mend them (fixclip data check "
+                "lists all), or raise data.max_bad_share"
             )
         if isinstance(batch, list):
             raise ValueError(f"no usable sample among {len(batch)} of {self.config.source}: {describe_skipped(batch)}")

@@ -3,6 +3,7 @@
 Shapes: B samples of this process, I images, T texts, E embedding.
 """
 
+import logging
 import math
 import sys
 from pathlib import Path
@@ -30,8 +31,11 @@ from fixclip_core.training.optim import check_finite
 from fixclip_core.training.trainer import Trainer, batches, changed, this_process
 from fixclip_core.weights.load import find_fixclip, is_open_clip_name, load_fixclip
 
+logger = logging.getLogger(__name__)
+
 MODEL = "model"
 BEST = "best"
+EVALUATED_ALIKE = ("eval.every", "eval.batch_size")  # whatever these are
 SCORED = ("long_image_to_text_recall_at_1", "long_text_to_image_recall_at_1")
 
 
@@ -146,7 +150,18 @@ class EncoderTrainer(Trainer):
         """As any training; the best score is looked up, as a checkpoint is written before its step is evaluated."""
         super().start()
         if self.checkpoint is not None:
-            self.state.best = max(self.state.best, self._on_main(self._best_so_far))
+            self.state.best = self._on_main(self._best_to_beat)
+
+    def _best_to_beat(self) -> float:
+        """The best score so far, if `best/` has its model and it is one of the same pairs; else none."""
+        pairs = [key for key, *_ in self.changes() if key.startswith("eval.") and key not in EVALUATED_ALIKE]
+        if pairs:
+            logger.warning(
+                "%s changed, so %s is chosen anew, by the pairs of now", ", ".join(pairs), self.folder / BEST
+            )
+        if pairs or not (self.folder / BEST).exists():
+            return -math.inf
+        return max(self.state.best, self._best_so_far())
 
     def _best_so_far(self) -> float:
         """The best score in the figures of the run that the checkpoint belongs to, up to its step."""
