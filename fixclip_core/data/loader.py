@@ -371,7 +371,8 @@ class Loader:
                 "lists all), or raise data.max_bad_share"
             )
         if isinstance(batch, list):
-            raise ValueError(f"no usable sample among {len(batch)} of {self.config.source}: {describe_skipped(batch)}")
+            tried = {sample.index: sample for sample in batch}.values()  # each as often as others were to stand for it
+            raise ValueError(f"no usable sample among {len(tried)} of {self.config.source}: {describe_skipped(tried)}")
 
     def counts(self) -> dict[str, int]:
         """How many samples were skipped, by reason."""
