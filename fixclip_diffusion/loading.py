@@ -268,15 +268,22 @@ def check_family(family: Family, pipeline: str, components: Collection[str]) -> 
     Raises:
         ValueError: it lacks a text encoder, or has one more.
     """
-    parts = [part for tower in family.towers for part in (tower.encoder, tower.tokenizer)]
-    missing = [part for part in ("unet", *parts) if part not in components]
-    if missing or ("text_encoder_2" in components) != ("text_encoder_2" in parts):
+    missing, is_other = _compare(family, components, ("unet",))
+    if missing or is_other:
         raise ValueError(
             f"{pipeline} is no pipeline of {family.name}"
             + (f": it has no {', '.join(missing)}" if missing else "")
             + "; FixClipStableDiffusionPipeline.from_pipe takes Stable Diffusion 1 and 2, and "
             "FixClipStableDiffusionXLPipeline.from_pipe Stable Diffusion XL"
         )
+
+
+def _compare(family: Family, there: Collection[str], further: Sequence[str]) -> tuple[list[str], bool]:
+    """What is missing of a family's text encoders, their tokenizers and `further` components, and whether there is a
+    second text encoder where it has one, or the other way round."""
+    parts = [part for tower in family.towers for part in (tower.encoder, tower.tokenizer)]
+    missing = [part for part in (*further, *parts) if part not in there]
+    return missing, ("text_encoder_2" in there) != ("text_encoder_2" in parts)
 
 
 def check_encoder_2(family: Family, encoder_2: Any, source: str) -> None:
@@ -404,9 +411,8 @@ def load_index(family: Family, base: str, hub_kwargs: dict[str, Any]) -> dict[st
         index = dict(DiffusionPipeline.load_config(folder if folder.is_dir() else base, **hub_kwargs))
     except Exception as error:
         raise ValueError(f"base {base!r}: its model_index.json could not be read: {hub_reason(error)}") from error
-    parts = [part for tower in family.towers for part in (tower.encoder, tower.tokenizer)]
-    missing = [name for name in ("vae", "unet", "scheduler", *parts) if name not in index]
-    if missing or ("text_encoder_2" in index) != ("text_encoder_2" in parts):
+    missing, is_other = _compare(family, index, ("vae", "unet", "scheduler"))
+    if missing or is_other:
         raise ValueError(
             f"base {base!r} is a {index.get('_class_name')}, not a {family.name} model"
             + (f": it has no {', '.join(missing)}" if missing else "")

@@ -74,6 +74,11 @@ class FixClipTextEmbeddings(CLIPTextEmbeddings):
             self.short_position_embedding = nn.Embedding(config.short_position_embeddings, config.hidden_size)
         self.as_long = False  # see `LongTextEncoder.read_as_long`
 
+    @property
+    def masks_padding(self) -> bool:
+        """Whether texts that fit are the base's in longer passes too, with zeros behind every text."""
+        return self.config.padding == "mask" and not self.as_long
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -94,8 +99,7 @@ class FixClipTextEmbeddings(CLIPTextEmbeddings):
         num_tokens, limit = given.shape[1], short.num_embeddings
         if num_tokens <= limit:
             return inputs_embeds + short(self.position_ids[:, :num_tokens])
-        masks = self.config.padding == "mask" and not self.as_long
-        if not masks or input_ids is None or num_tokens > self.config.max_position_embeddings:
+        if not self.masks_padding or input_ids is None or num_tokens > self.config.max_position_embeddings:
             return super().forward(None, None, inputs_embeds)
         long_1TD = self.position_embedding(self.position_ids[:, :num_tokens])
         short_1TD = torch.cat([short(self.position_ids[:, :limit]), long_1TD[:, limit:]], dim=1)
@@ -215,8 +219,7 @@ class LongTextEncoder(CLIPPreTrainedModel):
         num_tokens, short = states_BTD.shape[1], self.config.short_position_embeddings
         if self.adapter is not None and not self._leave_adapter_out:
             states_BTD = self._adapted(self.adapter, states_BTD, text_BT)
-        masks = self.config.padding == "mask" and not self.text_model.embeddings.as_long
-        if masks and num_tokens > short and text_BT is not None:
+        if self.text_model.embeddings.masks_padding and num_tokens > short and text_BT is not None:
             fits_B1 = text_BT[:, short:].logical_not().all(1, keepdim=True) & (short > 0)
             place_1T = torch.arange(num_tokens, device=states_BTD.device)[None]
             states_BTD = states_BTD * (text_BT | (fits_B1 & (place_1T < short)))[..., None]
@@ -251,8 +254,7 @@ class LongTextEncoder(CLIPPreTrainedModel):
         if fits:
             return
         # In a longer pass a text that fits is the base's, too, where the padding is masked.
-        masks = self.config.padding == "mask" and not self.text_model.embeddings.as_long
-        as_base_B1 = (length_B1 <= short) & masks & (position_ids is None)
+        as_base_B1 = (length_B1 <= short) & self.text_model.embeddings.masks_padding & (position_ids is None)
         if self.config.delta_rank:
             self._long_rows.mask = as_base_B1.logical_not()[..., None]
         if self.short_text_model is not None and (torch.compiler.is_compiling() or as_base_B1.any()):
